@@ -1,0 +1,3 @@
+"""The one place that states nearfar's version; setup.py reads it too."""
+
+__version__ = "0.1.0"
