@@ -1,0 +1,90 @@
+// Module nearfar._C. It sees addresses, sizes, strides and streams, never a torch::Tensor: one build serves every
+// PyTorch. Arguments are checked by the Python callers, which know the tensors.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/device_guard.h"
+#include "common/dtype.h"
+#include "row_sumsq.h"
+
+namespace py = pybind11;
+
+namespace nearfar {
+namespace {
+
+std::vector<std::string> architectures() {
+    std::vector<std::string> names;
+    std::string name;
+    for (const char c : std::string(NEARFAR_CUDA_ARCHS ";")) {
+        if (c != ';') name += c;
+        else names.push_back(std::exchange(name, {}));
+    }
+    return names;
+}
+
+int cuda_runtime_version() {
+    int version = 0;
+    NEARFAR_CHECK(cudaRuntimeGetVersion(&version));
+    return version;
+}
+
+py::list devices() {
+    py::list result;
+    int driver = 0;
+    NEARFAR_CHECK(cudaDriverGetVersion(&driver));
+    if (driver == 0) return result;  // No driver. One that is too old for this build is an error, raised below.
+
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorNoDevice) {
+        cudaGetLastError();  // As in check(): not an error here, nor for the next launch.
+        return result;
+    }
+    check(status, "cudaGetDeviceCount");
+    for (int device = 0; device < count; ++device) {
+        cudaDeviceProp properties;
+        NEARFAR_CHECK(cudaGetDeviceProperties(&properties, device));
+        py::dict entry;
+        entry["name"] = properties.name;
+        entry["capability"] = py::make_tuple(properties.major, properties.minor);
+        entry["multiprocessors"] = properties.multiProcessorCount;
+        entry["total_memory"] = properties.totalGlobalMem;
+        entry["l2_bytes"] = properties.l2CacheSize;
+        entry["shared_memory_per_block_optin"] = properties.sharedMemPerBlockOptin;
+        result.append(entry);
+    }
+    return result;
+}
+
+}  // namespace
+}  // namespace nearfar
+
+PYBIND11_MODULE(_C, m) {
+    using namespace nearfar;
+    m.doc() = "nearfar's CUDA kernels, called with raw device addresses. Use nearfar's Python functions instead.";
+
+    m.def("version", [] { return NEARFAR_VERSION; }, "The nearfar version that this module was built from.");
+    m.def("cuda_runtime_version", &cuda_runtime_version, "The CUDA runtime linked in, as 1000 * major + 10 * minor.");
+    m.def("architectures", &architectures, "The GPU architectures compiled for, such as ['80', '90a'].");
+    m.def("devices", &devices, "A dict of properties for each visible CUDA device; empty without a device or driver.");
+
+    m.def(
+        "row_sumsq",
+        [](uintptr_t x, uintptr_t out, const std::string& dtype, const std::array<int64_t, 4>& sizes,
+           const std::array<int64_t, 3>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            row_sumsq(reinterpret_cast<const void*>(x), reinterpret_cast<float*>(out), parse_dtype(dtype), sizes,
+                      strides, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("x"), py::arg("out"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("device"),
+        py::arg("stream"),
+        "Writes the float32 sum of squares of each row of x (B, H, N, D), last stride 1, to contiguous out (B, H, N).");
+}
