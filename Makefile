@@ -1,0 +1,63 @@
+# Each target sets up what it needs in .venv, and again only when packaging or csrc/ has changed.
+#
+# If $(PYTHON) has torch, .venv is a thin layer over its packages: nothing is installed into that environment, what it
+# lacks goes to .venv, and if it lacks nothing no network is needed. Otherwise .venv gets a torch of its own.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+BUILD_INPUTS := Makefile setup.py pyproject.toml python/nearfar/version.py $(wildcard csrc/* csrc/common/*)
+
+# Build isolation fetches the build requirements; where they are at hand, it is left out to work offline.
+ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' \
+	2>/dev/null && echo --no-build-isolation)
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test build lint
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@echo "Variables: ARGS (passed on by bench and test), PYTHON (default: python3)"
+
+bench: $(VENV)/.with-bench  ## measure every operator against its baselines
+	$(PY) -m bench $(ARGS)
+
+test: $(VENV)/.with-test  ## run the tests: on the GPU if there is one, else in Triton's interpreter
+	$(PY) -m pytest -n 2 $(ARGS)
+
+build: $(VENV)/.created  ## build the wheel into dist/
+	$(PY) -m pip wheel --no-deps $(ISOLATION) --wheel-dir dist .
+
+lint: $(VENV)/.with-ruff  ## check the Python sources
+	$(PY) -m ruff check
+
+# A .pth that adds the package folders of the Python that runs this. Not --system-site-packages, which in a venv made
+# from a venv shows the packages of the Python below both.
+LAYER := import sys; [print(f"import site; site.addsitedir({p!r})") for p in sys.path if p.endswith("-packages")]
+
+$(VENV)/.created:
+	rm -rf $(VENV)
+	set -e; if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    $(PYTHON) -m venv $$($(PYTHON) -c 'import pip' 2>/dev/null && echo --without-pip) $(VENV); \
+	    $(PYTHON) -c '$(LAYER)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/layer.pth"; \
+	else \
+	    $(PYTHON) -m venv $(VENV); \
+	fi
+	touch $@
+
+# 2.13.0 is the version tested on the CPU. A CUDA build of torch brings its triton along, a CPU build does not.
+$(VENV)/.with-torch: $(VENV)/.created
+	$(PY) -c 'import torch' 2>/dev/null || \
+	    $(PY) -m pip install "$$(if command -v nvidia-smi >/dev/null; then echo 'torch>=2.9'; else echo torch==2.13.0; fi)"
+	$(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install triton==3.6.0
+	touch $@
+
+$(VENV)/.with-bench $(VENV)/.with-test: $(VENV)/.with-%: $(VENV)/.with-torch $(BUILD_INPUTS)
+	$(PY) -m pip install $(ISOLATION) --editable '.[$*]'
+	touch $@
+
+$(VENV)/.with-ruff: $(VENV)/.created
+	$(PY) -m pip install ruff
+	touch $@
