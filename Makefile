@@ -28,6 +28,7 @@ test: $(VENV)/.with-test  ## run the tests: on the GPU if there is one, else in 
 	$(PY) -m pytest -n 2 $(ARGS)
 
 build: $(VENV)/.created  ## build the wheel into dist/
+	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too
 	$(PY) -m pip wheel --no-deps $(ISOLATION) --wheel-dir dist .
 
 lint: $(VENV)/.with-ruff  ## check the Python sources
