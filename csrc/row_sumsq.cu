@@ -12,7 +12,7 @@ namespace nearfar {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsPerGroup = 4;      // Rows whose loads do not wait for one another.
+constexpr int kRowsPerGroup = 4;     // Rows whose loads do not wait for one another.
 constexpr int64_t kMaxGrid = 65535;  // The hardware's limit in y. Beyond it, in x too, the blocks stride on.
 
 // What is left of (B, H, N) after folding: outer index o = b * H + h, rows n within it.
