@@ -1,5 +1,8 @@
 """nearfar: fused kernels for near-field (localized) and far-field (linear) attention."""
 
+from nearfar.explain import explain
+from nearfar.localities import SlidingWindow
+from nearfar.ops.krause import krause_attention
 from nearfar.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["SlidingWindow", "__version__", "explain", "krause_attention"]

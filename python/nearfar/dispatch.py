@@ -1,0 +1,73 @@
+"""Which backend serves a call. Every operator states why a backend cannot serve it; the rest is one rule.
+
+"auto" takes the first of cuda, triton that serves a CUDA tensor, and the reference for a CPU tensor. It never changes the
+mathematics silently: a CUDA call that no kernel serves raises, unless NEARFAR_ALLOW_REFERENCE=1.
+"""
+
+import functools
+import os
+
+import torch
+
+BACKENDS = ("cuda", "triton", "reference")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_device_reason(tensor):
+    """Why Triton cannot run on the device and dtype of this tensor, or None."""
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"q has dtype {tensor.dtype}; kernels take float16, bfloat16 and float32"
+    if tensor.is_cuda:
+        return _capability_reason(tensor.device.index)
+    if tensor.device.type == "meta":
+        return None
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"q is on {tensor.device}; the kernels need a CUDA device (or TRITON_INTERPRET=1 for CPU tensors)"
+
+
+@functools.cache
+def _capability_reason(device_index):
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def choose(backend, reasons, device):
+    """Name of the backend that serves a call.
+
+    Args:
+        backend: what the user asked for, "auto" or one of BACKENDS.
+        reasons: for each backend why it cannot serve the call, None where it can.
+        device: device of the call's tensors.
+
+    Raises:
+        ValueError: backend is unknown, or cannot serve the call.
+    """
+    if backend == "auto":
+        if device.type != "cuda":
+            return "reference"
+        for name in ("cuda", "triton"):
+            if reasons[name] is None:
+                return name
+        if os.environ.get("NEARFAR_ALLOW_REFERENCE") == "1":
+            return "reference"
+        raise ValueError(
+            f"no kernel serves this call: cuda: {reasons['cuda']}; triton: {reasons['triton']}. "
+            'Pass backend="reference" or set NEARFAR_ALLOW_REFERENCE=1 to run the slow reference instead'
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto", "cuda", "triton" or "reference", got {backend!r}')
+    if reasons[backend] is not None:
+        raise ValueError(f"backend={backend!r} cannot serve this call: {reasons[backend]}")
+    return backend
+
+
+def report(name, backend, reasons, device):
+    """Text of `nearfar.explain`: one line for each backend."""
+    try:
+        chosen = choose(backend, reasons, device)
+        head = f"{name}: served by {chosen} (backend={backend!r}, device={device})"
+    except ValueError as error:
+        head = f"{name}: refused: {error}"
+    lines = [f"  {candidate:9}  {reasons[candidate] or 'can serve this call'}" for candidate in BACKENDS]
+    return "\n".join([head, *lines])

@@ -1,0 +1,22 @@
+"""Which backend would serve a call, and why the others would not."""
+
+from nearfar import dispatch, registry
+
+
+def explain(op, *args, backend="auto", **kwargs):
+    """Describe how a call would be served, without running it.
+
+    Args:
+        op: a public operator, such as `nearfar.krause_attention`, or its name.
+        *args, backend, **kwargs: the arguments of the call.
+
+    Returns:
+        One line for the choice and one for each backend, with the reason where it cannot serve the call.
+
+    Raises:
+        ValueError: op is not an operator of nearfar, or the arguments do not fit it.
+        TypeError: as the operator itself.
+    """
+    operator = registry.find(op)
+    call = operator.prepare(*args, **kwargs)
+    return dispatch.report(operator.function.__name__, backend, call.reasons, call.q.device)

@@ -1,0 +1,35 @@
+"""Localities: small value objects that say which keys a query may see."""
+
+from dataclasses import dataclass
+
+UNLIMITED = -1
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Keys from `left` positions before a query to `right` positions after it, both inclusive.
+
+    Positions count from the end when there are more keys than queries: the queries are the last N positions, as in
+    flash-attn. `SlidingWindow(127)` is a causal window of 128 keys, the query's own included.
+
+    Args:
+        left: keys before the query, -1 for all of them.
+        right: keys after the query, -1 for all of them. 0 is causal.
+
+    Raises:
+        TypeError: a side is not an int.
+        ValueError: a side is below -1 and so would hide the query's own key.
+    """
+
+    left: int
+    right: int = 0
+
+    def __post_init__(self):
+        for side in ("left", "right"):
+            value = getattr(self, side)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"SlidingWindow: {side} must be an int, got {type(value).__name__}")
+            if value < UNLIMITED:
+                raise ValueError(
+                    f"SlidingWindow: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited"
+                )

@@ -1,0 +1,1 @@
+"""Public operators: docstring, checks, dispatch and torch.library registration, one file each."""

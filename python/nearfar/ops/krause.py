@@ -1,0 +1,93 @@
+"""Krause attention (arXiv 2602.11534, "Krause Synchronization Transformers"): localized, distance-based, sparse."""
+
+from typing import NamedTuple
+
+import torch
+
+from nearfar import checks, dispatch
+from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.ops.packing import token_bounds
+from nearfar.ops.pairwise import PairwiseOp
+from nearfar.reference.krause import krause_attention as reference_krause_attention
+
+MAX_CANDIDATES = 1024  # keys a query may choose its top_k from on a kernel backend
+
+_op = PairwiseOp("krause_attention", kernels="nearfar.triton_kernels.krause")
+
+
+class Call(NamedTuple):
+    """A checked call: the tensors every backend computes with, and why a backend cannot serve it (None where it can)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sigma: torch.Tensor
+    left: int
+    right: int
+    reasons: dict
+
+
+def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None, backend="auto"):
+    """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
+
+    Source: arXiv 2602.11534. The selection is a constant of the backward pass, as in the authors' code; of equal scores the
+    one with the smaller key index is kept. Query heads share key heads when Hq is a multiple of Hkv (grouped-query
+    attention). With more keys than queries, the queries are the last N positions. A query that reaches no key returns zeros.
+    Under autocast q, k and v are cast to the autocast dtype, as scaled_dot_product_attention does.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides but a contiguous last dimension.
+        k: (B, Hkv, M, D), dtype and device of q.
+        v: (B, Hkv, M, Dv), dtype and device of q.
+        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. On CUDA a tensor is not read back,
+            which would stall the stream: a sigma that is not positive turns the output of its head into NaN.
+        locality: keys a query may see: None for all, or a SlidingWindow.
+        top_k: how many keys of its locality a query keeps, None for all. Kernels choose among at most 1,024 candidates.
+        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and a tensor sigma (twice on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
+    if dispatch.choose(backend, call.reasons, q.device) == "reference":
+        return reference_krause_attention(*call[:-1], top_k, cu_seqlens)
+    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
+    return _op(*call[:4], bounds, call.left, call.right, top_k)
+
+
+def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
+    """Check the arguments of krause_attention and return its Call."""
+    checks.check_qkv(q, k, v)
+    q, k, v = checks.autocast(q, k, v)
+    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    if locality is None:
+        left = right = UNLIMITED
+    elif isinstance(locality, SlidingWindow):
+        left, right = locality.left, locality.right
+    else:
+        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
+    checks.check_top_k(top_k)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, q, k)
+    reasons = {
+        "cuda": "there is no CUDA kernel of krause_attention yet",
+        "triton": dispatch.triton_device_reason(q)
+        or checks.kernel_width_reason("q", q.shape[3])
+        or checks.kernel_width_reason("v", v.shape[3])
+        or (top_k is not None and _candidates_reason(left, right, k.shape[2]))
+        or None,
+        "reference": None,
+    }
+    return Call(q, k, v, sigma, left, right, reasons)
+
+
+def _candidates_reason(left, right, num_keys):
+    candidates = num_keys if left < 0 or right < 0 else min(left + right + 1, num_keys)
+    if candidates > MAX_CANDIDATES:
+        return f"top_k over {candidates} candidate keys a query; kernels take at most {MAX_CANDIDATES} (a narrower locality)"
+    return None

@@ -1,0 +1,12 @@
+"""Packed sequences: what the kernels need to know of cu_seqlens, computed on its device without a host sync."""
+
+import torch
+
+
+def token_bounds(cu_seqlens, num_tokens):
+    """(2, num_tokens) int32: first position and end of the sequence of each packed token."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True, out_int32=True)
+    # Values that do not cover the tokens are refused where they are read (checks.py); here they must stay in bounds.
+    sequence = sequence.clamp(max=cu_seqlens.numel() - 2)
+    return torch.stack((cu_seqlens[sequence], cu_seqlens[sequence + 1]))

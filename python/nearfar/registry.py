@@ -1,0 +1,44 @@
+"""The operators of nearfar, listed once: this list drives the generic tests, the benchmark suite and the README's table."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nearfar.ops import krause
+
+
+class Operator(NamedTuple):
+    """One public operator.
+
+    room: its name in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/.
+    function: the public function. prepare: its checks, returning a call with `reasons` per backend.
+    op: its name in torch.ops.nearfar.
+    summary, source: what the README says of it.
+    """
+
+    room: str
+    function: Callable
+    prepare: Callable
+    op: str
+    summary: str
+    source: str
+
+
+OPERATORS = (
+    Operator(
+        room="krause",
+        function=krause.krause_attention,
+        prepare=krause.prepare,
+        op="krause_attention",
+        summary="Krause attention: softmax of negative squared distances inside a window, keeping the top_k nearest keys",
+        source="arXiv 2602.11534",
+    ),
+)
+
+
+def find(op):
+    """The Operator of a public function or of its name."""
+    for operator in OPERATORS:
+        if op is operator.function or op == operator.function.__name__:
+            return operator
+    names = ", ".join(operator.function.__name__ for operator in OPERATORS)
+    raise ValueError(f"op must be an operator of nearfar ({names}), got {op!r}")

@@ -1,0 +1,233 @@
+"""The pairwise skeleton: walk the tiles of keys that a tile of queries may see, score them, normalise by softmax.
+
+An operator hangs three pair functions on it, passed as `tl.constexpr`: SCALE turns a head's parameter into the scale of its
+scores, SCORE turns the products q.k and the squared norms |k|^2 of a tile into scores, GRAD_KEYS turns the reductions of dS
+over queries into the gradient of k. Scores are proportional to the scale; the kernels fold log2(e) into it, so that every
+exponential is a bare exp2.
+
+    attend            forward, any number of keys: online softmax
+    attend_resident   forward, few keys: all scores of the tile stay in registers, hence exact top-k selection
+    grad_queries      dq, delta = sum(dO * O) of each row, and the gradient of log(scale)
+    grad_keys         dk and dv, summed over the query heads of a group
+
+lse is in base 2; a row that sees no key has lse = +inf, so that its weights vanish in the backward.
+"""
+
+import triton
+import triton.language as tl
+
+from .selection import bracket_top_k, is_selected, row_maximum
+from .tiles import (
+    LN2,
+    LOG2E,
+    at,
+    inside,
+    load_bits,
+    load_tile,
+    load_vector,
+    program_coordinates,
+    reach,
+    row_squares,
+    store_bits,
+    store_tile,
+    tile_reach,
+    transpose_window,
+)
+
+
+@triton.jit
+def attend(
+    q, k, v, parameter, o, lse, token_bounds,
+    q_strides, k_strides, v_strides, o_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
+        score = tl.where(inside(keys, begin, end), score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weight = tl.exp2(score - shift[:, None])
+        decay = tl.exp2(highest - shift)
+        total = total * decay + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+        highest = new_highest
+
+    write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
+
+
+@triton.jit
+def attend_resident(
+    q, k, v, parameter, o, lse, bits, token_bounds,
+    q_strides, k_strides, v_strides, o_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words, top_k,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, _ = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    first_key = tile_begin // BLOCK_N * BLOCK_N
+    scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+
+    scores = ()
+    for t in tl.static_range(NUM_KEY_TILES):
+        keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
+        scores = scores + (tl.where(inside(keys, begin, end), score, float("-inf")),)
+
+    highest = row_maximum(scores)
+    if bits is not None:
+        bits += (batch.to(tl.int64) * num_heads + head) * num_queries * num_words
+        low, high, column = bracket_top_k(scores, tl.maximum(end - begin, 0), top_k, highest, BLOCK_N)
+
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    for t in tl.static_range(NUM_KEY_TILES):
+        keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        weight = tl.exp2(scores[t] - shift[:, None])
+        if bits is not None:
+            keep = is_selected(scores[t], low, high, column, t * BLOCK_N + tl.arange(0, BLOCK_N))
+            store_bits(bits, rows, num_queries, first_key + t * BLOCK_N, window, num_words, keep, BLOCK_M, BLOCK_N)
+            weight = tl.where(keep, weight, 0.0)
+        total += tl.sum(weight, 1)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+
+    write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
+
+
+@triton.jit
+def write_rows(
+    o, lse, o_strides, batch, head, num_heads, rows, num_queries, sees_a_key, highest, total, acc,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Normalise and store a tile of outputs; rows without keys give zeros."""
+    total = tl.where(sees_a_key, total, 1.0)
+    out = tl.where(sees_a_key[:, None], acc / total[:, None], 0.0)
+    store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, out, DV, BLOCK_DV)
+    lse += (batch.to(tl.int64) * num_heads + head) * num_queries
+    tl.store(lse + rows, tl.where(sees_a_key, highest + tl.log2(total), float("inf")), mask=rows < num_queries)
+
+
+@triton.jit
+def grad_queries(
+    q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds,
+    q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    scale = SCALE(tl.load(parameter + head * parameter_stride))
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
+    o_tile = load_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, DV, BLOCK_DV)
+    row_lse = load_vector(lse + row_offset, rows, num_queries, float("inf"))
+    if bits is not None:
+        bits += row_offset * num_words
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + row_offset + rows, row_delta, mask=rows < num_queries)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    weighted = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        score = SCORE(qk, row_squares(k_tile)[None, :], scale * LOG2E)
+        if bits is None:
+            keep = inside(keys, begin, end)
+        else:
+            keep = load_bits(bits, rows, num_queries, begin, end, first, window, num_words, BLOCK_M, BLOCK_N)
+        log_weight = score - row_lse[:, None]
+        weight = tl.where(keep, tl.exp2(log_weight), 0.0)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = weight * (dp - row_delta[:, None])
+        # d log(scale) = sum dS * score; as dS sums to zero in a row, log_weight serves and cancels less.
+        weighted += tl.sum(tl.where(keep, ds * log_weight, 0.0), 1)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+
+    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
+    tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, weighted, 0.0), 0) * LN2)
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
+    v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
+    k_squares = row_squares(k_tile)
+    seen_by = transpose_window(window)
+    tile_begin, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, token_bounds, num_keys, num_queries, seen_by)
+
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    ds_total = tl.zeros((BLOCK_N,), tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
+        row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+        scale = SCALE(tl.load(parameter + head * parameter_stride))
+        for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
+            do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
+            row_lse = load_vector(lse + row_offset, rows, num_queries, float("inf"))
+            row_delta = load_vector(delta + row_offset, rows, num_queries, 0.0)
+            begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+            # Transposed, (keys, queries), so that the weights feed the next product from registers.
+            kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            score = SCORE(kq, k_squares[:, None], scale * LOG2E)
+            if bits is None:
+                keep = inside(keys, begin, end, True)
+            else:
+                keep = load_bits(
+                    bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, window, num_words,
+                    BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
+            weight = tl.where(keep, tl.exp2(score - row_lse[None, :]), 0.0)
+            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            ds = weight * (dp - row_delta[None, :]) * scale
+            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+            ds_total += tl.sum(ds, 1)
+
+    k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
+    dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
+    store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
+    store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)

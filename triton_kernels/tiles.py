@@ -1,0 +1,147 @@
+"""Tile helpers shared by every kernel: program coordinates, masked loads and stores, locality arithmetic, selection bits."""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+WORD: tl.constexpr = tl.constexpr(32)  # bits of one word of a saved selection
+
+
+@triton.jit
+def program_coordinates(num_tiles, num_heads):
+    """(tile, head, batch) of this program in a one-dimensional grid, tiles fastest so that neighbours share keys in L2."""
+    program = tl.program_id(0)
+    tile = program % num_tiles
+    head = (program // num_tiles) % num_heads
+    batch = program // num_tiles // num_heads
+    return tile, head, batch
+
+
+@triton.jit
+def at(base, strides, batch, head):
+    """Pointer to the first row of one (batch, head); products are taken in int64 because they may pass 2^31."""
+    return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def tile_mask(rows, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    mask = (rows < num_rows)[:, None]
+    if WIDTH != BLOCK_WIDTH:
+        mask = mask & (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def tile_pointers(base, rows, stride, BLOCK_WIDTH: tl.constexpr):
+    return base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Rows of a (num_rows, WIDTH) matrix as a (len(rows), BLOCK_WIDTH) tile; everything outside the matrix reads as zero."""
+    mask = tile_mask(rows, num_rows, WIDTH, BLOCK_WIDTH)
+    return tl.load(tile_pointers(base, rows, stride, BLOCK_WIDTH), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    mask = tile_mask(rows, num_rows, WIDTH, BLOCK_WIDTH)
+    tl.store(tile_pointers(base, rows, stride, BLOCK_WIDTH), tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(base, rows, num_rows, other):
+    return tl.load(base + rows, mask=rows < num_rows, other=other)
+
+
+@triton.jit
+def row_squares(tile):
+    """Float32 squared norms of the rows of a tile, from the same rounded inputs that enter the products."""
+    wide = tile.to(tl.float32)
+    return tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def reach(index, token_bounds, num_tokens, num_targets, window):
+    """Half-open interval of targets that a token reaches. window: (offset, back, ahead) in positions.
+
+    With the window of a query it gives keys; with transpose_window the queries that see a key.
+    """
+    offset, back, ahead = window
+    if token_bounds is None:
+        start, stop = 0, num_targets
+    else:
+        start = load_vector(token_bounds, index, num_tokens, 0)
+        stop = load_vector(token_bounds + num_tokens, index, num_tokens, 0)
+    return tl.maximum(start, index + offset - back), tl.minimum(stop, index + offset + ahead + 1)
+
+
+@triton.jit
+def transpose_window(window):
+    offset, back, ahead = window
+    return -offset, ahead, back
+
+
+@triton.jit
+def tile_reach(first, BLOCK: tl.constexpr, token_bounds, num_tokens, num_targets, window):
+    """Half-open interval of targets that any token of the tile starting at `first` reaches (reach is monotone)."""
+    last = tl.minimum(first + BLOCK, num_tokens) - 1
+    begin, _ = reach(first, token_bounds, num_tokens, num_targets, window)
+    _, end = reach(last, token_bounds, num_tokens, num_targets, window)
+    return begin, end
+
+
+@triton.jit
+def inside(targets, begin, end, TRANSPOSED: tl.constexpr = False):
+    """(rows, targets) mask of the pairs that the rows' intervals [begin, end) allow; (targets, rows) when transposed."""
+    if TRANSPOSED:
+        return (targets[:, None] >= begin[None, :]) & (targets[:, None] < end[None, :])
+    else:
+        return (targets[None, :] >= begin[:, None]) & (targets[None, :] < end[:, None])
+
+
+@triton.jit
+def bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N: tl.constexpr):
+    """(rows, words) pointers to the words that hold keys [first_key, first_key + BLOCK_N), and which of them exist.
+
+    A row's words start at the 32-key word of the first key of its window, whatever the tile sizes, so that every kernel
+    can address any tile of the selection.
+    """
+    offset, back, _ = window
+    first_word = tl.maximum(rows + offset - back, 0) // WORD
+    word = first_key // WORD + tl.arange(0, BLOCK_N // WORD)[None, :] - first_word[:, None]
+    exists = (word >= 0) & (word < num_words) & (rows < num_rows)[:, None]
+    return bits + rows.to(tl.int64)[:, None] * num_words + word, exists
+
+
+@triton.jit
+def store_bits(
+    bits, rows, num_rows, first_key, window, num_words, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Pack a (BLOCK_M, BLOCK_N) mask into int32 words, one bit a key."""
+    bit = tl.full((WORD,), 1, tl.int32) << tl.arange(0, WORD)
+    words = tl.sum(tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // WORD, WORD)) * bit[None, None, :], 2)
+    pointers, exists = bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N)
+    tl.store(pointers, words, mask=exists)
+
+
+@triton.jit
+def load_bits(
+    bits, rows, num_rows, begin, end, first_key, window, num_words,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """The inverse of store_bits: the (BLOCK_M, BLOCK_N) mask of selected keys, or its transpose.
+
+    Only words that meet a row's interval [begin, end) were written, and only those are read.
+    """
+    pointers, exists = bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N)
+    word_key = first_key + WORD * tl.arange(0, BLOCK_N // WORD)[None, :]
+    meets = (word_key + WORD > begin[:, None]) & (word_key < end[:, None])
+    words = tl.load(pointers, mask=exists & meets, other=0)
+    if TRANSPOSED:
+        keep = (tl.trans(words)[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1
+        return tl.reshape(keep, (BLOCK_N, BLOCK_M)) != 0
+    else:
+        keep = (words[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
+        return tl.reshape(keep, (BLOCK_M, BLOCK_N)) != 0
