@@ -17,7 +17,7 @@ def rbf_scale(sigma):
 
 @triton.jit
 def rbf_score(qk, k_squares, scale):
-    return (qk - 0.5 * k_squares) * scale
+    return qk * scale - k_squares * (0.5 * scale)
 
 
 @triton.jit

@@ -16,11 +16,13 @@ lse is in base 2; a row that sees no key has lse = +inf, so that its weights van
 import triton
 import triton.language as tl
 
-from .selection import bracket_top_k, is_selected, row_maximum
+from .selection import keep_top_k, row_maximum
 from .tiles import (
     LN2,
     LOG2E,
+    WORD,
     at,
+    exp2,
     inside,
     load_bits,
     load_tile,
@@ -63,8 +65,8 @@ def attend(
         new_highest = tl.maximum(highest, tl.max(score, 1))
         # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(highest - shift)
+        weight = exp2(score - shift[:, None])
+        decay = exp2(highest - shift)
         total = total * decay + tl.sum(weight, 1)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         highest = new_highest
@@ -76,8 +78,8 @@ def attend(
 def attend_resident(
     q, k, v, parameter, o, lse, bits, token_bounds,
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window, num_words, top_k,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr,
+    num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -89,31 +91,35 @@ def attend_resident(
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
+    # A row's window fits a ring of NUM_SLOTS tiles: key tiles that are a ring apart share a slot, since no row sees both.
     scores = ()
-    for t in tl.static_range(NUM_KEY_TILES):
-        keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
-        scores = scores + (tl.where(inside(keys, begin, end), score, float("-inf")),)
+    for slot in tl.static_range(NUM_SLOTS):
+        merged = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
+        for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
+            keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+            score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
+            merged = tl.where(inside(keys, begin, end), score, merged)
+        scores = scores + (merged,)
 
+    RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
-    if bits is not None:
-        bits += (batch.to(tl.int64) * num_heads + head) * num_queries * num_words
-        low, high, column = bracket_top_k(scores, tl.maximum(end - begin, 0), top_k, highest, BLOCK_N)
+    scores = keep_top_k(scores, tl.maximum(end - begin, 0), (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
 
+    bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    for t in tl.static_range(NUM_KEY_TILES):
-        keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = tl.exp2(scores[t] - shift[:, None])
-        if bits is not None:
-            keep = is_selected(scores[t], low, high, column, t * BLOCK_N + tl.arange(0, BLOCK_N))
-            store_bits(bits, rows, num_queries, first_key + t * BLOCK_N, window, num_words, keep, BLOCK_M, BLOCK_N)
-            weight = tl.where(keep, weight, 0.0)
+    for slot in tl.static_range(NUM_SLOTS):
+        chosen = scores[slot] > float("-inf")
+        store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
+        weight = exp2(scores[slot] - shift[:, None])
         total += tl.sum(weight, 1)
-        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
+            keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
+            v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+            part = tl.where(inside(keys, begin, end), weight, 0.0).to(v_tile.dtype)
+            acc = tl.dot(part, v_tile, acc, input_precision=PRECISION)
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
 
@@ -163,12 +169,11 @@ def grad_queries(
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         score = SCORE(qk, row_squares(k_tile)[None, :], scale * LOG2E)
-        if bits is None:
-            keep = inside(keys, begin, end)
-        else:
-            keep = load_bits(bits, rows, num_queries, begin, end, first, window, num_words, BLOCK_M, BLOCK_N)
+        keep = inside(keys, begin, end)
+        if bits is not None:
+            keep &= load_bits(bits, rows, num_queries, first, num_words, BLOCK_M, BLOCK_N)
         log_weight = score - row_lse[:, None]
-        weight = tl.where(keep, tl.exp2(log_weight), 0.0)
+        weight = tl.where(keep, exp2(log_weight), 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = weight * (dp - row_delta[:, None])
         # d log(scale) = sum dS * score; as dS sums to zero in a row, log_weight serves and cancels less.
@@ -213,14 +218,11 @@ def grad_keys(
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
             kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             score = SCORE(kq, k_squares[:, None], scale * LOG2E)
-            if bits is None:
-                keep = inside(keys, begin, end, True)
-            else:
-                keep = load_bits(
-                    bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, window, num_words,
-                    BLOCK_M, BLOCK_N, True,
-                )  # fmt: skip
-            weight = tl.where(keep, tl.exp2(score - row_lse[None, :]), 0.0)
+            keep = inside(keys, begin, end, True)
+            if bits is not None:
+                head_bits = bits + row_offset * num_words
+                keep &= load_bits(head_bits, rows, num_queries, tile * BLOCK_N, num_words, BLOCK_M, BLOCK_N, True)
+            weight = tl.where(keep, exp2(score - row_lse[None, :]), 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             ds = weight * (dp - row_delta[None, :]) * scale

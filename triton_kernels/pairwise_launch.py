@@ -10,6 +10,7 @@ from . import pairwise
 from .launch import dot_precision, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
+WORD = 32  # keys of one word of a saved selection
 RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps
 
 
@@ -25,24 +26,24 @@ class PairFunctions(NamedTuple):
     grad_parameter: Callable
 
 
-def num_key_tiles(left, right, offset, num_keys, block_m, block_n):
-    """Key tiles, aligned to block_n, that a tile of block_m queries can touch; few distinct values if a side is unlimited."""
+def num_key_tiles(left, right, offset, slots, block_m, block_n):
+    """Key tiles, aligned to block_n, that a tile of block_m queries can touch; slots: tiles that one row's window fits."""
     if left < 0 or right < 0:
-        return triton.next_power_of_2(triton.cdiv(num_keys, block_n))
+        return slots
     step = math.gcd(block_m, block_n)
     misaligned = (offset - left) % step + block_n - step
     return triton.cdiv(misaligned + left + block_m + right, block_n)
 
 
-def resident_tiles(q, v, left, right, offset, num_keys):
-    """(block_m, block_n, key tiles, warps): the tallest query tile whose scores stay in registers."""
+def resident_tiles(q, v, left, right, offset, ring):
+    """(block_m, block_n, key tiles, slots, warps): the tallest query tile whose ring of scores stays in registers."""
     wide = max(width_block(q.shape[3]), width_block(v.shape[3])) * q.element_size() > 256
     block_n = 32 if wide else 64
     for block_m in (32, 16) if wide else (64, 32, 16):
-        tiles = num_key_tiles(left, right, offset, num_keys, block_m, block_n)
-        if block_m * tiles * block_n <= RESIDENT_SCORES:
-            return block_m, block_n, tiles, 4
-    return block_m, block_n, tiles, 8
+        if block_m * ring <= RESIDENT_SCORES:
+            break
+    slots = ring // block_n
+    return block_m, block_n, num_key_tiles(left, right, offset, slots, block_m, block_n), slots, 4
 
 
 def geometry(q, k, left, right):
@@ -75,12 +76,13 @@ def forward(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, 
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     else:
-        block_m, block_n, key_tiles, warps = resident_tiles(q, v, left, right, window[0], num_keys)
+        ring = bits.shape[-1] * WORD
+        block_m, block_n, key_tiles, slots, warps = resident_tiles(q, v, left, right, window[0], ring)
         tiles = triton.cdiv(num_queries, block_m)
         pairwise.attend_resident[(tiles * num_heads * q.shape[0],)](
             q, k, v, parameter, o, lse, bits, token_bounds, *strides,
-            num_queries, num_keys, num_heads, group, tiles, window, bits.shape[-1], top_k,
-            pair.scale, pair.score, precision, key_tiles, **widths(q, v),
+            num_queries, num_keys, num_heads, group, tiles, window, top_k,
+            pair.scale, pair.score, precision, key_tiles, slots, **widths(q, v),
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         )  # fmt: skip
 

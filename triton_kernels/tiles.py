@@ -2,10 +2,12 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 WORD: tl.constexpr = tl.constexpr(32)  # bits of one word of a saved selection
+INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)  # Triton's interpreter knows no inline assembly
 
 
 @triton.jit
@@ -102,43 +104,37 @@ def inside(targets, begin, end, TRANSPOSED: tl.constexpr = False):
 
 
 @triton.jit
-def bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N: tl.constexpr):
-    """(rows, words) pointers to the words that hold keys [first_key, first_key + BLOCK_N), and which of them exist.
-
-    A row's words start at the 32-key word of the first key of its window, whatever the tile sizes, so that every kernel
-    can address any tile of the selection.
-    """
-    offset, back, _ = window
-    first_word = tl.maximum(rows + offset - back, 0) // WORD
-    word = first_key // WORD + tl.arange(0, BLOCK_N // WORD)[None, :] - first_word[:, None]
-    exists = (word >= 0) & (word < num_words) & (rows < num_rows)[:, None]
-    return bits + rows.to(tl.int64)[:, None] * num_words + word, exists
+def exp2(x):
+    """2^x by one special-function instruction; results below 2^-126 flush to zero, which tl.exp2 pays four more for."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def store_bits(
-    bits, rows, num_rows, first_key, window, num_words, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Pack a (BLOCK_M, BLOCK_N) mask into int32 words, one bit a key."""
+def store_bits(bits, rows, num_rows, first_key, num_words, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pack the (BLOCK_M, BLOCK_N) mask of the keys from first_key on into int32 words, one bit a key.
+
+    A row owns a ring of 32 * num_words bits, at least as many as its window has keys; key j is bit j modulo that number.
+    So any kernel can read any tile of the selection, whatever its tile sizes.
+    """
     bit = tl.full((WORD,), 1, tl.int32) << tl.arange(0, WORD)
     words = tl.sum(tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // WORD, WORD)) * bit[None, None, :], 2)
-    pointers, exists = bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N)
-    tl.store(pointers, words, mask=exists)
+    column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
+    pointers = bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
+    tl.store(pointers, words, mask=(rows < num_rows)[:, None])
 
 
 @triton.jit
 def load_bits(
-    bits, rows, num_rows, begin, end, first_key, window, num_words,
+    bits, rows, num_rows, first_key, num_words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """The inverse of store_bits: the (BLOCK_M, BLOCK_N) mask of selected keys, or its transpose.
-
-    Only words that meet a row's interval [begin, end) were written, and only those are read.
-    """
-    pointers, exists = bit_words(bits, rows, num_rows, first_key, window, num_words, BLOCK_N)
-    word_key = first_key + WORD * tl.arange(0, BLOCK_N // WORD)[None, :]
-    meets = (word_key + WORD > begin[:, None]) & (word_key < end[:, None])
-    words = tl.load(pointers, mask=exists & meets, other=0)
+    """(BLOCK_M, BLOCK_N) mask of the selected among the keys from first_key on, or its transpose; only valid inside the window."""
+    column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
+    pointers = bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
+    words = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0)
     if TRANSPOSED:
         keep = (tl.trans(words)[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1
         return tl.reshape(keep, (BLOCK_N, BLOCK_M)) != 0

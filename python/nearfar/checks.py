@@ -1,9 +1,9 @@
 """Checks of public arguments: each raises one ValueError or TypeError that names the argument and says what is accepted."""
 
 import numbers
-import weakref
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,7 +76,7 @@ def positive_per_head(name, value, like, num_heads):
 
 
 # cu_seqlens tensors whose values were found in order, by identity, with the version that was read and the length it fits.
-_checked_seqlens = weakref.WeakKeyDictionary()
+_checked_seqlens = WeakTensorKeyDictionary()
 
 
 def check_cu_seqlens(cu_seqlens, q, k):

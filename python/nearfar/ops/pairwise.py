@@ -4,8 +4,6 @@ import importlib
 
 import torch
 
-WORD = 32  # bits of one word of the saved selection
-
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k)"
     " -> (Tensor, Tensor, Tensor)"
@@ -94,9 +92,11 @@ def unit_stride(tensor):
 
 
 def selection_words(left, right, num_keys):
-    """int32 words that hold one bit for each key of any query's window; a row's first word is that of its first key."""
-    words = -(-num_keys // WORD)
-    return words if left < 0 or right < 0 else min(words, (left + right + 2 * WORD - 1) // WORD)
+    """int32 words of a row's selection: a ring of bits, in steps of 64, that the keys of one window fit (key j modulo its size)."""
+    blocks = 1 << (-(-num_keys // 64) - 1).bit_length()
+    if left >= 0 and right >= 0:
+        blocks = min(blocks, -(-(left + right + 1) // 64))
+    return 2 * blocks
 
 
 def _empty(like, width):
