@@ -113,13 +113,15 @@ def attend_resident(
     for slot in tl.static_range(NUM_SLOTS):
         chosen = scores[slot] > float("-inf")
         store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
-        weight = exp2(scores[slot] - shift[:, None])
-        total += tl.sum(weight, 1)
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
             v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-            part = tl.where(inside(keys, begin, end), weight, 0.0).to(v_tile.dtype)
-            acc = tl.dot(part, v_tile, acc, input_precision=PRECISION)
+            score = scores[slot]
+            if slot + NUM_SLOTS < NUM_KEY_TILES:  # a slot shared by several tiles: take the scores of this one
+                score = tl.where(inside(keys, begin, end), score, float("-inf"))
+            weight = exp2(score - shift[:, None])
+            total += tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
 

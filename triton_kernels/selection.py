@@ -10,6 +10,8 @@ adding floats issue on two different pipes, where a predicate and an integer sum
 import triton
 import triton.language as tl
 
+UNASKED_STEPS: tl.constexpr = tl.constexpr(12)
+
 
 @triton.jit
 def row_maximum(scores):
@@ -38,21 +40,47 @@ def count_above(scores, threshold):
 
 
 @triton.jit
+def halve(scores, k, low, high, above_low):
+    """One step of the bisection; it keeps: at least k scores exceed low, fewer than k exceed high."""
+    middle = 0.5 * low + 0.5 * high
+    above = count_above(scores, middle)
+    enough = above >= k
+    return tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, above, above_low)
+
+
+@triton.jit
+def any_open(k, low, high, above_low):
+    """Whether a row still keeps more than k scores and has a number left between low and high."""
+    middle = 0.5 * low + 0.5 * high
+    return tl.max(((above_low > k) & (middle > low) & (middle < high)).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+    """In tied rows, whose scores in (low, high] are equal, drop the last of these in key order so that k remain."""
+    needed = k - count_above(scores, high)
+    limit = tl.full(k.shape, RING, tl.int32)
+    short = tl.where(tied_row, 0, limit)
+    while tl.max(limit - short, 0) > 1:
+        middle = (short + limit) // 2
+        tied_before = tl.zeros_like(k)
+        for t in tl.static_range(len(scores)):
+            tied = (scores[t] > low[:, None]) & (scores[t] <= high[:, None])
+            tied_before += tl.sum(tl.where(tied & (key_order(t, start, BLOCK_N, RING) < middle[:, None]), 1.0, 0.0), 1)
+        limit = tl.where(tied_before >= needed, middle, limit)
+        short = tl.where(tied_before >= needed, short, middle)
+    kept = ()
+    for t in tl.static_range(len(scores)):
+        late = (scores[t] <= high[:, None]) & (key_order(t, start, BLOCK_N, RING) >= limit[:, None])
+        kept = kept + (tl.where(late, float("-inf"), scores[t]),)
+    return kept
+
+
+@triton.jit
 def key_order(tile: tl.constexpr, start, BLOCK_N: tl.constexpr, RING: tl.constexpr):
     """(BLOCK_M, BLOCK_N) rank of each candidate among its row's keys; a row's first key stands in ring column `start`."""
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     return (columns[None, :] - start[:, None] + RING) % RING
-
-
-@triton.jit
-def count_tied(scores, start, low, high, limit, BLOCK_N: tl.constexpr, RING: tl.constexpr):
-    """How many of each row's scores lie in (low, high] and rank before limit."""
-    total = tl.zeros_like(low)
-    for t in tl.static_range(len(scores)):
-        tied = (scores[t] > low[:, None]) & (scores[t] <= high[:, None])
-        before = key_order(t, start, BLOCK_N, RING) < limit[:, None]
-        total += tl.sum(tl.where(tied & before, 1.0, 0.0), 1)
-    return total
 
 
 @triton.jit
@@ -62,39 +90,22 @@ def keep_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING
     count: candidates of each row. start: ring column of its first key. highest: its largest score.
     """
     k = tl.minimum(count, top_k).to(tl.float32)
-    # Invariant of the bisection: at least k scores exceed low, fewer than k exceed high.
     lowest = row_minimum(scores)
     low = lowest - tl.abs(lowest) * 1e-6 - 1e-30
     high = highest
     above_low = count.to(tl.float32)
-    above_high = tl.zeros_like(high)
-    searching = (above_low > k) & (lowest < highest)
-    while tl.max(searching.to(tl.int32), 0) > 0:
-        middle = 0.5 * low + 0.5 * high
-        above = count_above(scores, middle)
-        up = searching & (above >= k)
-        down = searching & (above < k)
-        low = tl.where(up, middle, low)
-        above_low = tl.where(up, above, above_low)
-        high = tl.where(down, middle, high)
-        above_high = tl.where(down, above, above_high)
-        middle = 0.5 * low + 0.5 * high
-        searching = (above_low > k) & (middle > low) & (middle < high)
+    # Asking whether every row is done needs a barrier; the first steps never finish a tile, so they do not ask.
+    for _ in range(UNASKED_STEPS):
+        low, high, above_low = halve(scores, k, low, high, above_low)
+    while any_open(k, low, high, above_low):
+        low, high, above_low = halve(scores, k, low, high, above_low)
+        low, high, above_low = halve(scores, k, low, high, above_low)
 
-    # Rows that still keep too many have equal scores in (low, high]: find how far in key order these may stay.
-    needed = k - above_high
-    limit = tl.full(count.shape, RING, tl.int32)
-    short = tl.where(above_low > k, 0, limit)
-    while tl.max(limit - short, 0) > 1:
-        middle_limit = (short + limit) // 2
-        enough = count_tied(scores, start, low, high, middle_limit, BLOCK_N, RING) >= needed
-        limit = tl.where(enough, middle_limit, limit)
-        short = tl.where(enough, short, middle_limit)
-
+    tied_row = above_low > k
+    if tl.max(tied_row.to(tl.int32), 0) > 0:
+        scores = drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N, RING)
     kept = ()
     for t in tl.static_range(len(scores)):
         # Written with <= so that NaN is kept and reaches the output.
-        dropped = scores[t] <= low[:, None]
-        late = (scores[t] <= high[:, None]) & (key_order(t, start, BLOCK_N, RING) >= limit[:, None])
-        kept = kept + (tl.where(dropped | late, float("-inf"), scores[t]),)
+        kept = kept + (tl.where(scores[t] <= low[:, None], float("-inf"), scores[t]),)
     return kept

@@ -120,7 +120,7 @@ def store_bits(bits, rows, num_rows, first_key, num_words, keep, BLOCK_M: tl.con
     So any kernel can read any tile of the selection, whatever its tile sizes.
     """
     bit = tl.full((WORD,), 1, tl.int32) << tl.arange(0, WORD)
-    words = tl.sum(tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // WORD, WORD)) * bit[None, None, :], 2)
+    words = tl.sum(tl.where(tl.reshape(keep, (BLOCK_M, BLOCK_N // WORD, WORD)), bit[None, None, :], 0), 2)
     column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
     pointers = bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
     tl.store(pointers, words, mask=(rows < num_rows)[:, None])
