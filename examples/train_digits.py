@@ -1,0 +1,228 @@
+"""Train two autoregressive pixel transformers on scikit-learn's digits: Krause attention against softmax attention.
+
+Real data, no download: 1,797 handwritten digits of 8x8 pixels with 17 grey levels, read pixel by pixel in raster order.
+Both models have the same parameters (but Krause's bandwidths), start from the same values and see the same batches.
+
+    python examples/train_digits.py
+
+Needs `pip install rich scikit-learn matplotlib`. Loss curves and sampled images go to examples/out/.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+import nearfar as nf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
+
+SIDE = 8
+PIXELS = SIDE * SIDE
+LEVELS = 17
+START = LEVELS  # the token before the first pixel
+
+DIM, HEADS, LAYERS, DROPOUT = 64, 4, 3, 0.1
+BATCH = 64
+LEARNING_RATE, WEIGHT_DECAY, WARMUP = 3e-3, 0.1, 20
+
+
+def krause_attention():
+    """The four rows above a pixel, of which it keeps the 16 pixels most like itself."""
+    return nf.nn.KrauseAttention(DIM, HEADS, locality=nf.SlidingWindow(4 * SIDE - 1, 0), top_k=16)
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention over every earlier pixel, with the projections of nf.nn.KrauseAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            proj(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(DIM), attention()
+        self.mlp_norm = nn.LayerNorm(DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class PixelTransformer(nn.Module):
+    """Tokens (B, N), the start token first, to logits (B, N, LEVELS) of the next pixel."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.level = nn.Embedding(LEVELS + 1, DIM)
+        self.position = nn.Parameter(torch.randn(PIXELS, DIM))
+        self.blocks = nn.Sequential(*(Block(attention) for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, LEVELS)
+
+    def forward(self, tokens):
+        x = self.level(tokens) + self.position[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def load_images(device):
+    """(training, held-out) images, int64 (images, PIXELS); a fifth of every digit is held out."""
+    digits = load_digits()
+    split = train_test_split(digits.data, test_size=0.2, stratify=digits.target, random_state=0)
+    return tuple(torch.as_tensor(part, dtype=torch.int64, device=device) for part in split)
+
+
+def bits_per_pixel(model, images):
+    """Mean negative log-likelihood in bits, differentiable."""
+    tokens = F.pad(images[:, :-1], (1, 0), value=START)
+    return F.cross_entropy(model(tokens).flatten(0, 1), images.flatten()) / math.log(2)
+
+
+def histogram_bits_per_pixel(train, held_out, per_position):
+    """Held-out bits per pixel of the grey-level frequencies of the training images, counts started at 1."""
+    counts = F.one_hot(train, LEVELS).sum(0) + 1
+    counts = counts if per_position else counts.sum(0).expand(PIXELS, LEVELS)
+    bits = -(counts / counts.sum(1, keepdim=True)).log2()
+    return bits[torch.arange(PIXELS, device=held_out.device), held_out].mean().item()
+
+
+def train(attention, images, steps, seed, progress, name):
+    """Train a model; returns it, its loss at every step in bits per pixel, and the seconds of training."""
+    torch.manual_seed(seed)
+    model = PixelTransformer(attention).to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    batches = torch.Generator().manual_seed(seed)
+    task = progress.add_task(name, total=steps, loss=float("nan"))
+
+    bits_per_pixel(model, images[:BATCH]).backward()  # outside the clock: on a GPU the first call compiles kernels
+    optimizer.zero_grad()
+    synchronize(images.device)
+    started = time.perf_counter()
+    losses = []
+    for step in range(steps):
+        batch = images[torch.randint(len(images), (BATCH,), generator=batches).to(images.device)]
+        loss = bits_per_pixel(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.detach())
+        if step % 10 == 0:
+            progress.update(task, loss=loss.item())
+        progress.advance(task)
+    synchronize(images.device)
+    return model, torch.stack(losses).tolist(), time.perf_counter() - started
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def sample(model, count, seed, device):
+    """Images drawn pixel by pixel from the model, (count, PIXELS)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.full((count, 1), START, device=device)
+    for _ in range(PIXELS):
+        probabilities = model(tokens)[:, -1].softmax(-1)
+        tokens = torch.cat((tokens, torch.multinomial(probabilities, 1, generator=generator)), 1)
+    return tokens[:, 1:]
+
+
+def plot_losses(curves, path):
+    """curves: name -> (training losses, held-out bits per pixel)."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, (losses, held_out) in curves.items():
+        window = min(10, len(losses))
+        smooth = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
+        (line,) = axes.plot(range(window, len(losses) + 1), smooth, label=f"{name}, training (mean of {window} steps)")
+        axes.axhline(held_out, color=line.get_color(), linestyle=":", label=f"{name}, held out at the end")
+    axes.set(xlabel="step", ylabel="bits per pixel")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_images(rows, path):
+    """rows: name -> images (count, PIXELS)."""
+    figure, grid = plt.subplots(len(rows), 10, figsize=(10, 1.2 * len(rows)), squeeze=False, layout="constrained")
+    for axes_row, (name, images) in zip(grid, rows.items(), strict=True):
+        axes_row[0].set_title(name, loc="left", fontsize=9)
+        for axes, image in zip(axes_row, images.reshape(-1, SIDE, SIDE).tolist(), strict=True):
+            axes.imshow(image, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
+            axes.set_axis_off()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plots")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    console = Console()
+    images, held_out = load_images(device)
+
+    table = Table(
+        title=f"{len(held_out)} held-out digits after {options.steps} steps of {BATCH} images on {device}",
+        caption="tokens/s and seconds are those of training",
+    )
+    table.add_column("model", no_wrap=True)
+    for column in ("bits/pixel", "parameters", "tokens/s", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("uniform, log2(17)", f"{math.log2(LEVELS):.3f}")
+    table.add_row("histogram", f"{histogram_bits_per_pixel(images, held_out, per_position=False):.3f}")
+    table.add_row("histogram per position", f"{histogram_bits_per_pixel(images, held_out, per_position=True):.3f}")
+
+    curves, pictures = {}, {"held-out digits": held_out[:10]}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
+        for name, attention in (("softmax", SoftmaxAttention), ("krause", krause_attention)):
+            model, losses, seconds = train(attention, images, options.steps, options.seed, progress, name)
+            model.eval()
+            with torch.no_grad():
+                bits = bits_per_pixel(model, held_out).item()
+            curves[name] = losses, bits
+            pictures[f"sampled from {name}"] = sample(model, 10, options.seed, device)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            tokens = options.steps * BATCH * PIXELS
+            table.add_row(name, f"{bits:.3f}", f"{parameters:,}", f"{tokens / seconds:,.0f}", f"{seconds:.1f}")
+    console.print(table)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot_losses(curves, options.out / "losses.png")
+    plot_images(pictures, options.out / "samples.png")
+    console.print(f"Plots: {options.out}/losses.png, {options.out}/samples.png")
+    return curves
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Krause attention (arXiv 2602.11534) as a self-attention layer."""
+
+import math
+
+import torch
+from torch import nn
+
+from nearfar.checks import require
+from nearfar.ops.krause import krause_attention
+
+
+class KrauseAttention(nn.Module):
+    """Multi-head self-attention by distance: projections around `nearfar.krause_attention`, with a learnable bandwidth.
+
+    Source: arXiv 2602.11534. Each query head learns sigma = exp(log_sigma), positive whatever the optimizer does. Under
+    autocast the projections and the attention run in the autocast dtype; sigma stays float32.
+
+    Args:
+        dim: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
+        head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        locality: keys a query may see: None for all, or a `nearfar.SlidingWindow`; its right=0 is causal.
+        top_k: how many keys of its locality a query keeps, None for all.
+        sigma_init: initial bandwidth of every head, in units of |q - k|.
+        bias: whether the projections add a bias.
+        backend: as in `nearfar.krause_attention`, which also checks locality and top_k.
+
+    Attributes:
+        log_sigma: (num_heads,) float32 parameter.
+
+    Raises:
+        ValueError: dim, num_heads, num_kv_heads, head_dim or sigma_init do not fit.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        num_kv_heads=None,
+        head_dim=None,
+        locality=None,
+        top_k=None,
+        sigma_init=2.5,
+        bias=False,
+        backend="auto",
+    ):
+        super().__init__()
+        require(num_heads >= 1, f"num_heads must be at least 1, got {num_heads}")
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        require(
+            num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
+            f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
+        )
+        if head_dim is None:
+            require(
+                dim % num_heads == 0,
+                f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}",
+            )
+            head_dim = dim // num_heads
+        require(head_dim >= 1, f"head_dim must be at least 1, got {head_dim}")
+        require(0 < sigma_init < math.inf, f"sigma_init must be positive and finite, got {sigma_init}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.locality = locality
+        self.top_k = top_k
+        self.backend = backend
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
+        self.log_sigma = nn.Parameter(torch.full((num_heads,), math.log(sigma_init), dtype=torch.float32))
+
+    def forward(self, x, cu_seqlens=None):
+        """Attend within x.
+
+        Args:
+            x: (B, N, dim).
+            cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+
+        Returns:
+            (B, N, dim), in the dtype of the projections.
+        """
+        # Views: the operator reads the (B, N, H, D) projections through their strides and writes o in the same order.
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        o = krause_attention(
+            q, k, v, self.log_sigma.exp(), self.locality,
+            top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        return self.out_proj(o.transpose(1, 2).flatten(2))
+
+    def extra_repr(self):
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"locality={self.locality}, top_k={self.top_k}, backend={self.backend!r}"
+        )
