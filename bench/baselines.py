@@ -1,0 +1,95 @@
+"""The competitors: torch's own attention. Each function returns a callable (q, k, v, sigma) -> o."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from bench.formulas import Rbf, rbf_scores
+from nearfar.reference.pairwise import masked_softmax
+
+FLEX_BLOCK = 128
+
+
+def sdpa(backend=None):
+    """Causal softmax over all keys by scaled_dot_product_attention, on one of its backends or on the one it picks."""
+
+    def run(q, k, v, sigma):
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+    return run if backend is None else sdpa_kernel(getattr(SDPBackend, backend))(run)
+
+
+def eager(formula):
+    """Krause attention as one would write it down: all N x N scores in memory.
+
+    Scores are float32 whatever the inputs: in bfloat16, rounding would decide nearly every selection.
+    """
+
+    def run(q, k, v, sigma):
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = rbf_scores(q.float(), k.float(), sigma)
+        keep = formula.visible(q.shape[2], k.shape[2], q.device)
+        if formula.top_k is not None:
+            best = scores.detach().masked_fill(~keep, float("-inf")).topk(min(formula.top_k, k.shape[2])).indices
+            keep = keep & torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return masked_softmax(scores, keep).to(v.dtype) @ v
+
+    return run
+
+
+def flex(formula, length, device, attention=None):
+    """FlexAttention over the formula's window, without top-k.
+
+    The gradient of k flows through the captured |k|^2 as well; sigma counts as a constant.
+    """
+    mask = window_block_mask(formula, length, device)
+    attention = attention or compiled_flex()
+
+    def softmax(q, k, v, sigma):
+        return attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    def rbf(q, k, v, sigma):
+        group = q.shape[1] // k.shape[1]
+        scale = sigma.detach().square().reciprocal()
+        half_squares = 0.5 * k.float().square().sum(-1)
+
+        def score(product, batch, head, row, key):
+            return (product - half_squares[batch, head // group, key]) * scale[head]
+
+        return attention(q, k, v, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=group != 1)
+
+    return rbf if isinstance(formula, Rbf) else softmax
+
+
+@functools.cache
+def compiled_flex():
+    # Donated buffers forbid retain_graph, which timing a backward pass alone needs.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(flex_attention)
+
+
+def window_block_mask(formula, length, device):
+    """BlockMask of a window, from its blocks: torch's create_block_mask evaluates all N x N pairs, more than fit."""
+    left, right = (length if side < 0 else side for side in (formula.left, formula.right))
+    start = torch.arange(0, length, FLEX_BLOCK, device=device)
+    offset = start[:, None] - start
+    nearest, farthest = offset - (FLEX_BLOCK - 1), offset + (FLEX_BLOCK - 1)
+    touched = (farthest >= -right) & (nearest <= left)
+    # The last block may hang over the end, so it always counts as masked.
+    whole = (nearest >= -right) & (farthest <= left) & (start + FLEX_BLOCK <= length)
+
+    def blocks(dense):
+        order = torch.argsort(dense.int(), dim=-1, descending=True, stable=True).int()
+        return dense.sum(-1, dtype=torch.int32)[None, None], order[None, None]
+
+    def inside(batch, head, row, key):
+        return (row - key <= left) & (key - row <= right)
+
+    return BlockMask.from_kv_blocks(
+        *blocks(touched & ~whole), *blocks(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=inside, seq_lengths=(length, length)
+    )

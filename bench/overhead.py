@@ -1,0 +1,91 @@
+"""What a call costs beside its kernels: the first call, compilation included, and the host time of every later one.
+
+`python -m bench.overhead ROOM CASE`, CASE as JSON, prints the seconds of the first forward + backward of this process.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench import baselines, cases
+from bench.timing import wall_times
+
+FIRST_CALL_GOAL_S = 5.0
+HOST_GOAL_US = 30.0
+
+
+def first_call_here(case, device):
+    """Seconds of the first forward + backward, in a process that has called nothing but CUDA's initialisation."""
+    inputs = case.inputs(device)
+    do = torch.randn_like(inputs[0])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.autograd.grad(case.call()(*inputs), inputs, do)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def first_call(room, case):
+    """The same in a fresh process without a kernel cache."""
+    command = [sys.executable, "-m", "bench.overhead", room, json.dumps(case.describe())]
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    return float(done.stdout)
+
+
+def host_us(fn):
+    """Median host time of a call that only enqueues work."""
+    torch.cuda.synchronize()
+    times = wall_times(fn, most=500)
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(times)
+
+
+def measures(room, case, device):
+    """Rows {what, value, unit, goal} of a case; a failure stands in `note`.
+
+    Host times are those of a small problem, whose kernels finish before the next call, so that no queue fills up.
+    """
+    small = replace(case, batch=1, heads=4, kv_heads=4, length=256)
+    inputs = small.inputs(device)
+    call, sdpa = small.call(), baselines.sdpa("FLASH_ATTENTION")
+    label = case.variant or "whole window"
+
+    def without_grad(run):
+        with torch.no_grad():
+            return host_us(lambda: run(*inputs))
+
+    wanted = (
+        (f"first call, {label}, forward + backward", "s", FIRST_CALL_GOAL_S, lambda: first_call(room, case)),
+        (f"host time of a call, {label}, no_grad", "us", HOST_GOAL_US, lambda: without_grad(call)),
+        (f"host time of a call, {label}, with grad", "us", HOST_GOAL_US, lambda: host_us(lambda: call(*inputs))),
+        ("host time of sdpa-flash, no_grad", "us", None, lambda: without_grad(sdpa)),
+        ("host time of sdpa-flash, with grad", "us", None, lambda: host_us(lambda: sdpa(*inputs))),
+    )
+    return [attempt(*row) for row in wanted]
+
+
+def attempt(what, unit, goal, measure):
+    row = {"what": what, "value": None, "unit": unit, "goal": goal, "note": None}
+    try:
+        row["value"] = measure()
+    except Exception as failure:
+        row["note"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return row
+
+
+if __name__ == "__main__":
+    room, description = sys.argv[1:]
+    print(first_call_here(cases.load(room, json.loads(description)), torch.device("cuda")))

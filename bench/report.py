@@ -1,0 +1,263 @@
+"""Tables, JSON and plot of a run; `python -m bench.report` refreshes README.md and docs/ from bench/results."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+DIRECTIONS = ("forward", "backward")
+STYLES = {"ok": "", "skipped": "dim", "unavailable": "yellow", "wrong": "bold red", "failed": "bold red"}
+
+
+# ---- on the terminal
+
+
+def rows_table(rows):
+    table = Table(title="forward / backward; the backward without its forward", title_justify="left")
+    table.add_column("case", overflow="fold", max_width=44)
+    table.add_column("provider")
+    for heading in ("fwd ms", "bwd ms", "floor ms", "% of floor", "GB/s", "TFLOP/s", "peak MiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("error against the oracle", overflow="fold")
+    previous = None
+    for row in rows:
+        name = f"{row['case']['name']}: {row['title']}"
+        if name != previous:
+            table.add_section()
+        heading, previous = "" if name == previous else name, name
+        table.add_row(heading, row["label"], *numbers(row), verdict(row), style=STYLES[row["status"]])
+    return table
+
+
+def numbers(row):
+    peak = row["peak_bytes"]
+    return (
+        part(row, "forward", "ms", 4),
+        part(row, "backward", "ms", 4),
+        both(row, "floor_ms", 2),
+        both(row, "percent_of_floor", 2),
+        both(row, "gb_per_s", 3),
+        both(row, "tflop_per_s", 3),
+        "-" if peak is None else f"{peak / 2**20:.0f}",
+    )
+
+
+def part(row, direction, key, digits):
+    return "-" if row[direction] is None else significant(row[direction][key], digits)
+
+
+def both(row, key, digits):
+    return " / ".join(part(row, direction, key, digits) for direction in DIRECTIONS if row[direction]) or "-"
+
+
+def significant(value, digits):
+    """Text of so many significant digits, never fewer than the whole part has."""
+    if abs(value) < 1:
+        return f"{value:#.{digits}g}"
+    return f"{value:.{max(digits - len(str(int(abs(value)))), 0)}f}"
+
+
+def verdict(row):
+    """How the check went, and why there are no times where there are none."""
+    words = [row["note"]] if row["note"] else []
+    if row["check"] and row["status"] != "wrong":
+        name, error, allowed = row["check"]["worst"]
+        words.append(f"{name} {error:.1e} <= {allowed:.1e}")
+        if row["check"]["rows_left_out"]:
+            words.append(f"{row['check']['rows_left_out']} of {row['check']['rows']} rows near-tied")
+    return "; ".join(words)
+
+
+def measures_table(measures):
+    table = Table(title="beside the kernels", title_justify="left")
+    for heading, justify in (("what", "left"), ("value", "right"), ("goal", "right"), ("", "left")):
+        table.add_column(heading, justify=justify)
+    for m in measures:
+        table.add_row(m["what"], measured(m), goal(m), m["note"] or ("" if met(m) else "[red]missed[/]"))
+    return table
+
+
+def measured(m):
+    return "-" if m["value"] is None else f"{m['value']:.2f} {m['unit']}"
+
+
+def goal(m):
+    return "" if m["goal"] is None else f"<= {m['goal']:g} {m['unit']}"
+
+
+def met(m):
+    return m["goal"] is None or (m["value"] is not None and m["value"] <= m["goal"])
+
+
+# ---- files
+
+
+def write_json(folder, record):
+    """One file for all cases of a name."""
+    path = folder / f"{record['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def plot(path, rows, environment):
+    """Time against length on logarithmic axes, every provider a line, with guides of slope 1 and 2."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = series(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
+    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+        for index, (label, line) in enumerate(lines.items()):
+            style = {"marker": "o", "linewidth": 2.4} if line[0]["ours"] else {"marker": "s", "linewidth": 1.2}
+            lengths, times = points(line, direction)
+            axis.plot(lengths, times, label=label, color=f"C{index}", markersize=5, **style)
+        guides(axis, *points(rows, direction))
+        axis.set(title=direction, xlabel="length N (tokens)", xscale="log", yscale="log")
+        axis.grid(True, which="major", color="0.9")
+    axes[0].set_ylabel("time (ms)")
+    ticks = sorted({row["case"]["length"] for row in rows})
+    ticks = ticks[:: -(-len(ticks) // 8)] if len(ticks) > 8 else ticks
+    axes[0].set_xticks(ticks, [token_count(n) for n in ticks], minor=False)
+    axes[0].minorticks_off()
+    columns = 5 if max(map(len, lines)) < 24 else 2
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    operator = rows[0]["case"]["name"].partition("-")[0].capitalize()
+    figure.suptitle(", ".join(filter(None, (f"{operator} attention", *common_text(rows), environment["device"]))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def points(rows, direction):
+    """Lengths and times to draw."""
+    timed = [row for row in rows if row[direction]]
+    return [row["case"]["length"] for row in timed], [row[direction]["ms"] for row in timed]
+
+
+def series(rows):
+    """{label: rows} of the lines to draw; what all lines have in common stays out of the labels."""
+    lines = {}
+    for row in sorted(rows, key=lambda r: r["case"]["length"]):
+        differing = [text(row) for text in (variant_text, size_text) if len({text(r) for r in rows}) > 1]
+        lines.setdefault(", ".join(filter(None, (row["label"], *differing))), []).append(row)
+    return dict(sorted(lines.items(), key=lambda item: not item[1][0]["ours"]))
+
+
+def variant_text(row):
+    return row["variant"]
+
+
+def size_text(row):
+    """The title without what the horizontal axis and the variant say."""
+    return re.sub(r" N\d+", "", row["title"]).removesuffix(f", {row['variant']}")
+
+
+def common_text(rows):
+    """What all rows have in common, for the headline."""
+    texts = ({text(row) for row in rows} for text in (size_text, variant_text))
+    return [distinct.pop() for distinct in texts if len(distinct) == 1]
+
+
+def guides(axis, lengths, times):
+    """Dashed lines of slope 1 and 2, from the lower left corner of what is drawn."""
+    if len(set(lengths)) < 2:
+        return
+    first, last, low, high = min(lengths), max(lengths), min(times), max(times)
+    for slope, text in ((1, "∝ N"), (2, "∝ N²")):
+        end = min(last, first * (high / low) ** (1 / slope))
+        top = low * (end / first) ** slope
+        axis.plot((first, end), (low, top), color="0.6", linestyle="--", linewidth=1, zorder=1)
+        axis.annotate(text, (end, top), color="0.4", ha="right", va="bottom")
+
+
+def token_count(n):
+    return f"{n >> 20}M" if n >= 2**20 else f"{n >> 10}k" if n >= 2**10 else str(n)
+
+
+# ---- README.md and docs/
+
+
+def markdown(room, results):
+    """The table of a room from all recorded files, one section for each GPU."""
+    files = sorted(path for path in results.glob("*/*.json") if path.name.startswith(f"{room}-"))
+    if not files:
+        return "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
+    sections = {}
+    for path in files:
+        sections.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+    return "\n".join(section(records) for records in sections.values())
+
+
+def section(records):
+    env, ceilings = records[0]["environment"], records[0]["ceilings"]
+    rows = [row for record in records for row in record["rows"] if tabled(row)]
+    head = (
+        f"{env['device']}, torch {env['torch']}, Triton {env['triton']}, CUDA {env['cuda']}, nearfar {env['nearfar']}, "
+        f"{env['date'][:10]}. Medians in ms; floors follow from the copy and matmul rates measured in the same run, "
+        f"{ceilings['bytes_per_s'] / 1e12:.2f} TB/s and {ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s.\n"
+    )
+    lines = [
+        "| case | shape | provider | forward | backward | floor | % of floor | goal |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    previous = None
+    for row in rows:
+        case = row["case"]
+        names = (case["name"], row["title"]) if (case["name"], row["title"]) != previous else ("", "")
+        previous = case["name"], row["title"]
+        goal = " / ".join(f"{g:.2f}" for g in case["goal_ms"]) if case["goal_ms"] and row["ours"] else ""
+        cells = (part(row, "forward", "ms", 3), part(row, "backward", "ms", 3), both(row, "floor_ms", 2),
+                 both(row, "percent_of_floor", 2))  # fmt: skip
+        label = f"**{row['label']}**" if row["ours"] else row["label"]
+        lines.append("| " + " | ".join((*names, label, *cells, goal)) + " |")
+    measures = [m for record in records for m in record["measures"]]
+    if measures:
+        lines += ["", "| beside the kernels | measured | goal |", "|---|---:|---:|"]
+        lines += [f"| {m['what']} | {measured(m)} | {goal_cell(m)} |" for m in measures]
+    return "\n".join([head, *lines, ""])
+
+
+def goal_cell(m):
+    return goal(m).replace("<=", "≤")
+
+
+def tabled(row):
+    """Sweeps belong to the plot; a provider without a time has nothing to say here."""
+    return row["forward"] and not row["case"]["name"].endswith("-length")
+
+
+def refreshed(text, results):
+    return MARKERS.sub(lambda m: m[1] + markdown(m[2], results) + m[3], text)
+
+
+def main(arguments=None, root=ROOT, results=RESULTS):
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
+    args = parser.parse_args(arguments)
+    stale = 0
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text() if path.exists() else ""
+        new = refreshed(text, results)
+        if new != text:
+            stale += 1
+            name = path.relative_to(root)
+            if args.check:
+                print(f"{name} is out of date; run python -m bench.report")
+            else:
+                path.write_text(new)
+                print(f"refreshed {name}")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Cases x providers -> rows: check first, then time. Who fails leaves the reason in its row, and the run goes on."""
+
+import gc
+
+import torch
+
+from bench import check
+from bench.timing import median_time, peak_bytes
+
+# A competitor's sweep ends at a length that takes longer: the next one takes four times that.
+PATIENCE_MS = {"cuda": 100, "cpu": 600}
+SCALING_GOAL, MEMORY_GOAL = 2.1, 1.5
+
+
+def run(cases, device, ceilings, advance):
+    """Rows of all cases; advance(text) is called before each measurement."""
+    rows, ended = [], {}
+    for case in cases:
+        inputs, expectations = case.inputs(device), {}
+        for name in case.providers:
+            advance(f"{case.name} N={case.length} {name}")
+            sweep = (case.name, case.variant, name)
+            if sweep in ended:
+                rows.append(new_row(case, name) | {"status": "skipped", "note": ended[sweep]})
+                continue
+            row = measure(case, name, inputs, expectations, ceilings)
+            rows.append(row)
+            if case.name.endswith("-length") and not row["ours"]:
+                if reason := end_of_sweep(row, PATIENCE_MS[device.type]):
+                    ended[sweep] = reason
+    return rows
+
+
+def new_row(case, name):
+    return {"case": case.describe(), "title": case.title, "variant": case.variant, "provider": name, "label": name,
+            "ours": case.is_ours(name), "status": "ok", "note": None, "check": None, "peak_bytes": None,
+            "forward": None, "backward": None}  # fmt: skip
+
+
+def measure(case, name, inputs, expectations, ceilings):
+    """The row of one provider. expectations caches what the oracle says, by formula."""
+    row = new_row(case, name)
+    device = inputs[0].device
+    try:
+        provider = case.provider(name, inputs)
+        row["label"] = provider.label
+        if provider.formula not in expectations:
+            expectations[provider.formula] = check.expect(provider.formula, inputs, case.backward)
+        expected = expectations[provider.formula]
+        works = case.work(provider.formula)
+
+        # The graph is always built, so that forward times of all providers are those of training.
+        o = provider.run(*inputs)
+        if not approve(row, expected, check.forward(expected, o)):
+            return row
+        row["forward"] = figures(median_time(lambda: provider.run(*inputs), device), works[0], ceilings)
+
+        if case.backward:
+            if not approve(row, expected, check.backward(expected, o, inputs, row["ours"])):
+                return row
+            do = torch.randn_like(o)
+
+            def backward():
+                return torch.autograd.grad(o, inputs, do, retain_graph=True, allow_unused=True)
+
+            row["backward"] = figures(median_time(backward, device), works[1], ceilings)
+            del o
+            both = (*inputs, do)
+            row["peak_bytes"] = peak_bytes(
+                lambda: torch.autograd.grad(provider.run(*inputs), inputs, do, allow_unused=True), both
+            )
+        else:
+            del o
+            row["peak_bytes"] = peak_bytes(lambda: provider.run(*inputs), inputs)
+    except Exception as failure:
+        row["status"] = "failed" if row["ours"] else "unavailable"
+        row["note"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    finally:
+        gc.collect()  # what a failed call left in its traceback
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return row
+
+
+def approve(row, expected, errors):
+    """Note the errors in the row; False when one is beyond its limit."""
+    known = row["check"]["errors"] if row["check"] else {}
+    left_out = int((~expected.clear).sum())
+    result = check.Check({**known, **errors}, expected.clear.numel(), left_out)
+    row["check"] = result._asdict() | {"worst": result.worst}
+    if not result.passed:
+        name, error, allowed = result.worst
+        row |= {"status": "wrong", "note": f"{name} is off by {error:.1e}, allowed {allowed:.1e}"}
+    return result.passed
+
+
+def figures(time, work, ceilings):
+    """A time beside what it achieved."""
+    seconds = 1e-3 * time.ms
+    floor = work.floor_ms(ceilings)
+    return {**time._asdict(), "floor_ms": floor, "percent_of_floor": 100 * floor / time.ms,
+            "gb_per_s": 1e-9 * work.bytes / seconds, "tflop_per_s": 1e-12 * work.flops / seconds,
+            **work._asdict()}  # fmt: skip
+
+
+def end_of_sweep(row, patience_ms):
+    """Why the provider of this row is not worth trying on the next length, or None."""
+    length = row["case"]["length"]
+    if row["status"] != "ok":
+        return f"{row['status']} at N={length}"
+    total = sum(row[part]["ms"] for part in ("forward", "backward") if row[part])
+    return f"N={length} took {total:.0f} ms" if total > patience_ms else None
+
+
+def scaling(rows):
+    """Measures of the `-million` cases: time at 2N over time at N; peak memory over inputs, outputs and gradients."""
+    found = sorted((r for r in rows if r["ours"] and r["backward"]), key=lambda r: r["case"]["length"])
+    measures = []
+    for half, whole in zip(found, found[1:], strict=False):
+        ratio = total_ms(whole) / total_ms(half)
+        what = f"time at N={whole['case']['length']} over N={half['case']['length']}"
+        measures.append({"what": what, "value": ratio, "unit": "x", "goal": SCALING_GOAL, "note": None})
+    for row in found[-1:]:
+        if row["peak_bytes"]:
+            ratio = row["peak_bytes"] / row["backward"]["bytes"]
+            what = "peak memory over inputs + outputs + gradients"
+            measures.append({"what": what, "value": ratio, "unit": "x", "goal": MEMORY_GOAL, "note": None})
+    return measures
+
+
+def total_ms(row):
+    return row["forward"]["ms"] + row["backward"]["ms"]
+
+
+def sound(rows):
+    """False when a provider is wrong or one of ours failed."""
+    return not any(row["status"] in ("wrong", "failed") for row in rows)
