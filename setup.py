@@ -71,6 +71,7 @@ class NinjaBuild(build_ext):
         host += [f'-DNEARFAR_VERSION="{VERSION}"', f'-DNEARFAR_CUDA_ARCHS="{";".join(archs)}"']
 
         lines = [
+            f"builddir = {BUILD.as_posix()}",  # where ninja keeps its own log
             f"nvcc = {quote(find_nvcc(), *common)}",
             "rule cuda",
             f"  command = $nvcc {quote(*device)} -MD -MF $out.d -c $in -o $out",

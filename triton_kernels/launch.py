@@ -1,4 +1,4 @@
-"""Launch parameters from the committed table launch.json; nothing is tuned at run time (see `python -m nearfar.tune`)."""
+"""How kernels are launched: parameters from the committed table launch.json, and launches prepared once per signature."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ class LaunchParameters(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def _table():
 
 @functools.cache
 def launch_parameters(kernel, width, itemsize):
-    """Tile sizes, warps and stages of a kernel.
+    """Tile sizes, warps, stages and register limit of a kernel. Nothing is tuned at run time: `python -m nearfar.tune` is.
 
     Args:
         kernel: name of the kernel in the table.
@@ -36,12 +37,41 @@ def launch_parameters(kernel, width, itemsize):
     return LaunchParameters(*widths[str(min(int(w) for w in widths if int(w) >= width))])
 
 
-@functools.cache
 def width_block(width):
     """Tile width that holds a head width: a power of two of at least 16, as tl.dot needs."""
     return max(16, triton.next_power_of_2(width))
 
 
 def dot_precision(dtype):
-    """float32 products are exact unless the user allowed tf32, the same switch that torch obeys."""
+    """float32 products are exact unless the user allowed tf32, by the switch that torch obeys."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+class Launch:
+    """A kernel launch with everything fixed but its tensors.
+
+    Triton's own launch looks every argument over to find the compiled kernel, which takes longer than the launch itself.
+    All that it looks at but pointer alignment is the same in every call of one Launch, so from the second call on the
+    compiled kernel is called directly. A tensor that is not 16-byte aligned takes Triton's way.
+    """
+
+    def __init__(self, kernel, programs, scalars, parameters):
+        self._launch = kernel[(programs, 1, 1)]
+        self._grid = (programs, 1, 1)
+        self._scalars = scalars
+        self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
+        if parameters.maxnreg is not None:
+            self._options["maxnreg"] = parameters.maxnreg
+        self._direct = None
+
+    def __call__(self, *tensors):
+        for tensor in tensors:
+            if tensor is not None and tensor.data_ptr() % 16:
+                self._launch(*tensors, *self._scalars, **self._options)
+                return
+        if self._direct is not None:
+            self._direct(*tensors, *self._scalars)
+            return
+        compiled = self._launch(*tensors, *self._scalars, **self._options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._direct = compiled[self._grid]

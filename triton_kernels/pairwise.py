@@ -16,7 +16,7 @@ lse is in base 2; a row that sees no key has lse = +inf, so that its weights van
 import triton
 import triton.language as tl
 
-from .selection import keep_top_k, row_maximum
+from .selection import cut_top_k, row_maximum
 from .tiles import (
     LN2,
     LOG2E,
@@ -104,22 +104,23 @@ def attend_resident(
 
     RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
-    scores = keep_top_k(scores, tl.maximum(end - begin, 0), (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
+    count = tl.maximum(end - begin, 0)
+    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
 
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for slot in tl.static_range(NUM_SLOTS):
-        chosen = scores[slot] > float("-inf")
+        chosen = (scores[slot] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
         store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
             v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-            score = scores[slot]
-            if slot + NUM_SLOTS < NUM_KEY_TILES:  # a slot shared by several tiles: take the scores of this one
-                score = tl.where(inside(keys, begin, end), score, float("-inf"))
-            weight = exp2(score - shift[:, None])
+            mine = chosen
+            if slot + NUM_SLOTS < NUM_KEY_TILES:  # several tiles share the slot
+                mine = chosen & inside(keys, begin, end)
+            weight = exp2(tl.where(mine, scores[slot] - shift[:, None], float("-inf")))
             total += tl.sum(weight, 1)
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
@@ -171,9 +172,10 @@ def grad_queries(
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         score = SCORE(qk, row_squares(k_tile)[None, :], scale * LOG2E)
-        keep = inside(keys, begin, end)
-        if bits is not None:
-            keep &= load_bits(bits, rows, num_queries, first, num_words, BLOCK_M, BLOCK_N)
+        if bits is None:
+            keep = inside(keys, begin, end)
+        else:
+            keep = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
         log_weight = score - row_lse[:, None]
         weight = tl.where(keep, exp2(log_weight), 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -220,10 +222,13 @@ def grad_keys(
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
             kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             score = SCORE(kq, k_squares[:, None], scale * LOG2E)
-            keep = inside(keys, begin, end, True)
-            if bits is not None:
-                head_bits = bits + row_offset * num_words
-                keep &= load_bits(head_bits, rows, num_queries, tile * BLOCK_N, num_words, BLOCK_M, BLOCK_N, True)
+            if bits is None:
+                keep = inside(keys, begin, end, True)
+            else:
+                keep = load_bits(
+                    bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, num_words,
+                    BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
             weight = tl.where(keep, exp2(score - row_lse[None, :]), 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)

@@ -1,20 +1,24 @@
 """Launchers of the pairwise kernels: geometry, tile sizes and grids. Outputs and workspaces come from the caller."""
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import triton
 
 from . import pairwise
-from .launch import dot_precision, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys of one word of a saved selection
 RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps
 
 
-class PairFunctions(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PairFunctions:
     """What makes an operator of the skeleton: three `triton.jit` functions, described in pairwise.py, and on the host
 
     grad_parameter(dlog_scale, parameter): gradient of the parameter from the (Hq,) gradient of log(scale).
@@ -26,6 +30,54 @@ class PairFunctions(NamedTuple):
     grad_parameter: Callable
 
 
+class Signature(NamedTuple):
+    """All that fixes the launches of a call, apart from addresses."""
+
+    q_shape: tuple
+    k_shape: tuple
+    v_shape: tuple
+    q_strides: tuple
+    k_strides: tuple
+    v_strides: tuple
+    dtype: torch.dtype
+    device: torch.device
+    num_parameters: int
+    packed: bool
+    left: int
+    right: int
+    precision: str
+
+    @property
+    def geometry(self):
+        """num_queries, num_keys, num_heads, group, and below the (offset, back, ahead) window of a query."""
+        (_, num_heads, num_queries, _), (_, kv_heads, num_keys, _) = self.q_shape, self.k_shape
+        return num_queries, num_keys, num_heads, num_heads // kv_heads
+
+    @property
+    def window(self):
+        back, ahead = (UNBOUNDED if side < 0 else side for side in (self.left, self.right))
+        return self.k_shape[2] - self.q_shape[2], back, ahead
+
+    @property
+    def parameter_stride(self):
+        return 1 if self.num_parameters > 1 else 0
+
+    @property
+    def widths(self):
+        """D, DV, BLOCK_D, BLOCK_DV."""
+        return self.q_shape[3], self.v_shape[3], width_block(self.q_shape[3]), width_block(self.v_shape[3])
+
+    def tuned(self, kernel):
+        return launch_parameters(kernel, max(self.widths[2:]), self.dtype.itemsize)
+
+
+def signature(q, k, v, parameter, token_bounds, left, right):
+    return Signature(
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, parameter.numel(),
+        token_bounds is not None, left, right, dot_precision(q.dtype),
+    )  # fmt: skip
+
+
 def num_key_tiles(left, right, offset, slots, block_m, block_n):
     """Key tiles, aligned to block_n, that a tile of block_m queries can touch; slots: tiles that one row's window fits."""
     if left < 0 or right < 0:
@@ -35,86 +87,88 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
     return triton.cdiv(misaligned + left + block_m + right, block_n)
 
 
-def resident_tiles(q, v, left, right, offset, ring):
-    """(block_m, block_n, key tiles, slots, warps): the tallest query tile whose ring of scores stays in registers."""
-    wide = max(width_block(q.shape[3]), width_block(v.shape[3])) * q.element_size() > 256
-    block_n = 32 if wide else 64
-    for block_m in (32, 16) if wide else (64, 32, 16):
+def resident_parameters(call, ring):
+    """The tallest query tile whose ring of scores stays in the registers of four warps."""
+    for block_m in (32, 16) if max(call.widths[2:]) * call.dtype.itemsize > 256 else (64, 32, 16):
         if block_m * ring <= RESIDENT_SCORES:
             break
-    slots = ring // block_n
-    return block_m, block_n, num_key_tiles(left, right, offset, slots, block_m, block_n), slots, 4
+    # Four blocks a multiprocessor hide latency better than three, even at the price of a few spilled registers.
+    return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=128 if block_m * ring <= 8192 else None)
 
 
-def geometry(q, k, left, right):
-    """num_queries, num_keys, num_heads, group, and the (offset, back, ahead) window of a query."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    back, ahead = (UNBOUNDED if side < 0 else side for side in (left, right))
-    return num_queries, num_keys, q.shape[1], q.shape[1] // k.shape[1], (num_keys - num_queries, back, ahead)
+@functools.lru_cache(maxsize=1024)
+def plan_attend(pair, call, o_strides):
+    parameters = call.tuned("attend")
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
+        *call.geometry, tiles, call.window,
+        pair.scale, pair.score, call.precision, *call.widths[:2],
+        parameters.block_m, parameters.block_n, *call.widths[2:],
+    )  # fmt: skip
+    return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
-def widths(q, v):
-    return {"D": q.shape[3], "DV": v.shape[3], "BLOCK_D": width_block(q.shape[3]), "BLOCK_DV": width_block(v.shape[3])}
+@functools.lru_cache(maxsize=1024)
+def plan_attend_resident(pair, call, o_strides, top_k, ring):
+    parameters = resident_parameters(call, ring)
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    slots = ring // parameters.block_n
+    key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
+        *call.geometry, tiles, call.window, top_k,
+        pair.scale, pair.score, call.precision, key_tiles, slots, *call.widths[:2],
+        parameters.block_m, parameters.block_n, *call.widths[2:],
+    )  # fmt: skip
+    return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
-def tuned(kernel, q, v):
-    return launch_parameters(kernel, max(width_block(q.shape[3]), width_block(v.shape[3])), q.element_size())
+@functools.lru_cache(maxsize=1024)
+def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
+    parameters = call.tuned("grad_queries")
+    tiles = grad_query_tiles(call)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
+        *call.geometry, tiles, call.window, num_words,
+        pair.scale, pair.score, call.precision, *call.widths[:2],
+        parameters.block_m, parameters.block_n, *call.widths[2:],
+    )  # fmt: skip
+    return Launch(pairwise.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
+    parameters = call.tuned("grad_keys")
+    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
+        *call.geometry, tiles, call.window, num_words,
+        pair.scale, pair.score, pair.grad_keys, call.precision, *call.widths[:2],
+        parameters.block_m, parameters.block_n, *call.widths[2:],
+    )  # fmt: skip
+    return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
+
+
+def grad_query_tiles(call):
+    """Query tiles of grad_queries: the caller sizes dlog_scale with it, one partial sum a program."""
+    return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
 def forward(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
     """Fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
-    num_queries, num_keys, num_heads, group, window = geometry(q, k, left, right)
-    precision = dot_precision(q.dtype)
-    strides = q.stride(), k.stride(), v.stride(), o.stride(), parameter.stride(0) if parameter.numel() > 1 else 0
+    call = signature(q, k, v, parameter, token_bounds, left, right)
     if top_k is None:
-        block_m, block_n, warps, stages = tuned("attend", q, v)
-        tiles = triton.cdiv(num_queries, block_m)
-        pairwise.attend[(tiles * num_heads * q.shape[0],)](
-            q, k, v, parameter, o, lse, token_bounds, *strides,
-            num_queries, num_keys, num_heads, group, tiles, window,
-            pair.scale, pair.score, precision, **widths(q, v),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        plan_attend(pair, call, o.stride())(q, k, v, parameter, o, lse, token_bounds)
     else:
-        ring = bits.shape[-1] * WORD
-        block_m, block_n, key_tiles, slots, warps = resident_tiles(q, v, left, right, window[0], ring)
-        tiles = triton.cdiv(num_queries, block_m)
-        pairwise.attend_resident[(tiles * num_heads * q.shape[0],)](
-            q, k, v, parameter, o, lse, bits, token_bounds, *strides,
-            num_queries, num_keys, num_heads, group, tiles, window, top_k,
-            pair.scale, pair.score, precision, key_tiles, slots, **widths(q, v),
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        )  # fmt: skip
+        plan = plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
+        plan(q, k, v, parameter, o, lse, bits, token_bounds)
 
 
-def grad_query_tiles(q, v):
-    """Query tiles of grad_queries: the caller sizes dlog_scale with it, one partial sum a program."""
-    return triton.cdiv(q.shape[2], tuned("grad_queries", q, v).block_m)
-
-
-def backward(pair, q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, delta, dlog_scale):
+def backward(pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits, dq, dk, dv, delta, dlog_scale):
     """Fill dq, dk, dv, delta (B, Hq, N) and the partial sums dlog_scale (B, Hq, query tiles). bits None: no selection."""
-    num_queries, num_keys, num_heads, group, window = geometry(q, k, left, right)
-    precision = dot_precision(q.dtype)
-    parameter_stride = parameter.stride(0) if parameter.numel() > 1 else 0
     num_words = 0 if bits is None else bits.shape[-1]
-
-    block_m, block_n, warps, stages = tuned("grad_queries", q, v)
-    tiles = triton.cdiv(num_queries, block_m)
-    pairwise.grad_queries[(tiles * num_heads * q.shape[0],)](
-        q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds,
-        q.stride(), k.stride(), v.stride(), o.stride(), do.stride(), dq.stride(), parameter_stride,
-        num_queries, num_keys, num_heads, group, tiles, window, num_words,
-        pair.scale, pair.score, precision, **widths(q, v),
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-    block_m, block_n, warps, stages = tuned("grad_keys", q, v)
-    tiles = triton.cdiv(num_keys, block_n)
-    pairwise.grad_keys[(tiles * k.shape[1] * q.shape[0],)](
-        q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds,
-        q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(), parameter_stride,
-        num_queries, num_keys, num_heads, group, tiles, window, num_words,
-        pair.scale, pair.score, pair.grad_keys, precision, **widths(q, v),
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    plan = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
+    plan(q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)
+    plan = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
+    plan(q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)

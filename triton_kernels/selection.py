@@ -84,10 +84,11 @@ def key_order(tile: tl.constexpr, start, BLOCK_N: tl.constexpr, RING: tl.constex
 
 
 @triton.jit
-def keep_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING: tl.constexpr):
-    """The scores with everything but each row's top_k largest replaced by -inf.
+def cut_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+    """(scores, cut) such that exactly the min(count, top_k) largest scores of a row, ties by key order, exceed its cut.
 
-    count: candidates of each row. start: ring column of its first key. highest: its largest score.
+    count: candidates of each row. start: ring column of its first key. highest: its largest score. The scores come back
+    unchanged but for losers of ties, which become -inf.
     """
     k = tl.minimum(count, top_k).to(tl.float32)
     lowest = row_minimum(scores)
@@ -104,8 +105,5 @@ def keep_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING
     tied_row = above_low > k
     if tl.max(tied_row.to(tl.int32), 0) > 0:
         scores = drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N, RING)
-    kept = ()
-    for t in tl.static_range(len(scores)):
-        # Written with <= so that NaN is kept and reaches the output.
-        kept = kept + (tl.where(scores[t] <= low[:, None], float("-inf"), scores[t]),)
-    return kept
+    # A row of NaN has no bracket: cut below everything, so that its masked pairs alone stay out.
+    return scores, tl.where(low == low, low, float("-inf"))

@@ -113,31 +113,43 @@ def exp2(x):
 
 
 @triton.jit
-def store_bits(bits, rows, num_rows, first_key, num_words, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pack the (BLOCK_M, BLOCK_N) mask of the keys from first_key on into int32 words, one bit a key.
+def ring_words(bits, rows, first_key, num_words, BLOCK_N: tl.constexpr):
+    """(rows, words) pointers to the selection bits of the keys from first_key on.
 
     A row owns a ring of 32 * num_words bits, at least as many as its window has keys; key j is bit j modulo that number.
-    So any kernel can read any tile of the selection, whatever its tile sizes.
+    So any kernel can address any tile of the selection, whatever its tile sizes.
     """
+    column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
+    return bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
+
+
+@triton.jit
+def store_bits(bits, rows, num_rows, first_key, num_words, keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pack the (BLOCK_M, BLOCK_N) mask of the keys from first_key on into int32 words, one bit a key."""
     bit = tl.full((WORD,), 1, tl.int32) << tl.arange(0, WORD)
     words = tl.sum(tl.where(tl.reshape(keep, (BLOCK_M, BLOCK_N // WORD, WORD)), bit[None, None, :], 0), 2)
-    column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
-    pointers = bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
-    tl.store(pointers, words, mask=(rows < num_rows)[:, None])
+    tl.store(ring_words(bits, rows, first_key, num_words, BLOCK_N), words, mask=(rows < num_rows)[:, None])
+
+
+@triton.jit
+def bits_from(position):
+    """int32 words whose bits from `position` on are set: all of them up to 0, none from 32 on."""
+    return tl.where(position < WORD, tl.full(position.shape, -1, tl.int32) << tl.maximum(position, 0), 0)
 
 
 @triton.jit
 def load_bits(
-    bits, rows, num_rows, first_key, num_words,
+    bits, rows, num_rows, begin, end, first_key, num_words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) mask of the selected among the keys from first_key on, or its transpose; only valid inside the window."""
-    column = (first_key // WORD + tl.arange(0, BLOCK_N // WORD)) % num_words
-    pointers = bits + rows.to(tl.int64)[:, None] * num_words + column[None, :]
-    words = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0)
+    """(BLOCK_M, BLOCK_N) mask of the selected keys from first_key on, or its transpose; nothing outside [begin, end)."""
+    words = tl.load(ring_words(bits, rows, first_key, num_words, BLOCK_N), mask=(rows < num_rows)[:, None], other=0)
+    # Bits outside a row's interval belong to other keys of the ring. Clearing them a word at a time is cheap, except where
+    # the words lie across the registers of the tile.
     if TRANSPOSED:
-        keep = (tl.trans(words)[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1
-        return tl.reshape(keep, (BLOCK_N, BLOCK_M)) != 0
+        keep = tl.reshape((tl.trans(words)[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1, (BLOCK_N, BLOCK_M))
+        return (keep != 0) & inside(first_key + tl.arange(0, BLOCK_N), begin, end, True)
     else:
-        keep = (words[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
-        return tl.reshape(keep, (BLOCK_M, BLOCK_N)) != 0
+        word_key = first_key + tl.arange(0, BLOCK_N // WORD) * WORD
+        words &= bits_from(begin[:, None] - word_key[None, :]) & ~bits_from(end[:, None] - word_key[None, :])
+        return tl.reshape((words[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1, (BLOCK_M, BLOCK_N)) != 0

@@ -1,5 +1,6 @@
 """Krause attention (arXiv 2602.11534, "Krause Synchronization Transformers"): localized, distance-based, sparse."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -62,28 +63,34 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
 
 def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
     """Check the arguments of krause_attention and return its Call."""
-    checks.check_qkv(q, k, v)
     q, k, v = checks.autocast(q, k, v)
-    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
-    if locality is None:
-        left = right = UNLIMITED
-    elif isinstance(locality, SlidingWindow):
-        left, right = locality.left, locality.right
-    else:
-        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
     checks.check_top_k(top_k)
+    if not (locality is None or isinstance(locality, SlidingWindow)):
+        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
+    check = _check if torch.compiler.is_compiling() else _check_once
+    left, right, kernel_reason = check(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v), locality, top_k)
+    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     reasons = {
         "cuda": "there is no CUDA kernel of krause_attention yet",
-        "triton": dispatch.triton_device_reason(q)
-        or checks.kernel_width_reason("q", q.shape[3])
-        or checks.kernel_width_reason("v", v.shape[3])
-        or (top_k is not None and _candidates_reason(left, right, k.shape[2]))
-        or None,
+        "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
     return Call(q, k, v, sigma, left, right, reasons)
+
+
+def _check(q, k, v, locality, top_k):
+    """(left, right, why the kernels cannot serve these shapes or None) from the Metas of q, k and v."""
+    checks.check_qkv(q, k, v)
+    left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
+    reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+    if top_k is not None:
+        reason = reason or _candidates_reason(left, right, k.shape[2])
+    return left, right, reason
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
 def _candidates_reason(left, right, num_keys):

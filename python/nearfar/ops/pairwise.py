@@ -1,6 +1,8 @@
-"""torch.library registration of the operators on the pairwise skeleton: schema, fake and autograd, written once."""
+"""The operators on the pairwise skeleton as torch operators: schema, fake and autograd, written once."""
 
+import functools
 import importlib
+from contextlib import nullcontext
 
 import torch
 
@@ -17,8 +19,9 @@ _BACKWARD = (
 class PairwiseOp:
     """`torch.ops.nearfar.<name>` and its backward, over the Triton kernels of a module that defines PAIR.
 
-    The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile sees one opaque call
-    in each direction.
+    The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
+    dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
+    dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
     """
 
     def __init__(self, name, kernels):
@@ -26,88 +29,80 @@ class PairwiseOp:
         forward, backward = f"nearfar::{name}", f"nearfar::{name}_backward"
         torch.library.define(forward, _FORWARD)
         torch.library.define(backward, _BACKWARD)
-        torch.library.impl(forward, ("CPU", "CUDA"), self._forward)
-        torch.library.impl(backward, ("CPU", "CUDA"), self._backward)
-        torch.library.register_fake(forward, self._empty_outputs)
-        torch.library.register_fake(backward, self._empty_gradients)
-        torch.library.register_autograd(forward, self._autograd_backward, setup_context=_setup_context)
+        torch.library.impl(forward, ("CPU", "CUDA"), self._dispatched_forward)
+        torch.library.impl(backward, ("CPU", "CUDA"), self.backward)
+        torch.library.register_fake(forward, _fake_forward)
+        torch.library.register_fake(backward, _fake_backward)
+        torch.library.register_autograd(forward, self._dispatched_backward, setup_context=_save)
         torch.library.register_autograd(backward, _refuse_double_backward)
-        self._forward_op = getattr(torch.ops.nearfar, name).default
-        self._backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
+        self.forward_op = getattr(torch.ops.nearfar, name).default
+        self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
     def __call__(self, q, k, v, parameter, token_bounds, left, right, top_k):
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        return self._forward_op(q, k, v, parameter, token_bounds, left, right, top_k)[0]
+        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, left, right, top_k)
+        if not _is_plain(q, k, v, parameter):
+            return self.forward_op(*arguments)[0]
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
+            return _Eager.apply(self, *arguments)
+        return self.forward(*arguments)[0]
 
+    @functools.cached_property
     def _modules(self):
-        """The launchers and the operator's pair functions; Triton is imported with the first launch, not with the package."""
+        """The launchers and the pair functions; Triton is imported with the first launch, not with the package."""
         from nearfar.triton_kernels import pairwise_launch
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def _forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
-        o, lse, bits = self._empty_outputs(q, k, v, parameter, token_bounds, left, right, top_k)
+    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
+        """(o, lse, bits), bits None without top_k."""
+        o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
         if o.numel():
-            launch, pair = self._modules()
-            with torch.cuda.device_of(q):
+            launch, pair = self._modules
+            with _device(q):
                 launch.forward(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
 
-    def _backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k):
-        dq, dk, dv, dparameter = self._empty_gradients(
-            do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k
-        )
+    def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
+        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k)
+        return o, lse, _no_bits(q) if bits is None else bits
+
+    def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k):
+        dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
         if not o.numel():
-            return dq, dk.zero_(), dv.zero_(), dparameter.zero_()
-        launch, pair = self._modules()
+            return dq, dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
+        launch, pair = self._modules
+        call = launch.signature(q, k, v, parameter, token_bounds, left, right)
         delta = torch.empty_like(lse)
-        dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(q, v))
-        with torch.cuda.device_of(q):
+        dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(call))
+        with _device(q):
             launch.backward(
-                pair, q, k, v, parameter, token_bounds, left, right, o, unit_stride(do), lse,
-                None if top_k is None else bits, dq, dk, dv, delta, dlog_scale,
+                pair, call, q, k, v, parameter, token_bounds, o, unit_stride(do), lse, None if top_k is None else bits,
+                dq, dk, dv, delta, dlog_scale,
             )  # fmt: skip
         return dq, dk, dv, pair.grad_parameter(dlog_scale.sum((0, 2)), parameter)
 
-    @staticmethod
-    def _empty_outputs(q, k, v, parameter, token_bounds, left, right, top_k):
-        o = _empty(q, v.shape[3])
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        words = 0 if top_k is None else selection_words(left, right, k.shape[2])
-        return o, lse, q.new_empty((*q.shape[:3], words), dtype=torch.int32)
+    def _dispatched_backward(self, ctx, do, _dlse, _dbits):
+        return *self.backward_op(do, *ctx.saved_tensors, *ctx.window_and_top_k), None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The autograd of a plain eager call."""
 
     @staticmethod
-    def _empty_gradients(do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k):
-        return _empty(q, q.shape[3]), _empty(k, k.shape[3]), _empty(v, v.shape[3]), torch.empty_like(parameter)
+    def forward(ctx, op, *arguments):
+        output = op.forward(*arguments)
+        _save(ctx, arguments, output)
+        ctx.op = op
+        return output[0]
 
-    def _autograd_backward(self, ctx, do, _dlse, _dbits):
-        *inputs, o, lse, bits = ctx.saved_tensors
-        gradients = self._backward_op(do, *inputs, o, lse, bits, *ctx.window_and_top_k)
-        return *gradients, None, None, None, None
-
-
-def unit_stride(tensor):
-    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def selection_words(left, right, num_keys):
-    """int32 words of a row's selection: a ring of bits, in steps of 64, that the keys of one window fit (key j modulo its size)."""
-    blocks = 1 << (-(-num_keys // 64) - 1).bit_length()
-    if left >= 0 and right >= 0:
-        blocks = min(blocks, -(-(left + right + 1) // 64))
-    return 2 * blocks
+    @staticmethod
+    def backward(ctx, do):
+        # With create_graph the torch operator runs, because it refuses to be differentiated again.
+        backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
+        return None, *backward(do, *ctx.saved_tensors, *ctx.window_and_top_k), None, None, None, None
 
 
-def _empty(like, width):
-    """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
-    batch, heads, length, _ = like.shape
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty(batch, length, heads, width).transpose(1, 2)
-    return like.new_empty(batch, heads, length, width)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, left, right, top_k = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
@@ -116,3 +111,63 @@ def _setup_context(ctx, inputs, output):
 
 def _refuse_double_backward(ctx, *gradients):
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
+
+
+def _is_plain(*tensors):
+    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
+        return False
+    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
+def _device(tensor):
+    """Context in which the device of the tensor is the current one; free when it already is."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def unit_stride(tensor):
+    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def empty_outputs(q, v, left, right, num_keys, top_k):
+    """o, lse and bits, not filled; bits None without top_k."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if top_k is None:
+        return empty_rows(q, v.shape[3]), lse, None
+    shape = (*q.shape[:3], selection_words(left, right, num_keys))
+    return empty_rows(q, v.shape[3]), lse, torch.empty(shape, dtype=torch.int32, device=q.device)
+
+
+def _no_bits(q):
+    """What stands for bits without top_k where a schema wants a tensor."""
+    return torch.empty((0,), dtype=torch.int32, device=q.device)
+
+
+def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k):
+    o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
+    return o, lse, _no_bits(q) if bits is None else bits
+
+
+def _fake_backward(do, q, k, v, parameter, *_):
+    return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3]), torch.empty_like(parameter)
+
+
+def selection_words(left, right, num_keys):
+    """int32 words of a row's selection: a ring of bits, in steps of 64, that the keys of a window fit (key j modulo its size)."""
+    blocks = 1 << (-(-num_keys // 64) - 1).bit_length()
+    if left >= 0 and right >= 0:
+        blocks = min(blocks, -(-(left + right + 1) // 64))
+    return 2 * blocks
+
+
+def empty_rows(like, width):
+    """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
+    batch, heads, length, like_width = like.shape
+    if width == like_width:
+        return torch.empty_like(like)
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty(batch, length, heads, width).transpose(1, 2)
+    return like.new_empty(batch, heads, length, width)
