@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -42,35 +43,41 @@ def eager(formula):
     return run
 
 
-def flex(formula, length, device, attention=None):
+@functools.cache
+def static(function):
+    """The function compiled for each shape; a full graph, as the fallback, eager FlexAttention, is no competitor."""
+    # Donated buffers forbid retain_graph, which timing a backward pass alone needs.
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def half_squares(k):
+    return 0.5 * k.float().square().sum(-1)
+
+
+def flex(formula, length, device, compiled=static):
     """FlexAttention over the formula's window, without top-k.
 
-    The gradient of k flows through the captured |k|^2 as well; sigma counts as a constant.
+    The gradient of k flows through the captured |k|^2 as well, which is computed outside, since FlexAttention
+    differentiates what it captures as an input. sigma counts as a constant.
     """
     mask = window_block_mask(formula, length, device)
-    attention = attention or compiled_flex()
+    attention, squares = compiled(flex_attention), compiled(half_squares)
 
     def softmax(q, k, v, sigma):
         return attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     def rbf(q, k, v, sigma):
         group = q.shape[1] // k.shape[1]
-        scale = sigma.detach().square().reciprocal()
-        half_squares = 0.5 * k.float().square().sum(-1)
+        scale, key_squares = sigma.detach().square().reciprocal(), squares(k)
 
         def score(product, batch, head, row, key):
-            return (product - half_squares[batch, head // group, key]) * scale[head]
+            return (product - key_squares[batch, head // group, key]) * scale[head]
 
         return attention(q, k, v, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=group != 1)
 
     return rbf if isinstance(formula, Rbf) else softmax
-
-
-@functools.cache
-def compiled_flex():
-    # Donated buffers forbid retain_graph, which timing a backward pass alone needs.
-    torch._functorch.config.donated_buffer = False
-    return torch.compile(flex_attention)
 
 
 def window_block_mask(formula, length, device):
@@ -80,8 +87,9 @@ def window_block_mask(formula, length, device):
     offset = start[:, None] - start
     nearest, farthest = offset - (FLEX_BLOCK - 1), offset + (FLEX_BLOCK - 1)
     touched = (farthest >= -right) & (nearest <= left)
-    # The last block may hang over the end, so it always counts as masked.
-    whole = (nearest >= -right) & (farthest <= left) & (start + FLEX_BLOCK <= length)
+    # Blocks that hang over the end count as masked.
+    complete = start + FLEX_BLOCK <= length
+    whole = (nearest >= -right) & (farthest <= left) & complete & complete[:, None]
 
     def blocks(dense):
         order = torch.argsort(dense.int(), dim=-1, descending=True, stable=True).int()

@@ -15,7 +15,7 @@ import nearfar
 
 def describe(device):
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
+    name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, CPU threads: {torch.get_num_threads()}"
     return {
         "device": name,
         "short_name": short_name(name) if cuda else "cpu",

@@ -60,7 +60,7 @@ def measures(room, case, device):
     """
     small = replace(case, batch=1, heads=4, kv_heads=4, length=256)
     inputs = small.inputs(device)
-    call, sdpa = small.call(), baselines.sdpa("FLASH_ATTENTION")
+    call, sdpa = small.call(), baselines.sdpa()
     label = case.variant or "whole window"
 
     def without_grad(run):
@@ -71,8 +71,8 @@ def measures(room, case, device):
         (f"first call, {label}, forward + backward", "s", FIRST_CALL_GOAL_S, lambda: first_call(room, case)),
         (f"host time of a call, {label}, no_grad", "us", HOST_GOAL_US, lambda: without_grad(call)),
         (f"host time of a call, {label}, with grad", "us", HOST_GOAL_US, lambda: host_us(lambda: call(*inputs))),
-        ("host time of sdpa-flash, no_grad", "us", None, lambda: without_grad(sdpa)),
-        ("host time of sdpa-flash, with grad", "us", None, lambda: host_us(lambda: sdpa(*inputs))),
+        ("host time of scaled_dot_product_attention, no_grad", "us", None, lambda: without_grad(sdpa)),
+        ("host time of scaled_dot_product_attention, with grad", "us", None, lambda: host_us(lambda: sdpa(*inputs))),
     )
     return [attempt(*row) for row in wanted]
 

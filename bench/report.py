@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 from rich.table import Table
 
@@ -65,7 +66,7 @@ def significant(value, digits):
 
 def verdict(row):
     """How the check went, and why there are no times where there are none."""
-    words = [row["note"]] if row["note"] else []
+    words = [shorten(row["note"], 100)] if row["note"] else []
     if row["check"] and row["status"] != "wrong":
         name, error, allowed = row["check"]["worst"]
         words.append(f"{name} {error:.1e} <= {allowed:.1e}")
@@ -127,8 +128,10 @@ def plot(path, rows, environment):
     ticks = sorted({row["case"]["length"] for row in rows})
     ticks = ticks[:: -(-len(ticks) // 8)] if len(ticks) > 8 else ticks
     axes[0].set_xticks(ticks, [token_count(n) for n in ticks], minor=False)
-    axes[0].minorticks_off()
-    columns = 5 if max(map(len, lines)) < 24 else 2
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    for axis in axes:
+        axis.minorticks_off()
+    columns = 3 if max(map(len, lines)) < 36 else 2
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     operator = rows[0]["case"]["name"].partition("-")[0].capitalize()
     figure.suptitle(", ".join(filter(None, (f"{operator} attention", *common_text(rows), environment["device"]))))
@@ -188,13 +191,14 @@ def token_count(n):
 
 
 def markdown(room, results):
-    """The table of a room from all recorded files, one section for each GPU."""
+    """The tables of a room from all recorded files, one for each run: only figures of one run compare."""
     files = sorted(path for path in results.glob("*/*.json") if path.name.startswith(f"{room}-"))
     if not files:
         return "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
     sections = {}
     for path in files:
-        sections.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+        record = json.loads(path.read_text())
+        sections.setdefault((path.parent.name, record["environment"]["date"]), []).append(record)
     return "\n".join(section(records) for records in sections.values())
 
 
@@ -220,7 +224,8 @@ def section(records):
                  both(row, "percent_of_floor", 2))  # fmt: skip
         label = f"**{row['label']}**" if row["ours"] else row["label"]
         lines.append("| " + " | ".join((*names, label, *cells, goal)) + " |")
-    measures = [m for record in records for m in record["measures"]]
+    # Cases of one run repeat the baseline's host time.
+    measures = {m["what"]: m for record in records for m in record["measures"]}.values()
     if measures:
         lines += ["", "| beside the kernels | measured | goal |", "|---|---:|---:|"]
         lines += [f"| {m['what']} | {measured(m)} | {goal_cell(m)} |" for m in measures]
