@@ -1,0 +1,221 @@
+"""Krause attention: the dense oracle by direct distances, and sample calls."""
+
+import torch
+from harness import DEVICE, Sample, assert_accurate, generator, randn
+
+import nearfar as nf
+
+SAMPLES = {
+    "all keys": dict(),
+    "causal window": dict(locality=nf.SlidingWindow(37)),
+    "two-sided window, top 5, shared sigma": dict(locality=nf.SlidingWindow(20, 9), top_k=5, sigma=()),
+    "top 7 of all keys": dict(top_k=7),
+    "packed": dict(locality=nf.SlidingWindow(30, 3), packed=True),
+    "packed, top 6": dict(locality=nf.SlidingWindow(30, 3), top_k=6, packed=True),
+}
+
+
+def make(name, dtype, device=DEVICE, length=75):
+    options = dict(SAMPLES[name])
+    sigma_shape, packed = options.pop("sigma", None), options.pop("packed", False)
+    batch, heads = (1, 4) if packed or "locality" in options else (2, 2)
+    if packed:
+        ends = [0, length // 3, length // 3, 2 * length // 3, length]
+        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    tensors = {
+        "q": randn(batch, heads, length, 24, dtype=dtype, seed=1, device=device),
+        "k": randn(batch, heads // 2, length, 24, dtype=dtype, seed=2, device=device),
+        "v": randn(batch, heads // 2, length, 16, dtype=dtype, seed=3, device=device),
+        "sigma": 2 + torch.rand((heads,) if sigma_shape is None else sigma_shape, generator=generator(4)).to(device),
+    }
+    if dtype == torch.float64:
+        tensors["sigma"] = tensors["sigma"].double()
+    return Sample(tensors, options)
+
+
+def compile_lengths(name):
+    """With top_k over all keys the saved bits double at powers of two, and graphs with them; a window has no step."""
+    return (66, 97, 127) if name == "top 7 of all keys" else (35, 50, 71)
+
+
+def window(options):
+    locality = options.get("locality")
+    return (-1, -1) if locality is None else (locality.left, locality.right)
+
+
+def visible(sample):
+    """(N, M) mask of the pairs that locality and packing allow."""
+    q, k = sample.tensors["q"], sample.tensors["k"]
+    left, right = window(sample.options)
+    i = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+    j = torch.arange(k.shape[2], device=q.device)[None, :]
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    if left != -1:
+        mask &= i - j <= left
+    if right != -1:
+        mask &= j - i <= right
+    if sample.options.get("cu_seqlens") is not None:
+        ends = sample.options["cu_seqlens"].tolist()
+        lengths = torch.tensor(ends[1:]) - torch.tensor(ends[:-1])
+        member = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(q.device)
+        mask &= member[:, None] == member[None, :]
+    return mask
+
+
+def by_head(sigma, heads):
+    return sigma.reshape(-1).expand(heads)[None, :, None, None]
+
+
+def to_query_heads(q, kv):
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+
+
+def scores(q, k, sigma):
+    """-|q - k|^2 / (2 sigma^2), by the difference itself."""
+    k = to_query_heads(q, k)
+    return -(q[:, :, :, None] - k[:, :, None]).square().sum(-1) / (2 * by_head(sigma, q.shape[1]).square())
+
+
+def weights(score, keep):
+    score = score.masked_fill(~keep, float("-inf"))
+    if score.shape[-1]:
+        top = score.detach().amax(-1, keepdim=True)
+        score = score - torch.where(top == float("-inf"), 0, top)
+    weight = score.exp()
+    total = weight.sum(-1, keepdim=True)
+    return weight / torch.where(total == 0, 1, total)
+
+
+def dense(q, k, v, sigma, keep):
+    return weights(scores(q, k, sigma), keep) @ to_query_heads(q, v)
+
+
+def plain(q, k, v, sigma, keep):
+    """The formula that the kernels use, |q|^2 cancelled, by plain torch operations in the dtype of q."""
+    k = to_query_heads(q, k)
+    scale = by_head(sigma, q.shape[1]).square().reciprocal().to(q.dtype)
+    score = (q @ k.mT - k.square().sum(-1)[:, :, None] / 2) * scale
+    empty = ~keep.any(-1, keepdim=True)
+    weight = score.masked_fill(~(keep | empty), float("-inf")).softmax(-1).masked_fill(empty, 0)
+    return weight @ to_query_heads(q, v)
+
+
+def best(sample):
+    """(B, Hq, N, M) mask of the selection: the top_k largest scores of float64, equal ones by the smaller key index."""
+    q, k, sigma = (sample.tensors[name].double() for name in ("q", "k", "sigma"))
+    mask = visible(sample).expand(q.shape[0], q.shape[1], -1, -1)
+    if sample.options.get("top_k") is None:
+        return mask
+    order = scores(q, k, sigma).masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(k.shape[2], device=q.device).expand(order.shape))
+    return mask & (rank < sample.options["top_k"])
+
+
+def decode(bits, num_keys):
+    """(..., M) mask of a saved selection: key j is bit j modulo the 32 * words bits of its row's ring."""
+    key = torch.arange(num_keys, device=bits.device) % (32 * bits.shape[-1])
+    return (bits[..., key // 32] >> (key % 32)) & 1 == 1
+
+
+def kernel_selection(sample):
+    """The set that the kernels used, from the bits that they save."""
+    mask = visible(sample)
+    if sample.options.get("top_k") is None or not sample.tensors["q"].numel() or not sample.tensors["k"].shape[2]:
+        return best(sample)
+    bits = torch.ops.nearfar.krause_attention(*op_arguments(sample))[2]
+    return decode(bits, mask.shape[1]) & mask
+
+
+def reference_selection(sample, backend="reference"):
+    """The set that the reference used: with the identity for v its outputs are the weights themselves."""
+    if sample.options.get("top_k") is None:
+        return best(sample)
+    tensors = sample.tensors
+    if backend == "reference":  # it computes in float32; its output in float16 would lose the smallest weights
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    k = tensors["k"]
+    v = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+    return nf.krause_attention(**{**tensors, "v": v}, **sample.options, backend=backend) > 0
+
+
+def assert_optimal(sample, selected):
+    """Every row keeps min(top_k, keys in reach), and none of them scores below one left out by more than rounding.
+
+    The bound is that of float32 sums in any order: (D + 8) half eps of the terms' absolute values, at both scores.
+    """
+    q, k, sigma = (sample.tensors[name].double() for name in ("q", "k", "sigma"))
+    mask = visible(sample).expand(selected.shape)
+    if not selected.numel():
+        return
+    counts = mask.sum(-1).clamp(max=sample.options["top_k"])
+    assert torch.equal(selected.sum(-1), counts), "a row keeps the wrong number of keys"
+    keys = to_query_heads(q, k)
+    terms = (q.abs() @ keys.abs().mT + keys.square().sum(-1)[:, :, None] / 2) / by_head(sigma, q.shape[1]).square()
+    rounding = (q.shape[-1] + 8) * 2.0**-24 * terms
+    score = scores(q, k, sigma)
+    kept = (score + rounding).masked_fill(~selected, float("inf")).amin(-1)
+    left_out = (score - rounding).masked_fill(selected | ~mask, float("-inf")).amax(-1)
+    assert (kept >= left_out).all(), "a key was kept before one that is nearer by more than rounding"
+
+
+def scales(q, k, v, sigma, keep, do):
+    """Outputs and gradients with every term by its absolute value: what their roundings are relative to."""
+    sigma_by_head, heads, batch = by_head(sigma, q.shape[1]), q.shape[1], q.shape[0]
+    keys, values = to_query_heads(q, k), to_query_heads(q, v)
+    weight = weights(scores(q, k, sigma), keep)
+    o = weight @ values.abs()
+    dp = do.abs() @ values.abs().mT
+    ds = weight * (dp + (weight * dp).sum(-1, keepdim=True))
+    to_keys = ds / sigma_by_head.square()
+    log_weight = torch.where(weight > 0, weight, 1).log()
+    per_head = 2 * (ds * log_weight.abs()).sum((0, 2, 3)) / sigma.reshape(-1)
+
+    def group_sum(x):
+        return x.reshape(batch, k.shape[1], heads // k.shape[1], *x.shape[2:]).sum(2)
+
+    return o, {
+        "q": to_keys @ keys.abs(),
+        "k": group_sum(to_keys.mT @ q.abs() + to_keys.sum(2)[..., None] * keys.abs()),
+        "v": group_sum(weight.mT @ do.abs()),
+        "sigma": per_head.sum_to_size(sigma.reshape(-1).shape).reshape(sigma.shape),
+    }
+
+
+def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma")):
+    """Assert the rule of accuracy for o and the gradients, given the set that the kernels selected."""
+    tensors, dtype = sample.tensors, sample.tensors["q"].dtype
+    if selected is None:
+        selected = kernel_selection(sample)
+    if sample.options.get("top_k") is not None:
+        assert_optimal(sample, selected)
+
+    def evaluate(function, dtype):
+        inputs = [t.detach().to(torch.promote_types(dtype, torch.float32) if n == "sigma" else dtype, copy=True)
+                  .requires_grad_() for n, t in tensors.items()]  # fmt: skip
+        result = function(*inputs, selected)
+        return result.detach(), dict(zip(tensors, torch.autograd.grad(result, inputs, do.to(dtype)), strict=True))
+
+    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
+    scale = scales(*(t.double() for t in tensors.values()), selected, do.double())
+    assert o.dtype == dtype
+    assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
+    for name in names:
+        assert gradients[name].dtype == tensors[name].dtype
+        assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
+
+
+def op_arguments(sample):
+    q, k, v, sigma = sample.tensors.values()
+    bounds = None
+    if sample.options.get("cu_seqlens") is not None:
+        ends = sample.options["cu_seqlens"].tolist()
+        spans = [(a, b) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
+        bounds = torch.tensor(spans, dtype=torch.int32, device=q.device).reshape(-1, 2).T.contiguous()
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    sigma = sigma.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
+    return (q, k, v, sigma, bounds, *window(sample.options), sample.options.get("top_k"))
+
+
+def saved(sample, outputs):
+    *tensors, left, right, top_k = op_arguments(sample)
+    return (*tensors, *outputs, left, right, top_k)

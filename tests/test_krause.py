@@ -1,0 +1,664 @@
+"""Krause attention: fuzz, selection, isolation, packed and empty sequences, extremes, bad input.
+
+What every operator promises is tested on its samples in test_operators.py; the oracle is in samples/krause.py.
+"""
+
+import hypothesis
+import pytest
+import torch
+from harness import DEVICE, DTYPES, Sample, assert_same, generator, leaves, like, needs_gpu, randn, run
+from hypothesis import strategies as st
+from samples.krause import best, check, decode, kernel_selection, op_arguments, reference_selection, visible
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nearfar as nf
+
+BACKENDS = ("triton", "reference")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def krause(sample, backend="triton"):
+    return nf.krause_attention(**sample.tensors, **sample.options, backend=backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
+    "slice of wider rows": lambda x: torch.cat((x + 1, x, x - 1), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
+    "width before rows": lambda x: x.mT.contiguous().mT,
+}
+GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
+WIDTHS = [(16, 16), (16, 16), (16, 16), (24, 16), (16, 40), (32, 72), (64, 64), (136, 16), (16, 256), (256, 64)]
+LENGTHS = [0, 1, 2, 5, 17, 33, 63, 64, 65, 100, 130, 197]  # beyond three blocks of 64
+SIDES = st.one_of(st.sampled_from([-1, 0, 1, 31, 64, 500]), st.integers(0, 80))
+
+
+@st.composite
+def calls(draw, selecting):
+    """(Sample, layout of the gradient of o)."""
+    dtype = draw(st.sampled_from(DTYPES))
+    width, value_width = draw(st.sampled_from(WIDTHS))
+    length = draw(st.sampled_from(LENGTHS))
+    packed = draw(st.integers(0, 3)) == 0
+    same_length = packed or draw(st.integers(0, 2)) > 0
+    keys = length if same_length else draw(st.sampled_from(LENGTHS))
+    # Long ones get one head, for the interpreter's sake.
+    small = length + keys <= 140 and width + value_width <= 128
+    batch = 1 if packed or not small else draw(st.integers(1, 2))
+    kv_heads = draw(st.integers(1, 2)) if small else 1
+    heads = kv_heads * (draw(st.integers(1, 3)) if small else draw(st.integers(1, 2)))
+    options = {"locality": draw(st.none() | st.builds(nf.SlidingWindow, SIDES, SIDES))}
+    if selecting:
+        options["top_k"] = draw(st.sampled_from([1, 2, 3, 8, 1000]) | st.integers(1, 40))
+    if packed:
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
+        options["cu_seqlens"] = torch.tensor([0, *cuts, length], dtype=torch.int32, device=DEVICE)
+    seed = draw(st.integers(0, 2**20))
+    shapes = {
+        "q": (batch, heads, length, width),
+        "k": (batch, kv_heads, keys, width),
+        "v": (batch, kv_heads, keys, value_width),
+    }
+    tensors = {}
+    for offset, (name, shape) in enumerate(shapes.items()):
+        numbers = randn(*shape, dtype=dtype, seed=seed + offset)
+        if min(shape):
+            numbers = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](numbers)
+        tensors[name] = numbers
+    # Distances grow with the root of the width: bandwidths around it keep several keys in play.
+    spread = draw(st.sampled_from([0.5, 1.0, 4.0])) * width**0.5
+    sigma_shape = draw(st.sampled_from([(), (1,), (heads,)]))
+    tensors["sigma"] = spread * (0.75 + 0.5 * torch.rand(sigma_shape, generator=generator(seed))).to(DEVICE)
+    return Sample(tensors, options), draw(st.sampled_from(list(GRADIENTS)))
+
+
+def fuzz(case):
+    sample, layout = case
+    v, q = sample.tensors["v"], sample.tensors["q"]
+    do = randn(*q.shape[:3], v.shape[3], dtype=q.dtype, seed=7)
+    if do.numel():
+        do = GRADIENTS[layout](do)
+    o, gradients = run(nf.krause_attention, sample, do)
+    check(sample, do, o, gradients)
+
+
+@hypothesis.given(calls(selecting=False))
+def test_fuzz(case):
+    fuzz(case)
+
+
+@hypothesis.given(calls(selecting=True))
+def test_fuzz_top_k(case):
+    fuzz(case)
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def integers(*shape, dtype, seed, high=3):
+    """Small integers: products and squares are exact in float32, so selections must match exactly, ties included."""
+    return torch.randint(-high, high + 1, shape, generator=generator(seed)).to(DEVICE, dtype)
+
+
+def exact_sample(dtype, length=70, keys=70, width=16, top_k=5, locality=None, high=3, **options):
+    return Sample(
+        {
+            "q": integers(1, 2, length, width, dtype=dtype, seed=1, high=high),
+            "k": integers(1, 1, keys, width, dtype=dtype, seed=2, high=high),
+            "v": randn(1, 1, keys, 16, dtype=dtype, seed=3),
+            "sigma": torch.tensor([2.0, 4.0], device=DEVICE),
+        },
+        dict(locality=locality, top_k=top_k, **options),
+    )
+
+
+def selection(sample, backend):
+    return kernel_selection(sample) if backend == "triton" else reference_selection(sample)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("high", [1, 3])
+@pytest.mark.parametrize("locality", [None, nf.SlidingWindow(33, 4), nf.SlidingWindow(66)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 6, 64])
+def test_exact_scores_are_selected_exactly(top_k, locality, high, dtype, backend):
+    """With entries of -1, 0 and 1 most cuts go through ties."""
+    sample = exact_sample(dtype, top_k=top_k, locality=locality, high=high)
+    selected = selection(sample, backend)
+    assert torch.equal(selected, best(sample))
+    if high == 1 and dtype == DTYPES[0]:
+        wrong = best(sample._replace(tensors={n: t.flip(2) if n in "qkv" else t for n, t in sample.tensors.items()}))
+        assert not torch.equal(selected, wrong.flip(2, 3)) or top_k == 64  # the cut does go through ties
+
+
+@each_backend
+@each_dtype
+def test_of_equal_keys_the_first_are_kept(dtype, backend):
+    sample = exact_sample(dtype, length=100, keys=100, top_k=4, locality=nf.SlidingWindow(69, 1))
+    sample.tensors["k"].copy_(sample.tensors["k"][:, :, :1].expand(-1, -1, 100, -1))
+    i, j = torch.arange(100, device=DEVICE)[:, None], torch.arange(100, device=DEVICE)[None, :]
+    first = (i - 69).clamp(min=0)
+    expected = (j >= first) & (j < first + 4) & (j <= i + 1)
+    assert torch.equal(selection(sample, backend)[0, 0], expected)
+    values = sample.tensors["v"][0, 0].double()
+    mean = (expected.double() @ values) / expected.sum(1, keepdim=True)
+    o = krause(sample, backend)[0, 0].double()
+    assert (o - mean).abs().max() <= 2 * torch.finfo(dtype).eps * values.abs().max()
+
+
+@each_backend
+@each_dtype
+def test_duplicates_at_the_cut(dtype, backend):
+    """Distances 0, 1, 1, 1, 4 in scattered places: top 3 takes the 0 and the first two of the 1s."""
+    sample = exact_sample(dtype, length=5, keys=5, top_k=3)
+    sample.tensors["q"].zero_()
+    sample.tensors["k"].zero_()
+    sample.tensors["k"][0, 0, :, 0] = torch.tensor([2.0, 1.0, -1.0, 0.0, 1.0])
+    expected = torch.tensor([False, True, True, True, False], device=DEVICE).expand(1, 2, 5, 5)
+    assert torch.equal(selection(sample, backend), expected)
+
+
+@each_dtype
+def test_the_saved_bits_are_the_keys_with_weight(dtype):
+    """Two ways to see the selection: the bits, and the outputs with the identity for v."""
+    sample = exact_sample(dtype, length=64, keys=64, top_k=9, locality=nf.SlidingWindow(40))
+    sample.tensors["sigma"].fill_(8)  # no weight may underflow
+    assert torch.equal(kernel_selection(sample), reference_selection(sample, backend="triton"))
+
+
+@each_dtype
+def test_top_k_of_everything_is_no_selection(dtype):
+    sample = exact_sample(dtype, top_k=None, locality=nf.SlidingWindow(20, 5))
+    o, gradients = run(nf.krause_attention, sample)
+    for top_k in (26, 1024, 2**31 - 1):
+        everything = Sample(sample.tensors, {**sample.options, "top_k": top_k})
+        assert torch.equal(kernel_selection(everything), visible(sample).expand(1, 2, 70, 70))
+        o_all, gradients_all = run(nf.krause_attention, everything)
+        check(everything, like(o), o_all, gradients_all)
+
+
+def test_decoding_finds_what_was_encoded():
+    keep = torch.rand(3, 70, generator=generator()) < 0.3
+    words = torch.zeros(3, 4, dtype=torch.int64)
+    for j in range(6, 70):
+        words[:, j % 128 // 32] |= keep[:, j].long() << (j % 32)
+    words = torch.where(words >= 2**31, words - 2**32, words).int()
+    assert torch.equal(decode(words, 70)[:, 6:], keep[:, 6:])
+
+
+# ----------------------------------------------------------------------------------------------------------- isolation
+
+BIG = {torch.float16: 6e4, torch.bfloat16: 1e12, torch.float32: 1e12}
+
+
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("locality", [nf.SlidingWindow(9), nf.SlidingWindow(20, 3), nf.SlidingWindow(-1, 0)], ids=str)
+def test_what_a_query_cannot_see_changes_no_bit(locality, top_k, dtype):
+    """Promised where products are finite in float32; a NaN may spread through a tile.
+
+    Key 40 changes, then query 40 and its gradient: rows that do not see it keep o and dq, keys that no changed row
+    reaches keep dk and dv.
+    """
+    sample = Sample({n: t for n, t in exact_sample(dtype).tensors.items()}, {"locality": locality, "top_k": top_k})
+    sample.tensors["q"] = randn(1, 2, 70, 16, dtype=dtype, seed=4)
+    sample.tensors["k"] = randn(1, 1, 70, 16, dtype=dtype, seed=5)
+    mask = visible(sample)
+    do = randn(1, 2, 70, 16, dtype=dtype, seed=6)
+    o, gradients = run(nf.krause_attention, sample, do)
+
+    changed = Sample({n: t.clone() for n, t in sample.tensors.items()}, sample.options)
+    changed.tensors["k"][:, :, 40] = BIG[dtype]
+    changed.tensors["v"][:, :, 40] = -BIG[dtype]
+    o_changed, gradients_changed = run(nf.krause_attention, changed, do)
+    rows = ~mask[:, 40]
+    keys = ~mask[~rows].any(0)
+    assert rows.any() and (keys.any() or locality.left < 0)
+    assert torch.equal(o[:, :, rows], o_changed[:, :, rows])
+    assert torch.equal(gradients["q"][:, :, rows], gradients_changed["q"][:, :, rows])
+    for name in "kv":
+        assert torch.equal(gradients[name][:, :, keys], gradients_changed[name][:, :, keys])
+    if top_k is None:
+        # The values do reach the rows that see them: the test is not vacuous.
+        changed.tensors["k"][:, :, 40] = sample.tensors["k"][:, :, 40]
+        changed.tensors["v"][:, :, 40] = 100
+        o_seen, _ = run(nf.krause_attention, changed, do)
+        assert (o_seen[:, :, ~rows] != o[:, :, ~rows]).any(-1).all()
+
+    changed = Sample({n: t.clone() for n, t in sample.tensors.items()}, sample.options)
+    changed.tensors["q"][:, :, 40] = 5
+    do_changed = do.clone()
+    do_changed[:, :, 40] = 1000
+    o_changed, gradients_changed = run(nf.krause_attention, changed, do_changed)
+    others, keys = torch.arange(70, device=DEVICE) != 40, ~mask[40]
+    assert torch.equal(o[:, :, others], o_changed[:, :, others])
+    assert torch.equal(gradients["q"][:, :, others], gradients_changed["q"][:, :, others])
+    for name in "kv":
+        assert torch.equal(gradients[name][:, :, keys], gradients_changed[name][:, :, keys])
+
+
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_packed_neighbours_change_no_bit(top_k, dtype):
+    ends = [0, 21, 21, 47, 70]
+    options = {"locality": nf.SlidingWindow(15, 2), "top_k": top_k}
+    options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    sample = Sample({n: t for n, t in exact_sample(dtype, high=2).tensors.items()}, options)
+    do = randn(1, 2, 70, 16, dtype=dtype, seed=6)
+    o, gradients = run(nf.krause_attention, sample, do)
+    changed = Sample({n: t.clone() for n, t in sample.tensors.items()}, options)
+    do_changed = do.clone()
+    do_changed[:, :, 21:47] = 100
+    for name, value in (("q", 3.0), ("k", BIG[dtype]), ("v", -BIG[dtype])):
+        changed.tensors[name][:, :, 21:47] = value
+    o_changed, gradients_changed = run(nf.krause_attention, changed, do_changed)
+    others = torch.cat((torch.arange(21), torch.arange(47, 70))).to(DEVICE)
+    assert torch.equal(o[:, :, others], o_changed[:, :, others])
+    for name in "qkv":
+        assert torch.equal(gradients[name][:, :, others], gradients_changed[name][:, :, others]), name
+
+
+@each_backend
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_packed_sequences_are_computed_as_if_alone(top_k, backend):
+    sample = exact_sample(torch.float32, top_k=top_k, locality=nf.SlidingWindow(15, 2))
+    ends = [0, 0, 21, 22, 22, 70, 70]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    o, gradients = run(nf.krause_attention, Sample(sample.tensors, {**sample.options, "cu_seqlens": cu_seqlens}),
+                       backend=backend)  # fmt: skip
+    do = like(o)
+    for a, b in zip(ends, ends[1:], strict=False):
+        alone = Sample({n: t[:, :, a:b] if t.dim() == 4 else t for n, t in sample.tensors.items()}, sample.options)
+        o_alone, gradients_alone = run(nf.krause_attention, alone, do[:, :, a:b], backend=backend)
+        torch.testing.assert_close(o[:, :, a:b], o_alone, rtol=1e-5, atol=1e-6)
+        for name in "qkv":
+            torch.testing.assert_close(gradients[name][:, :, a:b], gradients_alone[name], rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_queries_without_keys_give_zeros_and_get_zero_gradients(top_k, dtype, backend):
+    """50 queries of 30 keys are the last positions: the first 20 stand before every key."""
+    sample = exact_sample(dtype, length=50, keys=30, top_k=top_k, locality=nf.SlidingWindow(9))
+    o, gradients = run(nf.krause_attention, sample, backend=backend)
+    assert torch.equal(o[:, :, :20], torch.zeros_like(o[:, :, :20]))
+    assert torch.equal(gradients["q"][:, :, :20], torch.zeros_like(gradients["q"][:, :, :20]))
+    assert (o[:, :, 20:] != 0).any(-1).all()
+    # Their upstream gradients reach nothing either.
+    do = like(o)
+    do[:, :, :20] = 1000
+    assert_same((o, gradients), run(nf.krause_attention, sample, do, backend))
+
+
+@each_backend
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("batch, length, keys", [(0, 5, 5), (1, 0, 0), (2, 0, 9), (2, 9, 0), (0, 0, 0)])
+def test_empty(batch, length, keys, top_k, backend):
+    sample = Sample(
+        {
+            "q": randn(batch, 4, length, 16),
+            "k": randn(batch, 2, keys, 16),
+            "v": randn(batch, 2, keys, 24),
+            "sigma": torch.full((4,), 2.0, device=DEVICE),
+        },
+        {"top_k": top_k},
+    )
+    o, gradients = run(nf.krause_attention, sample, backend=backend)
+    assert torch.equal(o, torch.zeros(batch, 4, length, 24, device=DEVICE))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, torch.zeros_like(sample.tensors[name])), name
+
+
+@each_backend
+def test_empty_packed_batch(backend):
+    sample = exact_sample(torch.float32, length=0, keys=0)
+    sample.options["cu_seqlens"] = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    o, gradients = run(nf.krause_attention, sample, backend=backend)
+    assert o.shape == (1, 2, 0, 16) and torch.equal(gradients["sigma"], torch.zeros(2, device=DEVICE))
+
+
+# ------------------------------------------------------------------------------------------------------------ extremes
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("exponent", [-8, -4, 4, 7])
+def test_powers_of_two_scale_without_rounding(exponent, top_k, dtype, backend):
+    """q, k, sigma times 2^e: the same output, and gradients but for 2^-e. dO times 2^e keeps them in range for e > 0.
+
+    No term of the formula leaves the range of float16: inputs and results are between 2^-10 and 2^12.
+    """
+    sample = exact_sample(dtype, top_k=top_k, locality=nf.SlidingWindow(20, 2))
+    factor = 2.0**exponent
+    lift = max(factor, 1.0)
+    scaled = Sample({n: t if n == "v" else t * factor for n, t in sample.tensors.items()}, sample.options)
+    do = randn(1, 2, 70, 16, dtype=dtype, seed=6)
+    o, gradients = run(nf.krause_attention, sample, do, backend)
+    o_scaled, gradients_scaled = run(nf.krause_attention, scaled, do * lift, backend)
+    assert torch.equal(o, o_scaled)
+    # The smallest weights round in the subnormal range of float16; 23 keys of at most 3 may add up such roundings.
+    info = torch.finfo(dtype)
+    atol = 23 * 3 * info.smallest_normal * info.eps
+    for name, gradient in gradients_scaled.items():
+        gradient = gradient.double() / lift * (1 if name == "v" else factor)
+        torch.testing.assert_close(
+            gradient, gradients[name].double(), rtol=info.eps, atol=atol, msg=lambda m, n=name: f"gradient of {n}: {m}"
+        )
+
+
+@each_backend
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("exponent", [-50, 55])
+def test_float32_far_from_one(exponent, top_k, backend):
+    """Squares near 2^-100 and 2^115: scores are as for exponent 0."""
+    sample = exact_sample(torch.float32, top_k=top_k, locality=nf.SlidingWindow(20, 2))
+    factor = 2.0**exponent
+    scaled = Sample({n: t if n == "v" else t * factor for n, t in sample.tensors.items()}, sample.options)
+    do = randn(1, 2, 70, 16, seed=6)
+    o, gradients = run(nf.krause_attention, sample, do, backend)
+    o_scaled, gradients_scaled = run(nf.krause_attention, scaled, do, backend)
+    assert torch.equal(o, o_scaled)
+    for name, gradient in gradients_scaled.items():
+        gradient = gradient if name == "v" else gradient * factor
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("sigma", [2.0**-3, 2.0**10])
+def test_sharp_and_flat_kernels(sigma, dtype, backend):
+    """Squared distances count 32 times, which leaves the nearest keys alone, or 2^-21 times, which makes a mean."""
+    sample = exact_sample(dtype, top_k=None, locality=nf.SlidingWindow(20, 2))
+    sample.tensors["sigma"].fill_(sigma)
+    o, gradients = run(nf.krause_attention, sample, backend=backend)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    mask = visible(sample)
+    if sigma > 1:
+        expected = mask.double() @ sample.tensors["v"][0, 0].double() / mask.sum(1, keepdim=True)
+        tolerance = 1e-4 + torch.finfo(dtype).eps
+    else:
+        q, k = sample.tensors["q"].double(), sample.tensors["k"].double()
+        distance = (q[:, :, :, None] - k[:, :, None]).square().sum(-1).masked_fill(~mask, float("inf"))
+        nearest = (distance == distance.amin(-1, keepdim=True)).double()
+        expected = nearest / nearest.sum(-1, keepdim=True) @ sample.tensors["v"].double()
+        tolerance = torch.finfo(dtype).eps
+    assert (o.double() - expected).abs().max() <= 4 * tolerance
+
+
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_sigma_that_is_not_positive_poisons_its_head_only(top_k, dtype):
+    """What the kernels do where reading sigma back would stall the stream; the public function refuses on the CPU."""
+    sample = exact_sample(dtype, top_k=top_k, locality=nf.SlidingWindow(20, 2))
+    good, _, _ = torch.ops.nearfar.krause_attention(*op_arguments(sample))
+    for value in (-2.0, 0.0, float("nan")):
+        sigma = torch.tensor([value, 4.0], device=DEVICE)
+        bad = Sample({**sample.tensors, "sigma": sigma}, sample.options)
+        o, _, _ = torch.ops.nearfar.krause_attention(*op_arguments(bad))
+        assert torch.isnan(o[:, 0]).all(), value
+        assert torch.equal(o[:, 1], good[:, 1])
+        if DEVICE == "cuda":
+            public = krause(bad)
+            assert torch.isnan(public[:, 0]).all() and torch.equal(public[:, 1], good[:, 1])
+
+
+@each_backend
+def test_sigma_by_number_scalar_and_head(backend):
+    sample = exact_sample(torch.float32, top_k=4)
+    expected = run(nf.krause_attention, Sample({**sample.tensors, "sigma": torch.full((2,), 2.5, device=DEVICE)},
+                                               sample.options), backend=backend)  # fmt: skip
+    for sigma in (torch.tensor(2.5, device=DEVICE), torch.tensor([2.5], device=DEVICE, dtype=torch.float64)):
+        o, gradients = run(nf.krause_attention, Sample({**sample.tensors, "sigma": sigma}, sample.options),
+                           backend=backend)  # fmt: skip
+        assert torch.equal(o, expected[0])
+        assert gradients["sigma"].shape == sigma.shape and gradients["sigma"].dtype == sigma.dtype
+        torch.testing.assert_close(gradients["sigma"].sum().float(), expected[1]["sigma"].sum())
+    plain = nf.krause_attention(*list(sample.tensors.values())[:3], 2.5, **sample.options, backend=backend)
+    assert torch.equal(plain, expected[0])
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_reference_memory_grows_with_the_window_only(top_k):
+    """No tensor of it is N x N, and what it keeps for the backward grows as N does."""
+    kept = {}
+    for length in (2048, 4096):
+        q, k, v = (randn(1, 2, length, 16, seed=s, device="cpu").requires_grad_() for s in range(3))
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+            return tensor
+
+        with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            o = nf.krause_attention(q, k, v, 4.0, nf.SlidingWindow(31), top_k=top_k, backend="reference")
+            torch.autograd.grad(o.sum(), (q, k, v))
+        chunk = 2 * 128 * (128 + 31)
+        assert largest.numel <= max(q.numel(), chunk)
+        kept[length] = sum(nbytes for _, nbytes in storages.values())
+    assert kept[4096] < 2.1 * kept[2048]
+    assert kept[4096] < 4096 * 4096 * 2  # a quarter of one float32 score matrix of both heads
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad(backend="triton", **changes):
+    call = {"q": randn(1, 4, 6, 16), "k": randn(1, 2, 6, 16), "v": randn(1, 2, 6, 16), "sigma": 2.0, **changes}
+    return nf.krause_attention(**call, backend=backend)
+
+
+def seqlens(*ends, dtype=torch.int32):
+    return torch.tensor(ends, dtype=dtype, device=DEVICE)
+
+
+BAD = {
+    "q of rank 3": (ValueError, "^q must have 4", lambda: {"q": randn(4, 6, 16)}),
+    "k of rank 5": (ValueError, "^k must have 4", lambda: {"k": randn(1, 1, 2, 6, 16)}),
+    "v of rank 3": (ValueError, "^v must have 4", lambda: {"v": randn(2, 6, 16)}),
+    "q a list": (TypeError, "^q must be a torch.Tensor", lambda: {"q": [1.0]}),
+    "v None": (TypeError, "^v must be a torch.Tensor", lambda: {"v": None}),
+    "q of integers": (TypeError, "^q must be float", lambda: {"q": torch.ones(1, 4, 6, 16, dtype=torch.int64)}),
+    "k of another dtype": (
+        TypeError,
+        "^k must have the dtype of q",
+        lambda: {"k": randn(1, 2, 6, 16, dtype=torch.float16)},
+    ),
+    "v of another dtype": (
+        TypeError,
+        "^v must have the dtype of q",
+        lambda: {"v": randn(1, 2, 6, 16, dtype=torch.float64)},
+    ),
+    "k elsewhere": (ValueError, "^k must be on the device", lambda: {"k": randn(1, 2, 6, 16, device="meta")}),
+    "v elsewhere": (ValueError, "^v must be on the device", lambda: {"v": randn(1, 2, 6, 16, device="meta")}),
+    "k of another batch": (ValueError, "^k must have the batch", lambda: {"k": randn(2, 2, 6, 16)}),
+    "k of another width": (ValueError, "^k must have the width", lambda: {"k": randn(1, 2, 6, 24)}),
+    "v of another length": (ValueError, "^v must have the heads and length", lambda: {"v": randn(1, 2, 7, 16)}),
+    "v of other heads": (ValueError, "^v must have the heads and length", lambda: {"v": randn(1, 4, 6, 16)}),
+    "heads that do not divide": (
+        ValueError,
+        "^q must have a multiple of the 2 heads",
+        lambda: {"q": randn(1, 3, 6, 16)},
+    ),
+    "no key heads": (
+        ValueError,
+        "^q must have a multiple of the 0 heads",
+        lambda: {"k": randn(1, 0, 6, 16), "v": randn(1, 0, 6, 16)},
+    ),
+    "sigma zero": (ValueError, "^sigma must be positive", lambda: {"sigma": 0}),
+    "sigma negative": (ValueError, "^sigma must be positive", lambda: {"sigma": -1.5}),
+    "sigma NaN": (ValueError, "^sigma must be positive", lambda: {"sigma": float("nan")}),
+    "sigma of wrong shape": (
+        ValueError,
+        r"^sigma .*\(4,\), got \(2,\)",
+        lambda: {"sigma": torch.ones(2, device=DEVICE)},
+    ),
+    "sigma of rank 2": (ValueError, "^sigma ", lambda: {"sigma": torch.ones(4, 1, device=DEVICE)}),
+    "sigma of integers": (TypeError, "^sigma must be a float", lambda: {"sigma": torch.ones(4, dtype=torch.int32)}),
+    "sigma a string": (TypeError, "^sigma must be a float", lambda: {"sigma": "2"}),
+    "sigma elsewhere": (ValueError, "^sigma must be on the device", lambda: {"sigma": torch.ones(4, device="meta")}),
+    "top_k zero": (ValueError, "^top_k must be at least 1", lambda: {"top_k": 0}),
+    "top_k negative": (ValueError, "^top_k must be at least 1", lambda: {"top_k": -3}),
+    "top_k a float": (TypeError, "^top_k must be an int", lambda: {"top_k": 2.0}),
+    "top_k a bool": (TypeError, "^top_k must be an int", lambda: {"top_k": True}),
+    "locality a tuple": (TypeError, "^locality must be", lambda: {"locality": (3, 0)}),
+    "cu_seqlens a list": (TypeError, "^cu_seqlens must be an int32", lambda: {"cu_seqlens": [0, 6]}),
+    "cu_seqlens int64": (TypeError, "^cu_seqlens must be", lambda: {"cu_seqlens": seqlens(0, 6, dtype=torch.int64)}),
+    "cu_seqlens of rank 2": (ValueError, "^cu_seqlens must have shape", lambda: {"cu_seqlens": seqlens(0, 6)[None]}),
+    "cu_seqlens of one": (ValueError, "^cu_seqlens must have shape", lambda: {"cu_seqlens": seqlens(0)}),
+    "cu_seqlens not from 0": (ValueError, "^cu_seqlens must start at 0", lambda: {"cu_seqlens": seqlens(1, 6)}),
+    "cu_seqlens too short": (ValueError, "^cu_seqlens must .* end at .*6", lambda: {"cu_seqlens": seqlens(0, 5)}),
+    "cu_seqlens too long": (ValueError, "^cu_seqlens must .* end at .*6", lambda: {"cu_seqlens": seqlens(0, 7)}),
+    "cu_seqlens that decrease": (
+        ValueError,
+        "^cu_seqlens .*never decrease",
+        lambda: {"cu_seqlens": seqlens(0, 4, 2, 6)},
+    ),
+    "cu_seqlens elsewhere": (ValueError, "^cu_seqlens .*device", lambda: {"cu_seqlens": seqlens(0, 6).to("meta")}),
+    "cu_seqlens with a batch": (
+        ValueError,
+        "^cu_seqlens .*batch of 2",
+        lambda: {
+            "q": randn(2, 4, 6, 16),
+            "k": randn(2, 2, 6, 16),
+            "v": randn(2, 2, 6, 16),
+            "cu_seqlens": seqlens(0, 6),
+        },
+    ),
+    "cu_seqlens with two lengths": (
+        ValueError,
+        "^cu_seqlens .*6 and 7",
+        lambda: {"k": randn(1, 2, 7, 16), "v": randn(1, 2, 7, 16), "cu_seqlens": seqlens(0, 6)},
+    ),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, backend):
+    error, message, changes = BAD[case]
+    changes = changes()
+    for _ in range(2):  # the second time, too, whatever the first has cached
+        with pytest.raises(error, match=message):
+            bad(backend, **changes)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA a sigma tensor is not read back")
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0, 0.0, 1.0], [1.0, 2.0, -3.0, 1.0], [1.0, float("nan"), 1.0, 1.0]], ids=str
+)
+def test_bad_sigma_tensor(values):
+    with pytest.raises(ValueError, match="^sigma must be positive"):
+        bad(sigma=torch.tensor(values))
+
+
+def test_cu_seqlens_is_checked_again_after_a_change():
+    cu_seqlens = seqlens(0, 2, 6)
+    bad(cu_seqlens=cu_seqlens)
+    bad(cu_seqlens=cu_seqlens)
+    cu_seqlens[1] = 9
+    with pytest.raises(ValueError, match="^cu_seqlens .*never decrease"):
+        bad(cu_seqlens=cu_seqlens)
+    cu_seqlens[1] = 2
+    longer = {"q": randn(1, 4, 7, 16), "k": randn(1, 2, 7, 16), "v": randn(1, 2, 7, 16)}
+    with pytest.raises(ValueError, match="^cu_seqlens .*end at .*7"):
+        bad(cu_seqlens=cu_seqlens, **longer)
+
+
+@pytest.mark.parametrize("width", [8, 12, 17, 20, 264])
+def test_widths_that_kernels_do_not_serve(width):
+    narrow = {"q": randn(1, 4, 6, width), "k": randn(1, 2, 6, width)}
+    with pytest.raises(
+        ValueError, match=f"backend='triton' cannot serve.*q is {width} wide.*multiples of 8 from 16 to 256"
+    ):
+        bad(**narrow)
+    with pytest.raises(
+        ValueError, match=f"backend='triton' cannot serve.*v is {width} wide.*multiples of 8 from 16 to 256"
+    ):
+        bad(v=randn(1, 2, 6, width))
+    tensors = {**narrow, "v": randn(1, 2, 6, width), "sigma": torch.ones(4, device=DEVICE)}
+    o, _ = run(nf.krause_attention, Sample(tensors, {}), backend="reference")
+    assert o.shape == (1, 4, 6, width) and torch.isfinite(o).all()
+
+
+def test_float64_is_for_the_reference():
+    wide = {name: randn(1, 2, 6, 16, dtype=torch.float64) for name in "qkv"}
+    with pytest.raises(ValueError, match="backend='triton' cannot serve.*float64"):
+        bad(**wide)
+    assert bad("reference", **wide).dtype == torch.float64
+
+
+def test_too_many_candidates():
+    q, k = randn(1, 1, 3, 16), randn(1, 1, 1025, 16)
+    for locality in (None, nf.SlidingWindow(-1, 0), nf.SlidingWindow(1000, 24)):
+        with pytest.raises(ValueError, match="top_k over 1025 candidate keys.*at most 1024"):
+            nf.krause_attention(q, k, k, 2.0, locality, top_k=4, backend="triton")
+    few = nf.krause_attention(q, k, k, 2.0, nf.SlidingWindow(1000, 23), top_k=4, backend="triton")
+    torch.testing.assert_close(few, nf.krause_attention(q, k, k, 2.0, nf.SlidingWindow(1000, 23), top_k=4,
+                                                        backend="reference"), rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_beyond_32_bit_offsets(top_k):
+    """q, o, dO and dq have more than 2^31 elements each; the last rows of the last head are as computed alone."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    length, heads = 2**20, 33
+    q = torch.randn(1, heads, length, 64, dtype=torch.float16, device="cuda")
+    assert q.numel() > 2**31
+    k, v = (torch.randn(1, 1, length, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+    tensors = {"q": q, "k": k, "v": v, "sigma": torch.full((heads,), 4.0, device="cuda")}
+    options = {"locality": nf.SlidingWindow(7), "top_k": top_k}
+    # The gradient is an expanded tensor, so that it needs no memory.
+    do = torch.randn(64, dtype=torch.float16, device="cuda").expand(1, heads, length, 64)
+    o, gradients = run(nf.krause_attention, Sample(tensors, options), do)
+    tail = {"q": q[:, -1:, -40:], "k": k[:, :, -60:], "v": v[:, :, -60:], "sigma": tensors["sigma"][-1:]}
+    part = Sample(tail, options)
+    gradients = {"q": gradients["q"][:, -1:, -40:]}
+    check(part, do[:, -1:, -40:], o[:, -1:, -40:], gradients, names=("q",))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    sample = exact_sample(torch.float16)
+    moved = Sample({n: t.to("cuda:1") for n, t in sample.tensors.items()}, sample.options)
+    o, gradients = run(nf.krause_attention, sample)
+    o_moved, gradients_moved = run(nf.krause_attention, moved)
+    assert torch.equal(o, o_moved.to(o.device))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_moved[name].to(o.device))
+
+
+def test_leaves_keep_strides():
+    """The fuzz relies on it."""
+    sample = Sample({"q": randn(1, 2, 6, 16).mT, "k": randn(1, 1, 6, 16).expand(1, 2, 6, 16)}, {})
+    for name, leaf in leaves(sample).items():
+        assert leaf.stride() == sample.tensors[name].stride() and leaf.requires_grad

@@ -1,0 +1,311 @@
+"""What every operator of nearfar.registry promises, tested on the samples of tests/samples/<room>.py."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from harness import DEVICE, DTYPES, Sample, assert_same, leaves, like, needs_gpu, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import nearfar
+from nearfar.registry import OPERATORS
+
+HALF = torch.float16
+CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.of(op).SAMPLES]
+each_sample = pytest.mark.parametrize("operator, name", CASES)
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.room)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def make(operator, name, dtype, **keywords):
+    return samples.of(operator).make(name, dtype, **keywords)
+
+
+def op(operator, suffix=""):
+    return getattr(torch.ops.nearfar, operator.op + suffix).default
+
+
+@each_dtype
+@each_sample
+def test_kernels_against_the_oracle(operator, name, dtype):
+    sample = make(operator, name, dtype)
+    do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
+    samples.of(operator).check(sample, do, *run(operator.function, sample, do))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@each_sample
+def test_reference_against_the_oracle(operator, name, dtype):
+    sample = make(operator, name, dtype, device="cpu")
+    do = like(operator.function(**sample.tensors, **sample.options, backend="reference"))
+    module = samples.of(operator)
+    selected = module.reference_selection(sample) if hasattr(module, "reference_selection") else None
+    module.check(sample, do, *run(operator.function, sample, do, "reference"), selected)
+
+
+@each_sample
+def test_reference_derivatives(operator, name):
+    sample = make(operator, name, torch.float64, device="cpu", length=7)
+    tensors = leaves(sample)
+
+    def function(*values):
+        return operator.function(**dict(zip(tensors, values, strict=True)), **sample.options, backend="reference")
+
+    # Fast mode compares along random directions: every entry enters, at a fraction of the calls.
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
+
+
+@contextmanager
+def poison():
+    """Uninitialised memory is filled with NaN, or the largest integer, before anyone can write to it."""
+    enabled, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def run_op(operator, sample, do):
+    """Forward and backward through the registered operators: everything that they return."""
+    module = samples.of(operator)
+    outputs = op(operator)(*module.op_arguments(sample))
+    gradients = op(operator, "_backward")(do, *module.saved(sample, outputs))
+    return (*outputs, *gradients)
+
+
+def test_poison_reaches_every_way_of_allocation():
+    zeros = torch.zeros(3, device=DEVICE)
+    with poison():
+        made = [torch.empty(3), torch.empty_like(zeros), zeros.new_empty(3), torch.empty_strided((3,), (1,))]
+        integers = zeros.new_empty((2, 1), dtype=torch.int32)
+    assert all(torch.isnan(tensor).all() for tensor in made)
+    assert (integers == torch.iinfo(torch.int32).max).all()
+
+
+@each_sample
+def test_every_element_of_outputs_and_workspaces_is_written(operator, name):
+    for length in (75, 3):
+        sample = make(operator, name, HALF, length=length)
+        do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
+        expected = run_op(operator, sample, do)
+        with poison():
+            poisoned = run_op(operator, sample, do)
+            eager = run(operator.function, sample, do)
+        for index, (a, b) in enumerate(zip(expected, poisoned, strict=True)):
+            assert not torch.isnan(b).any(), f"result {index} holds NaN"
+            assert torch.equal(a, b), f"result {index} depends on what its memory held"
+        assert_same(eager, (expected[0], dict(zip(eager[1], shaped(sample, expected[-len(eager[1]) :]), strict=True))))
+
+
+def shaped(sample, gradients):
+    """Gradients of the operator's arguments in the shapes of the sample's tensors."""
+    return [g.reshape(t.shape) for g, t in zip(gradients, sample.tensors.values(), strict=True)]
+
+
+@each_sample
+def test_the_same_bits_every_time(operator, name):
+    sample = make(operator, name, HALF)
+    first = run(operator.function, sample)
+    for repeat in range(100 if DEVICE == "cuda" else 2):
+        assert_same(first, run(operator.function, sample), f"at repeat {repeat}")
+
+
+@each_sample
+def test_opcheck(operator, name):
+    """Schema, autograd registration, fake tensors, and AOT autograd with symbolic shapes."""
+    module = samples.of(operator)
+    sample = make(operator, name, torch.float32, length=35)
+    arguments = module.op_arguments(sample)
+    torch.library.opcheck(op(operator), module.op_arguments(Sample(leaves(sample), sample.options)))
+    outputs = op(operator)(*arguments)
+    torch.library.opcheck(op(operator, "_backward"), (like(outputs[0]), *module.saved(sample, outputs)))
+
+
+def layouts(sample):
+    """The sample, and with its 4-d tensors laid out as (B, N, H, D)."""
+    yield sample
+    moved = {
+        name: tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() == 4 else tensor
+        for name, tensor in sample.tensors.items()
+    }
+    yield Sample(moved, sample.options)
+
+
+@each_sample
+def test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes(operator, name):
+    module = samples.of(operator)
+    for sample in layouts(make(operator, name, HALF, length=19)):
+        arguments = module.op_arguments(sample)
+        outputs = op(operator)(*arguments)
+        do = like(outputs[0])
+        gradients = op(operator, "_backward")(do, *module.saved(sample, outputs))
+
+        def to_meta(values):
+            return [value.to("meta") if isinstance(value, torch.Tensor) else value for value in values]
+
+        meta = op(operator)(*to_meta(arguments))
+        meta_gradients = op(operator, "_backward")(*to_meta((do, *module.saved(sample, outputs))))
+        with FakeTensorMode() as mode:
+            fake = op(operator)(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+        for real, *others in zip((*outputs, *gradients), (*meta, *meta_gradients), strict=True):
+            for other in others:
+                assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
+        for real, other in zip(outputs, fake, strict=True):
+            assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
+            assert other.device == real.device
+
+
+@each_sample
+def test_compile_without_graph_break(operator, name):
+    torch._dynamo.reset()
+    sample = make(operator, name, torch.float32, length=35)
+    do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
+    compiled = torch.compile(operator.function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    assert_same(run(operator.function, sample, do), run(compiled, sample, do), "when compiled")
+
+
+@each_sample
+def test_compile_once_for_all_lengths(operator, name):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        operator.function, fullgraph=True, dynamic=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+    )
+    for index, length in enumerate(samples.of(operator).compile_lengths(name)):
+        sample = make(operator, name, torch.float32, length=length)
+        do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            result = run(compiled, sample, do)
+        assert_same(run(operator.function, sample, do), result, f"when compiled, at length {length}")
+
+
+@each_sample
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_autocast(operator, name, backend):
+    """float32 inputs are cast to the autocast dtype; gradients come back in float32."""
+    sample = make(operator, name, torch.float32, length=19)
+    cast = Sample({n: t.to(HALF) if t.dim() == 4 else t for n, t in sample.tensors.items()}, sample.options)
+    expected_o, expected = run(operator.function, cast, backend=backend)
+    with torch.autocast(DEVICE, dtype=HALF):
+        o, gradients = run(operator.function, sample, backend=backend)
+    assert o.dtype == HALF and torch.equal(o, expected_o)
+    for key, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, expected[key].float()), key
+    with torch.autocast(DEVICE, dtype=HALF), torch.autocast(DEVICE, enabled=False):
+        assert operator.function(**sample.tensors, **sample.options, backend=backend).dtype == torch.float32
+
+
+@each_sample
+def test_activation_checkpointing(operator, name):
+    sample = make(operator, name, HALF, length=19)
+
+    def checkpointed(**keywords):
+        return checkpoint(operator.function, use_reentrant=False, **keywords)
+
+    assert_same(run(operator.function, sample), run(checkpointed, sample), "under checkpointing")
+
+
+@each_sample
+def test_double_backward_of_the_kernels_is_refused(operator, name):
+    sample = make(operator, name, torch.float32, length=5)
+    tensors = leaves(sample)
+    o = operator.function(**tensors, **sample.options, backend="triton")
+    first = torch.autograd.grad(o, tensors["q"], like(o), create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no double backward.*reference"):
+        first.square().sum().backward()
+
+
+@each_sample
+def test_gradients_of_some_inputs_only(operator, name):
+    sample = make(operator, name, HALF, length=19)
+    o, gradients = run(operator.function, sample)
+    for only in sample.tensors:
+        tensors = {n: t.detach().requires_grad_(n == only) for n, t in sample.tensors.items()}
+        result = operator.function(**tensors, **sample.options, backend="triton")
+        assert torch.equal(torch.autograd.grad(result, tensors[only], like(o))[0], gradients[only])
+    with torch.no_grad():
+        result = operator.function(**leaves(sample), **sample.options, backend="triton")
+    assert not result.requires_grad and torch.equal(result, o)
+
+
+@each_sample
+def test_backends_agree_and_auto_is_one_of_them(operator, name):
+    """At the roundings of float32, as the selections of the samples are clear."""
+    sample = make(operator, name, torch.float32)
+    kernel, reference = (run(operator.function, sample, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(kernel, reference, rtol=2e-5, atol=2e-5)
+    assert_same(run(operator.function, sample, backend="auto"), kernel if DEVICE == "cuda" else reference)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_sample
+def test_cuda_graph(operator, name):
+    sample = make(operator, name, HALF)
+    expected = run(operator.function, sample)
+    do = like(expected[0])
+    tensors = leaves(sample)
+
+    def step():
+        o = operator.function(**tensors, **sample.options, backend="triton")
+        return o.detach(), dict(zip(tensors, torch.autograd.grad(o, tensors.values(), do), strict=True))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in (captured[0], *captured[1].values()):
+        tensor.fill_(float("nan"))
+    graph.replay()
+    assert_same(expected, captured, "in a CUDA graph")
+    # New numbers in the same memory: the graph computes with them, not with those of its capture.
+    with torch.no_grad():
+        tensors["q"].mul_(0.5)
+    graph.replay()
+    changed = Sample({**sample.tensors, "q": tensors["q"].detach().clone()}, sample.options)
+    assert_same(run(operator.function, changed, do), captured, "in a CUDA graph")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_sample
+def test_other_stream(operator, name):
+    """Inputs are written late on a side stream; a kernel on any other stream would read them before."""
+    sample = make(operator, name, HALF)
+    expected = run(operator.function, sample)
+    do = like(expected[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = {n: torch.full_like(t, float("nan")) for n, t in sample.tensors.items()}
+        torch.cuda._sleep(50_000_000)
+        for key, tensor in late.items():
+            tensor.copy_(sample.tensors[key])
+        result = run(operator.function, Sample(late, sample.options), do)
+    stream.synchronize()
+    assert_same(expected, result, "on another stream")
+
+
+@each_operator
+def test_rooms(operator):
+    """One name in every room."""
+    root = Path(__file__).resolve().parents[1]
+    for room in ("python/nearfar/ops", "python/nearfar/reference", "triton_kernels", "tests/samples"):
+        assert (root / room / f"{operator.room}.py").is_file(), room
+    assert (root / "tests" / f"test_{operator.room}.py").is_file()
+    assert getattr(nearfar, operator.function.__name__) is operator.function
+    assert operator.function.__name__ in nearfar.__all__
+    assert operator.source in operator.function.__doc__
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in operator.function.__doc__
