@@ -20,8 +20,18 @@ class LaunchParameters(NamedTuple):
 
 
 @functools.cache
-def _table():
+def table():
+    """{kernel: {"16-bit" or "32-bit": {padded head width: the fields of LaunchParameters}}}."""
     return json.loads(TABLE.read_text())
+
+
+def write_table(new):
+    """Write the table with one line for each kernel and element size."""
+    kernels = []
+    for kernel, sizes in new.items():
+        lines = ",\n".join(f'    "{size}": {json.dumps(widths)}' for size, widths in sizes.items())
+        kernels.append(f'  "{kernel}": {{\n{lines}\n  }}')
+    TABLE.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
 
 
 @functools.cache
@@ -33,7 +43,7 @@ def launch_parameters(kernel, width, itemsize):
         width: the larger of the padded widths of q and v; the table's next larger entry serves it.
         itemsize: bytes of an input element.
     """
-    widths = _table()[kernel][f"{8 * itemsize}-bit"]
+    widths = table()[kernel][f"{8 * itemsize}-bit"]
     return LaunchParameters(*widths[str(min(int(w) for w in widths if int(w) >= width))])
 
 

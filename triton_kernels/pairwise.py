@@ -5,12 +5,13 @@ scores, SCORE turns the products q.k and the squared norms |k|^2 of a tile into 
 over queries into the gradient of k. Scores are proportional to the scale; the kernels fold log2(e) into it, so that every
 exponential is a bare exp2.
 
-    attend            forward, any number of keys: online softmax
+    attend            forward, any number of keys: online softmax; k_squares, (B, Hkv, M) float32, spares computing |k|^2
+                      again for every tile of queries
     attend_resident   forward, few keys: all scores of the tile stay in registers, hence exact top-k selection
     grad_queries      dq, delta = sum(dO * O) of each row, and the gradient of log(scale)
     grad_keys         dk and dv, summed over the query heads of a group
 
-lse is in base 2; a row that sees no key has lse = +inf, so that its weights vanish in the backward.
+lse is in base 2. Rows without keys and rows beyond the last have o = dO = delta = 0, so their dS vanishes whatever lse is.
 """
 
 import triton
@@ -26,6 +27,7 @@ from .tiles import (
     inside,
     load_bits,
     load_tile,
+    load_tiles,
     load_vector,
     program_coordinates,
     reach,
@@ -39,7 +41,7 @@ from .tiles import (
 
 @triton.jit
 def attend(
-    q, k, v, parameter, o, lse, token_bounds,
+    q, k, v, k_squares, parameter, o, lse, token_bounds,
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -49,7 +51,11 @@ def attend(
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
-    tile_begin, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
+    )
+    if k_squares is not None:
+        k_squares += (batch.to(tl.int64) * (num_heads // group) + head // group) * num_keys
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
@@ -60,8 +66,10 @@ def attend(
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
-        score = tl.where(inside(keys, begin, end), score, float("-inf"))
+        squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_keys, 0.0)
+        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), squares[None, :], scale)
+        if first < all_begin or first + BLOCK_N > all_end:
+            score = tl.where(inside(keys, begin, end), score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
         # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -80,25 +88,29 @@ def attend_resident(
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    AT_ONCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
-    tile_begin, _ = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    tile_begin, _, _, _ = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
     first_key = tile_begin // BLOCK_N * BLOCK_N
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
+    if AT_ONCE:
+        k_tiles = load_tiles(k, first_key, k_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, D, BLOCK_D)
     # A row's window fits a ring of NUM_SLOTS tiles: key tiles that are a ring apart share a slot, since no row sees both.
     scores = ()
     for slot in tl.static_range(NUM_SLOTS):
         merged = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-            score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), row_squares(k_tile)[None, :], scale)
+            k_tile = k_tiles[t] if AT_ONCE else load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            score = SCORE(qk, row_squares(k_tile)[None, :], scale)
             merged = tl.where(inside(keys, begin, end), score, merged)
         scores = scores + (merged,)
 
@@ -107,6 +119,8 @@ def attend_resident(
     count = tl.maximum(end - begin, 0)
     scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
 
+    if AT_ONCE:
+        v_tiles = load_tiles(v, first_key, v_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, DV, BLOCK_DV)
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -116,12 +130,15 @@ def attend_resident(
         store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
-            v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+            # The key of a ring column is the first one at or after the row's begin.
             mine = chosen
-            if slot + NUM_SLOTS < NUM_KEY_TILES:  # several tiles share the slot
-                mine = chosen & inside(keys, begin, end)
+            if t > slot:
+                mine &= keys[None, :] < begin[:, None] + RING
+            if t + NUM_SLOTS < NUM_KEY_TILES:
+                mine &= (keys[None, :] < begin[:, None]) == 0
             weight = exp2(tl.where(mine, scores[slot] - shift[:, None], float("-inf")))
             total += tl.sum(weight, 1)
+            v_tile = v_tiles[t] if AT_ONCE else load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
@@ -133,11 +150,11 @@ def write_rows(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Normalise and store a tile of outputs; rows without keys give zeros."""
-    total = tl.where(sees_a_key, total, 1.0)
-    out = tl.where(sees_a_key[:, None], acc / total[:, None], 0.0)
+    inverse = tl.where(sees_a_key, 1.0 / total, 0.0)
+    out = acc * inverse[:, None]
     store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, out, DV, BLOCK_DV)
     lse += (batch.to(tl.int64) * num_heads + head) * num_queries
-    tl.store(lse + rows, tl.where(sees_a_key, highest + tl.log2(total), float("inf")), mask=rows < num_queries)
+    tl.store(lse + rows, tl.where(sees_a_key, highest + tl.log2(total), 0.0), mask=rows < num_queries)
 
 
 @triton.jit
@@ -153,12 +170,14 @@ def grad_queries(
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
-    tile_begin, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
+    )
     scale = SCALE(tl.load(parameter + head * parameter_stride))
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
     o_tile = load_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, DV, BLOCK_DV)
-    row_lse = load_vector(lse + row_offset, rows, num_queries, float("inf"))
+    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
     if bits is not None:
         bits += row_offset * num_words
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
@@ -172,16 +191,17 @@ def grad_queries(
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         score = SCORE(qk, row_squares(k_tile)[None, :], scale * LOG2E)
-        if bits is None:
-            keep = inside(keys, begin, end)
-        else:
-            keep = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
         log_weight = score - row_lse[:, None]
-        weight = tl.where(keep, exp2(log_weight), 0.0)
+        weight = exp2(log_weight)
+        if bits is not None:
+            keep = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
+            weight = tl.where(keep, weight, 0.0)
+        elif first < all_begin or first + BLOCK_N > all_end:
+            weight = tl.where(inside(keys, begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = weight * (dp - row_delta[:, None])
         # d log(scale) = sum dS * score; as dS sums to zero in a row, log_weight serves and cancels less.
-        weighted += tl.sum(tl.where(keep, ds * log_weight, 0.0), 1)
+        weighted += tl.sum(ds * log_weight, 1)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
@@ -194,7 +214,8 @@ def grad_keys(
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD_KEYS: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,7 +223,9 @@ def grad_keys(
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
     k_squares = row_squares(k_tile)
     seen_by = transpose_window(window)
-    tile_begin, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, token_bounds, num_keys, num_queries, seen_by)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_N, BLOCK_N, token_bounds, num_keys, num_queries, seen_by
+    )
 
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -216,20 +239,22 @@ def grad_keys(
             rows = first + tl.arange(0, BLOCK_M)
             q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
             do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
-            row_lse = load_vector(lse + row_offset, rows, num_queries, float("inf"))
+            row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
             row_delta = load_vector(delta + row_offset, rows, num_queries, 0.0)
-            begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
             kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             score = SCORE(kq, k_squares[:, None], scale * LOG2E)
-            if bits is None:
-                keep = inside(keys, begin, end, True)
-            else:
+            weight = exp2(score - row_lse[None, :])
+            if bits is not None:
+                begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
                 keep = load_bits(
                     bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, num_words,
                     BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
-            weight = tl.where(keep, exp2(score - row_lse[None, :]), 0.0)
+                weight = tl.where(keep, weight, 0.0)
+            elif first < all_begin or first + BLOCK_M > all_end:
+                begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+                weight = tl.where(inside(keys, begin, end, True), weight, 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             ds = weight * (dp - row_delta[None, :]) * scale

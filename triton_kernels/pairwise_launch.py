@@ -14,6 +14,7 @@ from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, 
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys of one word of a saved selection
+AT_ONCE_BYTES = 24576  # keys, or values, of a query tile that fit them while in flight
 RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps
 
 
@@ -92,12 +93,12 @@ def resident_parameters(call, ring):
     for block_m in (32, 16) if max(call.widths[2:]) * call.dtype.itemsize > 256 else (64, 32, 16):
         if block_m * ring <= RESIDENT_SCORES:
             break
-    # Four blocks a multiprocessor hide latency better than three, even at the price of a few spilled registers.
-    return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=128 if block_m * ring <= 8192 else None)
+    # Three blocks a multiprocessor hide latency better than two, even at the price of a few spilled registers.
+    return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=168 if block_m * ring <= 8192 else None)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, o_strides):
+def plan_attend(pair, call, o_strides, with_squares):
     parameters = call.tuned("attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
@@ -115,10 +116,12 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
+    # Loading every key and value tile before the first is used hides all latencies but one, while registers can hold them.
+    at_once = key_tiles * parameters.block_n * max(call.widths[2:]) * call.dtype.itemsize <= AT_ONCE_BYTES
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
-        pair.scale, pair.score, call.precision, key_tiles, slots, *call.widths[:2],
+        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.widths[:2],
         parameters.block_m, parameters.block_n, *call.widths[2:],
     )  # fmt: skip
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
@@ -155,11 +158,12 @@ def grad_query_tiles(call):
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
-    """Fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
+def forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
+    """Fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words). k_squares: (B, Hkv, M) float32 or None."""
     call = signature(q, k, v, parameter, token_bounds, left, right)
     if top_k is None:
-        plan_attend(pair, call, o.stride())(q, k, v, parameter, o, lse, token_bounds)
+        plan = plan_attend(pair, call, o.stride(), k_squares is not None)
+        plan(q, k, v, k_squares, parameter, o, lse, token_bounds)
     else:
         plan = plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
         plan(q, k, v, parameter, o, lse, bits, token_bounds)

@@ -47,6 +47,18 @@ def load_tile(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 
 
 @triton.jit
+def load_tiles(
+    base, first, stride, num_rows, COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):  # fmt: skip
+    """COUNT tiles of BLOCK consecutive rows from `first` on, all in flight at once."""
+    tiles = ()
+    for t in tl.static_range(COUNT):
+        rows = first + t * BLOCK + tl.arange(0, BLOCK)
+        tiles = tiles + (load_tile(base, rows, stride, num_rows, WIDTH, BLOCK_WIDTH),)
+    return tiles
+
+
+@triton.jit
 def store_tile(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     mask = tile_mask(rows, num_rows, WIDTH, BLOCK_WIDTH)
     tl.store(tile_pointers(base, rows, stride, BLOCK_WIDTH), tile.to(base.dtype.element_ty), mask=mask)
@@ -87,11 +99,14 @@ def transpose_window(window):
 
 @triton.jit
 def tile_reach(first, BLOCK: tl.constexpr, token_bounds, num_tokens, num_targets, window):
-    """Half-open interval of targets that any token of the tile starting at `first` reaches (reach is monotone)."""
+    """(begin, all_begin, all_end, end) of the tile of tokens from `first` on, as reach is monotone:
+
+    some token reaches the targets in [begin, end), every token those in [all_begin, all_end), which may be empty.
+    """
     last = tl.minimum(first + BLOCK, num_tokens) - 1
-    begin, _ = reach(first, token_bounds, num_tokens, num_targets, window)
-    _, end = reach(last, token_bounds, num_tokens, num_targets, window)
-    return begin, end
+    begin, all_end = reach(first, token_bounds, num_tokens, num_targets, window)
+    all_begin, end = reach(last, token_bounds, num_tokens, num_targets, window)
+    return begin, all_begin, all_end, end
 
 
 @triton.jit

@@ -6,6 +6,10 @@ from contextlib import nullcontext
 
 import torch
 
+from nearfar import _cuda
+
+WIDE = 1024  # keys of a window from which on their squared norms are computed once, ahead of the attention
+
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k)"
     " -> (Tensor, Tensor, Tensor)"
@@ -59,7 +63,8 @@ class PairwiseOp:
         if o.numel():
             launch, pair = self._modules
             with _device(q):
-                launch.forward(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits)
+                k_squares = _key_squares(k, left, right) if top_k is None else None
+                launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
 
     def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
@@ -120,6 +125,12 @@ def _is_plain(*tensors):
     return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
 
 
+def _key_squares(k, left, right):
+    """|k|^2 by the CUDA kernel where a key is read by so many tiles of queries that one more pass over k pays, else None."""
+    wide = k.shape[2] > WIDE if left < 0 or right < 0 else min(left + right + 1, k.shape[2]) > WIDE
+    return _cuda.row_sumsq(k) if wide and k.is_cuda and _cuda.extension is not None else None
+
+
 def _device(tensor):
     """Context in which the device of the tensor is the current one; free when it already is."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
@@ -156,7 +167,7 @@ def _fake_backward(do, q, k, v, parameter, *_):
 
 
 def selection_words(left, right, num_keys):
-    """int32 words of a row's selection: a ring of bits, in steps of 64, that the keys of a window fit (key j modulo its size)."""
+    """int32 words of a row's selection: a ring of bits, in steps of 64, that fits a window; key j is bit j modulo its size."""
     blocks = 1 << (-(-num_keys // 64) - 1).bit_length()
     if left >= 0 and right >= 0:
         blocks = min(blocks, -(-(left + right + 1) // 64))

@@ -2,7 +2,7 @@
 
 import torch
 
-from nearfar.reference.pairwise import masked_softmax, row_chunks, sequences, top_k_mask
+from nearfar.reference.pairwise import CHUNK, masked_softmax, row_chunks, sequence_lengths, top_k_mask
 
 
 def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
@@ -28,16 +28,17 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         sigma.to(compute).expand(heads_q).reshape(heads_kv, heads_q // heads_kv, 1, 1).reciprocal().square()
     )
 
-    chunks = []
-    for query_span, key_span in sequences(num_queries, num_keys, cu_seqlens):
-        q_seq, k_seq, v_seq = grouped[..., query_span, :], keys[..., key_span, :], values[..., key_span, :]
-        half_squares = 0.5 * k_seq.square().sum(-1)[..., None, :]
-        for rows, cols, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
-            visible = visible.to(q.device)
-            products = q_seq[..., rows, :] @ k_seq[..., cols, :].transpose(-1, -2)
-            scores = (products - half_squares[..., cols]) * inverse_variance
-            keep = visible.expand(scores.shape)
+    # Sequences and blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
+    spans = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in (grouped, keys, values)]
+    outputs = []
+    for q_seq, k_seq, v_seq in zip(*spans, strict=True):
+        q_blocks, k_blocks, v_blocks = (tensor.split(CHUNK, -2) for tensor in (q_seq, k_seq, v_seq))
+        for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
+            k_seen, v_seen = torch.cat(k_blocks[first:last], -2), torch.cat(v_blocks[first:last], -2)
+            half_squares = 0.5 * k_seen.square().sum(-1)[..., None, :]
+            scores = (q_blocks[block] @ k_seen.transpose(-1, -2) - half_squares) * inverse_variance
+            keep = visible = visible.to(q.device).expand(scores.shape)
             if top_k is not None:
                 keep = top_k_mask(scores.detach().masked_fill(~visible, float("-inf")), top_k)
-            chunks.append(masked_softmax(scores, keep) @ v_seq[..., cols, :])
-    return torch.cat(chunks, -2).reshape(batch, heads_q, num_queries, v.shape[-1]).to(q.dtype)
+            outputs.append(masked_softmax(scores, keep) @ v_seen)
+    return torch.cat(outputs, -2).reshape(batch, heads_q, num_queries, v.shape[-1]).to(q.dtype)

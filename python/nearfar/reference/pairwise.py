@@ -2,35 +2,34 @@
 
 import torch
 
-CHUNK = 128  # rows evaluated at a time; a chunk sees at most CHUNK + window keys
+CHUNK = 128  # rows and keys of a block
 
 
-def sequences(num_queries, num_keys, cu_seqlens):
-    """(query slice, key slice) of each packed sequence; a single one without cu_seqlens."""
-    if cu_seqlens is None:
-        return [(slice(0, num_queries), slice(0, num_keys))]
-    ends = cu_seqlens.tolist()
-    return [(slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+def sequence_lengths(length, cu_seqlens):
+    """Lengths of the packed sequences; one sequence without cu_seqlens."""
+    return [length] if cu_seqlens is None else cu_seqlens.diff().tolist()
 
 
 def row_chunks(num_queries, num_keys, left, right):
-    """Yield (rows, keys, visible) for each chunk of rows: two slices and the (rows, keys) mask of allowed pairs; no rows make one empty chunk.
+    """Yield (row block, first key block, last key block + 1, visible) for each block of CHUNK queries.
 
-    The queries are the last positions. Memory of a chunk is O(CHUNK * window), not O(CHUNK * num_keys).
+    visible is the (rows, keys) mask of the allowed pairs of the row block with those key blocks; the queries are the last
+    positions. A row block sees O(CHUNK + window) keys. No queries make one empty block, no keys no key block.
     """
     offset = num_keys - num_queries
-    for start in range(0, max(num_queries, 1), CHUNK):
+    num_blocks = max(1, -(-num_keys // CHUNK))
+    for block, start in enumerate(range(0, max(num_queries, 1), CHUNK)):
         stop = min(start + CHUNK, num_queries)
-        first = 0 if left < 0 else min(max(0, start + offset - left), num_keys)
-        last = num_keys if right < 0 else max(min(num_keys, stop + offset + right), first)
+        first = 0 if left < 0 else min(max(0, start + offset - left) // CHUNK, num_blocks - 1)
+        last = num_blocks if right < 0 else max(min(num_blocks, -(-(stop + offset + right) // CHUNK)), first + 1)
         position = torch.arange(start, stop)[:, None] + offset
-        key = torch.arange(first, last)[None, :]
-        visible = torch.ones(stop - start, last - first, dtype=torch.bool)
+        key = torch.arange(first * CHUNK, min(last * CHUNK, num_keys))[None, :]
+        visible = torch.ones(position.shape[0], key.shape[1], dtype=torch.bool)
         if left >= 0:
             visible &= key >= position - left
         if right >= 0:
             visible &= key <= position + right
-        yield slice(start, stop), slice(first, last), visible
+        yield block, first, last, visible
 
 
 def top_k_mask(scores, top_k):
