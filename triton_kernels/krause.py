@@ -25,9 +25,10 @@ def rbf_grad_keys(ds_q, ds_total, k_tile):
     return ds_q - ds_total * k_tile
 
 
-def grad_sigma(dlog_scale, sigma):
-    """log(scale) = -2 log(sigma); a shared sigma collects the gradients of all heads."""
-    return (-2.0 * dlog_scale / sigma).sum_to_size(sigma.shape)
+@triton.jit
+def rbf_grad_sigma(dlog_scale, sigma):
+    """log(scale) = -2 log(sigma)"""
+    return -2.0 * dlog_scale / sigma
 
 
-PAIR = PairFunctions(rbf_scale, rbf_score, rbf_grad_keys, grad_sigma)
+PAIR = PairFunctions(rbf_scale, rbf_score, rbf_grad_keys, rbf_grad_sigma)

@@ -1,8 +1,9 @@
 """The pairwise skeleton: walk the tiles of keys that a tile of queries may see, score them, normalise by softmax.
 
-An operator hangs three pair functions on it, passed as `tl.constexpr`: SCALE turns a head's parameter into the scale of its
+An operator hangs four pair functions on it, passed as `tl.constexpr`: SCALE turns a head's parameter into the scale of its
 scores, SCORE turns the products q.k and the squared norms |k|^2 of a tile into scores, GRAD_KEYS turns the reductions of dS
-over queries into the gradient of k. Scores are proportional to the scale; the kernels fold log2(e) into it, so that every
+over queries into the gradient of k, GRAD_PARAMETER the gradient of log(scale) into that of the parameter. Scores are
+proportional to the scale; the kernels fold log2(e) into it, so that every
 exponential is a bare exp2.
 
     attend            forward, any number of keys: online softmax; k_squares, (B, Hkv, M) float32, spares computing |k|^2
@@ -10,6 +11,7 @@ exponential is a bare exp2.
     attend_resident   forward, few keys: all scores of the tile stay in registers, hence exact top-k selection
     grad_queries      dq, delta = sum(dO * O) of each row, and the gradient of log(scale)
     grad_keys         dk and dv, summed over the query heads of a group
+    grad_parameter    the partial sums of grad_queries, added in a fixed order and brought to the parameter
 
 lse is in base 2. Rows without keys and rows beyond the last have o = dO = delta = 0, so their dS vanishes whatever lse is.
 """
@@ -265,3 +267,19 @@ def grad_keys(
     dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
+
+
+@triton.jit
+def grad_parameter(
+    dlog_scale, parameter, dparameter, num_batches, num_parameters, num_partials,
+    GRAD_PARAMETER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a parameter; dlog_scale is (batches, parameters, partials), all heads of a shared one in its partials."""
+    index = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for batch in range(num_batches):
+        partials = dlog_scale + (batch * num_parameters + index) * num_partials
+        for first in range(0, num_partials, BLOCK):
+            total += load_vector(partials, first + tl.arange(0, BLOCK), num_partials, 0.0)
+    gradient = GRAD_PARAMETER(tl.sum(total, 0), tl.load(parameter + index))
+    tl.store(dparameter + index, gradient)

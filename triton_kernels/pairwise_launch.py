@@ -20,10 +20,7 @@ RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four
 
 @dataclass(frozen=True, eq=False)
 class PairFunctions:
-    """What makes an operator of the skeleton: three `triton.jit` functions, described in pairwise.py, and on the host
-
-    grad_parameter(dlog_scale, parameter): gradient of the parameter from the (Hq,) gradient of log(scale).
-    """
+    """The `triton.jit` functions that make an operator of the skeleton; pairwise.py says what each receives."""
 
     scale: Callable
     score: Callable
@@ -153,6 +150,14 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
     return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
+@functools.lru_cache(maxsize=1024)
+def plan_grad_parameter(pair, call):
+    batch, heads = call.q_shape[:2]
+    partials = grad_query_tiles(call) * heads // call.num_parameters
+    scalars = batch, call.num_parameters, partials, pair.grad_parameter, min(4096, triton.next_power_of_2(partials))
+    return Launch(pairwise.grad_parameter, call.num_parameters, scalars, LaunchParameters(None, None, 4, 1))
+
+
 def grad_query_tiles(call):
     """Query tiles of grad_queries: the caller sizes dlog_scale with it, one partial sum a program."""
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
@@ -169,10 +174,13 @@ def forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_
         plan(q, k, v, parameter, o, lse, bits, token_bounds)
 
 
-def backward(pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits, dq, dk, dv, delta, dlog_scale):
-    """Fill dq, dk, dv, delta (B, Hq, N) and the partial sums dlog_scale (B, Hq, query tiles). bits None: no selection."""
+def backward(
+    pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits, dq, dk, dv, dparameter, delta, dlog_scale
+):
+    """Fill dq, dk, dv, dparameter, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles). bits None: no selection."""
     num_words = 0 if bits is None else bits.shape[-1]
     plan = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
     plan(q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)
     plan = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
     plan(q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)
+    plan_grad_parameter(pair, call)(dlog_scale, parameter, dparameter)

@@ -85,7 +85,7 @@ def positive_per_head(name, value, like, num_heads):
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return (value if value.dim() else value.reshape(1)).to(dtype)
+    return (value if value.dim() else value.reshape(1)).to(dtype).contiguous()
 
 
 # cu_seqlens tensors whose values were found in order, by identity, with the version that was read and the length it fits.

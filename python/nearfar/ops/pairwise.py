@@ -77,14 +77,14 @@ class PairwiseOp:
             return dq, dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
         launch, pair = self._modules
         call = launch.signature(q, k, v, parameter, token_bounds, left, right)
-        delta = torch.empty_like(lse)
+        delta, dparameter = torch.empty_like(lse), torch.empty_like(parameter)
         dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(call))
         with _device(q):
             launch.backward(
                 pair, call, q, k, v, parameter, token_bounds, o, unit_stride(do), lse, None if top_k is None else bits,
-                dq, dk, dv, delta, dlog_scale,
+                dq, dk, dv, dparameter, delta, dlog_scale,
             )  # fmt: skip
-        return dq, dk, dv, pair.grad_parameter(dlog_scale.sum((0, 2)), parameter)
+        return dq, dk, dv, dparameter
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
         return *self.backward_op(do, *ctx.saved_tensors, *ctx.window_and_top_k), None, None, None, None
