@@ -10,7 +10,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="streams and graphs need a CUDA device")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 
 class Sample(NamedTuple):

@@ -164,6 +164,20 @@ def test_duplicates_at_the_cut(dtype, backend):
     assert torch.equal(selection(sample, backend), expected)
 
 
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("top_k", [1, 2, 9, 33])
+def test_close_scores_are_told_apart(top_k, dtype, backend):
+    """Distances that differ by steps of the dtype, whose squares are exact in float32, in a shuffled order."""
+    sample = exact_sample(dtype, top_k=top_k, locality=nf.SlidingWindow(40, 10))
+    sample.tensors["q"].zero_()
+    sample.tensors["k"].zero_()
+    step = max(torch.finfo(dtype).eps, 2.0**-11)
+    sample.tensors["k"][0, 0, :, 0] = 1 + step * torch.randperm(70, generator=generator(9)).to(DEVICE)
+    sample.tensors["sigma"].fill_(16)
+    assert torch.equal(selection(sample, backend), best(sample))
+
+
 @each_dtype
 def test_the_saved_bits_are_the_keys_with_weight(dtype):
     """Two ways to see the selection: the bits, and the outputs with the identity for v."""
