@@ -204,9 +204,11 @@ def grad_queries(
         ds = weight * (dp - row_delta[:, None])
         # d log(scale) = sum dS * score; as dS sums to zero in a row, log_weight serves and cancels less.
         weighted += tl.sum(ds * log_weight, 1)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        # Not tl.dot(..., acc): Triton (3.6, sm_90) then lets the product run on into the next step, but as k_tile also goes
+        # through registers for |k|^2, it gives it no extra buffer, and the next load overwrites it: wrong dq, now and then.
+        acc += scale * tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
 
-    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
+    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
     tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, weighted, 0.0), 0) * LN2)
 
 

@@ -8,7 +8,9 @@ import torch
 
 from nearfar import _cuda
 
-WIDE = 1024  # keys of a window from which on their squared norms are computed once, ahead of the attention
+# Wide heads and windows from which on the squared norms of keys are computed once, ahead of the attention.
+SQUARES_AHEAD_WIDTH = 128
+SQUARES_AHEAD_KEYS = 512
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k)"
@@ -126,9 +128,10 @@ def _is_plain(*tensors):
 
 
 def _key_squares(k, left, right):
-    """|k|^2 by the CUDA kernel where a key is read by so many tiles of queries that one more pass over k pays, else None."""
-    wide = k.shape[2] > WIDE if left < 0 or right < 0 else min(left + right + 1, k.shape[2]) > WIDE
-    return _cuda.row_sumsq(k) if wide and k.is_cuda and _cuda.extension is not None else None
+    """|k|^2 by the CUDA kernel where one more pass over k was measured to pay (docs/krause.md), else None."""
+    reach = k.shape[2] if left < 0 or right < 0 else min(left + right + 1, k.shape[2])
+    pays = k.is_cuda and k.shape[3] >= SQUARES_AHEAD_WIDTH and reach > SQUARES_AHEAD_KEYS
+    return _cuda.row_sumsq(k) if pays and _cuda.extension is not None else None
 
 
 def _device(tensor):
