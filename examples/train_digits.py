@@ -5,7 +5,7 @@ Both models have the same parameters (but Krause's bandwidths), start from the s
 
     python examples/train_digits.py
 
-Needs `pip install '.[bench,examples]'`. Loss curves and sampled images go to examples/out/.
+Needs `pip install '.[examples]'`. Loss curves and sampled images go to examples/out/.
 """
 
 import argparse
