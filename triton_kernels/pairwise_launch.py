@@ -77,8 +77,8 @@ def signature(q, k, v, parameter, token_bounds, left, right):
 
 
 def num_key_tiles(left, right, offset, slots, block_m, block_n):
-    """Key tiles, aligned to block_n, that a tile of block_m queries can touch; slots: tiles that one row's window fits."""
-    if left < 0 or right < 0:
+    """Key tiles, aligned to block_n, that a tile of block_m queries can touch; slots: tiles of the ring."""
+    if left < 0 or right < 0 or left + right + 1 > slots * block_n:
         return slots
     step = math.gcd(block_m, block_n)
     misaligned = (offset - left) % step + block_n - step

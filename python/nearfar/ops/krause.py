@@ -8,10 +8,8 @@ import torch
 from nearfar import checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow
 from nearfar.ops.packing import token_bounds
-from nearfar.ops.pairwise import PairwiseOp
+from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp
 from nearfar.reference.krause import krause_attention as reference_krause_attention
-
-MAX_CANDIDATES = 1024  # keys a query may choose its top_k from on a kernel backend
 
 _op = PairwiseOp("krause_attention", kernels="nearfar.triton_kernels.krause")
 

@@ -8,6 +8,8 @@ import torch
 
 from nearfar import _cuda
 
+MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
+
 # Wide heads and windows from which on the squared norms of keys are computed once, ahead of the attention.
 SQUARES_AHEAD_WIDTH = 128
 SQUARES_AHEAD_KEYS = 512
@@ -170,11 +172,12 @@ def _fake_backward(do, q, k, v, parameter, *_):
 
 
 def selection_words(left, right, num_keys):
-    """int32 words of a row's selection: a ring of bits, in steps of 64, that fits a window; key j is bit j modulo its size."""
-    blocks = 1 << (-(-num_keys // 64) - 1).bit_length()
-    if left >= 0 and right >= 0:
-        blocks = min(blocks, -(-(left + right + 1) // 64))
-    return 2 * blocks
+    """int32 words of a row's selection: a ring of bits, in steps of 64, that fits a window; key j is bit j modulo its size.
+
+    It does not depend on the length under a limited window, so that torch.compile has nothing to specialize on.
+    """
+    window = num_keys if left < 0 or right < 0 else min(left + right + 1, MAX_CANDIDATES)
+    return 2 * ((window + 63) // 64)
 
 
 def empty_rows(like, width):
