@@ -17,7 +17,8 @@ def rbf_scale(sigma):
 
 @triton.jit
 def rbf_score(qk, k_squares, scale):
-    return qk * scale - k_squares * (0.5 * scale)
+    # Scaled last: products and squares of small integers stay exact, so equal distances stay equal and ties are ties.
+    return (qk - 0.5 * k_squares) * scale
 
 
 @triton.jit

@@ -234,11 +234,16 @@ def grad_keys(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     ds_total = tl.zeros((BLOCK_N,), tl.float32)
+    # dS enters its products unscaled, lest half precision lose or overflow it; the sums are in units of the head at hand.
+    unit = SCALE(tl.load(parameter + kv_head * group * parameter_stride))
     for member in range(group):
         head = kv_head * group + member
+        scale = SCALE(tl.load(parameter + head * parameter_stride))
+        dk_tile *= unit / scale
+        ds_total *= unit / scale
+        unit = scale
         q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
         row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
-        scale = SCALE(tl.load(parameter + head * parameter_stride))
         for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
             rows = first + tl.arange(0, BLOCK_M)
             q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
@@ -261,12 +266,12 @@ def grad_keys(
                 weight = tl.where(inside(keys, begin, end, True), weight, 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-            ds = weight * (dp - row_delta[None, :]) * scale
+            ds = weight * (dp - row_delta[None, :])
             dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
             ds_total += tl.sum(ds, 1)
 
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
-    dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
+    dk_tile = GRAD_KEYS(dk_tile * unit, ds_total[:, None] * unit, k_tile.to(tl.float32))
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
 

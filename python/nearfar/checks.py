@@ -1,6 +1,7 @@
 """Checks of public arguments: each raises one ValueError or TypeError that names the argument and says what is accepted."""
 
 import numbers
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -51,16 +52,23 @@ def check_qkv(q, k, v):
         raise ValueError(f"q must have a multiple of the {k.shape[1]} heads of k and v, got {q.shape[1]}")
 
 
+def autocast_enabled():
+    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+
+
 def autocast(*tensors):
     """Cast to the autocast dtype of the tensors' device where autocast is on, as torch's attention does."""
-    if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
-        return tensors
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        return tensors  # meta() refuses them by name
+    if not autocast_enabled() or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return tensors  # what is no tensor, meta() refuses by name
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-    return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def no_autocast(tensor):
+    """Context in which the float32 of a reference stays float32."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled() else nullcontext()
 
 
 def positive_per_head(name, value, like, num_heads):

@@ -32,7 +32,8 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
     Source: arXiv 2602.11534. The selection is a constant of the backward pass, as in the authors' code; of equal scores the
     one with the smaller key index is kept. Query heads share key heads when Hq is a multiple of Hkv (grouped-query
     attention). With more keys than queries, the queries are the last N positions. A query that reaches no key returns zeros.
-    Under autocast q, k and v are cast to the autocast dtype, as scaled_dot_product_attention does.
+    Under autocast q, k and v are cast to the autocast dtype, as scaled_dot_product_attention does. What a query cannot reach
+    changes no bit of its row, as long as it is finite and its products are finite in float32.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides but a contiguous last dimension.
@@ -54,7 +55,8 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
     """
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
     if dispatch.choose(backend, call.reasons, q.device) == "reference":
-        return reference_krause_attention(*call[:-1], top_k, cu_seqlens)
+        with checks.no_autocast(call.q):
+            return reference_krause_attention(*call[:-1], top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
     return _op(*call[:4], bounds, call.left, call.right, top_k)
 

@@ -64,11 +64,12 @@ class PairwiseOp:
     def forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
         """(o, lse, bits), bits None without top_k."""
         o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
-        if o.numel():
-            launch, pair = self._modules
-            with _device(q):
-                k_squares = _key_squares(k, left, right) if top_k is None else None
-                launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
+        if not o.numel() or not k.shape[2]:
+            return o.zero_(), lse.zero_(), bits
+        launch, pair = self._modules
+        with _device(q):
+            k_squares = _key_squares(k, left, right) if top_k is None else None
+            launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
 
     def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
@@ -77,8 +78,8 @@ class PairwiseOp:
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k):
         dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
-        if not o.numel():
-            return dq, dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
+        if not o.numel() or not k.shape[2]:
+            return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
         launch, pair = self._modules
         call = launch.signature(q, k, v, parameter, token_bounds, left, right)
         delta, dparameter = torch.empty_like(lse), torch.empty_like(parameter)
