@@ -1,8 +1,15 @@
 """Races between the asynchronous copies and products of pipelined kernels, which only show at the speed of a GPU.
 
 They spoil a few rows of a large result, so that norms over the whole tensor hide them: every element is compared, on sizes
-that keep all data in the L2 cache (docs/krause.md tells of one that was found so).
+that keep all data in the L2 cache (docs/krause.md tells of one that was found so). What the compiler makes of the kernels
+is looked at too, which takes no GPU.
 """
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +41,16 @@ def test_every_element_of_every_gradient(length, width, top_k):
     for repeat in range(20):
         for name, got, want in zip(("o", "dq", "dk", "dv", "dsigma"), run("triton", torch.bfloat16), first, strict=True):
             assert torch.equal(got, want), f"{name} differs in repeat {repeat}"
+
+
+def test_pending_products_have_buffers_to_spare():
+    """A product that runs on into the next step reads a tile that the loads must not reach: one buffer for each stage."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("pipelines.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 15 and all(kernel["products"] >= 2 for kernel in kernels)
+    assert any(kernel["buffers"] for kernel in kernels)  # else nothing is looked at
+    for kernel in kernels:
+        assert all(buffers >= kernel["stages"] for buffers in kernel["buffers"]), kernel

@@ -12,7 +12,7 @@ from .pairwise_launch import PairFunctions
 @triton.jit
 def rbf_scale(sigma):
     """1 / sigma^2; a sigma on the GPU is not checked on the host, so one that is not positive poisons its head."""
-    return tl.where(sigma > 0, 1.0 / (sigma * sigma), float("nan"))
+    return tl.where(sigma > 0, tl.div_rn(1.0, sigma * sigma), float("nan"))
 
 
 @triton.jit
