@@ -17,8 +17,8 @@ def triton_device_reason(tensor):
     """Why Triton cannot run on the device and dtype of this tensor, or None."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"q has dtype {tensor.dtype}; kernels take float16, bfloat16 and float32"
-    if tensor.is_cuda:
-        return _capability_reason(tensor.device.index)
+    if tensor.is_cuda:  # what is compiled has been called on this device before, or fails in Triton with its own words
+        return None if torch.compiler.is_compiling() else _capability_reason(tensor.device.index)
     if tensor.device.type == "meta":
         return None
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
