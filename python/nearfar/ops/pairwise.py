@@ -19,7 +19,7 @@ _FORWARD = (
     " -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, Tensor o, Tensor lse, Tensor bits,"
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, Tensor o, Tensor lse, Tensor? bits,"
     " int left, int right, int? top_k) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
