@@ -587,6 +587,19 @@ def test_bad_sigma_tensor(values):
         bad(sigma=torch.tensor(values))
 
 
+def test_inference_mode():
+    """Its tensors have no version to tell whether cu_seqlens has changed."""
+    sample = exact_sample(torch.float32)
+    with torch.inference_mode():
+        ends = torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE)
+        o = [krause(sample._replace(options=dict(sample.options, cu_seqlens=ends))) for _ in range(2)]
+    assert torch.equal(o[0], o[1])
+    assert torch.equal(o[0], krause(sample._replace(options=dict(sample.options, cu_seqlens=ends.clone()))))
+    with pytest.raises(ValueError, match="cu_seqlens"), torch.inference_mode():
+        short = torch.tensor([0, 30], dtype=torch.int32, device=DEVICE)
+        krause(sample._replace(options=dict(sample.options, cu_seqlens=short)))
+
+
 def test_cu_seqlens_is_checked_again_after_a_change():
     cu_seqlens = seqlens(0, 2, 6)
     bad(cu_seqlens=cu_seqlens)

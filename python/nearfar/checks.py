@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,6 +53,13 @@ def check_qkv(q, k, v):
         raise ValueError(f"q must have a multiple of the {k.shape[1]} heads of k and v, got {q.shape[1]}")
 
 
+def is_plain(*tensors):
+    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
+        return False
+    return all(type(tensor) in PLAIN for tensor in tensors)
+
+
 def autocast_enabled():
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
@@ -91,7 +99,8 @@ def positive_per_head(name, value, like, num_heads):
         )
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((value > 0).all()):
+    readable = value.device.type == "cpu" and type(value) in PLAIN and not torch.compiler.is_compiling()
+    if readable and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
     return (value if value.dim() else value.reshape(1)).to(dtype).contiguous()
 
@@ -117,9 +126,12 @@ def check_cu_seqlens(cu_seqlens, q, k):
         raise ValueError(f"cu_seqlens packs sequences in a batch of 1, got a batch of {q.shape[0]}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"cu_seqlens needs q and k of one length, got {q.shape[2]} and {k.shape[2]}")
-    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if type(cu_seqlens) not in PLAIN or torch.compiler.is_compiling():
         return
-    seen = (cu_seqlens._version, q.shape[2])
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version  # tensors of inference mode count no changes
+    seen = (version, q.shape[2])
     if _checked_seqlens.get(cu_seqlens) != seen:
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != q.shape[2] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):

@@ -67,7 +67,7 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
         raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
-    check = _check if torch.compiler.is_compiling() else _check_once
+    check = _check_once if checks.is_plain(q, k, v) else _check  # traced sizes cannot be looked up
     left, right, kernel_reason = check(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v), locality, top_k)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from nearfar import _cuda
+from nearfar.checks import is_plain
 
 MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
 
@@ -48,7 +49,7 @@ class PairwiseOp:
 
     def __call__(self, q, k, v, parameter, token_bounds, left, right, top_k):
         arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, left, right, top_k)
-        if not _is_plain(q, k, v, parameter):
+        if not is_plain(q, k, v, parameter):
             return self.forward_op(*arguments)[0]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
             return _Eager.apply(self, *arguments)
@@ -121,13 +122,6 @@ def _save(ctx, inputs, output):
 
 def _refuse_double_backward(ctx, *gradients):
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
-
-
-def _is_plain(*tensors):
-    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
-        return False
-    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
 
 
 def _key_squares(k, left, right):
