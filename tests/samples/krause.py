@@ -138,20 +138,21 @@ def reference_selection(sample, backend="reference"):
     return nf.krause_attention(**{**tensors, "v": v}, **sample.options, backend=backend) > 0
 
 
-def assert_optimal(sample, selected):
-    """Every row keeps min(top_k, keys in reach), and none of them scores below one left out by more than rounding.
+def score_rounding(q, keys, sigma):
+    """What rounding may do to a float32 score, summed in any order: (D + 8) half eps of its terms' absolute values."""
+    terms = (q.abs() @ keys.abs().mT + keys.square().sum(-1)[:, :, None] / 2) / by_head(sigma, q.shape[1]).square()
+    return (q.shape[-1] + 8) * 2.0**-24 * terms
 
-    The bound is that of float32 sums in any order: (D + 8) half eps of the terms' absolute values, at both scores.
-    """
+
+def assert_optimal(sample, selected):
+    """Every row keeps min(top_k, keys in reach), and none of them scores below one left out by more than rounding."""
     q, k, sigma = (sample.tensors[name].double() for name in ("q", "k", "sigma"))
     mask = visible(sample).expand(selected.shape)
     if not selected.numel():
         return
     counts = mask.sum(-1).clamp(max=sample.options["top_k"])
     assert torch.equal(selected.sum(-1), counts), "a row keeps the wrong number of keys"
-    keys = to_query_heads(q, k)
-    terms = (q.abs() @ keys.abs().mT + keys.square().sum(-1)[:, :, None] / 2) / by_head(sigma, q.shape[1]).square()
-    rounding = (q.shape[-1] + 8) * 2.0**-24 * terms
+    rounding = score_rounding(q, to_query_heads(q, k), sigma)
     score = scores(q, k, sigma)
     kept = (score + rounding).masked_fill(~selected, float("inf")).amin(-1)
     left_out = (score - rounding).masked_fill(selected | ~mask, float("-inf")).amax(-1)
@@ -168,7 +169,9 @@ def scales(q, k, v, sigma, keep, do):
     ds = weight * (dp + (weight * dp).sum(-1, keepdim=True))
     to_keys = ds / sigma_by_head.square()
     log_weight = torch.where(weight > 0, weight, 1).log()
-    per_head = 2 * (ds * log_weight.abs()).sum((0, 2, 3)) / sigma.reshape(-1)
+    # A weight of 1 has log 0, but the score that says so is rounded: without that term one key in reach would allow nothing.
+    log_scale = log_weight.abs() + score_rounding(q, keys, sigma)
+    per_head = 2 * (ds * log_scale).sum((0, 2, 3)) / sigma.reshape(-1)
 
     def group_sum(x):
         return x.reshape(batch, k.shape[1], heads // k.shape[1], *x.shape[2:]).sum(2)
