@@ -3,7 +3,8 @@
     python -m nearfar.tune [--kernels attend ...] [--widths 64 ...] [--bits 16 ...]
 
 For each kernel, head width and element size every candidate is compiled and timed on Krause attention in its commonest
-shape, a causal window of 128 keys; the fastest goes into triton_kernels/launch.json. Nothing else reads or writes that file.
+shape, a causal window of 128 keys; the fastest goes into triton_kernels/launch.json, which nothing else writes. Needs rich (the
+`bench` extra) and a source tree or an editable install.
 """
 
 import argparse
