@@ -47,12 +47,13 @@ class Signature(NamedTuple):
 
     @property
     def geometry(self):
-        """num_queries, num_keys, num_heads, group, and below the (offset, back, ahead) window of a query."""
+        """num_queries, num_keys, num_heads, group."""
         (_, num_heads, num_queries, _), (_, kv_heads, num_keys, _) = self.q_shape, self.k_shape
         return num_queries, num_keys, num_heads, num_heads // kv_heads
 
     @property
     def window(self):
+        """(offset, back, ahead) of a query, in positions."""
         back, ahead = (UNBOUNDED if side < 0 else side for side in (self.left, self.right))
         return self.k_shape[2] - self.q_shape[2], back, ahead
 
@@ -61,12 +62,18 @@ class Signature(NamedTuple):
         return 1 if self.num_parameters > 1 else 0
 
     @property
-    def widths(self):
-        """D, DV, BLOCK_D, BLOCK_DV."""
-        return self.q_shape[3], self.v_shape[3], width_block(self.q_shape[3]), width_block(self.v_shape[3])
+    def widest_block(self):
+        return max(width_block(self.q_shape[3]), width_block(self.v_shape[3]))
+
+    def sizes(self, parameters):
+        """D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, with which the arguments of every kernel end."""
+        width, value_width = self.q_shape[3], self.v_shape[3]
+        return (
+            width, value_width, parameters.block_m, parameters.block_n, width_block(width), width_block(value_width)
+        )  # fmt: skip
 
     def tuned(self, kernel):
-        return launch_parameters(kernel, max(self.widths[2:]), self.dtype.itemsize)
+        return launch_parameters(kernel, self.widest_block, self.dtype.itemsize)
 
 
 def signature(q, k, v, parameter, token_bounds, left, right):
@@ -87,7 +94,7 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
 
 def resident_parameters(call, ring):
     """The tallest query tile whose ring of scores stays in the registers of four warps."""
-    for block_m in (32, 16) if max(call.widths[2:]) * call.dtype.itemsize > 256 else (64, 32, 16):
+    for block_m in (32, 16) if call.widest_block * call.dtype.itemsize > 256 else (64, 32, 16):
         if block_m * ring <= RESIDENT_SCORES:
             break
     # Three blocks a multiprocessor hide latency better than two, even at the price of a few spilled registers.
@@ -101,8 +108,7 @@ def plan_attend(pair, call, o_strides, with_squares):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window,
-        pair.scale, pair.score, call.precision, *call.widths[:2],
-        parameters.block_m, parameters.block_n, *call.widths[2:],
+        pair.scale, pair.score, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -114,12 +120,11 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     # Loading every key and value tile before the first is used hides all latencies but one, while registers can hold them.
-    at_once = key_tiles * parameters.block_n * max(call.widths[2:]) * call.dtype.itemsize <= AT_ONCE_BYTES
+    at_once = key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
-        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.widths[:2],
-        parameters.block_m, parameters.block_n, *call.widths[2:],
+        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -131,8 +136,7 @@ def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
-        pair.scale, pair.score, call.precision, *call.widths[:2],
-        parameters.block_m, parameters.block_n, *call.widths[2:],
+        pair.scale, pair.score, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -144,8 +148,7 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
-        pair.scale, pair.score, pair.grad_keys, call.precision, *call.widths[:2],
-        parameters.block_m, parameters.block_n, *call.widths[2:],
+        pair.scale, pair.score, pair.grad_keys, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 

@@ -33,3 +33,8 @@ class SlidingWindow:
                 raise ValueError(
                     f"SlidingWindow: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited"
                 )
+
+
+def keys_in_window(left, right, num_keys):
+    """The most keys that one query can see."""
+    return num_keys if left < 0 or right < 0 else min(left + right + 1, num_keys)

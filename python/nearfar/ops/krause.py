@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import checks, dispatch
-from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp
 from nearfar.reference.krause import krause_attention as reference_krause_attention
@@ -94,7 +94,7 @@ _check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
 def _candidates_reason(left, right, num_keys):
-    candidates = num_keys if left < 0 or right < 0 else min(left + right + 1, num_keys)
+    candidates = keys_in_window(left, right, num_keys)
     if candidates > MAX_CANDIDATES:
         return f"top_k over {candidates} candidate keys a query; kernels take at most {MAX_CANDIDATES} (a narrower locality)"
     return None

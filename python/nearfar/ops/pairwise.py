@@ -8,6 +8,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import is_plain
+from nearfar.localities import keys_in_window
 
 MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
 
@@ -126,8 +127,8 @@ def _refuse_double_backward(ctx, *gradients):
 
 def _key_squares(k, left, right):
     """|k|^2 by the CUDA kernel where one more pass over k was measured to pay (docs/krause.md), else None."""
-    reach = k.shape[2] if left < 0 or right < 0 else min(left + right + 1, k.shape[2])
-    pays = k.is_cuda and k.shape[3] >= SQUARES_AHEAD_WIDTH and reach > SQUARES_AHEAD_KEYS
+    many = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
+    pays = k.is_cuda and k.shape[3] >= SQUARES_AHEAD_WIDTH and many
     return _cuda.row_sumsq(k) if pays and _cuda.extension is not None else None
 
 
