@@ -2,12 +2,16 @@
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from triton import knobs
+from triton.runtime import driver
 
+ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
 TABLE = Path(__file__).with_name("launch.json")
 
 
@@ -61,12 +65,12 @@ class Launch:
     """A kernel launch with everything fixed but its tensors.
 
     Triton's own launch looks every argument over to find the compiled kernel, which takes longer than the launch itself.
-    All that it looks at but pointer alignment is the same in every call of one Launch, so from the second call on the
-    compiled kernel is called directly. A tensor that is not 16-byte aligned takes Triton's way.
+    All that it looks at but pointer alignment is the same in every call of one Launch, so the compiled kernel is called
+    directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
     """
 
     def __init__(self, kernel, programs, scalars, parameters):
-        self._launch = kernel[(programs, 1, 1)]
+        self._kernel = kernel
         self._grid = (programs, 1, 1)
         self._scalars = scalars
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
@@ -75,13 +79,42 @@ class Launch:
         self._direct = None
 
     def __call__(self, *tensors):
-        for tensor in tensors:
-            if tensor is not None and tensor.data_ptr() % 16:
-                self._launch(*tensors, *self._scalars, **self._options)
-                return
-        if self._direct is not None:
-            self._direct(*tensors, *self._scalars)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if knobs.runtime.interpret or any(address and address % ALIGNMENT for address in addresses):
+            self._kernel[self._grid](*tensors, *self._scalars, **self._options)
             return
-        compiled = self._launch(*tensors, *self._scalars, **self._options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self._direct = compiled[self._grid]
+        if self._direct is None:
+            self.compile(*tensors)
+        self._direct(*addresses, *self._scalars)
+
+    @property
+    def compiled(self):
+        return self._direct is not None
+
+    def compile(self, *tensors):
+        """Compile and load the kernel for tensors like these, all of them aligned."""
+        compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
+        self._direct = compiled[self._grid]
+
+
+def launch_all(*launches):
+    """Make (launch, tensors) pairs in order. Kernels that are new are compiled first, side by side in threads.
+
+    Compilers run outside Python's lock, and each kernel also waits for a C compiler: the first call of several kernels takes
+    about as long as that of the slowest.
+    """
+    new = [] if knobs.runtime.interpret else [pair for pair in launches if not pair[0].compiled]
+    if len(new) > 1:
+        device = torch.cuda.current_device()
+
+        def compile_on_device(pair):
+            launch, tensors = pair
+            with torch.cuda.device(device):
+                if all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors):
+                    launch.compile(*tensors)
+
+        driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
+        with ThreadPoolExecutor(len(new)) as pool:
+            list(pool.map(compile_on_device, new))
+    for launch, tensors in launches:
+        launch(*tensors)

@@ -10,12 +10,12 @@ import torch
 import triton
 
 from . import pairwise
-from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys of one word of a saved selection
 AT_ONCE_BYTES = 24576  # keys, or values, of a query tile that fit them while in flight
-RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps
+RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps, with room to spare of eight
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,9 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
 
 
 def resident_parameters(call, ring):
-    """The tallest query tile whose ring of scores stays in the registers of four warps."""
+    """The tallest query tile whose ring of scores stays in registers."""
+    if ring > 256:  # twice the warps, lest scores spill, and wide tiles: every tile of the ring is code of its own
+        return LaunchParameters(RESIDENT_SCORES // triton.next_power_of_2(ring), 128, num_warps=8, num_stages=1)
     for block_m in (32, 16) if call.widest_block * call.dtype.itemsize > 256 else (64, 32, 16):
         if block_m * ring <= RESIDENT_SCORES:
             break
@@ -182,8 +184,10 @@ def backward(
 ):
     """Fill dq, dk, dv, dparameter, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles). bits None: no selection."""
     num_words = 0 if bits is None else bits.shape[-1]
-    plan = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
-    plan(q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)
-    plan = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
-    plan(q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)
-    plan_grad_parameter(pair, call)(dlog_scale, parameter, dparameter)
+    queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
+    keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
+    launch_all(
+        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+        (plan_grad_parameter(pair, call), (dlog_scale, parameter, dparameter)),
+    )
