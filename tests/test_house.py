@@ -132,6 +132,6 @@ def test_explain_of_an_unknown_operator(op):
 
 
 def test_operators_are_listed_once():
-    for field in ("room", "function", "op"):
+    for field in ("function", "prepare", "summary"):
         values = [getattr(operator, field) for operator in OPERATORS]
         assert len(values) == len(set(values)), field

@@ -4,6 +4,17 @@ from nearfar import nn
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
 from nearfar.ops.krause import krause_attention
+from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
 from nearfar.version import __version__
 
-__all__ = ["SlidingWindow", "__version__", "explain", "krause_attention", "nn"]
+__all__ = [
+    "SlidingWindow",
+    "__version__",
+    "explain",
+    "hadamard_attention",
+    "hadamard_attention_step",
+    "krause_attention",
+    "linear_attention",
+    "linear_attention_step",
+    "nn",
+]

@@ -31,26 +31,52 @@ def meta(name, tensor):
     return Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
-def check_qkv(q, k, v):
+def check_qkv(q, k, v, names=("q", "k", "v")):
     """Metas of q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv): one dtype, one device, Hq a multiple of Hkv."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    q_name, k_name, v_name = names
+    for name, tensor in zip(names, (q, k, v), strict=True):
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if len(tensor.shape) != 4:
             raise ValueError(f"{name} must have 4 dimensions (B, H, N, D), got shape {tuple(tensor.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in ((k_name, k), (v_name, v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name} must have the dtype of {q_name}, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+            raise ValueError(f"{name} must be on the device of {q_name}, {q.device}, got {tensor.device}")
         if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {tensor.shape[0]}")
+            raise ValueError(f"{name} must have the batch size of {q_name}, {q.shape[0]}, got {tensor.shape[0]}")
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have the width of q, {q.shape[3]}, got {k.shape[3]}")
+        raise ValueError(f"{k_name} must have the width of {q_name}, {q.shape[3]}, got {k.shape[3]}")
     if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v must have the heads and length of k, {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
+        raise ValueError(
+            f"{v_name} must have the heads and length of {k_name}, {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
+        )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q must have a multiple of the {k.shape[1]} heads of k and v, got {q.shape[1]}")
+        raise ValueError(f"{q_name} must have a multiple of the {k.shape[1]} heads of {k_name} and v, got {q.shape[1]}")
+
+
+def check_like(name, tensor, other_name, other):
+    """Metas that differ in their last dimension only."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
+    if len(tensor.shape) != len(other.shape) or tensor.shape[:-1] != other.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of {other_name} but for its width, {(*other.shape[:-1], '*')}, "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
+def check_exactly(name, tensor, shape, dtype, device):
+    """A Meta of this shape, dtype and device."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
 def is_plain(*tensors):
@@ -149,8 +175,8 @@ def check_top_k(top_k):
         raise ValueError(f"top_k must be at least 1, got {top_k}")
 
 
-def kernel_width_reason(name, width):
+def kernel_width_reason(name, width, smallest=16):
     """Why the kernels do not serve this head width, or None."""
-    if width % 8 == 0 and 16 <= width <= 256:
+    if width % 8 == 0 and smallest <= width <= 256:
         return None
-    return f"{name} is {width} wide; kernels take multiples of 8 from 16 to 256"
+    return f"{name} is {width} wide; kernels take multiples of 8 from {smallest} to 256"

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nearfar.ops import krause
+from nearfar.ops import krause, linear
 
 
 class Operator(NamedTuple):
     """One public operator.
 
-    room: its name in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/.
+    room: the name of its file in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/; operators that are
+        cases of one another share it.
     function: the public function. prepare: its checks, returning a call with `reasons` per backend.
     op: its name in torch.ops.nearfar.
     summary, source: what the README says of it.
@@ -31,6 +32,22 @@ OPERATORS = (
         op="krause_attention",
         summary="Krause attention: softmax of negative squared distances inside a window, keeping the top_k nearest keys",
         source="arXiv 2602.11534",
+    ),
+    Operator(
+        room="linear",
+        function=linear.linear_attention,
+        prepare=linear.prepare_linear_attention,
+        op="hadamard_attention",
+        summary="Linear attention: weights phi(q) . phi(k), bidirectional or causal, with a state to continue from",
+        source="arXiv 2602.12128",
+    ),
+    Operator(
+        room="linear",
+        function=linear.hadamard_attention,
+        prepare=linear.prepare_hadamard_attention,
+        op="hadamard_attention",
+        summary="Hadamard linear attention: weights are products of one to three kernels phi(q) . phi(k), with a state",
+        source="arXiv 2602.12128",
     ),
 )
 

@@ -1,0 +1,289 @@
+"""Linear attention and Hadamard linear attention (arXiv 2602.12128): linear attention is the case of one factor."""
+
+import functools
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+
+from nearfar import checks, dispatch
+from nearfar.reference import linear as reference
+
+MAX_FACTORS = 3  # of the kernels
+MAX_FEATURES = 2**14  # prod d_r of the kernels
+
+
+class Call(NamedTuple):
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+
+    qs: tuple
+    ks: tuple
+    v: torch.Tensor
+    initial_state: Any
+    cu_seqlens: Any
+    feature_map: str
+    normalize: bool
+    causal: bool
+    eps: float
+    return_state: bool
+    reasons: dict
+
+    @property
+    def q(self):
+        return self.qs[0]
+
+
+def linear_attention(
+    q, k, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
+    initial_state=None, return_state=False, cu_seqlens=None, backend="auto",
+):  # fmt: skip
+    """Attention by a kernel of features, in time linear in the length: o_i = sum_j A_ij v_j / (sum_j A_ij + eps).
+
+    A_ij = phi(q_i) . phi(k_j), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128, whose Hadamard linear
+    attention (`nearfar.hadamard_attention`) has this as its case of one factor. Query heads share key heads when Hq is a
+    multiple of Hkv (grouped-query attention). Under autocast q, k and v are cast to the autocast dtype, as
+    scaled_dot_product_attention does; the state stays float32. A query whose weights and eps sum to 0 returns zeros.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        k: (B, Hkv, M, D), dtype and device of q; M must be N when causal or packed.
+        v: (B, Hkv, M, Dv), dtype and device of q.
+        feature_map: phi: "identity", "elu" (elu(x) + 1), "relu", "softplus" or "exp", fused into the kernels, or a function
+            that is applied to q and to k before them and keeps all but the width.
+        normalize: False leaves the numerator.
+        causal: only keys at or before a query count.
+        eps: what is added to the denominator, not negative.
+        initial_state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs): sums over earlier keys, which every query
+            sees, of phi(k) v and in the last column of phi(k), normalised or not. With cu_seqlens B is S.
+        return_state: return (o, state) with the state after the last key, in the same form.
+        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+
+    Returns:
+        o (B, Hq, N, Dv) in the dtype of q, or (o, state); differentiable in q, k, v and initial_state (twice and more often
+        on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    call = prepare_linear_attention(
+        q, k, v, feature_map=feature_map, normalize=normalize, causal=causal, eps=eps,
+        initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return _attend(call, backend)
+
+
+def hadamard_attention(
+    qs, ks, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
+    initial_state=None, return_state=False, cu_seqlens=None, backend="auto",
+):  # fmt: skip
+    """Linear attention whose weights are a product of R kernels: A_ij = prod_r phi(q^r_i) . phi(k^r_j).
+
+    o_i = sum_j A_ij v_j / (sum_j A_ij + eps), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128. It costs
+    O(N prod d_r Dv), or O(N^2 (sum d_r + Dv)) where that is less; shapes decide. What `nearfar.linear_attention` says of
+    grouped heads, autocast and rows without weight holds here too.
+
+    Args:
+        qs: R tensors (B, Hq, N, d_r), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        ks: R tensors (B, Hkv, M, d_r), dtype and device of qs[0]; M must be N when causal or packed.
+        v: (B, Hkv, M, Dv), dtype and device of qs[0].
+        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1) float32 (float64 for float64 inputs): sums over earlier keys of the outer
+            products of phi(k^1), .., phi(k^R) with v and, in the last column, with 1. With cu_seqlens B is S.
+        feature_map, normalize, causal, eps, return_state, cu_seqlens, backend: as for `nearfar.linear_attention`. Kernels take
+            up to 3 factors and prod d_r up to 16,384.
+
+    Returns:
+        o (B, Hq, N, Dv) in the dtype of qs[0], or (o, state); differentiable in qs, ks, v and initial_state (twice and more
+        often on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: lists, shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    call = prepare_hadamard_attention(
+        qs, ks, v, feature_map=feature_map, normalize=normalize, causal=causal, eps=eps,
+        initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return _attend(call, backend)
+
+
+def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
+    """Decode one token with `nearfar.linear_attention` (arXiv 2602.12128): add its key to the state, then read the state.
+
+    Args:
+        q: (B, Hq, 1, D). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of one dtype and device.
+        state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs), contiguous: what the tokens before have left, zeros
+            before the first. It is updated in place.
+        feature_map, normalize, eps, backend: as for `nearfar.linear_attention`.
+        out: (B, Hq, 1, Dv) in the dtype of q, to be written; None allocates it.
+
+    Returns:
+        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+
+    Raises:
+        TypeError, ValueError: as `nearfar.linear_attention`, and where there is more than one token.
+    """
+    call = _prepare((q,), (k,), v, False, feature_map, normalize, True, eps, state, True, None, "state")
+    return _step(call, out, backend)
+
+
+def hadamard_attention_step(qs, ks, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
+    """Decode one token with `nearfar.hadamard_attention` (arXiv 2602.12128): add its keys to the state, then read the state.
+
+    Args:
+        qs: R tensors (B, Hq, 1, d_r). ks: R tensors (B, Hkv, 1, d_r). v: (B, Hkv, 1, Dv), of one dtype and device.
+        state: (B, Hkv, d_1, .., d_R, Dv + 1); it and the other arguments are as for `nearfar.linear_attention_step`.
+
+    Returns:
+        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+
+    Raises:
+        TypeError, ValueError: as `nearfar.hadamard_attention`, and where there is more than one token.
+    """
+    call = _prepare(qs, ks, v, True, feature_map, normalize, True, eps, state, True, None, "state")
+    return _step(call, out, backend)
+
+
+def prepare_linear_attention(
+    q, k, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
+    initial_state=None, return_state=False, cu_seqlens=None,
+):  # fmt: skip
+    """Check the arguments of linear_attention and return its Call."""
+    return _prepare(
+        (q,), (k,), v, False, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
+    )
+
+
+def prepare_hadamard_attention(
+    qs, ks, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
+    initial_state=None, return_state=False, cu_seqlens=None,
+):  # fmt: skip
+    """Check the arguments of hadamard_attention and return its Call."""
+    return _prepare(
+        qs, ks, v, True, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
+    )
+
+
+def _attend(call, backend):
+    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+        with checks.no_autocast(call.q):
+            o, state = reference.hadamard_attention(
+                call.qs, call.ks, call.v, call.feature_map, call.normalize, call.causal, call.eps,
+                call.initial_state, call.return_state, call.cu_seqlens,
+            )  # fmt: skip
+    else:
+        from nearfar.ops import factored
+
+        o, state = factored.attend(*call[:-1])
+    return (o, state) if call.return_state else o
+
+
+def _step(call, out, backend):
+    shape = (*call.q.shape[:3], call.v.shape[3])
+    if shape[2] != 1:
+        raise ValueError(f"a step takes 1 token, got q of length {shape[2]}; nearfar.hadamard_attention takes more")
+    if not call.initial_state.is_contiguous():
+        raise ValueError("state must be contiguous, as it is updated in place")
+    if out is not None:
+        checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
+    arguments = (call.qs, call.ks, call.v, call.initial_state, call.feature_map, call.normalize, call.eps)
+    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+        with checks.no_autocast(call.q):
+            o = reference.step(*arguments)
+        if out is None:
+            return o
+        with torch.no_grad():
+            return out.copy_(o)
+    from nearfar.ops import factored
+
+    return factored.step(*arguments, out)
+
+
+def _prepare(
+    qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, state_name
+):
+    """listed: whether q and k came as lists, for messages. state_name: what the caller knows initial_state as."""
+    for name, factors in (("qs", qs), ("ks", ks)):
+        if not isinstance(factors, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple of tensors, got {type(factors).__name__}")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    qs, ks, feature_map = _map_outside(qs, ks, feature_map, listed)
+    *factors, v = checks.autocast(*qs, *ks, v)
+    qs, ks = tuple(factors[: len(qs)]), tuple(factors[len(qs) :])
+    metas = [tuple(map(checks.meta, _names(name, factors, listed), factors)) for name, factors in (("q", qs), ("k", ks))]
+    state = None if initial_state is None else checks.meta(state_name, initial_state)
+    check = _check_once if checks.is_plain(*qs, *ks, v) else _check  # traced sizes cannot be looked up
+    kernel_reason, state_meta = check(*metas, checks.meta("v", v), listed, bool(causal))
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, qs[0], v)
+    if state is not None:
+        shape, dtype, device = state_meta
+        if cu_seqlens is not None:
+            shape = (cu_seqlens.numel() - 1, *shape[1:])
+        checks.check_exactly(state_name, state, shape, dtype, device)
+    reasons = {
+        "cuda": f"there is no CUDA kernel of {'hadamard' if listed else 'linear'}_attention yet",
+        "triton": dispatch.triton_device_reason(qs[0]) or kernel_reason,
+        "reference": None,
+    }
+    flags = bool(normalize), bool(causal), float(eps), bool(return_state)
+    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons)
+
+
+def _map_outside(qs, ks, feature_map, listed):
+    """qs, ks and the name of the map that is left to the kernels: a callable is applied here."""
+    if isinstance(feature_map, str):
+        if feature_map not in reference.FEATURE_MAPS:
+            accepted = ", ".join(f'"{name}"' for name in reference.FEATURE_MAPS)
+            raise ValueError(f"feature_map must be {accepted} or a function, got {feature_map!r}")
+        return qs, ks, feature_map
+    if not callable(feature_map):
+        raise TypeError(f"feature_map must be a name or a function, got {type(feature_map).__name__}")
+    for name, factors in (("q", qs), ("k", ks)):
+        for factor_name, factor in zip(_names(name, factors, listed), factors, strict=True):
+            checks.meta(factor_name, factor)
+    return tuple(map(feature_map, qs)), tuple(map(feature_map, ks)), "identity"
+
+
+def _names(name, factors, listed):
+    return [f"{name}s[{r}]" for r in range(len(factors))] if listed else [name]
+
+
+def _check(qs, ks, v, listed, causal):
+    """Why the kernels cannot serve these shapes, or None, and the Meta of a state, from the Metas of the tensors."""
+    if not qs:
+        raise ValueError("qs must have at least one factor, got an empty list")
+    if len(ks) != len(qs):
+        raise ValueError(f"ks must have as many factors as qs, {len(qs)}, got {len(ks)}")
+    q_names, k_names = _names("q", qs, listed), _names("k", ks, listed)
+    checks.check_qkv(qs[0], ks[0], v, (q_names[0], k_names[0], "v"))
+    for r in range(1, len(qs)):
+        checks.check_like(q_names[r], qs[r], q_names[0], qs[0])
+        checks.check_like(k_names[r], ks[r], k_names[0], ks[0])
+        if ks[r].shape[3] != qs[r].shape[3]:
+            raise ValueError(f"{k_names[r]} must have the width of {q_names[r]}, {qs[r].shape[3]}, got {ks[r].shape[3]}")
+    if causal and qs[0].shape[2] != v.shape[2]:
+        raise ValueError(f"causal needs q and k of one length, got {qs[0].shape[2]} and {v.shape[2]}")
+    widths = [q.shape[3] for q in qs]
+    shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    return _kernel_reason(q_names, widths, v.shape[3]), checks.Meta(shape, dtype, v.device)
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
+
+
+def _kernel_reason(names, widths, value_width):
+    for name, width in zip(names, widths, strict=True):
+        if reason := checks.kernel_width_reason(name, width, smallest=8):
+            return reason
+    if len(widths) > MAX_FACTORS:
+        return f"qs has {len(widths)} factors; kernels take up to {MAX_FACTORS}"
+    if math.prod(widths) > MAX_FEATURES:
+        return f"the widths of qs multiply to {math.prod(widths)}; kernels take up to {MAX_FEATURES}"
+    return checks.kernel_width_reason("v", value_width)
