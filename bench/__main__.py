@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import cases, environment, overhead, report, suite, timing
+from bench import cases, crossover, environment, overhead, report, suite, timing
 
 OUT = Path(__file__).parent / "out"
 
@@ -116,13 +116,16 @@ def run(chosen, device, ceilings, console):
 
 
 def add_measures(records, room, chosen, device):
-    """First call and host time for the cases with a goal, and the growth of the long ones."""
+    """Crossover lengths of sweeps, growth of the long cases, first call and host time for cases of a name with a goal."""
     for name, record in records.items():
-        if name.endswith("-million"):
+        sweep = name.endswith("-length")
+        if sweep:
+            record["measures"] += crossover.measures(record["rows"])
+        if name.endswith("-million") or (sweep and device.type == "cpu"):  # a CPU has no million
             record["measures"] += suite.scaling(record["rows"])
-    for case in chosen:
-        if device.type == "cuda" and case.goal_ms:
-            records[case.name]["measures"] += overhead.measures(room, case, device)
+    if device.type == "cuda":
+        for name, case in {case.name: case for case in reversed(chosen) if case.goal_ms}.items():
+            records[name]["measures"] += overhead.measures(room, case, device)
 
 
 if __name__ == "__main__":

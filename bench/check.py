@@ -3,13 +3,14 @@
 An output passes when its largest error is at most twice that of the plain formula in the same dtype, plus 4 eps of that
 dtype; errors count relative to the largest value of the oracle.
 
-Only the last rows of the last key head are compared, so that a million tokens take no longer than a few thousand; there
-index arithmetic overflows first, too. dO is zero elsewhere: then every gradient, that of sigma too, comes from those
-rows alone. With top_k, rows whose selection is within rounding may rightly differ; they are left out, with dO zero.
+Only the last rows of the last key head are compared, against all keys that they see, so that a million tokens take no
+longer than a few thousand; there index arithmetic overflows first, too. dO is zero elsewhere: then every gradient, that of
+a parameter too, comes from those rows alone. With top_k, rows whose selection is within rounding may rightly differ; they
+are left out, with dO zero.
 
-The gradient of sigma is one number a head, a sum over all rows in which terms cancel and errors may by luck. It counts
-relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make as
-independent ones: the root of the sum of their squares.
+The gradient of a parameter (sigma) is one number a head, a sum over all rows in which terms cancel and errors may by luck.
+It counts relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make
+as independent ones: the root of the sum of their squares.
 """
 
 from typing import NamedTuple
@@ -17,12 +18,10 @@ from typing import NamedTuple
 import torch
 
 PAIRS = {"cuda": 2**23, "cpu": 2**20}  # query-key pairs compared
-GRADIENTS = ("dq", "dk", "dv", "dsigma")
 
 
 class Expected(NamedTuple):
-    rows: tuple  # index of the compared part of q and o
-    keys: tuple  # index of the compared part of k and v
+    parts: dict  # {name: index of the compared part} of the output and of each gradient
     clear: torch.Tensor  # compared rows whose selection rounding cannot change
     do: torch.Tensor
     oracle: dict
@@ -47,35 +46,50 @@ class Check(NamedTuple):
         return all(error <= allowed for error, allowed in self.errors.values())
 
 
-def expect(formula, inputs, backward):
+def expect(formula, case, inputs):
     """What the oracle and the plain formula say about the compared part of a problem."""
-    q, k, v, sigma = inputs
-    length, group = q.shape[2], q.shape[1] // k.shape[1]
-    rows, keys = compared(formula, length, PAIRS[q.device.type])
-    rows, keys = (-1, slice(-group, None), slice(-rows, None)), (-1, slice(-1, None), slice(-keys, None))
-    part = [t.detach() for t in (q[rows][None], k[keys][None], v[keys][None], sigma[-group:])]
-    part64 = [t.double() for t in part]
-    keep, clear = formula.selection(part64[0], part64[1], part64[3])
-    do = torch.randn(part[0].shape[:3] + v.shape[3:], device=q.device, dtype=q.dtype) * clear[..., None]
+    names, parameters = [*formula.inputs(case), *formula.parameters], set(formula.parameters)
+    group, last = case.heads // case.kv_heads, slice(-1, None)
+    rows, keys = compared(formula, case.length, PAIRS[inputs[0].device.type])
+    parts = {"o": (last, slice(-group, None), slice(-rows, None))}
+    of_keys = (last, last, slice(-keys, None))
+    for name in names:
+        own = slice(-group, None) if name in parameters else parts["o"] if name.startswith("q") else of_keys
+        parts[f"d{name}"] = own
+    values = [tensor.detach()[parts[f"d{name}"]] for name, tensor in zip(names, inputs, strict=True)]
+    values64 = [value.double() for value in values]
+    keep, clear = formula.selection(*values64)
+    do = torch.randn(*clear.shape, case.width, device=clear.device, dtype=values[0].dtype) * clear[..., None]
 
-    def plain(q, k, v, sigma):
-        return formula.plain(q, k, v, sigma, keep)
+    def plain(*inputs):
+        return formula.plain(*inputs, keep=keep)
 
-    def sigma_by_row(q, k, v, sigma):
-        return q, k, v, sigma[:, None].repeat(1, q.shape[2])
+    def by_row(values):
+        """The values with a number for each row, and with it a gradient for each row, in a parameter."""
+        return [v[:, None].repeat(1, rows) if name in parameters else v for name, v in zip(names, values, strict=True)]
 
-    oracle = outputs(formula.oracle, part64, do, clear, backward)
-    coarse = outputs(plain, sigma_by_row(*part), do, clear, backward)
+    def outputs(run, values):
+        """{name: value} of the output and, where the case has a backward, of the gradients."""
+        leaves = [value.detach().requires_grad_(case.backward) for value in values]
+        o = run(*leaves)
+        found = {"o": o.detach() * clear[..., None]}
+        if case.backward:
+            gradients = torch.autograd.grad(o, leaves, do.to(o.dtype))
+            found |= {f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+        return found
+
+    oracle, coarse = outputs(formula.oracle, values64), outputs(plain, by_row(values))
+    single = {f"d{name}" for name in parameters} & set(oracle)
     scale = {name: value.abs().max() for name, value in oracle.items()}
-    spread = {name: (coarse[name] - oracle[name]).abs().max() for name in oracle if name != "dsigma"}
-    if "dsigma" in oracle:
-        by_row = outputs(plain, sigma_by_row(*part64), do, clear, backward)["dsigma"]
-        scale["dsigma"] = by_row.abs().sum(-1)
-        spread["dsigma"] = (coarse["dsigma"] - by_row).square().sum(-1).sqrt()
+    spread = {name: (coarse[name] - oracle[name]).abs().max() for name in set(oracle) - single}
+    exact = outputs(plain, by_row(values64)) if single else {}
+    for name in single:
+        scale[name] = exact[name].abs().sum(-1)
+        spread[name] = (coarse[name] - exact[name]).square().sum(-1).sqrt()
     allowed = {
         name: (2 * spread[name] / scale[name]).max().item() + 4 * torch.finfo(coarse[name].dtype).eps for name in oracle
     }
-    return Expected(rows, keys, clear[0], do[0], oracle, scale, allowed)
+    return Expected(parts, clear, do, oracle, scale, allowed)
 
 
 def compared(formula, length, pairs):
@@ -86,31 +100,20 @@ def compared(formula, length, pairs):
     return rows, min(length, rows + formula.left)
 
 
-def outputs(run, inputs, do, clear, backward):
-    """{name: value} of the output and, with backward, of the gradients that exist."""
-    leaves = [t.detach().requires_grad_(backward) for t in inputs]
-    o = run(*leaves)
-    gradients = torch.autograd.grad(o, leaves, do.to(o.dtype), allow_unused=True) if backward else [None] * len(leaves)
-    named = {name: value for name, value in zip(GRADIENTS, gradients, strict=True) if value is not None}
-    return {"o": (o.detach() * clear[..., None])[0], **{n: g if n == "dsigma" else g[0] for n, g in named.items()}}
-
-
 def forward(expected, o):
     """{"o": (error, allowed)} of a provider's output."""
-    actual = o.detach()[expected.rows] * expected.clear[..., None]
-    return {"o": compare(expected, "o", actual)}
+    return {"o": compare(expected, "o", o.detach()[expected.parts["o"]] * expected.clear[..., None])}
 
 
 def backward(expected, o, inputs, ours):
-    """The same for a provider's gradients. A baseline may leave sigma constant, we may not."""
+    """The same for a provider's gradients. A baseline may leave a parameter constant, we may not."""
     do = torch.zeros_like(o)
-    do[expected.rows] = expected.do
+    do[expected.parts["o"]] = expected.do
     gradients = torch.autograd.grad(o, inputs, do, retain_graph=True, allow_unused=not ours)
-    group = expected.do.shape[0]
-    parts = (expected.rows, expected.keys, expected.keys, slice(-group, None))
+    names = [name for name in expected.parts if name != "o"]
     return {
-        name: compare(expected, name, gradient[part])
-        for name, gradient, part in zip(GRADIENTS, gradients, parts, strict=True)
+        name: compare(expected, name, gradient[expected.parts[name]])
+        for name, gradient in zip(names, gradients, strict=True)
         if gradient is not None
     }
 

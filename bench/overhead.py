@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import baselines, cases
+from bench.formulas import Softmax
 from bench.timing import wall_times
 
 FIRST_CALL_GOAL_S = 5.0
@@ -24,8 +25,8 @@ HOST_GOAL_US = 30.0
 
 def first_call_here(case, device):
     """Seconds of the first forward + backward, in a process that has called nothing but CUDA's initialisation."""
-    inputs = case.inputs(device)
-    do = torch.randn_like(inputs[0])
+    inputs = case.inputs(device, case.formula("nearfar"))
+    do = torch.randn(case.output_shape, device=device, dtype=inputs[0].dtype)
     torch.cuda.synchronize()
     start = time.perf_counter()
     torch.autograd.grad(case.call()(*inputs), inputs, do)
@@ -59,20 +60,20 @@ def measures(room, case, device):
     Host times are those of a small problem, whose kernels finish before the next call, so that no queue fills up.
     """
     small = replace(case, batch=1, heads=4, kv_heads=4, length=256)
-    inputs = small.inputs(device)
+    inputs, qkv = (small.inputs(device, formula) for formula in (small.formula("nearfar"), Softmax(-1, 0)))
     call, sdpa = small.call(), baselines.sdpa()
     label = case.variant or "whole window"
 
-    def without_grad(run):
+    def without_grad(run, inputs):
         with torch.no_grad():
             return host_us(lambda: run(*inputs))
 
     wanted = (
         (f"first call, {label}, forward + backward", "s", FIRST_CALL_GOAL_S, lambda: first_call(room, case)),
-        (f"host time of a call, {label}, no_grad", "us", HOST_GOAL_US, lambda: without_grad(call)),
+        (f"host time of a call, {label}, no_grad", "us", HOST_GOAL_US, lambda: without_grad(call, inputs)),
         (f"host time of a call, {label}, with grad", "us", HOST_GOAL_US, lambda: host_us(lambda: call(*inputs))),
-        ("host time of scaled_dot_product_attention, no_grad", "us", None, lambda: without_grad(sdpa)),
-        ("host time of scaled_dot_product_attention, with grad", "us", None, lambda: host_us(lambda: sdpa(*inputs))),
+        ("host time of scaled_dot_product_attention, no_grad", "us", None, lambda: without_grad(sdpa, qkv)),
+        ("host time of scaled_dot_product_attention, with grad", "us", None, lambda: host_us(lambda: sdpa(*qkv))),
     )
     return [attempt(*row) for row in wanted]
 

@@ -9,6 +9,8 @@ from textwrap import shorten
 
 from rich.table import Table
 
+from bench import crossover
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -85,7 +87,8 @@ def measures_table(measures):
 
 
 def measured(m):
-    return "-" if m["value"] is None else f"{m['value']:.2f} {m['unit']}"
+    digits = 0 if m["unit"] == "tokens" else 2
+    return "-" if m["value"] is None else f"{m['value']:.{digits}f} {m['unit']}"
 
 
 def goal(m):
@@ -108,7 +111,7 @@ def write_json(folder, record):
 
 
 def plot(path, rows, environment):
-    """Time against length on logarithmic axes, every provider a line, with guides of slope 1 and 2."""
+    """Time against length on logarithmic axes, every provider a line, with guides of slope 1 and 2 and crossings marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,14 +119,18 @@ def plot(path, rows, environment):
 
     lines = series(rows)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
-    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+    for axis, total in zip(axes, crossover.TOTALS, strict=True):
         for index, (label, line) in enumerate(lines.items()):
             style = {"marker": "o", "linewidth": 2.4} if line[0]["ours"] else {"marker": "s", "linewidth": 1.2}
-            lengths, times = points(line, direction)
-            axis.plot(lengths, times, label=label, color=f"C{index}", markersize=5, **style)
-        guides(axis, *points(rows, direction))
-        axis.set(title=direction, xlabel="length N (tokens)", xscale="log", yscale="log")
+            axis.plot(*points(line, total), label=label, color=f"C{index}", markersize=5, **style)
+        guides(axis, *points(rows, total))
+        axis.set(title=total, xlabel="length N (tokens)", xscale="log", yscale="log")
         axis.grid(True, which="major", color="0.9")
+        crossings = [c for c in crossover.crossings(rows) if c.total == total and c.length]
+        if crossings:
+            axis.plot([c.length for c in crossings], [c.ms for c in crossings], "kx", zorder=3, label="crossover")
+        for c in crossings:
+            axis.annotate(f"{c.length:.0f}", (c.length, c.ms), (3, -9), textcoords="offset points", fontsize=7)
     axes[0].set_ylabel("time (ms)")
     ticks = sorted({row["case"]["length"] for row in rows})
     ticks = ticks[:: -(-len(ticks) // 8)] if len(ticks) > 8 else ticks
@@ -132,7 +139,8 @@ def plot(path, rows, environment):
     for axis in axes:
         axis.minorticks_off()
     columns = 3 if max(map(len, lines)) < 36 else 2
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
     operator = rows[0]["case"]["name"].partition("-")[0].capitalize()
     figure.suptitle(", ".join(filter(None, (f"{operator} attention", *common_text(rows), environment["device"]))))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +149,10 @@ def plot(path, rows, environment):
     return path
 
 
-def points(rows, direction):
+def points(rows, total):
     """Lengths and times to draw."""
-    timed = [row for row in rows if row[direction]]
-    return [row["case"]["length"] for row in timed], [row[direction]["ms"] for row in timed]
+    found = [(row["case"]["length"], ms) for row in rows if (ms := crossover.total_ms(row, total)) is not None]
+    return [length for length, _ in found], [ms for _, ms in found]
 
 
 def series(rows):
@@ -192,14 +200,14 @@ def token_count(n):
 
 def markdown(room, results):
     """The tables of a room from all recorded files, one for each run: only figures of one run compare."""
-    files = sorted(path for path in results.glob("*/*.json") if path.name.startswith(f"{room}-"))
-    if not files:
-        return "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
     sections = {}
-    for path in files:
+    for path in sorted(results.glob("*/*.json")):
         record = json.loads(path.read_text())
+        if record["room"] != room:
+            continue
         sections.setdefault((path.parent.name, record["environment"]["date"]), []).append(record)
-    return "\n".join(section(records) for records in sections.values())
+    nothing = "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
+    return "\n".join(section(records) for records in sections.values()) or nothing
 
 
 def section(records):
@@ -228,7 +236,7 @@ def section(records):
     measures = {m["what"]: m for record in records for m in record["measures"]}.values()
     if measures:
         lines += ["", "| beside the kernels | measured | goal |", "|---|---:|---:|"]
-        lines += [f"| {m['what']} | {measured(m)} | {goal_cell(m)} |" for m in measures]
+        lines += [f"| {m['what']} | {measured(m) if m['value'] else m['note']} | {goal_cell(m)} |" for m in measures]
     return "\n".join([head, *lines, ""])
 
 

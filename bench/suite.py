@@ -16,14 +16,14 @@ def run(cases, device, ceilings, advance):
     """Rows of all cases; advance(text) is called before each measurement."""
     rows, ended = [], {}
     for case in cases:
-        inputs, expectations = case.inputs(device), {}
+        problems = {}
         for name in case.providers:
             advance(f"{case.name} N={case.length} {name}")
             sweep = (case.name, case.variant, name)
             if sweep in ended:
                 rows.append(new_row(case, name) | {"status": "skipped", "note": ended[sweep]})
                 continue
-            row = measure(case, name, inputs, expectations, ceilings)
+            row = measure(case, name, device, problems, ceilings)
             rows.append(row)
             if case.name.endswith("-length") and not row["ours"]:
                 if reason := end_of_sweep(row, PATIENCE_MS[device.type]):
@@ -37,17 +37,20 @@ def new_row(case, name):
             "forward": None, "backward": None}  # fmt: skip
 
 
-def measure(case, name, inputs, expectations, ceilings):
-    """The row of one provider. expectations caches what the oracle says, by formula."""
+def measure(case, name, device, problems, ceilings):
+    """The row of one provider. problems caches, by formula, its inputs and what the oracle says."""
     row = new_row(case, name)
-    device = inputs[0].device
     try:
+        formula = case.formula(name)
+        if formula not in problems:
+            inputs = case.inputs(device, formula)
+            problems[formula] = inputs, check.expect(formula, case, inputs)
+        inputs, expected = problems[formula]
         provider = case.provider(name, inputs)
         row["label"] = provider.label
-        if provider.formula not in expectations:
-            expectations[provider.formula] = check.expect(provider.formula, inputs, case.backward)
-        expected = expectations[provider.formula]
-        works = case.work(provider.formula)
+        if provider.token_major:
+            inputs = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(case.backward) for t in inputs]
+        works = case.work(formula)
 
         # The graph is always built, so that forward times of all providers are those of training.
         o = provider.run(*inputs)
@@ -113,18 +116,23 @@ def end_of_sweep(row, patience_ms):
 
 
 def scaling(rows):
-    """Measures of the `-million` cases: time at 2N over time at N; peak memory over inputs, outputs and gradients."""
-    found = sorted((r for r in rows if r["ours"] and r["backward"]), key=lambda r: r["case"]["length"])
-    measures = []
-    for half, whole in zip(found, found[1:], strict=False):
-        ratio = total_ms(whole) / total_ms(half)
-        what = f"time at N={whole['case']['length']} over N={half['case']['length']}"
-        measures.append({"what": what, "value": ratio, "unit": "x", "goal": SCALING_GOAL, "note": None})
-    for row in found[-1:]:
-        if row["peak_bytes"]:
-            ratio = row["peak_bytes"] / row["backward"]["bytes"]
-            what = "peak memory over inputs + outputs + gradients"
-            measures.append({"what": what, "value": ratio, "unit": "x", "goal": MEMORY_GOAL, "note": None})
+    """Measures of each variant's last two lengths: time at 2N over time at N; peak memory over inputs + outputs + gradients."""
+    lines, measures = {}, []
+    for row in sorted((r for r in rows if r["ours"] and r["backward"]), key=lambda r: r["case"]["length"]):
+        lines.setdefault(row["variant"], []).append(row)
+
+    def measure(what, variant, value, goal):
+        text = ", ".join(filter(None, (what, variant)))
+        measures.append({"what": text, "value": value, "unit": "x", "goal": goal, "note": None})
+
+    for variant, line in lines.items():
+        whole = line[-1]
+        for half in line[-2:-1]:
+            what = f"time at N={whole['case']['length']} over N={half['case']['length']}"
+            measure(what, variant, total_ms(whole) / total_ms(half), SCALING_GOAL)
+        if whole["peak_bytes"]:
+            ratio = whole["peak_bytes"] / whole["backward"]["bytes"]
+            measure("peak memory over inputs + outputs + gradients", variant, ratio, MEMORY_GOAL)
     return measures
 
 

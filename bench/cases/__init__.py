@@ -9,11 +9,16 @@ A module offers
 """
 
 import importlib
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
-from nearfar import registry
+import torch
+
+from nearfar import dispatch, registry
+
+OURS = {"nearfar": "auto", "cuda": "cuda", "triton": "triton", "reference": "reference"}
 
 
 class Work(NamedTuple):
@@ -29,20 +34,29 @@ class Work(NamedTuple):
 class Provider(NamedTuple):
     """Somebody who computes a case.
 
-    label: name in tables. run: inputs -> output. formula: what it computes, see formulas.py.
+    label: name in tables. run: inputs -> output. token_major: its tensors are (B, N, H, D), so it is given inputs that lie
+    like that in memory.
     """
 
     label: str
     run: Callable
-    formula: Any
+    token_major: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseCase:
-    """One problem of one size.
+    """One problem of one size. A room's Case adds the parameters of its operator and
+
+    variant                     short text of those that tell the lines of a plot apart
+    title                       text of size and parameters
+    formula(provider)           what a provider computes, see formulas/
+    provider(name, inputs)      the Provider
+    call(backend)               inputs -> o by nearfar
+    prepared(inputs)            the checked call by nearfar, with its `reasons`
 
     name: cases of one name share a results file. Names ending in `-length` are sweeps, which competitors leave when
         they take too long; the last two of `-million` must scale.
+    width: of the values, and of q and k where the operator has no widths of its own.
     goal_ms: (forward, backward) from the design's performance page, None where there is none.
     plotted: part of the plot of time against length.
     """
@@ -63,9 +77,47 @@ class BaseCase:
         return asdict(self)
 
     @property
+    def output_shape(self):
+        return self.batch, self.heads, self.length, self.width
+
+    @property
     def size(self):
         kv = "" if self.kv_heads == self.heads else f"/{self.kv_heads}"
         return f"B{self.batch} H{self.heads}{kv} N{self.length} D{self.width} {self.dtype}"
+
+    @staticmethod
+    def is_ours(provider):
+        return provider in OURS
+
+    def ours(self, name, inputs):
+        """The Provider that is nearfar on the backend that `name` stands for."""
+        backend = dispatch.choose(OURS[name], self.prepared(inputs).reasons, inputs[0].device)
+        return Provider(f"nearfar {backend}", self.call(backend))
+
+    def inputs(self, device, formula):
+        """The formula's tensors, random, and its parameters; they require gradients where the backward is measured."""
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        tensors = [
+            torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in formula.inputs(self).values()
+        ]
+        tensors += [torch.full((self.heads,), getattr(self, name), device=device) for name in formula.parameters]
+        return [t.requires_grad_(self.backward) for t in tensors]
+
+    def work(self, formula):
+        """(forward, backward). Forward: inputs in, o out. Backward: inputs, o and dO in, a gradient for each input out.
+
+        Parameters, one number a head, are too few to count.
+        """
+        values = sum(math.prod(shape) for shape in formula.inputs(self).values()) + math.prod(self.output_shape)
+        moved = getattr(torch, self.dtype).itemsize * values
+        forward, backward = formula.flops(self)
+        return Work(moved, forward), Work(2 * moved, backward)
+
+
+def lengths(case, first, last):
+    """The case at first, 2 first, ... last tokens."""
+    return [replace(case, length=first << i) for i in range((last // first).bit_length())]
 
 
 def rooms():

@@ -1,18 +1,19 @@
 """Krause attention: the cases of the design's performance page, a sweep over length, and a million tokens."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
 import nearfar
-from bench import baselines
-from bench.cases import BaseCase, Provider, Work
-from bench.formulas import Rbf, Softmax
-from nearfar import SlidingWindow, dispatch
+from bench.baselines import SDPA, sdpa
+from bench.baselines import krause as baselines
+from bench.cases import OURS, BaseCase, Provider, lengths
+from bench.formulas import Softmax
+from bench.formulas.krause import Rbf
+from nearfar import SlidingWindow
 from nearfar.ops.krause import prepare
 
-OURS = {"nearfar": "auto", "cuda": "cuda", "triton": "triton", "reference": "reference"}
-SDPA = {"sdpa": None, "sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION"}
 FLEX = {"flex-rbf": Rbf, "flex-softmax": Softmax}
 PROVIDERS = (*OURS, *SDPA, *FLEX, "eager")
 
@@ -32,47 +33,32 @@ class Case(BaseCase):
     def title(self):
         return ", ".join(filter(None, (self.size, f"window {self.left},{self.right}", self.variant)))
 
-    def inputs(self, device):
-        """q, k, v, sigma; they require gradients only where the backward pass is measured."""
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = ((self.batch, heads, self.length, self.width) for heads in (self.heads, self.kv_heads, self.kv_heads))
-        dtype = getattr(torch, self.dtype)
-        qkv = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
-        return [t.requires_grad_(self.backward) for t in (*qkv, torch.full((self.heads,), self.sigma, device=device))]
-
-    @staticmethod
-    def is_ours(provider):
-        return provider in OURS
-
-    def call(self, backend="auto"):
-        """(q, k, v, sigma) -> o by nearfar."""
-        locality = SlidingWindow(self.left, self.right)
-
-        def run(q, k, v, sigma):
-            return nearfar.krause_attention(q, k, v, sigma, locality, top_k=self.top_k, backend=backend)
-
-        return run
+    def formula(self, provider):
+        if provider in SDPA:
+            return Softmax(-1, 0)
+        if provider in FLEX:
+            return FLEX[provider](self.left, self.right)
+        return Rbf(self.left, self.right, self.top_k)
 
     def provider(self, name, inputs):
-        formula = Rbf(self.left, self.right, self.top_k)
         if name in OURS:
-            reasons = prepare(*inputs, SlidingWindow(self.left, self.right), top_k=self.top_k).reasons
-            backend = dispatch.choose(OURS[name], reasons, inputs[0].device)
-            return Provider(f"nearfar {backend}", self.call(backend), formula)
+            return self.ours(name, inputs)
         if name in SDPA:
-            return Provider(f"{name} causal", baselines.sdpa(SDPA[name]), Softmax(-1, 0))
+            return Provider(f"{name} causal", sdpa(name))
+        formula = self.formula(name)
         if name in FLEX:
-            formula = FLEX[name](self.left, self.right)
             label = name if self.top_k is None else f"{name}, no top-k"
-            return Provider(label, baselines.flex(formula, self.length, inputs[0].device), formula)
-        return Provider(name, baselines.eager(formula), formula)
+            return Provider(label, baselines.flex(formula, self.length, inputs[0].device))
+        return Provider(name, baselines.eager(formula))
 
-    def work(self, formula):
-        """Forward: q, k, v in, o out, two products. Backward: q, k, v, o, dO in, dq, dk, dv out, five products."""
-        row = self.batch * self.length * self.width * getattr(torch, self.dtype).itemsize
-        q, kv = row * self.heads, row * self.kv_heads
-        product = 2 * self.batch * self.heads * self.width * formula.pairs(self.length)
-        return Work(2 * q + 2 * kv, 2 * product), Work(4 * q + 4 * kv, 5 * product)
+    def call(self, backend="auto"):
+        return functools.partial(nearfar.krause_attention, **self.keywords(), backend=backend)
+
+    def prepared(self, inputs):
+        return prepare(*inputs, **self.keywords())
+
+    def keywords(self):
+        return {"locality": SlidingWindow(self.left, self.right), "top_k": self.top_k}
 
 
 def suite(device):
@@ -118,11 +104,6 @@ def cpu_suite():
         *lengths(sweep, 512, 8192),
         *lengths(replace(sweep, top_k=96, providers=("nearfar",)), 512, 8192),
     ]
-
-
-def lengths(case, first, last):
-    """The case at first, 2 first, ... last tokens."""
-    return [replace(case, length=first << i) for i in range((last // first).bit_length())]
 
 
 def add_arguments(parser):
