@@ -61,6 +61,22 @@ def dot_precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def address(tensor):
+    if isinstance(tensor, tuple):
+        return tuple(map(address, tensor))
+    return None if tensor is None else tensor.data_ptr()
+
+
+def aligned(addresses):
+    for item in addresses:
+        if isinstance(item, tuple):
+            if not aligned(item):
+                return False
+        elif item and item % ALIGNMENT:
+            return False
+    return True
+
+
 class Launch:
     """A kernel launch with everything fixed but its tensors.
 
@@ -79,8 +95,11 @@ class Launch:
         self._direct = None
 
     def __call__(self, *tensors):
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if knobs.runtime.interpret or any(address and address % ALIGNMENT for address in addresses):
+        """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
+        if not self._grid[0]:
+            return
+        addresses = [address(tensor) for tensor in tensors]
+        if knobs.runtime.interpret or not aligned(addresses):
             self._kernel[self._grid](*tensors, *self._scalars, **self._options)
             return
         if self._direct is None:
@@ -88,8 +107,8 @@ class Launch:
         self._direct(*addresses, *self._scalars)
 
     @property
-    def compiled(self):
-        return self._direct is not None
+    def new(self):
+        return self._direct is None and self._grid[0] > 0
 
     def compile(self, *tensors):
         """Compile and load the kernel for tensors like these, all of them aligned."""
@@ -103,14 +122,14 @@ def launch_all(*launches):
     Compilers run outside Python's lock, and each kernel also waits for a C compiler: the first call of several kernels takes
     about as long as that of the slowest.
     """
-    new = [] if knobs.runtime.interpret else [pair for pair in launches if not pair[0].compiled]
+    new = [] if knobs.runtime.interpret else [pair for pair in launches if pair[0].new]
     if len(new) > 1:
         device = torch.cuda.current_device()
 
         def compile_on_device(pair):
             launch, tensors = pair
             with torch.cuda.device(device):
-                if all(tensor is None or tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors):
+                if aligned(map(address, tensors)):
                     launch.compile(*tensors)
 
         driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once

@@ -44,7 +44,7 @@ class PairwiseOp:
         torch.library.register_fake(forward, _fake_forward)
         torch.library.register_fake(backward, _fake_backward)
         torch.library.register_autograd(forward, self._dispatched_backward, setup_context=_save)
-        torch.library.register_autograd(backward, _refuse_double_backward)
+        torch.library.register_autograd(backward, refuse_double_backward)
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
@@ -69,7 +69,7 @@ class PairwiseOp:
         if not o.numel() or not k.shape[2]:
             return o.zero_(), lse.zero_(), bits
         launch, pair = self._modules
-        with _device(q):
+        with device_of(q):
             k_squares = _key_squares(k, left, right) if top_k is None else None
             launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
@@ -86,7 +86,7 @@ class PairwiseOp:
         call = launch.signature(q, k, v, parameter, token_bounds, left, right)
         delta, dparameter = torch.empty_like(lse), torch.empty_like(parameter)
         dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(call))
-        with _device(q):
+        with device_of(q):
             launch.backward(
                 pair, call, q, k, v, parameter, token_bounds, o, unit_stride(do), lse, None if top_k is None else bits,
                 dq, dk, dv, dparameter, delta, dlog_scale,
@@ -121,7 +121,7 @@ def _save(ctx, inputs, output):
     ctx.window_and_top_k = left, right, top_k
 
 
-def _refuse_double_backward(ctx, *gradients):
+def refuse_double_backward(ctx, *gradients):
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
 
 
@@ -132,7 +132,7 @@ def _key_squares(k, left, right):
     return _cuda.row_sumsq(k) if pays and _cuda.extension is not None else None
 
 
-def _device(tensor):
+def device_of(tensor):
     """Context in which the device of the tensor is the current one; free when it already is."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()

@@ -1,0 +1,322 @@
+"""The operators on the factored skeleton as torch operators: plan, schema, fake and autograd.
+
+Linear attention is Hadamard linear attention with one factor; both are `torch.ops.nearfar.hadamard_attention`.
+"""
+
+import importlib
+import math
+
+import torch
+
+from nearfar.checks import is_plain
+from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+
+# A pair computed directly counts as this many multiply-adds per width, measured against those that go through the state.
+DIRECT_COST = 0.25
+# Bytes that pass through memory while a multiprocessor does one multiply-add, times the bytes of a state on its way: they
+# balance the direct pairs of a piece, which grow with its length, against its state, which is written and read once.
+STATE_COST = 1920
+
+_FORWARD = (
+    "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
+    " bool causal, float eps, bool return_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor do, Tensor? dstate, Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, Tensor o,"
+    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal)"
+    " -> (Tensor[], Tensor[], Tensor, Tensor)"
+)
+
+
+def attend(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked."""
+    qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    options = feature_map, normalize, causal, eps, return_state
+    tensors = [*qs, *ks, v] + ([] if initial_state is None else [initial_state])
+    if not is_plain(*tensors):
+        o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        o, state = _Eager.apply(*qs, *ks, v, initial_state, cu_seqlens, *options)
+    else:
+        o, state, *_ = forward(qs, ks, v, initial_state, cu_seqlens, *options)
+    return o, state if return_state else None
+
+
+def step(qs, ks, v, state, feature_map, normalize, eps, out):
+    """One token: update the state in place and fill out (B, Hq, 1, Dv)."""
+    qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
+    if not out.numel():
+        return out
+    strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks), v.stride(), out.stride()
+    widths, group = tuple(q.shape[3] for q in qs), qs[0].shape[1] // v.shape[1]
+    with device_of(v):
+        plan = _launchers().plan_step(
+            v.shape[0], v.shape[1], group, widths, v.shape[3], feature_map, normalize, eps, strides
+        )
+        plan(tuple(qs), tuple(ks), v, state, out)
+    return out
+
+
+def _launchers():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.factored_launch")
+
+
+def causal_piece_length(widths, value_width):
+    """Tokens between two states of causal attention; a power of two, by shapes that do not change with the length."""
+    balanced = STATE_COST * math.prod(widths) * value_width / (sum(widths) + value_width)
+    return 2 ** min(12, max(7, round(math.log2(balanced) / 2)))
+
+
+def full_piece_length(length, programs_a_piece, most_programs):
+    """Tokens of the pieces that a pass over whole sequences is cut into; a multiple of every query tile."""
+    pieces = max(1, most_programs // programs_a_piece)
+    return max(256, -(-length // (128 * pieces)) * 128)
+
+
+def prefers_direct(widths, value_width, num_queries, num_keys):
+    """Whether bidirectional attention costs less pair by pair than through the state."""
+    pairs = num_queries * num_keys * (sum(widths) + value_width)
+    return DIRECT_COST * pairs <= (num_queries + num_keys) * math.prod(widths) * value_width
+
+
+def uses_states(qs, v, cu_seqlens, causal, with_state):
+    """Whether a call goes through states at all. with_state: one comes in or is asked for."""
+    widths, num_queries = [q.shape[3] for q in qs], qs[0].shape[2]
+    if with_state:
+        return True
+    if causal:
+        # Packed sequences are known to the device only; any of them may be as long as all of them together.
+        return num_queries > causal_piece_length(widths, v.shape[3])
+    return not prefers_direct(widths, v.shape[3], num_queries, v.shape[2])
+
+
+def problem_of(qs, ks, v, cu_seqlens, feature_map, causal):
+    launch = _launchers()
+    q, widths = qs[0], tuple(q.shape[3] for q in qs)
+    if causal:
+        piece_length = causal_piece_length(widths, v.shape[3])
+    else:
+        piece_length = full_piece_length(max(q.shape[2], v.shape[2]), v.shape[0] * v.shape[1], launch.PROGRAMS)
+    return launch.Problem(
+        q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, v.device, feature_map, causal,
+        piece_length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
+    )  # fmt: skip
+
+
+def piece_table(cu_seqlens, num_tokens, piece_length):
+    """What the kernels know of packed sequences, which are cut into pieces one by one.
+
+    Returns (5, pieces) int32: begin and end of each piece, its sequence, begin and end of that; pieces beyond the last are
+    empty. And (sequences + 1,) int32: the first piece of each sequence.
+    """
+    sequences = cu_seqlens.shape[0] - 1
+    counts = (cu_seqlens.diff() + piece_length - 1) // piece_length
+    first = torch.cat((cu_seqlens.new_zeros(1), counts.cumsum(0, dtype=torch.int32)))
+    piece = torch.arange(num_tokens // piece_length + sequences, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = (torch.searchsorted(first, piece, right=True, out_int32=True) - 1).clamp(0, sequences - 1)
+    sequence_begin, sequence_end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+    begin = torch.minimum(sequence_begin + (piece - first[sequence]) * piece_length, sequence_end)
+    end = torch.minimum(begin + piece_length, sequence_end)
+    return torch.stack((begin, end, sequence, sequence_begin, sequence_end)), first
+
+
+def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    """(o, final state, inverse, states, norms); what does not exist is None."""
+    with_state = initial_state is not None or return_state
+    stateful = uses_states(qs, v, cu_seqlens, causal, with_state)
+    o, state, inverse, states, norms = _allocate_forward(
+        qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful
+    )
+    launch = _launchers()
+    problem = problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
+    q_strides, k_strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks)
+    launches = []
+    if stateful:
+        launches += _state_launches(
+            launch, problem, False, ks, v, None, None, initial_state, states, norms, state, pieces, first_pieces
+        )
+    read = launch.plan_read(
+        problem, False, causal or not stateful, q_strides, k_strides, v.stride(), o.stride(), float(eps)
+    )
+    launches.append((read, (tuple(qs), tuple(ks), v, None, states, norms, o, inverse, pieces)))
+    with device_of(v):
+        launch.launch_all(*launches)
+    return o, state, inverse, states, norms
+
+
+def _state_launches(launch, problem, of_queries, xs, y, factors, weights, initial, states, norms, final, pieces, first_pieces):
+    """accumulate and combine over the keys, or over the queries for the gradients."""
+    length = problem.num_queries if of_queries else problem.num_keys
+    shape = problem.batch, problem.key_heads, problem.num_pieces(length), problem.num_features
+    partials = torch.empty((*shape, problem.value_width), dtype=torch.float32, device=y.device)
+    partial_norms = torch.empty(shape, dtype=torch.float32, device=y.device)
+    accumulate = launch.plan_accumulate(problem, of_queries, tuple(x.stride() for x in xs), y.stride())
+    combine = launch.plan_combine(problem, of_queries)
+    return [
+        (accumulate, (tuple(xs), y, factors, weights, partials, partial_norms, pieces)),
+        (combine, (partials, partial_norms, initial, states, norms, final, first_pieces)),
+    ]
+
+
+def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal):
+    """(dqs, dks, dv, gradient of the initial state or None)."""
+    do = torch.zeros_like(o) if do is None else unit_stride(do)
+    dstate = None if dstate is None else dstate.contiguous()
+    dqs = [empty_rows(q, q.shape[3]) for q in qs]
+    dks = [empty_rows(k, k.shape[3]) for k in ks]
+    dv = empty_rows(v, v.shape[3])
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    launch = _launchers()
+    problem = problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
+    q_strides, k_strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks)
+    dq_strides, dk_strides = tuple(dq.stride() for dq in dqs), tuple(dk.stride() for dk in dks)
+    qs, ks, stateful = tuple(qs), tuple(ks), states is not None
+    direct = causal or not stateful
+    weights = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
+    grad_queries = launch.plan_grad(
+        problem, False, direct, q_strides, do.stride(), o.stride(), k_strides, v.stride(), dq_strides
+    )
+    launches = [
+        (grad_queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, tuple(dqs), pieces)),
+    ]
+    key_states = key_norms = None
+    if stateful:
+        key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
+        launches += _state_launches(
+            launch, problem, True, qs, do, inverse, weights, dstate, key_states, key_norms, dinitial, pieces, first_pieces
+        )
+    grad_keys = launch.plan_grad(
+        problem, True, direct, k_strides, v.stride(), o.stride(), q_strides, do.stride(), dk_strides
+    )
+    grad_values = launch.plan_read(problem, True, direct, k_strides, q_strides, do.stride(), dv.stride(), 0.0)
+    launches += [
+        (grad_keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, tuple(dks), pieces)),
+        (grad_values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
+    ]
+    with device_of(v):
+        launch.launch_all(*launches)
+    return dqs, dks, dv, dinitial
+
+
+def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful):
+    """o, final state, inverse, states, norms, not filled; None for what does not exist."""
+    batch, query_heads, num_queries, _ = qs[0].shape
+    heads, widths, value_width = v.shape[1], [q.shape[3] for q in qs], v.shape[3]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = empty_rows(qs[0], value_width)
+    state = inverse = states = norms = None
+    if return_state:
+        state = torch.empty((sequences, heads, *widths, value_width + 1), dtype=torch.float32, device=v.device)
+    if normalize:
+        inverse = torch.empty((batch, query_heads, num_queries), dtype=torch.float32, device=v.device)
+    if stateful:
+        if causal:
+            length = causal_piece_length(widths, value_width)
+            count = (num_queries + length - 1) // length if cu_seqlens is None else num_queries // length + sequences
+        else:
+            count = 1 if cu_seqlens is None else sequences
+        shape = (batch, heads, count, math.prod(widths))
+        operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+        states = torch.empty((*shape, value_width), dtype=operand, device=v.device)
+        norms = torch.empty(shape, dtype=torch.float32, device=v.device)
+    return o, state, inverse, states, norms
+
+
+def _or_empty(tensors, like):
+    """None as the empty tensor that stands for it where a schema wants a tensor."""
+    return [like.new_empty(0, dtype=torch.float32) if tensor is None else tensor for tensor in tensors]
+
+
+def _or_none(*tensors):
+    return [None if tensor.dim() == 1 else tensor for tensor in tensors]
+
+
+def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
+    return tuple(_or_empty(forward(qs, ks, v, initial_state, cu_seqlens, *options), v))
+
+
+def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
+    inverse, states, norms = _or_none(inverse, states, norms)
+    dqs, dks, dv, dinitial = backward(
+        do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options
+    )
+    return dqs, dks, dv, *_or_empty((dinitial,), v)
+
+
+def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
+    outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+    return tuple(_or_empty(outputs, v))
+
+
+def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
+    dqs, dks = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks]
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    return dqs, dks, empty_rows(v, v.shape[3]), *_or_empty((dinitial,), v)
+
+
+def _save(ctx, inputs, output):
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _ = inputs
+    o, _, *saved = output
+    ctx.num_factors = len(qs)
+    ctx.save_for_backward(*qs, *ks, v, initial_state, cu_seqlens, o, *saved)
+    ctx.set_materialize_grads(False)
+    ctx.options = feature_map, normalize, causal
+
+
+def _restore(ctx):
+    """Arguments of the backward after do and dstate."""
+    r = ctx.num_factors
+    saved = list(ctx.saved_tensors)
+    return saved[:r], saved[r : 2 * r], *saved[2 * r :], *ctx.options
+
+
+def _autograd_backward(ctx, do, dstate, *_):
+    arguments = _restore(ctx)
+    do = torch.zeros_like(arguments[5]) if do is None else do
+    dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
+    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 6
+
+
+class _Eager(torch.autograd.Function):
+    """The autograd of a plain eager call, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, feature_map, normalize, causal, eps, return_state = arguments
+        r = (len(tensors) - 3) // 2
+        inputs = tensors[:r], tensors[r : 2 * r], *tensors[2 * r :], feature_map, normalize, causal, eps, return_state
+        output = forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx, do, dstate):
+        if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
+            qs, ks, v, initial, cu, o, *saved = _restore(ctx)[:9]
+            arguments = qs, ks, v, initial, cu, o, *_or_empty(saved, v), *ctx.options
+            do = torch.zeros_like(o) if do is None else do
+            dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
+            dinitial = None if initial is None else dinitial
+        else:
+            dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
+        return *dqs, *dks, dv, dinitial, *[None] * 6
+
+
+def _register():
+    name = "nearfar::hadamard_attention"
+    torch.library.define(name, _FORWARD)
+    torch.library.define(f"{name}_backward", _BACKWARD)
+    torch.library.impl(name, ("CPU", "CUDA"), _dispatched_forward)
+    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _dispatched_backward)
+    torch.library.register_fake(name, _fake_forward)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
+    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
+
+
+_register()
