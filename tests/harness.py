@@ -20,6 +20,11 @@ class Sample(NamedTuple):
     options: dict
 
 
+def has_tokens(name):
+    """Whether a sample's tensor of this name is (B, H, N, D): q, k, v, or q1, q2, .. where an operator takes several."""
+    return name[0] in "qkv"
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -30,7 +35,24 @@ def randn(*shape, dtype=torch.float32, seed=0, device=DEVICE):
 
 
 def like(tensor, seed=1):
+    """Random numbers in the shape of a tensor, or of each tensor of a tuple."""
+    if isinstance(tensor, tuple):
+        return tuple(like(part, seed + index) for index, part in enumerate(tensor))
     return randn(*tensor.shape, dtype=tensor.dtype, seed=seed, device=tensor.device)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def detached(outputs):
+    return tuple(map(torch.Tensor.detach, outputs)) if isinstance(outputs, tuple) else outputs.detach()
+
+
+def grad(outputs, tensors, do):
+    """Gradients of a tensor or a tuple of them; outputs that none of the tensors reaches are left out."""
+    pairs = [(o, d) for o, d in zip(as_tuple(outputs), as_tuple(do), strict=True) if o.requires_grad]
+    return torch.autograd.grad([o for o, _ in pairs], tensors, [d for _, d in pairs])
 
 
 def leaves(sample):
@@ -39,18 +61,22 @@ def leaves(sample):
 
 
 def run(function, sample, do=None, backend="triton"):
-    """Output and gradients by name. do: gradient of the output, a function of the output, or None for a random one."""
+    """Output, a tensor or a tuple, and gradients by name.
+
+    do: gradient of the output, a function of the output, or None for a random one.
+    """
     tensors = leaves(sample)
     o = function(**tensors, **sample.options, backend=backend)
     if do is None:
         do = like
-    gradients = torch.autograd.grad(o, tensors.values(), do(o.detach()) if callable(do) else do)
-    return o.detach(), dict(zip(tensors, gradients, strict=True))
+    gradients = grad(o, list(tensors.values()), do(detached(o)) if callable(do) else do)
+    return detached(o), dict(zip(tensors, gradients, strict=True))
 
 
 def assert_same(first, second, what=""):
     """Two results of `run` agree bit for bit."""
-    assert torch.equal(first[0], second[0]), f"o differs {what}"
+    for index, (a, b) in enumerate(zip(as_tuple(first[0]), as_tuple(second[0]), strict=True)):
+        assert torch.equal(a, b), f"output {index} differs {what}"
     for name in first[1]:
         assert torch.equal(first[1][name], second[1][name]), f"gradient of {name} differs {what}"
 

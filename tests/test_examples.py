@@ -65,7 +65,7 @@ def test_histogram_of_uniform_levels_costs_the_logarithm_of_their_number(train_d
         assert bits == pytest.approx(math.log2(train_digits.LEVELS))
 
 
-@pytest.mark.parametrize("operator", registry.OPERATORS, ids=lambda operator: operator.room)
+@pytest.mark.parametrize("operator", registry.OPERATORS, ids=lambda operator: operator.function.__name__)
 def test_readme_lists_every_operator(operator):
     readme = (ROOT / "README.md").read_text()
     table = readme.split("<!-- operators -->")[1].split("<!-- /operators -->")[0]

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import samples
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_same, leaves, like, needs_gpu, run
+from harness import DEVICE, DTYPES, Sample, as_tuple, assert_same, detached, grad, has_tokens, leaves, like, needs_gpu, run
+from samples import public
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import nearfar
 from nearfar.registry import OPERATORS
 
 HALF = torch.float16
-CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.of(op).SAMPLES]
+CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.names(op)]
 each_sample = pytest.mark.parametrize("operator, name", CASES)
-each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.room)
+each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.function.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -32,18 +34,18 @@ def op(operator, suffix=""):
 @each_sample
 def test_kernels_against_the_oracle(operator, name, dtype):
     sample = make(operator, name, dtype)
-    do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
-    samples.of(operator).check(sample, do, *run(operator.function, sample, do))
+    do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
+    samples.of(operator).check(sample, do, *run(public(operator), sample, do))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @each_sample
 def test_reference_against_the_oracle(operator, name, dtype):
     sample = make(operator, name, dtype, device="cpu")
-    do = like(operator.function(**sample.tensors, **sample.options, backend="reference"))
+    do = like(public(operator)(**sample.tensors, **sample.options, backend="reference"))
     module = samples.of(operator)
-    selected = module.reference_selection(sample) if hasattr(module, "reference_selection") else None
-    module.check(sample, do, *run(operator.function, sample, do, "reference"), selected)
+    selected = {"selected": module.reference_selection(sample)} if hasattr(module, "reference_selection") else {}
+    module.check(sample, do, *run(public(operator), sample, do, "reference"), **selected)
 
 
 @each_sample
@@ -52,7 +54,7 @@ def test_reference_derivatives(operator, name):
     tensors = leaves(sample)
 
     def function(*values):
-        return operator.function(**dict(zip(tensors, values, strict=True)), **sample.options, backend="reference")
+        return public(operator)(**dict(zip(tensors, values, strict=True)), **sample.options, backend="reference")
 
     # Fast mode compares along random directions: every entry enters, at a fraction of the calls.
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
@@ -73,11 +75,11 @@ def poison():
 
 
 def run_op(operator, sample, do):
-    """Forward and backward through the registered operators: everything that they return."""
+    """Forward and backward through the registered operators: outputs and gradients, everything that they return."""
     module = samples.of(operator)
     outputs = op(operator)(*module.op_arguments(sample))
-    gradients = op(operator, "_backward")(do, *module.saved(sample, outputs))
-    return (*outputs, *gradients)
+    gradients = op(operator, "_backward")(*module.backward_arguments(sample, do, outputs))
+    return list(outputs), tree_leaves(gradients)
 
 
 def test_poison_reaches_every_way_of_allocation():
@@ -93,28 +95,29 @@ def test_poison_reaches_every_way_of_allocation():
 def test_every_element_of_outputs_and_workspaces_is_written(operator, name):
     for length in (75, 3):
         sample = make(operator, name, HALF, length=length)
-        do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
-        expected = run_op(operator, sample, do)
+        do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
+        outputs, gradients = run_op(operator, sample, do)
         with poison():
             poisoned = run_op(operator, sample, do)
-            eager = run(operator.function, sample, do)
-        for index, (a, b) in enumerate(zip(expected, poisoned, strict=True)):
+            eager = run(public(operator), sample, do)
+        for index, (a, b) in enumerate(zip(outputs + gradients, sum(poisoned, []), strict=True)):
             assert not torch.isnan(b).any(), f"result {index} holds NaN"
             assert torch.equal(a, b), f"result {index} depends on what its memory held"
-        assert_same(eager, (expected[0], dict(zip(eager[1], shaped(sample, expected[-len(eager[1]) :]), strict=True))))
+        o = tuple(outputs[: len(as_tuple(eager[0]))])
+        assert_same(eager, (o, shaped(sample, gradients)))
 
 
 def shaped(sample, gradients):
-    """Gradients of the operator's arguments in the shapes of the sample's tensors."""
-    return [g.reshape(t.shape) for g, t in zip(gradients, sample.tensors.values(), strict=True)]
+    """Gradients of a sample's tensors, by name and in their shapes; those of arguments that it lacks come last."""
+    return {n: g.reshape(t.shape) for (n, t), g in zip(sample.tensors.items(), gradients, strict=False)}
 
 
 @each_sample
 def test_the_same_bits_every_time(operator, name):
     sample = make(operator, name, HALF)
-    first = run(operator.function, sample)
+    first = run(public(operator), sample)
     for repeat in range(100 if DEVICE == "cuda" else 2):
-        assert_same(first, run(operator.function, sample), f"at repeat {repeat}")
+        assert_same(first, run(public(operator), sample), f"at repeat {repeat}")
 
 
 @each_sample
@@ -125,14 +128,19 @@ def test_opcheck(operator, name):
     arguments = module.op_arguments(sample)
     torch.library.opcheck(op(operator), module.op_arguments(Sample(leaves(sample), sample.options)))
     outputs = op(operator)(*arguments)
-    torch.library.opcheck(op(operator, "_backward"), (like(outputs[0]), *module.saved(sample, outputs)))
+    torch.library.opcheck(op(operator, "_backward"), module.backward_arguments(sample, upstream(operator, sample), outputs))
+
+
+def upstream(operator, sample):
+    """A gradient for each output of the public function."""
+    return like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
 
 
 def layouts(sample):
-    """The sample, and with its 4-d tensors laid out as (B, N, H, D)."""
+    """The sample, and with its tokens before its heads, (B, N, H, D) in memory."""
     yield sample
     moved = {
-        name: tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() == 4 else tensor
+        name: tensor.transpose(1, 2).contiguous().transpose(1, 2) if has_tokens(name) else tensor
         for name, tensor in sample.tensors.items()
     }
     yield Sample(moved, sample.options)
@@ -144,19 +152,18 @@ def test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes(operator, name):
     for sample in layouts(make(operator, name, HALF, length=19)):
         arguments = module.op_arguments(sample)
         outputs = op(operator)(*arguments)
-        do = like(outputs[0])
-        gradients = op(operator, "_backward")(do, *module.saved(sample, outputs))
+        backward_arguments = module.backward_arguments(sample, upstream(operator, sample), outputs)
+        gradients = op(operator, "_backward")(*backward_arguments)
 
-        def to_meta(values):
-            return [value.to("meta") if isinstance(value, torch.Tensor) else value for value in values]
+        def to_meta(value):
+            return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-        meta = op(operator)(*to_meta(arguments))
-        meta_gradients = op(operator, "_backward")(*to_meta((do, *module.saved(sample, outputs))))
+        meta = op(operator)(*tree_map(to_meta, arguments))
+        meta_gradients = op(operator, "_backward")(*tree_map(to_meta, backward_arguments))
         with FakeTensorMode() as mode:
-            fake = op(operator)(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
-        for real, *others in zip((*outputs, *gradients), (*meta, *meta_gradients), strict=True):
-            for other in others:
-                assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
+            fake = op(operator)(*tree_map(lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a, arguments))
+        for real, other in zip(tree_leaves((outputs, gradients)), tree_leaves((meta, meta_gradients)), strict=True):
+            assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
         for real, other in zip(outputs, fake, strict=True):
             assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
             assert other.device == real.device
@@ -166,23 +173,23 @@ def test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes(operator, name):
 def test_compile_without_graph_break(operator, name):
     torch._dynamo.reset()
     sample = make(operator, name, torch.float32, length=35)
-    do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
-    compiled = torch.compile(operator.function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    assert_same(run(operator.function, sample, do), run(compiled, sample, do), "when compiled")
+    do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
+    compiled = torch.compile(public(operator), fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    assert_same(run(public(operator), sample, do), run(compiled, sample, do), "when compiled")
 
 
 @each_sample
 def test_compile_once_for_all_lengths(operator, name):
     torch._dynamo.reset()
     compiled = torch.compile(
-        operator.function, fullgraph=True, dynamic=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+        public(operator), fullgraph=True, dynamic=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
     )
     for index, length in enumerate(samples.of(operator).compile_lengths(name)):
         sample = make(operator, name, torch.float32, length=length)
-        do = like(operator.function(**sample.tensors, **sample.options, backend="triton"))
+        do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             result = run(compiled, sample, do)
-        assert_same(run(operator.function, sample, do), result, f"when compiled, at length {length}")
+        assert_same(run(public(operator), sample, do), result, f"when compiled, at length {length}")
 
 
 @each_sample
@@ -190,18 +197,19 @@ def test_compile_once_for_all_lengths(operator, name):
 def test_autocast(operator, name, backend):
     """float32 inputs are cast to the autocast dtype; gradients come back in float32."""
     sample = make(operator, name, torch.float32, length=19)
-    cast = Sample({n: t.to(HALF) if t.dim() == 4 else t for n, t in sample.tensors.items()}, sample.options)
-    expected_o, expected = run(operator.function, cast, backend=backend)
+    cast = Sample({n: t.to(HALF) if has_tokens(n) else t for n, t in sample.tensors.items()}, sample.options)
+    expected_o, expected = run(public(operator), cast, backend=backend)
     tensors = leaves(sample)
     with torch.autocast(DEVICE, dtype=HALF):
-        o = operator.function(**tensors, **sample.options, backend=backend)
-    gradients = dict(zip(tensors, torch.autograd.grad(o, tensors.values(), like(o)), strict=True))
-    assert o.dtype == HALF and torch.equal(o, expected_o)
+        o = public(operator)(**tensors, **sample.options, backend=backend)
+    gradients = dict(zip(tensors, grad(o, list(tensors.values()), like(o)), strict=True))
+    assert as_tuple(o)[0].dtype == HALF
+    assert_same((o, {}), (expected_o, {}), "under autocast")
     for key, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, expected[key].float()), key
     with torch.autocast(DEVICE, dtype=HALF), torch.autocast(DEVICE, enabled=False):
-        assert operator.function(**sample.tensors, **sample.options, backend=backend).dtype == torch.float32
+        assert as_tuple(public(operator)(**sample.tensors, **sample.options, backend=backend))[0].dtype == torch.float32
 
 
 @each_sample
@@ -209,17 +217,17 @@ def test_activation_checkpointing(operator, name):
     sample = make(operator, name, HALF, length=19)
 
     def checkpointed(**keywords):
-        return checkpoint(operator.function, use_reentrant=False, **keywords)
+        return checkpoint(public(operator), use_reentrant=False, **keywords)
 
-    assert_same(run(operator.function, sample), run(checkpointed, sample), "under checkpointing")
+    assert_same(run(public(operator), sample), run(checkpointed, sample), "under checkpointing")
 
 
 @each_sample
 def test_double_backward_of_the_kernels_is_refused(operator, name):
     sample = make(operator, name, torch.float32, length=5)
     tensors = leaves(sample)
-    o = operator.function(**tensors, **sample.options, backend="triton")
-    first = torch.autograd.grad(o, tensors["q"], like(o), create_graph=True)[0]
+    o = public(operator)(**tensors, **sample.options, backend="triton")
+    first = torch.autograd.grad(o, list(tensors.values()), like(o), create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no double backward.*reference"):
         first.square().sum().backward()
 
@@ -227,23 +235,24 @@ def test_double_backward_of_the_kernels_is_refused(operator, name):
 @each_sample
 def test_gradients_of_some_inputs_only(operator, name):
     sample = make(operator, name, HALF, length=19)
-    o, gradients = run(operator.function, sample)
+    o, gradients = run(public(operator), sample)
     for only in sample.tensors:
         tensors = {n: t.detach().requires_grad_(n == only) for n, t in sample.tensors.items()}
-        result = operator.function(**tensors, **sample.options, backend="triton")
-        assert torch.equal(torch.autograd.grad(result, tensors[only], like(o))[0], gradients[only])
+        result = public(operator)(**tensors, **sample.options, backend="triton")
+        assert torch.equal(grad(result, [tensors[only]], like(o))[0], gradients[only]), only
     with torch.no_grad():
-        result = operator.function(**leaves(sample), **sample.options, backend="triton")
-    assert not result.requires_grad and torch.equal(result, o)
+        result = public(operator)(**leaves(sample), **sample.options, backend="triton")
+    assert not any(part.requires_grad for part in as_tuple(result))
+    assert_same((result, {}), (o, {}), "without gradients")
 
 
 @each_sample
 def test_backends_agree_and_auto_is_one_of_them(operator, name):
     """At the roundings of float32, as the selections of the samples are clear."""
     sample = make(operator, name, torch.float32)
-    kernel, reference = (run(operator.function, sample, backend=backend) for backend in ("triton", "reference"))
+    kernel, reference = (run(public(operator), sample, backend=backend) for backend in ("triton", "reference"))
     torch.testing.assert_close(kernel, reference, rtol=2e-5, atol=2e-5)
-    assert_same(run(operator.function, sample, backend="auto"), kernel if DEVICE == "cuda" else reference)
+    assert_same(run(public(operator), sample, backend="auto"), kernel if DEVICE == "cuda" else reference)
 
 
 @pytest.mark.gpu
@@ -251,13 +260,13 @@ def test_backends_agree_and_auto_is_one_of_them(operator, name):
 @each_sample
 def test_cuda_graph(operator, name):
     sample = make(operator, name, HALF)
-    expected = run(operator.function, sample)
+    expected = run(public(operator), sample)
     do = like(expected[0])
     tensors = leaves(sample)
 
     def step():
-        o = operator.function(**tensors, **sample.options, backend="triton")
-        return o.detach(), dict(zip(tensors, torch.autograd.grad(o, tensors.values(), do), strict=True))
+        o = public(operator)(**tensors, **sample.options, backend="triton")
+        return detached(o), dict(zip(tensors, grad(o, list(tensors.values()), do), strict=True))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -267,16 +276,17 @@ def test_cuda_graph(operator, name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for tensor in (captured[0], *captured[1].values()):
+    for tensor in tree_leaves(captured):
         tensor.fill_(float("nan"))
     graph.replay()
     assert_same(expected, captured, "in a CUDA graph")
     # New numbers in the same memory: the graph computes with them, not with those of its capture.
+    query = next(iter(tensors))
     with torch.no_grad():
-        tensors["q"].mul_(0.5)
+        tensors[query].mul_(0.5)
     graph.replay()
-    changed = Sample({**sample.tensors, "q": tensors["q"].detach().clone()}, sample.options)
-    assert_same(run(operator.function, changed, do), captured, "in a CUDA graph")
+    changed = Sample({**sample.tensors, query: tensors[query].detach().clone()}, sample.options)
+    assert_same(run(public(operator), changed, do), captured, "in a CUDA graph")
 
 
 @pytest.mark.gpu
@@ -285,7 +295,7 @@ def test_cuda_graph(operator, name):
 def test_other_stream(operator, name):
     """Inputs are written late on a side stream; a kernel on any other stream would read them before."""
     sample = make(operator, name, HALF)
-    expected = run(operator.function, sample)
+    expected = run(public(operator), sample)
     do = like(expected[0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -294,7 +304,7 @@ def test_other_stream(operator, name):
         torch.cuda._sleep(50_000_000)
         for key, tensor in late.items():
             tensor.copy_(sample.tensors[key])
-        result = run(operator.function, Sample(late, sample.options), do)
+        result = run(public(operator), Sample(late, sample.options), do)
     stream.synchronize()
     assert_same(expected, result, "on another stream")
 

@@ -1,12 +1,14 @@
 """Samples and oracle of each operator, in the file named like its room; none of it shares code with nearfar.
 
-A file offers to the generic tests of test_operators.py:
-    SAMPLES                     names of its samples
+A file offers to the generic tests of test_operators.py, by the name of each operator of its room:
+    SAMPLES                     its samples, by name
+    FUNCTIONS                   the public function, called with the tensors of a sample by name
+and for every sample:
     make(name, dtype, device, length)   the Sample
     check(sample, do, o, gradients)     the rule of accuracy against the dense float64 formula
     op_arguments(sample)        positional arguments of torch.ops.nearfar.<op>
+    backward_arguments(sample, do, outputs)     those of its backward; its results are in the order of the sample's tensors
     compile_lengths(name)       lengths that one compiled graph must serve
-    saved(sample, outputs)      positional arguments of its backward after `do`
 """
 
 import importlib
@@ -14,3 +16,12 @@ import importlib
 
 def of(operator):
     return importlib.import_module(f"samples.{operator.room}")
+
+
+def names(operator):
+    return list(of(operator).SAMPLES[operator.function.__name__])
+
+
+def public(operator):
+    """The public function of an operator, called with the tensors of a sample by name."""
+    return of(operator).FUNCTIONS[operator.function.__name__]

@@ -6,17 +6,20 @@ from harness import DEVICE, Sample, assert_accurate, generator, randn
 import nearfar as nf
 
 SAMPLES = {
-    "all keys": dict(),
-    "causal window": dict(locality=nf.SlidingWindow(37)),
-    "two-sided window, top 5, shared sigma": dict(locality=nf.SlidingWindow(20, 9), top_k=5, sigma=()),
-    "top 7 of all keys": dict(top_k=7),
-    "packed": dict(locality=nf.SlidingWindow(30, 3), packed=True),
-    "packed, top 6": dict(locality=nf.SlidingWindow(30, 3), top_k=6, packed=True),
+    "krause_attention": {
+        "all keys": dict(),
+        "causal window": dict(locality=nf.SlidingWindow(37)),
+        "two-sided window, top 5, shared sigma": dict(locality=nf.SlidingWindow(20, 9), top_k=5, sigma=()),
+        "top 7 of all keys": dict(top_k=7),
+        "packed": dict(locality=nf.SlidingWindow(30, 3), packed=True),
+        "packed, top 6": dict(locality=nf.SlidingWindow(30, 3), top_k=6, packed=True),
+    }
 }
+FUNCTIONS = {"krause_attention": nf.krause_attention}
 
 
 def make(name, dtype, device=DEVICE, length=75):
-    options = dict(SAMPLES[name])
+    options = dict(SAMPLES["krause_attention"][name])
     sigma_shape, packed = options.pop("sigma", None), options.pop("packed", False)
     batch, heads = (1, 4) if packed or "locality" in options else (2, 2)
     if packed:
@@ -219,6 +222,6 @@ def op_arguments(sample):
     return (q, k, v, sigma, bounds, *window(sample.options), sample.options.get("top_k"))
 
 
-def saved(sample, outputs):
+def backward_arguments(sample, do, outputs):
     *tensors, left, right, top_k = op_arguments(sample)
-    return (*tensors, *outputs, left, right, top_k)
+    return (do, *tensors, *outputs, left, right, top_k)
