@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nearfar import checks, dispatch
+from nearfar.ops import factored
 from nearfar.reference import linear as reference
 
 MAX_FACTORS = 3  # of the kernels
@@ -174,8 +175,6 @@ def _attend(call, backend):
                 call.initial_state, call.return_state, call.cu_seqlens,
             )  # fmt: skip
     else:
-        from nearfar.ops import factored
-
         o, state = factored.attend(*call[:-1])
     return (o, state) if call.return_state else o
 
@@ -196,9 +195,7 @@ def _step(call, out, backend):
             return o
         with torch.no_grad():
             return out.copy_(o)
-    from nearfar.ops import factored
-
-    return factored.step(*arguments, out)
+    return factored.step(*arguments, call.v.new_empty(shape) if out is None else out)
 
 
 def _prepare(
