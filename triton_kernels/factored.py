@@ -37,10 +37,23 @@ def heads_of(xs, strides, batch, head):
 
 
 @triton.jit
+def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
 def load_features(base, rows, stride, num_rows, FEATURE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A float32 tile of phi(x), zero outside the matrix, where phi(0) need not be."""
     mask = tile_mask(rows, num_rows, WIDTH, BLOCK)
     x = tl.load(tile_pointers(base, rows, stride, BLOCK), mask=mask, other=0.0)
+    return tl.where(mask, FEATURE(x.to(tl.float32)), 0.0)
+
+
+@triton.jit
+def load_inner(base, rows, stride, num_rows, columns, FEATURE: tl.constexpr, WIDTH: tl.constexpr):
+    """The same for some of the columns."""
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    x = tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
     return tl.where(mask, FEATURE(x.to(tl.float32)), 0.0)
 
 
@@ -112,9 +125,7 @@ def accumulate(
         for first in range(begin, end, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
             columns = first_inner + tl.arange(0, BLOCK_INNER)
-            mask = (rows < end)[:, None] & (columns < INNER)[None, :]
-            inner = tl.load(x[R - 1] + rows.to(tl.int64)[:, None] * x_strides[R - 1][2] + columns[None, :], mask=mask, other=0.0)
-            features = tl.where(mask, FEATURE(inner.to(tl.float32)), 0.0)
+            features = load_inner(x[R - 1], rows, x_strides[R - 1][2], end, columns, FEATURE, INNER)
             if R > 1:
                 in_range = (rows < end)[:, None] & (outer < NUM_OUTER)
                 scale = load_outer(x, rows[:, None], x_strides, in_range, outer, FEATURE, WIDTHS, DIVISORS, -1)
@@ -287,13 +298,11 @@ def read(
         state_head = batch.to(tl.int64) * state_heads + head * state_heads // num_heads
         features = (state_head * num_states + state) * (NUM_OUTER * INNER)
         for first_inner in tl.static_range(0, INNER, BLOCK_INNER):
-            columns = first_inner + tl.arange(0, BLOCK_INNER)
-            mask = in_rows[:, None] & (columns < INNER)[None, :]
-            inner = tl.load(x[R - 1] + rows.to(tl.int64)[:, None] * x_strides[R - 1][2] + columns[None, :], mask=mask, other=0.0)
-            inner = tl.where(mask, FEATURE(inner.to(tl.float32)), 0.0)
+            index = first_inner + tl.arange(0, BLOCK_INNER)
+            inner = load_inner(x[R - 1], rows, x_strides[R - 1][2], row_end, index, FEATURE, INNER)
             norm_terms = tl.zeros((BLOCK_M, BLOCK_INNER), tl.float32)
             for outer in range(NUM_OUTER):
-                p = features + outer * INNER + columns
+                p = features + outer * INNER + index
                 s_tile = load_tile(states, p, DV, features + outer * INNER + INNER, DV, BLOCK_DV)
                 f_tile = inner
                 if R > 1:
@@ -301,7 +310,7 @@ def read(
                 f_tile = f_tile.to(OPERAND)
                 acc = tl.dot(f_tile, s_tile, acc, input_precision=PRECISION)
                 if inverse is not None:
-                    norm_terms += f_tile.to(tl.float32) * tl.load(norms + p, mask=columns < INNER, other=0.0)[None, :]
+                    norm_terms += f_tile.to(tl.float32) * tl.load(norms + p, mask=index < INNER, other=0.0)[None, :]
             norm += tl.sum(norm_terms, 1)
 
     if DIRECT:
@@ -375,7 +384,7 @@ def grad(
 
     dx_tiles = ()
     for r in tl.static_range(R):
-        dx_tiles = dx_tiles + (tl.zeros((BLOCK_M, BLOCKS[r]), tl.float32),)
+        dx_tiles = dx_tiles + (zero_tile(BLOCK_M, BLOCKS[r]),)
 
     if states is not None:
         state_heads = num_heads if TRANSPOSED else num_column_heads

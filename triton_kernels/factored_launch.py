@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 
 from . import factored
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 from .linear import FEATURE_MAPS, step
-
-__all__ = ["Problem", "launch_all", "operand_precision", "plan_accumulate", "plan_combine", "plan_grad", "plan_read", "plan_step"]
 
 PROGRAMS = 528  # four for each multiprocessor of an H100: as many as a pass over a sequence is cut into where it can be
 PIECES_AT_ONCE = 8

@@ -63,6 +63,11 @@ def _launchers():
     return importlib.import_module("nearfar.triton_kernels.factored_launch")
 
 
+def _launch_all(tensor, launches):
+    with device_of(tensor):
+        importlib.import_module("nearfar.triton_kernels.launch").launch_all(*launches)
+
+
 def causal_piece_length(widths, value_width):
     """Tokens between two states of causal attention; a power of two, by shapes that do not change with the length."""
     balanced = STATE_COST * math.prod(widths) * value_width / (sum(widths) + value_width)
@@ -142,8 +147,7 @@ def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal
         problem, False, causal or not stateful, q_strides, k_strides, v.stride(), o.stride(), float(eps)
     )
     launches.append((read, (tuple(qs), tuple(ks), v, None, states, norms, o, inverse, pieces)))
-    with device_of(v):
-        launch.launch_all(*launches)
+    _launch_all(v, launches)
     return o, state, inverse, states, norms
 
 
@@ -197,8 +201,7 @@ def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, state
         (grad_keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, tuple(dks), pieces)),
         (grad_values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
     ]
-    with device_of(v):
-        launch.launch_all(*launches)
+    _launch_all(v, launches)
     return dqs, dks, dv, dinitial
 
 
