@@ -1,6 +1,10 @@
 """The benchmark room: floors, the oracle check, the command line on a CPU, and the tables it writes into documents."""
 
+import functools
 import json
+import math
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -8,16 +12,25 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
-from bench import baselines, check, report, suite
-from bench.cases import BaseCase, Provider, Work, krause, rooms
+from bench import check, crossover, report, suite
+from bench.baselines import krause as krause_baselines
+from bench.baselines import linear as linear_baselines
+from bench.cases import BaseCase, Provider, Work, krause, linear, rooms
 from bench.environment import short_name
-from bench.formulas import Rbf, Softmax, Window
+from bench.formulas import Softmax, Window
+from bench.formulas.krause import Rbf
+from bench.formulas.linear import Hadamard
 from nearfar import registry
 
 CASE = krause.Case(
     name="krause-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
     left=31, right=5,
 )  # fmt: skip
+LINEAR = linear.Case(
+    name="linear-test", batch=1, heads=4, kv_heads=2, length=256, width=24, dtype="float32", providers=("nearfar",),
+    factors=(16,),
+)  # fmt: skip
+HADAMARD = replace(LINEAR, factors=(8, 4))
 CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
 CPU = torch.device("cpu")
 
@@ -51,6 +64,16 @@ def test_every_room_here_is_an_operator_and_offers_what_the_suite_needs():
                 assert isinstance(case, BaseCase) and set(case.providers) <= set(module.PROVIDERS)
 
 
+@pytest.mark.parametrize("room", rooms())
+@pytest.mark.parametrize("gpu", [False, True])
+def test_single_problems_have_providers_by_default(monkeypatch, room, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = bench.make_parser().parse_args([room, "--shapes", "1,2,64,16"])
+    case = rooms()[room].from_arguments(args.shapes[0], args)
+    assert case.providers[0] == "nearfar" and set(case.providers) <= set(rooms()[room].PROVIDERS)
+    assert case.output_shape == (1, 2, 64, 16)
+
+
 @pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (3, 2), (-1, 0), (0, -1), (-1, -1), (50, 50)])
 @pytest.mark.parametrize("length", [1, 4, 17])
 def test_pairs_of_a_window(length, left, right):
@@ -69,34 +92,95 @@ def test_work_counts_tensors_and_products():
     assert backward == Work(bytes=4 * q + 4 * kv, flops=10 * pairs * 16)
 
 
-def test_floors_of_the_performance_page():
-    core = krause.gpu_suite()[0]
+@pytest.mark.parametrize(
+    "name, floor",
+    [
+        ("krause-window", (0.089, 0.18)),
+        ("linear-causal", (0.089, 0.18)),
+        ("linear-full", (0.089, 0.18)),
+        ("hadamard-full", (0.067, 0.133)),
+        ("hadamard-video", (1.2, 2.4)),
+    ],
+)
+def test_floors_of_the_performance_page(name, floor):
+    core = next(case for case in (*krause.gpu_suite(), *linear.gpu_suite()) if case.name == name)
     ceilings = {"bytes_per_s": 3.02e12, "flops_per_s": 700e12}
-    forward, backward = (work.floor_ms(ceilings) for work in core.work(Rbf(core.left, core.right)))
-    assert forward == pytest.approx(0.089, rel=0.01) and backward == pytest.approx(0.18, rel=0.02)
+    floors = [work.floor_ms(ceilings) for work in core.work(core.formula("nearfar"))]
+    assert floors == pytest.approx(floor, rel=0.02)
 
 
-@pytest.mark.parametrize("formula", [Rbf(31, 5), Rbf(31, 5, 12), Rbf(-1, 0), Softmax(31, 0), Softmax(-1, 0)])
-def test_check_approves_the_plain_formula_and_sees_a_small_error(formula):
-    inputs = CASE.inputs(CPU)
-    expected = check.expect(formula, inputs, backward=True)
-    keep, _ = formula.selection(inputs[0].detach(), inputs[1].detach().repeat_interleave(2, 1), inputs[3].detach())
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [30, 4000])
+def test_work_of_the_cheaper_form(length, causal):
+    """Direct: 12 similarities and 25 values for each pair; factored: 32 x 25 into the state and out of it for each token."""
+    case = replace(HADAMARD, kv_heads=4, length=length, causal=causal)
+    forward, backward = case.work(case.formula("nearfar"))
+    tokens = 4 * length
+    assert forward.bytes * 2 == backward.bytes == 2 * 4 * tokens * (12 + 12 + 24 + 24)
+    if length == 30:
+        pairs = tokens * (31 / 2 if causal else 30)
+        assert (forward.flops, backward.flops) == (2 * pairs * (12 + 25), 2 * pairs * (3 * 12 + 2 * 25))
+    else:
+        assert (forward.flops, backward.flops) == (4 * tokens * 32 * 25, 8 * tokens * 32 * 25)
 
-    def run(q, k, v, sigma):
-        return formula.plain(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), sigma, keep)
+
+FORMULAS = [
+    *((CASE, formula) for formula in (Rbf(31, 5), Rbf(31, 5, 12), Rbf(-1, 0), Softmax(31, 0), Softmax(-1, 0))),
+    (LINEAR, Softmax(-1, -1)),
+    (LINEAR, Hadamard(-1, 0, (16,))),
+    (LINEAR, Hadamard(-1, -1, (16,), "identity", normalize=False)),
+    (HADAMARD, Hadamard(-1, -1, (8, 4))),
+    (HADAMARD, Hadamard(-1, 0, (8, 4), "softplus")),
+]
+
+
+@pytest.mark.parametrize("case, formula", FORMULAS)
+def test_check_approves_the_plain_formula_and_sees_a_small_error(case, formula):
+    inputs = case.inputs(CPU, formula)
+    expected = check.expect(formula, case, inputs)
+    names = [*formula.inputs(case), *formula.parameters]
+
+    def every_head(inputs):
+        return [t.repeat_interleave(2, 1) if name[0] in "kv" else t for name, t in zip(names, inputs, strict=True)]
+
+    keep, _ = formula.selection(*every_head([t.detach() for t in inputs]))
 
     def errors(output):
-        return {**check.forward(expected, output), **check.backward(expected, output, inputs, ours=False)}
+        return {**check.forward(expected, output), **check.backward(expected, output, inputs, ours=True)}
 
-    right = errors(run(*inputs))
-    assert set(right) == {"o", "dq", "dk", "dv"} | ({"dsigma"} if isinstance(formula, Rbf) else set())
+    output = formula.plain(*every_head(inputs), keep=keep)
+    right = errors(output)
+    assert set(right) == {"o", *(f"d{name}" for name in names)}
     assert all(error <= allowed for error, allowed in right.values())
-    assert all(error > allowed for error, allowed in errors(1.0001 * run(*inputs)).values() if allowed < 1e-5)
+    assert all(error > allowed for error, allowed in errors(1.0001 * output).values() if allowed < 1e-5)
+
+
+@pytest.mark.parametrize("feature_map", linear.FEATURE_MAPS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_hadamard_oracle_is_the_recurrence(feature_map, causal):
+    """Token by token through the state: no pairs, no chunks, nothing shared with the formula."""
+    maps = {
+        "identity": lambda x: x,
+        "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),
+        "relu": lambda x: x.clamp(min=0),
+        "softplus": lambda x: (1 + x.exp()).log(),
+        "exp": lambda x: math.e**x,
+    }
+    case = replace(HADAMARD, heads=2, length=9, causal=causal, feature_map=feature_map, normalize=feature_map != "identity")
+    formula = case.formula("nearfar")
+    inputs = [t.detach().double() for t in case.inputs(CPU, formula)]
+    q1, q2, k1, k2 = (maps[feature_map](t[0]) for t in inputs[:4])
+    values = torch.cat([inputs[4][0], torch.ones(2, 9, 1, dtype=torch.float64)], -1)
+    states = torch.stack([torch.einsum("ha,hb,hv->habv", k1[:, j], k2[:, j], values[:, j]) for j in range(9)])
+    states = states.cumsum(0) if causal else states.sum(0).expand(9, *states.shape[1:])
+    read = torch.einsum("hna,hnb,nhabv->hnv", q1, q2, states)
+    expected = read[..., :-1] / (read[..., -1:] + 1e-6) if formula.normalize else read[..., :-1]
+    torch.testing.assert_close(formula.oracle(*inputs)[0], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_check_refuses_nan_and_a_missing_gradient():
-    inputs = CASE.inputs(CPU)
-    expected = check.expect(Rbf(31, 5), inputs, backward=True)
+    inputs = CASE.inputs(CPU, Rbf(31, 5))
+    expected = check.expect(Rbf(31, 5), CASE, inputs)
     output = CASE.call()(*inputs)
     broken = check.Check(check.forward(expected, output * float("nan")), rows=1, rows_left_out=0)
     assert not broken.passed and broken.worst[0] == "o"
@@ -111,7 +195,7 @@ def test_block_mask_is_the_one_torch_finds_pair_by_pair(left, right, length):
     window = Window(left, right)
     visible = window.visible(length, length, "cpu")
     theirs = create_block_mask(lambda b, h, row, key: visible[row, key], None, None, length, length, device="cpu")
-    ours = baselines.window_block_mask(window, length, CPU)
+    ours = krause_baselines.window_block_mask(window, length, CPU)
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -120,18 +204,70 @@ def test_block_mask_is_the_one_torch_finds_pair_by_pair(left, right, length):
 @pytest.mark.parametrize("formula", [Rbf(63, 0), Softmax(-1, 0)])
 def test_flex_agrees_with_the_oracle(formula):
     """Uncompiled, forward: all that FlexAttention does on a CPU."""
-    inputs = replace(CASE, backward=False).inputs(CPU)
-    expected = check.expect(formula, inputs, backward=False)
-    run = baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
+    case = replace(CASE, backward=False)
+    inputs = case.inputs(CPU, formula)
+    expected = check.expect(formula, case, inputs)
+    run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
     error, allowed = check.forward(expected, run(*inputs))["o"]
     assert error <= allowed
 
 
 @pytest.mark.parametrize("top_k", [None, 12])
 def test_eager_agrees_with_the_oracle(top_k):
-    case = replace(CASE, top_k=top_k)
-    row = suite.measure(case, "eager", case.inputs(CPU), {}, CEILINGS)
+    row = suite.measure(replace(CASE, top_k=top_k), "eager", CPU, {}, CEILINGS)
     assert row["status"] == "ok" and row["forward"]["ms"] > 0 and row["backward"]["samples"] >= 3
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "eager", "sdpa"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [LINEAR, HADAMARD], ids=["linear", "hadamard"])
+def test_linear_providers_agree_with_the_oracle(case, causal, provider):
+    row = suite.measure(replace(case, causal=causal), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok", row["note"]
+    names = ("q", "k", "v") if provider == "sdpa" or case is LINEAR else ("q1", "q2", "k1", "k2", "v")
+    assert set(row["check"]["errors"]) == {"o", *(f"d{name}" for name in names)}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_linear_compiles_as_one_graph(causal):
+    case = replace(HADAMARD, causal=causal, backward=False)
+    formula = case.formula("compile")
+    inputs = case.inputs(CPU, formula)
+    run = linear_baselines.plain(formula)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*inputs), run(*inputs))
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    """A stand-in for fla, which runs on a GPU alone: its layout, its arguments and its recurrence."""
+
+    def attention(kernel, q, k, v, scale, normalize):
+        assert all(t.is_contiguous() for t in (q, k, v)), "fla would copy"
+        scores = torch.einsum("bnhd,bmhd->bhnm", scale * q, k).tril()
+        o = torch.einsum("bhnm,bmhd->bnhd", scores, v)
+        return (o / scores.sum(-1).transpose(1, 2)[..., None] if normalize else o), f"state of {kernel}"
+
+    module = types.ModuleType("fla.ops.linear_attn")
+    for kernel in ("fused_chunk", "chunk"):
+        setattr(module, f"{kernel}_linear_attn", functools.partial(attention, kernel))
+    for stand_in in (types.ModuleType("fla"), types.ModuleType("fla.ops"), module):
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    compiled = functools.partial(linear_baselines.fla, compiled=lambda function: function)
+    monkeypatch.setattr(linear_baselines, "fla", compiled)
+
+
+@pytest.mark.parametrize("provider", [*linear.FLA, *linear.FLA_BARE])
+def test_fla_is_called_in_its_layout_and_with_its_arguments(fla, provider):
+    row = suite.measure(replace(LINEAR, kv_heads=4, causal=True), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"], row["note"]
+
+
+@pytest.mark.parametrize(
+    "case, note", [(LINEAR, "causal"), (HADAMARD, "one factor"), (replace(LINEAR, causal=True), "a key head for each")]
+)
+def test_fla_says_what_it_does_not_have(fla, case, note):
+    row = suite.measure(case, "fla-chunk", CPU, {}, CEILINGS)
+    assert row["status"] == "unavailable" and note in row["note"]
 
 
 def test_a_failing_baseline_says_why_and_a_failing_nearfar_fails_the_run(monkeypatch):
@@ -139,7 +275,7 @@ def test_a_failing_baseline_says_why_and_a_failing_nearfar_fails_the_run(monkeyp
         def run(*inputs):
             raise RuntimeError("no such kernel\nat all")
 
-        return Provider(name, run, Rbf(case.left, case.right))
+        return Provider(name, run)
 
     monkeypatch.setattr(krause.Case, "provider", broken)
     rows = suite.run([replace(CASE, providers=("sdpa", "nearfar"))], CPU, CEILINGS, lambda text: None)
@@ -149,13 +285,60 @@ def test_a_failing_baseline_says_why_and_a_failing_nearfar_fails_the_run(monkeyp
 
 
 def test_scaling_measures():
-    def row(length, ms, peak):
+    def row(length, ms, peak, variant=""):
         parts = {part: {"ms": ms, "bytes": 100} for part in ("forward", "backward")}
-        return {"ours": True, "case": {"length": length}, "peak_bytes": peak, **parts}
+        return {"ours": True, "case": {"length": length}, "variant": variant, "peak_bytes": peak, **parts}
 
-    measures = suite.scaling([row(8, 5.0, 140), row(4, 2.0, 70)])
+    measures = suite.scaling([row(8, 5.0, 140), row(4, 2.0, 70), row(2, 0.5, 70)])
     assert [(m["value"], m["goal"]) for m in measures] == [(2.5, 2.1), (1.4, 1.5)]
     assert [report.met(m) for m in measures] == [False, True]
+    assert measures[0]["what"] == "time at N=8 over N=4"
+    measures = suite.scaling([row(4, 1.0, None, "full"), row(4, 2.0, None, "causal"), row(8, 2.0, None, "full")])
+    assert [(m["what"], m["value"]) for m in measures] == [("time at N=8 over N=4, full", 2.0)]
+
+
+def swept(provider, times, causal=False):
+    """Rows of a sweep from {length: (forward, backward)}."""
+    return [
+        {"provider": provider, "label": provider, "variant": "causal" * causal, "case": {"length": length, "causal": causal},
+         "forward": {"ms": forward}, "backward": {"ms": backward}}
+        for length, (forward, backward) in times.items()
+    ]  # fmt: skip
+
+
+def test_crossover_of_straight_lines_is_exact():
+    """Ours takes N / 100 and 3 N / 100 ms, theirs N^2 / 30000 and 8 N^2 / 30000: forward 300, together 1200 / 9."""
+    lengths = [2**i for i in range(6, 12)]
+    ours = swept("nearfar", {n: (n / 100, 3 * n / 100) for n in lengths})
+    theirs = swept("sdpa-flash", {n: (n**2 / 30000, 8 * n**2 / 30000) for n in reversed(lengths)})
+    unlike = swept("sdpa-flash", {n: (1e-3, 1e-3) for n in lengths}, causal=True)
+    found = crossover.crossings([*ours, *theirs, *unlike, *swept("eager", {64: (1.0, 1.0)})])
+    assert [c.total for c in found] == ["forward", "forward + backward"]
+    assert [c.length for c in found] == pytest.approx([300, 1200 / 9])
+    assert [c.ms for c in found] == pytest.approx([3, 4 * 12 / 9])
+    measures = crossover.measures([*ours, *theirs])
+    assert measures[0]["what"] == "faster from this length: nearfar, over sdpa-flash, forward"
+    assert report.measured(measures[0]) == "300 tokens"
+
+
+@pytest.mark.parametrize(
+    "theirs, note",
+    [
+        ({4: 2.0, 8: 3.0}, "faster at every length from 4"),
+        ({4: 2.0, 8: 0.5}, "slower at 8"),
+        ({16: 2.0}, "no length in common"),
+    ],
+)
+def test_lines_that_do_not_cross_say_so(theirs, note):
+    rows = swept("nearfar", {4: (1.0, 1.0), 8: (1.0, 1.0)}) + swept("sdpa", {n: (ms, ms) for n, ms in theirs.items()})
+    for found in crossover.crossings(rows):
+        assert found.length is None and note in found.note
+
+
+def test_the_last_crossing_counts():
+    ours = swept("nearfar", {n: (1.0, 1.0) for n in (1, 2, 4, 8)})
+    theirs = swept("sdpa", {n: (ms, ms) for n, ms in zip((1, 2, 4, 8), (2.0, 0.5, 0.5, 2.0), strict=True)})
+    assert [c.length for c in crossover.crossings(ours + theirs)] == pytest.approx([32**0.5, 32**0.5])
 
 
 def test_command_line_on_a_tiny_case(out, capsys):
@@ -168,6 +351,15 @@ def test_command_line_on_a_tiny_case(out, capsys):
     assert all(row["status"] == "ok" and row["backward"]["ms"] > 0 for row in record["rows"])
     assert (out / "krause-length.png").read_bytes().startswith(b"\x89PNG")
     assert ours in capsys.readouterr().out
+
+
+def test_command_line_of_linear_attention(out):
+    shapes = ["--shapes", "1,2,64,16", "--factors", "8,16", "--causal", "--feature-map", "relu", "--no-normalize"]
+    assert bench.main(["linear", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
+    record = json.loads((out / "linear-custom.json").read_text())
+    ours = "nearfar triton" if torch.cuda.is_available() else "nearfar reference"
+    assert [row["label"] for row in record["rows"]] == [ours, "sdpa softmax", "eager"]
+    assert {row["variant"] for row in record["rows"]} == {"factors 8x16, causal, relu, not normalised"}
 
 
 def test_a_wrong_provider_is_not_timed_and_fails_the_run(out, wrong_nearfar):
@@ -187,12 +379,16 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 
 def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
-    rows = [suite.measure(CASE, name, CASE.inputs(CPU), {}, CEILINGS) for name in ("nearfar", "sdpa")]
+    rows = [suite.measure(CASE, name, CPU, {}, CEILINGS) for name in ("nearfar", "sdpa")]
     environment = dict(device="GPU", torch="2", triton="3", cuda="13", nearfar="0", date="2026-01-01T00:00")
-    measures = [{"what": "first call", "value": 3.2, "unit": "s", "goal": 5.0, "note": None}]
+    measures = [
+        {"what": "first call", "value": 3.2, "unit": "s", "goal": 5.0, "note": None},
+        {"what": "crossover", "value": None, "unit": "tokens", "goal": None, "note": "faster at every length"},
+    ]
     head = dict(name="krause-test", room="krause", environment=environment, ceilings=CEILINGS)
     results = tmp_path / "results"
     report.write_json(results / "h100", {**head, "rows": rows, "measures": measures})
+    report.write_json(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\nThe end.\n")
 
@@ -202,6 +398,7 @@ def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
     text = readme.read_text()
     assert "old" not in text and text.startswith("# Title\n") and text.endswith("The end.\n")
     assert "| **nearfar reference** |" in text and "| first call | 3.20 s | ≤ 5 s |" in text
+    assert "| crossover | faster at every length |  |" in text
     assert report.main(["--check"], tmp_path, results) == 0
 
 

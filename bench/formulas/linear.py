@@ -1,5 +1,6 @@
 """Hadamard linear attention's formula, of which linear attention is the one-factor case."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -71,4 +72,4 @@ def split(inputs):
 
 def similarity(qs, ks):
     """The product over factors of q.k for all pairs."""
-    return math.prod(q @ k.transpose(-1, -2) for q, k in zip(qs, ks, strict=True))
+    return functools.reduce(torch.mul, [q @ k.transpose(-1, -2) for q, k in zip(qs, ks, strict=True)])
