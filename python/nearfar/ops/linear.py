@@ -126,8 +126,7 @@ def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, 
     Raises:
         TypeError, ValueError: as `nearfar.linear_attention`, and where there is more than one token.
     """
-    call = _prepare((q,), (k,), v, False, feature_map, normalize, True, eps, state, True, None, "state")
-    return _step(call, out, backend)
+    return _step((q,), (k,), v, False, state, feature_map, normalize, eps, out, backend)
 
 
 def hadamard_attention_step(qs, ks, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
@@ -143,8 +142,7 @@ def hadamard_attention_step(qs, ks, v, state, *, feature_map="elu", normalize=Tr
     Raises:
         TypeError, ValueError: as `nearfar.hadamard_attention`, and where there is more than one token.
     """
-    call = _prepare(qs, ks, v, True, feature_map, normalize, True, eps, state, True, None, "state")
-    return _step(call, out, backend)
+    return _step(qs, ks, v, True, state, feature_map, normalize, eps, out, backend)
 
 
 def prepare_linear_attention(
@@ -179,15 +177,17 @@ def _attend(call, backend):
     return (o, state) if call.return_state else o
 
 
-def _step(call, out, backend):
+def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
+    checks.meta("state", state)
+    call = _prepare(qs, ks, v, listed, feature_map, normalize, True, eps, state, True, None, "state")
     shape = (*call.q.shape[:3], call.v.shape[3])
     if shape[2] != 1:
         raise ValueError(f"a step takes 1 token, got q of length {shape[2]}; nearfar.hadamard_attention takes more")
-    if not call.initial_state.is_contiguous():
+    if not state.is_contiguous():
         raise ValueError("state must be contiguous, as it is updated in place")
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
-    arguments = (call.qs, call.ks, call.v, call.initial_state, call.feature_map, call.normalize, call.eps)
+    arguments = (call.qs, call.ks, call.v, state, call.feature_map, call.normalize, call.eps)
     if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
             o = reference.step(*arguments)
