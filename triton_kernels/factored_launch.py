@@ -8,11 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import factored
+from . import factored, walk
 from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 from .linear import FEATURE_MAPS, step
 
-PROGRAMS = 528  # four for each multiprocessor of an H100: as many as a pass over a sequence is cut into where it can be
 PIECES_AT_ONCE = 8
 STEP_TILE = 4096  # elements of the state that a decoding program holds at once
 
@@ -31,6 +30,7 @@ class Problem(NamedTuple):
     device: torch.device
     feature_map: str
     causal: bool
+    walks: bool
     piece_length: int
     num_sequences: int  # 0 when nothing is packed
     precision: str
@@ -153,6 +153,23 @@ def plan_grad(problem, of_keys, direct, x_strides, row_strides, o_strides, c_str
         parameters.block_m, parameters.block_n, min(problem.value_block, 128), problem.value_block,
     )  # fmt: skip
     return Launch(factored.grad, tiles * row_heads * problem.batch, scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_walk(problem, kernel, strides, eps=()):
+    """walk_read, walk_grad_queries or walk_grad_keys. eps: (eps,) for walk_read."""
+    parameters = problem.tuned(kernel)
+    of_keys = kernel == "walk_grad_keys"
+    length, _, heads, _ = sides(problem, of_keys)
+    feature, operand, precision = problem.math()
+    maps = (feature,) if kernel == "walk_read" else (feature, FEATURE_MAPS[problem.feature_map][1])
+    pieces = problem.num_pieces(length)
+    scalars = (
+        *strides, length, heads, problem.query_heads // problem.key_heads, pieces, problem.num_states,
+        problem.piece_length, *eps, *maps, operand, precision, problem.causal,
+        problem.widths[0], problem.value_width, parameters.block_m, problem.blocks[0], problem.value_block,
+    )  # fmt: skip
+    return Launch(getattr(walk, kernel), pieces * heads * problem.batch, scalars, parameters)
 
 
 def sides(problem, of_keys):

@@ -17,6 +17,12 @@ DIRECT_COST = 0.25
 # balance the direct pairs of a piece, which grow with its length, against its state, which is written and read once.
 STATE_COST = 1920
 
+# Programs that a pass is cut into where it can be: four for each multiprocessor of an H100, and one for walks with a state.
+PROGRAMS = 528
+WALK_PROGRAMS = 132
+WALK_WIDTH = 128
+TILE_OF_STATE = 16384  # elements of a state that one program accumulates
+
 _FORWARD = (
     "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
     " bool causal, float eps, bool return_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -74,6 +80,23 @@ def causal_piece_length(widths, value_width):
     return 2 ** min(12, max(7, round(math.log2(balanced) / 2)))
 
 
+def walks(widths, value_width):
+    """Whether one program holds the whole state on chip."""
+    return len(widths) == 1 and max(widths[0], value_width) <= WALK_WIDTH
+
+
+def piece_length_of(qs, v, causal):
+    """Tokens of the pieces that sequences are cut into."""
+    widths, value_width = tuple(q.shape[3] for q in qs), v.shape[3]
+    if causal and not walks(widths, value_width):
+        return causal_piece_length(widths, value_width)
+    length = max(qs[0].shape[2], v.shape[2])
+    if causal:
+        return full_piece_length(length, qs[0].shape[0] * qs[0].shape[1], WALK_PROGRAMS)
+    tiles = max(1, math.prod(widths) * value_width // TILE_OF_STATE)
+    return full_piece_length(length, v.shape[0] * v.shape[1] * tiles, PROGRAMS)
+
+
 def full_piece_length(length, programs_a_piece, most_programs):
     """Tokens of the pieces that a pass over whole sequences is cut into; a multiple of every query tile."""
     pieces = max(1, most_programs // programs_a_piece)
@@ -93,20 +116,16 @@ def uses_states(qs, v, cu_seqlens, causal, with_state):
         return True
     if causal:
         # Packed sequences are known to the device only; any of them may be as long as all of them together.
-        return num_queries > causal_piece_length(widths, v.shape[3])
+        return num_queries > piece_length_of(qs, v, causal)
     return not prefers_direct(widths, v.shape[3], num_queries, v.shape[2])
 
 
 def problem_of(qs, ks, v, cu_seqlens, feature_map, causal):
     launch = _launchers()
     q, widths = qs[0], tuple(q.shape[3] for q in qs)
-    if causal:
-        piece_length = causal_piece_length(widths, v.shape[3])
-    else:
-        piece_length = full_piece_length(max(q.shape[2], v.shape[2]), v.shape[0] * v.shape[1], launch.PROGRAMS)
     return launch.Problem(
         q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, v.device, feature_map, causal,
-        piece_length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
+        walks(widths, v.shape[3]), piece_length_of(qs, v, causal), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
     )  # fmt: skip
 
 
@@ -143,10 +162,14 @@ def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal
         launches += _state_launches(
             launch, problem, False, ks, v, None, None, initial_state, states, norms, state, pieces, first_pieces
         )
-    read = launch.plan_read(
-        problem, False, causal or not stateful, q_strides, k_strides, v.stride(), o.stride(), float(eps)
-    )
-    launches.append((read, (tuple(qs), tuple(ks), v, None, states, norms, o, inverse, pieces)))
+    if problem.walks and (causal or stateful):
+        read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, v.stride(), o.stride()), (float(eps),))
+        launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
+    else:
+        read = launch.plan_read(
+            problem, False, causal or not stateful, q_strides, k_strides, v.stride(), o.stride(), float(eps)
+        )
+        launches.append((read, (tuple(qs), tuple(ks), v, None, states, norms, o, inverse, pieces)))
     _launch_all(v, launches)
     return o, state, inverse, states, norms
 
@@ -178,29 +201,38 @@ def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, state
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
     q_strides, k_strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks)
     dq_strides, dk_strides = tuple(dq.stride() for dq in dqs), tuple(dk.stride() for dk in dks)
-    qs, ks, stateful = tuple(qs), tuple(ks), states is not None
-    direct = causal or not stateful
+    stateful = states is not None
     weights = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
-    grad_queries = launch.plan_grad(
-        problem, False, direct, q_strides, do.stride(), o.stride(), k_strides, v.stride(), dq_strides
-    )
-    launches = [
-        (grad_queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, tuple(dqs), pieces)),
-    ]
     key_states = key_norms = None
+    state_launches = []
     if stateful:
         key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
-        launches += _state_launches(
+        state_launches = _state_launches(
             launch, problem, True, qs, do, inverse, weights, dstate, key_states, key_norms, dinitial, pieces, first_pieces
         )
-    grad_keys = launch.plan_grad(
-        problem, True, direct, k_strides, v.stride(), o.stride(), q_strides, do.stride(), dk_strides
-    )
-    grad_values = launch.plan_read(problem, True, direct, k_strides, q_strides, do.stride(), dv.stride(), 0.0)
-    launches += [
-        (grad_keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, tuple(dks), pieces)),
-        (grad_values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
-    ]
+    if problem.walks and (causal or stateful):
+        strides = (*q_strides, *k_strides, v.stride(), o.stride(), do.stride(), *dq_strides)
+        queries = launch.plan_walk(problem, "walk_grad_queries", strides)
+        strides = (*k_strides, v.stride(), *q_strides, do.stride(), *dk_strides, dv.stride())
+        keys = launch.plan_walk(problem, "walk_grad_keys", strides)
+        launches = [
+            (queries, (*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces)),
+            *state_launches,
+            (keys, (*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces)),
+        ]
+    else:
+        qs, ks, direct = tuple(qs), tuple(ks), causal or not stateful
+        queries = launch.plan_grad(
+            problem, False, direct, q_strides, do.stride(), o.stride(), k_strides, v.stride(), dq_strides
+        )
+        keys = launch.plan_grad(problem, True, direct, k_strides, v.stride(), o.stride(), q_strides, do.stride(), dk_strides)
+        values = launch.plan_read(problem, True, direct, k_strides, q_strides, do.stride(), dv.stride(), 0.0)
+        launches = [
+            (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, tuple(dqs), pieces)),
+            *state_launches,
+            (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, tuple(dks), pieces)),
+            (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
+        ]
     _launch_all(v, launches)
     return dqs, dks, dv, dinitial
 
@@ -218,13 +250,14 @@ def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, st
         inverse = torch.empty((batch, query_heads, num_queries), dtype=torch.float32, device=v.device)
     if stateful:
         if causal:
-            length = causal_piece_length(widths, value_width)
+            length = piece_length_of(qs, v, causal)
             count = (num_queries + length - 1) // length if cu_seqlens is None else num_queries // length + sequences
         else:
             count = 1 if cu_seqlens is None else sequences
         shape = (batch, heads, count, math.prod(widths))
-        operand = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-        states = torch.empty((*shape, value_width), dtype=operand, device=v.device)
+        # A state that is walked on with stays float32; others are rounded as operands of products.
+        half = v.dtype == torch.bfloat16 and not walks(widths, value_width)
+        states = torch.empty((*shape, value_width), dtype=torch.bfloat16 if half else torch.float32, device=v.device)
         norms = torch.empty(shape, dtype=torch.float32, device=v.device)
     return o, state, inverse, states, norms
 
