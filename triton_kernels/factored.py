@@ -93,6 +93,27 @@ def load_values(y, rows, stride, num_rows, factors, DV: tl.constexpr, BLOCK_DV: 
 
 
 @triton.jit
+def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
+    """The 2^LEVELS = COLUMNS columns of a tile as a tuple."""
+    parts = (tile,)
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for i in tl.static_range(2**level):
+            left, right = halve_columns(parts[i], ROWS, COLUMNS // 2 ** (level + 1))
+            halves = halves + (left, right)
+        parts = halves
+    columns = ()
+    for i in tl.static_range(COLUMNS):
+        columns = columns + (tl.reshape(parts[i], (ROWS,)),)
+    return columns
+
+
+@triton.jit
+def halve_columns(tile, ROWS: tl.constexpr, HALF: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
 def accumulate(
     xs, y, y_factors, weights, partials, partial_norms, pieces,
     x_strides, y_strides, num_tokens, num_heads, group, num_tiles, num_pieces, piece_length,
@@ -102,7 +123,8 @@ def accumulate(
 ):  # fmt: skip
     """partials (B, H, pieces, P, Dv) and partial_norms (B, H, pieces, P): sums of f y^T and f w over the tokens of a piece.
 
-    num_heads: heads of the state; each sums over `group` heads of the tokens. weights None: all 1.
+    num_heads: heads of the state; each sums over `group` heads of the tokens. weights None: all 1. A program takes the
+    features of BLOCK_OUTER outer indices, whose products share the tile of the inner factor and the tile of values.
     """
     R: tl.constexpr = len(WIDTHS)
     INNER: tl.constexpr = WIDTHS[R - 1]
@@ -113,41 +135,48 @@ def accumulate(
     head, batch = program % num_heads, program // num_heads
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     first_outer = tile // INNER_TILES * BLOCK_OUTER
-    first_inner = tile % INNER_TILES * BLOCK_INNER
-    outer = first_outer + tl.arange(0, BLOCK_OUTER)[None, :]
+    inner_index = tile % INNER_TILES * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
+    outer = first_outer + tl.arange(0, 16)  # at least so many rows has a product
 
-    acc = tl.zeros((BLOCK_OUTER * BLOCK_INNER, BLOCK_DV), tl.float32)
-    norms = tl.zeros((BLOCK_OUTER * BLOCK_INNER,), tl.float32)
+    accs = ()
+    for i in tl.static_range(BLOCK_OUTER):
+        accs = accs + (zero_tile(BLOCK_INNER, BLOCK_DV),)
+    norms = tl.zeros((16, BLOCK_INNER), tl.float32)
     for member in range(group):
         token_head = head * group + member
         x = heads_of(xs, x_strides, batch, token_head)
         row_offset = (batch.to(tl.int64) * num_heads * group + token_head) * num_tokens
+        factors = None if y_factors is None else y_factors + row_offset
         for first in range(begin, end, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
-            columns = first_inner + tl.arange(0, BLOCK_INNER)
-            features = load_inner(x[R - 1], rows, x_strides[R - 1][2], end, columns, FEATURE, INNER)
-            if R > 1:
-                in_range = (rows < end)[:, None] & (outer < NUM_OUTER)
-                scale = load_outer(x, rows[:, None], x_strides, in_range, outer, FEATURE, WIDTHS, DIVISORS, -1)
-                features = tl.reshape(scale[:, :, None] * features[:, None, :], (BLOCK_N, BLOCK_OUTER * BLOCK_INNER))
-            features = features.to(OPERAND)
-            factors = None if y_factors is None else y_factors + row_offset
+            inner = load_inner(x[R - 1], rows, x_strides[R - 1][2], end, inner_index, FEATURE, INNER)
             y_tile = load_values(at(y, y_strides, batch, token_head), rows, y_strides[2], end, factors, DV, BLOCK_DV, OPERAND)
-            acc = tl.dot(tl.trans(features), y_tile, acc, input_precision=PRECISION)
-            if weights is None:
-                norms += tl.sum(features.to(tl.float32), 0)
+            in_range = (rows < end)[:, None] & (outer < NUM_OUTER)[None, :]
+            scale = load_outer(x, rows[:, None], x_strides, in_range, outer[None, :], FEATURE, WIDTHS, DIVISORS, -1)
+            weighted = scale
+            if weights is not None:
+                weighted *= load_vector(weights + row_offset, rows, end, 0.0)[:, None]
+            norms = tl.dot(tl.trans(weighted).to(OPERAND), inner.to(OPERAND), norms, input_precision=PRECISION)
+            transposed = tl.trans(inner)
+            new_accs = ()
+            if R == 1:
+                new_accs = (tl.dot(transposed.to(OPERAND), y_tile, accs[0], input_precision=PRECISION),)
             else:
-                weight = load_vector(weights + row_offset, rows, end, 0.0)
-                norms += tl.sum(features.to(tl.float32) * weight[:, None], 0)
+                columns = columns_of(scale, BLOCK_N, 16, 4)
+                for i in tl.static_range(BLOCK_OUTER):
+                    features = (transposed * columns[i][None, :]).to(OPERAND)
+                    new_accs = new_accs + (tl.dot(features, y_tile, accs[i], input_precision=PRECISION),)
+            accs = new_accs
 
-    local = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
-    outer_index, inner_index = first_outer + local // BLOCK_INNER, first_inner + local % BLOCK_INNER
-    flat = outer_index * INNER + inner_index
-    valid = (outer_index < NUM_OUTER) & (inner_index < INNER)
     state = ((batch.to(tl.int64) * num_heads + head) * num_pieces + piece) * (NUM_OUTER * INNER)
-    tl.store(partial_norms + state + flat, norms, mask=valid)
-    value = tl.arange(0, BLOCK_DV)
-    tl.store(partials + (state + flat)[:, None] * DV + value[None, :], acc, mask=valid[:, None] & (value < DV)[None, :])
+    local = tl.arange(0, 16)
+    valid = (local < BLOCK_OUTER) & (outer < NUM_OUTER)
+    pointers = partial_norms + state + outer[:, None] * INNER + inner_index[None, :]
+    tl.store(pointers, norms, mask=valid[:, None] & (inner_index < INNER)[None, :])
+    for i in tl.static_range(BLOCK_OUTER):
+        if first_outer + i < NUM_OUTER:
+            base = partials + (state + (first_outer + i) * INNER) * DV
+            store_tile(base, inner_index, DV, INNER, accs[i], DV, BLOCK_DV)
 
 
 @triton.jit
@@ -271,7 +300,8 @@ def read(
     FEATURE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, DIRECT: tl.constexpr,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, DIVISORS: tl.constexpr, NUM_OUTER: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """out = f(x) S + sum_j A_ij y_j, divided by its norm f(x) z + sum_j A_ij + eps where `inverse` is given.
 
@@ -300,18 +330,22 @@ def read(
         for first_inner in tl.static_range(0, INNER, BLOCK_INNER):
             index = first_inner + tl.arange(0, BLOCK_INNER)
             inner = load_inner(x[R - 1], rows, x_strides[R - 1][2], row_end, index, FEATURE, INNER)
-            norm_terms = tl.zeros((BLOCK_M, BLOCK_INNER), tl.float32)
             for outer in range(NUM_OUTER):
                 p = features + outer * INNER + index
                 s_tile = load_tile(states, p, DV, features + outer * INNER + INNER, DV, BLOCK_DV)
                 f_tile = inner
                 if R > 1:
                     f_tile *= load_outer(x, rows, x_strides, in_rows, outer, FEATURE, WIDTHS, DIVISORS, -1)[:, None]
-                f_tile = f_tile.to(OPERAND)
-                acc = tl.dot(f_tile, s_tile, acc, input_precision=PRECISION)
-                if inverse is not None:
-                    norm_terms += f_tile.to(tl.float32) * tl.load(norms + p, mask=index < INNER, other=0.0)[None, :]
-            norm += tl.sum(norm_terms, 1)
+                acc = tl.dot(f_tile.to(OPERAND), s_tile, acc, input_precision=PRECISION)
+            if inverse is not None:
+                for first_outer in range(0, NUM_OUTER, BLOCK_OUTER):
+                    outers = first_outer + tl.arange(0, BLOCK_OUTER)
+                    mask = (index < INNER)[:, None] & (outers < NUM_OUTER)[None, :]
+                    pointers = norms + features + outers[None, :] * INNER + index[:, None]
+                    z_tile = tl.load(pointers, mask=mask, other=0.0).to(OPERAND)
+                    mask = in_rows[:, None] & (outers < NUM_OUTER)[None, :]
+                    scale = load_outer(x, rows[:, None], x_strides, mask, outers[None, :], FEATURE, WIDTHS, DIVISORS, -1)
+                    norm += tl.sum(scale * tl.dot(inner.to(OPERAND), z_tile, input_precision=PRECISION), 1)
 
     if DIRECT:
         x_tiles = load_all_features(x, rows, x_strides, row_end, FEATURE, WIDTHS, BLOCKS, OPERAND)

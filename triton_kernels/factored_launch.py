@@ -95,8 +95,8 @@ def operand_precision(dtype):
 @functools.lru_cache(maxsize=1024)
 def plan_accumulate(problem, of_queries, x_strides, y_strides):
     parameters = problem.tuned("accumulate")
-    inner = min(problem.blocks[-1], parameters.block_m)
-    outer = min(triton.next_power_of_2(problem.outer), max(1, parameters.block_m // inner))
+    inner = min(problem.blocks[-1], parameters.block_m if problem.outer == 1 else 64)
+    outer = min(triton.next_power_of_2(problem.outer), max(1, parameters.block_m // inner), 16)
     tiles = triton.cdiv(problem.outer, outer) * triton.cdiv(problem.widths[-1], inner)
     length = problem.num_queries if of_queries else problem.num_keys
     group = problem.query_heads // problem.key_heads if of_queries else 1
@@ -106,9 +106,8 @@ def plan_accumulate(problem, of_queries, x_strides, y_strides):
         *problem.math(), problem.widths, problem.divisors, problem.outer, problem.value_width,
         parameters.block_n, outer, inner, problem.value_block,
     )  # fmt: skip
-    warps = 4 if outer * inner * problem.value_block <= 8192 else parameters.num_warps
     programs = tiles * pieces * problem.key_heads * problem.batch
-    return Launch(factored.accumulate, programs, scalars, parameters._replace(num_warps=warps))
+    return Launch(factored.accumulate, programs, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -134,7 +133,8 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
         rows, columns, row_heads, column_heads, tiles, problem.num_pieces(rows), problem.num_states, problem.piece_length, eps,
         *problem.math(), problem.causal, of_keys, direct,
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,
-        parameters.block_m, parameters.block_n, min(problem.blocks[-1], 64), problem.value_block,
+        parameters.block_m, parameters.block_n, min(64, max(16, triton.next_power_of_2(problem.outer))),
+        min(problem.blocks[-1], 64), problem.value_block,
     )  # fmt: skip
     return Launch(factored.read, tiles * row_heads * problem.batch, scalars, parameters)
 
