@@ -35,7 +35,8 @@ BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_direction = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-each_widths = pytest.mark.parametrize("widths", [(16,), (8, 16), (8, 8, 8)], ids=str)
+each_widths = pytest.mark.parametrize("widths", [(16,), (8, 8)], ids=str)
+up_to_three_factors = pytest.mark.parametrize("widths", [(16,), (8, 16), (8, 8, 8)], ids=str)  # slow in the interpreter
 
 
 def sample_of(
@@ -126,8 +127,7 @@ def test_fuzz(case):
 
 @each_backend
 @each_direction
-@pytest.mark.parametrize("length", [70, 300])
-@each_widths
+@pytest.mark.parametrize("widths, length", [((16,), 70), ((16,), 300), ((8, 16), 300), ((8, 8, 8), 70)], ids=str)
 def test_pair_by_pair_and_through_states(widths, length, causal, backend):
     sample = sample_of(widths, length, causal=causal)
     do = like(flat(**sample.tensors, **sample.options, backend="reference"))
@@ -155,12 +155,12 @@ def test_shapes_decide_the_form_of_the_kernels(widths):
         check(sample, do, *run(flat, sample, do))
 
 
-def test_the_reference_takes_the_cheaper_form():
-    for widths, pairs in [((16, 17), 8), ((16, 16, 17), 64)]:
-        shortest = next(n for n in range(1, 10_000) if not reference.direct_is_cheaper(n, n, widths))
-        direct, through = shortest**2 * sum(widths), 2 * shortest * torch.tensor(widths).prod().item()
-        assert direct > through and shortest > pairs / 2
-    assert reference.direct_is_cheaper(1, 10**6, (64, 65)) and not reference.direct_is_cheaper(10**4, 10**6, (64, 65))
+@pytest.mark.parametrize("length, unused", [(16, "Build"), (17, "Pairs")])
+def test_the_reference_takes_the_cheaper_form(length, unused):
+    """Pairs cost 33 N^2 and a state 2 N 16 17: the crossover is at 16.5 tokens."""
+    q = randn(1, 1, length, 16, device="cpu")
+    with patch.object(reference, unused, None):
+        nf.linear_attention(q, q, q, backend="reference")
 
 
 @pytest.mark.parametrize("options", [{}, {"packed": True}, {"normalize": False, "feature_map": "identity"}], ids=str)
@@ -208,7 +208,7 @@ def test_reference_memory_does_not_grow_with_the_features(causal):
 
 @each_backend
 @each_direction
-@each_widths
+@up_to_three_factors
 def test_gradients_pass_through_the_denominator(widths, causal, backend):
     """Against float64 formulas with and without it: they differ, and ours is the full one."""
     sample = sample_of(widths, 40, causal=causal)
@@ -252,7 +252,7 @@ def test_linearized_attention_of_a_data_set(backend):
 
 
 @each_backend
-@each_widths
+@up_to_three_factors
 def test_a_repeated_factor_is_a_power(widths, backend):
     """Equal factors of equal features: weights are those of one factor to the power of R."""
     q, k, v = (randn(1, 2, 40, 16, seed=seed) for seed in range(3))
@@ -266,16 +266,16 @@ def test_a_repeated_factor_is_a_power(widths, backend):
 
 
 @each_backend
-@each_widths
+@up_to_three_factors
 def test_token_by_token(widths, backend):
     """The recurrent form in float64, and the decoding step of the backend, against causal attention."""
-    sample = sample_of(widths, 20, heads=4, kv_heads=2, batch=2, state=True, causal=True)
+    sample = sample_of(widths, 9, heads=4, kv_heads=2, state=True, causal=True)
     o, state = flat(**sample.tensors, **sample.options, backend=backend)
     tensors = {name: tensor.double() for name, tensor in sample.tensors.items()}
     (xs, ys), values = features(tensors, {}), with_ones(tensors["v"])
     running, stepped = tensors["initial_state"].clone(), sample.tensors["initial_state"].clone()
     address = stepped.data_ptr()
-    for i in range(20):
+    for i in range(9):
         outer = values[:, :, i]
         for y in reversed(ys):
             outer = y[:, :, i].reshape(*y.shape[:2], -1, *[1] * (outer.dim() - 2)) * outer[:, :, None]
@@ -313,6 +313,7 @@ def chained(cuts):
 
 @each_backend
 @each_direction
+@hypothesis.settings(max_examples=max(1, hypothesis.settings.default.max_examples // 4))
 @hypothesis.given(cuts=st.lists(st.integers(0, 140), max_size=3).map(sorted), widths=st.sampled_from([(16,), (8, 8)]))
 def test_any_split_chained_through_the_state_is_the_whole(causal, backend, cuts, widths):
     """In outputs, states and all gradients, by the rule of accuracy; whether a piece is empty or one token."""
@@ -481,7 +482,7 @@ def test_packed_sequences_are_computed_as_if_alone(widths, causal, backend):
 @each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_change_no_bit(layout, backend):
-    sample = sample_of((8, 16), 40, heads=4, kv_heads=2, batch=2, causal=True, state=True)
+    sample = sample_of((8, 8), 40, kv_heads=2, batch=2, causal=True, state=True)
     tokens = {n: LAYOUTS[layout](t) if n != "initial_state" else t for n, t in sample.tensors.items()}
     dense = {n: t.contiguous() for n, t in tokens.items()}
     moved = dict(tokens, initial_state=tokens["initial_state"].transpose(2, 4).contiguous().transpose(2, 4))
@@ -546,13 +547,12 @@ def test_other_sizes_on_the_reference():
 
 
 @each_backend
-@each_direction
 @pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("batch, length, keys", [(0, 5, 5), (1, 0, 0), (2, 0, 9), (2, 9, 0), (0, 0, 0)])
+@pytest.mark.parametrize("batch, length, keys, causal", [
+    (0, 5, 5, False), (0, 5, 5, True), (1, 0, 0, False), (1, 0, 0, True), (2, 0, 9, False), (2, 9, 0, False), (0, 0, 0, True),
+])  # fmt: skip
 @each_widths
-def test_empty(widths, batch, length, keys, state, causal, backend):
-    if causal and length != keys:
-        pytest.skip("causal needs q and k of one length")
+def test_empty(widths, batch, length, keys, causal, state, backend):
     sample = sample_of(widths, length, keys, batch=batch, state=state, causal=causal)
     do = like(flat(**sample.tensors, **sample.options, backend="reference"))
     outputs, gradients = run(flat, sample, do, backend)
