@@ -93,15 +93,16 @@ def load_values(y, rows, stride, num_rows, factors, DV: tl.constexpr, BLOCK_DV: 
 
 
 @triton.jit
-def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
-    """The 2^LEVELS = COLUMNS columns of a tile as a tuple."""
+def columns_of(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a tile, a power of two of at most 16, as a tuple."""
     parts = (tile,)
-    for level in tl.static_range(LEVELS):
-        halves = ()
-        for i in tl.static_range(2**level):
-            left, right = halve_columns(parts[i], ROWS, COLUMNS // 2 ** (level + 1))
-            halves = halves + (left, right)
-        parts = halves
+    for level in tl.static_range(4):
+        if COLUMNS >= 2 ** (level + 1):
+            halves = ()
+            for i in tl.static_range(2**level):
+                left, right = halve_columns(parts[i], ROWS, COLUMNS // 2 ** (level + 1))
+                halves = halves + (left, right)
+            parts = halves
     columns = ()
     for i in tl.static_range(COLUMNS):
         columns = columns + (tl.reshape(parts[i], (ROWS,)),)
@@ -136,12 +137,16 @@ def accumulate(
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     first_outer = tile // INNER_TILES * BLOCK_OUTER
     inner_index = tile % INNER_TILES * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
-    outer = first_outer + tl.arange(0, 16)  # at least so many rows has a product
+    outer = first_outer + tl.arange(0, BLOCK_OUTER)
+    NORMS_BY_PRODUCT: tl.constexpr = BLOCK_OUTER >= 16  # fewer rows a product cannot have
 
     accs = ()
     for i in tl.static_range(BLOCK_OUTER):
         accs = accs + (zero_tile(BLOCK_INNER, BLOCK_DV),)
-    norms = tl.zeros((16, BLOCK_INNER), tl.float32)
+    norms = tl.zeros((BLOCK_OUTER, BLOCK_INNER), tl.float32)
+    norm_rows = ()
+    for i in tl.static_range(BLOCK_OUTER):
+        norm_rows = norm_rows + (tl.zeros((BLOCK_INNER,), tl.float32),)
     for member in range(group):
         token_head = head * group + member
         x = heads_of(xs, x_strides, batch, token_head)
@@ -153,28 +158,32 @@ def accumulate(
             y_tile = load_values(at(y, y_strides, batch, token_head), rows, y_strides[2], end, factors, DV, BLOCK_DV, OPERAND)
             in_range = (rows < end)[:, None] & (outer < NUM_OUTER)[None, :]
             scale = load_outer(x, rows[:, None], x_strides, in_range, outer[None, :], FEATURE, WIDTHS, DIVISORS, -1)
-            weighted = scale
-            if weights is not None:
-                weighted *= load_vector(weights + row_offset, rows, end, 0.0)[:, None]
-            norms = tl.dot(tl.trans(weighted).to(OPERAND), inner.to(OPERAND), norms, input_precision=PRECISION)
+            weight = None if weights is None else load_vector(weights + row_offset, rows, end, 0.0)
+            if NORMS_BY_PRODUCT:
+                weighted = scale if weights is None else scale * weight[:, None]
+                norms = tl.dot(tl.trans(weighted).to(OPERAND), inner.to(OPERAND), norms, input_precision=PRECISION)
             transposed = tl.trans(inner)
-            new_accs = ()
-            if R == 1:
-                new_accs = (tl.dot(transposed.to(OPERAND), y_tile, accs[0], input_precision=PRECISION),)
-            else:
-                columns = columns_of(scale, BLOCK_N, 16, 4)
-                for i in tl.static_range(BLOCK_OUTER):
-                    features = (transposed * columns[i][None, :]).to(OPERAND)
-                    new_accs = new_accs + (tl.dot(features, y_tile, accs[i], input_precision=PRECISION),)
+            columns = columns_of(scale, BLOCK_N, BLOCK_OUTER)
+            new_accs, new_norm_rows = (), ()
+            for i in tl.static_range(BLOCK_OUTER):
+                features = transposed if R == 1 else transposed * columns[i][None, :]
+                new_accs = new_accs + (tl.dot(features.to(OPERAND), y_tile, accs[i], input_precision=PRECISION),)
+                if not NORMS_BY_PRODUCT:
+                    weighted_row = features if weights is None else features * weight[None, :]
+                    new_norm_rows = new_norm_rows + (norm_rows[i] + tl.sum(weighted_row, 1),)
             accs = new_accs
+            if not NORMS_BY_PRODUCT:
+                norm_rows = new_norm_rows
 
     state = ((batch.to(tl.int64) * num_heads + head) * num_pieces + piece) * (NUM_OUTER * INNER)
-    local = tl.arange(0, 16)
-    valid = (local < BLOCK_OUTER) & (outer < NUM_OUTER)
-    pointers = partial_norms + state + outer[:, None] * INNER + inner_index[None, :]
-    tl.store(pointers, norms, mask=valid[:, None] & (inner_index < INNER)[None, :])
+    if NORMS_BY_PRODUCT:
+        pointers = partial_norms + state + outer[:, None] * INNER + inner_index[None, :]
+        tl.store(pointers, norms, mask=(outer < NUM_OUTER)[:, None] & (inner_index < INNER)[None, :])
     for i in tl.static_range(BLOCK_OUTER):
         if first_outer + i < NUM_OUTER:
+            if not NORMS_BY_PRODUCT:
+                pointers = partial_norms + state + (first_outer + i) * INNER + inner_index
+                tl.store(pointers, norm_rows[i], mask=inner_index < INNER)
             base = partials + (state + (first_outer + i) * INNER) * DV
             store_tile(base, inner_index, DV, INNER, accs[i], DV, BLOCK_DV)
 

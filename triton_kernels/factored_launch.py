@@ -62,6 +62,11 @@ class Problem(NamedTuple):
         return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
 
     def tuned(self, kernel):
+        """Launch parameters: kernels that pair tokens directly are causal or not, states have one factor or several."""
+        if kernel == "accumulate":
+            kernel += "_one" if len(self.widths) == 1 else ""
+        elif self.causal:
+            kernel += "_causal"
         widest = max(*self.blocks, self.value_block)
         return launch_parameters(kernel, widest, 2 if self.operand == tl.bfloat16 else 4)
 
@@ -112,7 +117,7 @@ def plan_accumulate(problem, of_queries, x_strides, y_strides):
 
 @functools.lru_cache(maxsize=1024)
 def plan_combine(problem, of_queries):
-    block = max(1, 2048 // problem.value_block)
+    block = max(1, 1024 // problem.value_block)
     sequences = problem.num_sequences or problem.batch
     pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     scalars = (
@@ -164,12 +169,19 @@ def plan_walk(problem, kernel, strides, eps=()):
     feature, operand, precision = problem.math()
     maps = (feature,) if kernel == "walk_read" else (feature, FEATURE_MAPS[problem.feature_map][1])
     pieces = problem.num_pieces(length)
+    block_d, block_dv, parts = problem.blocks[0], problem.value_block, ()
+    if kernel == "walk_read":
+        block_dv = min(block_dv, parameters.block_n)
+        parts = (triton.cdiv(problem.value_width, block_dv),)
+    elif kernel == "walk_grad_queries":
+        block_d = min(block_d, parameters.block_n)
+        parts = (triton.cdiv(problem.widths[0], block_d),)
     scalars = (
-        *strides, length, heads, problem.query_heads // problem.key_heads, pieces, problem.num_states,
+        *strides, length, heads, problem.query_heads // problem.key_heads, pieces, *parts, problem.num_states,
         problem.piece_length, *eps, *maps, operand, precision, problem.causal,
-        problem.widths[0], problem.value_width, parameters.block_m, problem.blocks[0], problem.value_block,
+        problem.widths[0], problem.value_width, parameters.block_m, block_d, block_dv,
     )  # fmt: skip
-    return Launch(getattr(walk, kernel), pieces * heads * problem.batch, scalars, parameters)
+    return Launch(getattr(walk, kernel), math.prod(parts) * pieces * heads * problem.batch, scalars, parameters)
 
 
 def sides(problem, of_keys):

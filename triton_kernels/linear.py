@@ -19,12 +19,12 @@ def identity_grad(x):
 @triton.jit
 def elu(x):
     """elu(x) + 1"""
-    return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    return tl.where(x > 0, x + 1, tl.exp(x))
 
 
 @triton.jit
 def elu_grad(x):
-    return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    return tl.where(x > 0, 1.0, tl.exp(x))
 
 
 @triton.jit
