@@ -169,19 +169,12 @@ def plan_walk(problem, kernel, strides, eps=()):
     feature, operand, precision = problem.math()
     maps = (feature,) if kernel == "walk_read" else (feature, FEATURE_MAPS[problem.feature_map][1])
     pieces = problem.num_pieces(length)
-    block_d, block_dv, parts = problem.blocks[0], problem.value_block, ()
-    if kernel == "walk_read":
-        block_dv = min(block_dv, parameters.block_n)
-        parts = (triton.cdiv(problem.value_width, block_dv),)
-    elif kernel == "walk_grad_queries":
-        block_d = min(block_d, parameters.block_n)
-        parts = (triton.cdiv(problem.widths[0], block_d),)
     scalars = (
-        *strides, length, heads, problem.query_heads // problem.key_heads, pieces, *parts, problem.num_states,
+        *strides, length, heads, problem.query_heads // problem.key_heads, pieces, problem.num_states,
         problem.piece_length, *eps, *maps, operand, precision, problem.causal,
-        problem.widths[0], problem.value_width, parameters.block_m, block_d, block_dv,
+        problem.widths[0], problem.value_width, parameters.block_m, problem.blocks[0], problem.value_block,
     )  # fmt: skip
-    return Launch(getattr(walk, kernel), math.prod(parts) * pieces * heads * problem.batch, scalars, parameters)
+    return Launch(getattr(walk, kernel), pieces * heads * problem.batch, scalars, parameters)
 
 
 def sides(problem, of_keys):

@@ -14,25 +14,23 @@ Names and formulas are those of factored.py.
 import triton
 import triton.language as tl
 
-from .factored import load_features, load_inner, load_values, piece_span
+from .factored import load_features, load_values, piece_span
 from .tiles import at, load_tile, load_vector, store_tile
 
 
 @triton.jit
-def walk_coordinates(num_parts, num_pieces, num_heads):
-    """(part, piece, head, batch); the parts of a piece are neighbours, for they read the same tokens."""
+def walk_coordinates(num_pieces, num_heads):
     program = tl.program_id(0)
-    part, program = program % num_parts, program // num_parts
     piece, program = program % num_pieces, program // num_pieces
-    return part, piece, program % num_heads, program // num_heads
+    return piece, program % num_heads, program // num_heads
 
 
 @triton.jit
 def load_state(
-    states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, first_feature, first_value,
-    CAUSAL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, CAUSAL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """S and z at the start of a piece, from a feature and a value on; zero without states."""
+    """S and z at the start of a piece; zero without states."""
     if states is None:
         return tl.zeros((BLOCK_D, BLOCK_DV), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     else:
@@ -43,40 +41,24 @@ def load_state(
         else:
             index = tl.load(pieces + 2 * num_pieces + piece)
         state = (batch.to(tl.int64) * num_heads + head) * num_states + index
-        feature, value = first_feature + tl.arange(0, BLOCK_D), first_value + tl.arange(0, BLOCK_DV)
-        mask = (feature < D)[:, None] & (value < DV)[None, :]
-        tile = tl.load(states + state * D * DV + feature[:, None] * DV + value[None, :], mask=mask, other=0.0)
-        return tile, load_vector(norms + state * D, feature, D, 0.0)
-
-
-@triton.jit
-def load_columns(base, rows, stride, num_rows, columns, WIDTH: tl.constexpr):
-    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_columns(base, rows, stride, num_rows, columns, WIDTH: tl.constexpr, tile):
-    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=mask)
+        row = tl.arange(0, BLOCK_D)
+        tile = load_tile(states + state * D * DV, row, DV, D, DV, BLOCK_DV)
+        return tile, load_vector(norms + state * D, row, D, 0.0)
 
 
 @triton.jit
 def walk_read(
     q, k, v, states, norms, o, inverse, pieces,
     q_strides, k_strides, v_strides, o_strides,
-    num_tokens, num_heads, group, num_pieces, num_parts, num_states, piece_length, eps,
+    num_tokens, num_heads, group, num_pieces, num_states, piece_length, eps,
     FEATURE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """A part is BLOCK_DV of the values."""
-    part, piece, head, batch = walk_coordinates(num_parts, num_pieces, num_heads)
-    first_value = part * BLOCK_DV
-    value = first_value + tl.arange(0, BLOCK_DV)
+    piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     state, norm_state = load_state(
-        states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states,
-        0, first_value, CAUSAL, D, DV, BLOCK_D, BLOCK_DV,
+        states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
+        D, DV, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     q, k = at(q, q_strides, batch, head), at(k, k_strides, batch, head // group)
     v, o = at(v, v_strides, batch, head // group), at(o, o_strides, batch, head)
@@ -89,7 +71,7 @@ def walk_read(
         acc = tl.dot(q_tile, state.to(OPERAND), input_precision=PRECISION)
         if CAUSAL:
             k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D)
-            v_tile = load_columns(v, rows, v_strides[2], end, value, DV).to(OPERAND)
+            v_tile = load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV).to(OPERAND)
             norm_state += tl.sum(k_tile, 0)
             k_tile = k_tile.to(OPERAND)
             weight = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -102,26 +84,23 @@ def walk_read(
             reciprocal = tl.where(norm == 0.0, 0.0, tl.div_rn(1.0, norm))
             acc *= reciprocal[:, None]
             row_offset = (batch.to(tl.int64) * num_heads + head) * num_tokens
-            tl.store(inverse + row_offset + rows, reciprocal, mask=(rows < end) & (part == 0))
-        store_columns(o, rows, o_strides[2], end, value, DV, acc)
+            tl.store(inverse + row_offset + rows, reciprocal, mask=rows < end)
+        store_tile(o, rows, o_strides[2], end, acc, DV, BLOCK_DV)
 
 
 @triton.jit
 def walk_grad_queries(
     q, k, v, o, do, inverse, states, norms, dq, weights, pieces,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides,
-    num_tokens, num_heads, group, num_pieces, num_parts, num_states, piece_length,
+    num_tokens, num_heads, group, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """A part is BLOCK_D of the features."""
-    part, piece, head, batch = walk_coordinates(num_parts, num_pieces, num_heads)
-    first_feature = part * BLOCK_D
-    feature = first_feature + tl.arange(0, BLOCK_D)
+    piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     state, norm_state = load_state(
-        states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states,
-        first_feature, 0, CAUSAL, D, DV, BLOCK_D, BLOCK_DV,
+        states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
+        D, DV, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     q, k = at(q, q_strides, batch, head), at(k, k_strides, batch, head // group)
     v, o = at(v, v_strides, batch, head // group), at(o, o_strides, batch, head)
@@ -137,12 +116,12 @@ def walk_grad_queries(
             factor = load_vector(inverse + row_offset, rows, end, 0.0)
             weight = -tl.sum(do_tile * o_tile, 1) * factor
             do_tile *= factor[:, None]
-        tl.store(weights + row_offset + rows, weight, mask=(rows < end) & (part == 0))
+        tl.store(weights + row_offset + rows, weight, mask=rows < end)
         do_tile = do_tile.to(OPERAND)
         acc = tl.dot(do_tile, tl.trans(state.to(OPERAND)), input_precision=PRECISION)
         acc += weight[:, None] * norm_state[None, :]
         if CAUSAL:
-            k_tile = load_inner(k, rows, k_strides[2], end, feature, FEATURE, D)
+            k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D)
             v_tile = load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV).to(OPERAND)
             norm_state += tl.sum(k_tile, 0)
             k_tile = k_tile.to(OPERAND)
@@ -150,8 +129,8 @@ def walk_grad_queries(
             slope = tl.where(local[None, :] <= local[:, None], slope, 0.0)
             acc = tl.dot(slope.to(OPERAND), k_tile, acc, input_precision=PRECISION)
             state = tl.dot(tl.trans(k_tile), v_tile, state, input_precision=PRECISION)
-        raw = load_columns(q, rows, q_strides[2], end, feature, D).to(tl.float32)
-        store_columns(dq, rows, dq_strides[2], end, feature, D, acc * FEATURE_GRAD(raw))
+        raw = load_tile(q, rows, q_strides[2], end, D, BLOCK_D).to(tl.float32)
+        store_tile(dq, rows, dq_strides[2], end, acc * FEATURE_GRAD(raw), D, BLOCK_D)
 
 
 @triton.jit
@@ -162,12 +141,11 @@ def walk_grad_keys(
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    _, piece, head, batch = walk_coordinates(1, num_pieces, num_heads)
+    piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     state, norm_state = load_state(
-        states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, 0, 0, CAUSAL, D, DV,
-        BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+        states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, CAUSAL, D, DV, BLOCK_D, BLOCK_DV
+    )
     k, v = at(k, k_strides, batch, head), at(v, v_strides, batch, head)
     dk, dv = at(dk, dk_strides, batch, head), at(dv, dv_strides, batch, head)
     local = tl.arange(0, BLOCK_M)

@@ -15,11 +15,11 @@ from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, 
 DIRECT_COST = 0.25
 # Bytes that pass through memory while a multiprocessor does one multiply-add, times the bytes of a state on its way: they
 # balance the direct pairs of a piece, which grow with its length, against its state, which is written and read once.
-STATE_COST = 1920
+STATE_COST = 384
 
-# Programs that a pass is cut into where it can be: four for each multiprocessor of an H100, and one for walks with a state.
+# Programs that a pass is cut into where it can be: four for each multiprocessor of an H100, and one where a state walks along.
 PROGRAMS = 528
-WALK_PROGRAMS = 132
+WALK_PROGRAMS = 128
 WALK_WIDTH = 128
 TILE_OF_STATE = 16384  # elements of a state that one program accumulates
 
@@ -90,17 +90,15 @@ def piece_length_of(qs, v, causal):
     widths, value_width = tuple(q.shape[3] for q in qs), v.shape[3]
     if causal and not walks(widths, value_width):
         return causal_piece_length(widths, value_width)
-    length = max(qs[0].shape[2], v.shape[2])
     if causal:
-        return full_piece_length(length, qs[0].shape[0] * qs[0].shape[1], WALK_PROGRAMS)
-    tiles = max(1, math.prod(widths) * value_width // TILE_OF_STATE)
-    return full_piece_length(length, v.shape[0] * v.shape[1] * tiles, PROGRAMS)
-
-
-def full_piece_length(length, programs_a_piece, most_programs):
-    """Tokens of the pieces that a pass over whole sequences is cut into; a multiple of every query tile."""
-    pieces = max(1, most_programs // programs_a_piece)
-    return max(256, -(-length // (128 * pieces)) * 128)
+        # Every piece but the first costs a pass over the keys, so there are no more than fill the GPU.
+        pieces = WALK_PROGRAMS // max(1, qs[0].shape[0] * qs[0].shape[1])
+    else:
+        tiles = max(1, math.prod(widths) * value_width // TILE_OF_STATE)
+        pieces = math.ceil(PROGRAMS / max(1, v.shape[0] * v.shape[1] * tiles))
+    length = max(qs[0].shape[2], v.shape[2])
+    step = 128 * max(1, pieces)  # a piece holds whole tiles of every kernel
+    return max(256, (length + step - 1) // step * 128)
 
 
 def prefers_direct(widths, value_width, num_queries, num_keys):
