@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from nearfar.checks import require
+from nearfar.nn.base import SelfAttention
 from nearfar.ops.krause import krause_attention
 
 
-class KrauseAttention(nn.Module):
+class KrauseAttention(SelfAttention):
     """Multi-head self-attention by distance: projections around `nearfar.krause_attention`, with a learnable bandwidth.
 
     Source: arXiv 2602.11534. Each query head learns sigma = exp(log_sigma), positive whatever the optimizer does. Under
@@ -46,32 +47,11 @@ class KrauseAttention(nn.Module):
         bias=False,
         backend="auto",
     ):
-        super().__init__()
-        require(num_heads >= 1, f"num_heads must be at least 1, got {num_heads}")
-        if num_kv_heads is None:
-            num_kv_heads = num_heads
-        require(
-            num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
-            f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}",
-        )
-        if head_dim is None:
-            require(
-                dim % num_heads == 0,
-                f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}",
-            )
-            head_dim = dim // num_heads
-        require(head_dim >= 1, f"head_dim must be at least 1, got {head_dim}")
+        super().__init__(dim, num_heads, num_kv_heads, head_dim, head_dim, bias)
         require(0 < sigma_init < math.inf, f"sigma_init must be positive and finite, got {sigma_init}")
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
         self.locality = locality
         self.top_k = top_k
         self.backend = backend
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
         self.log_sigma = nn.Parameter(torch.full((num_heads,), math.log(sigma_init), dtype=torch.float32))
 
     def forward(self, x, cu_seqlens=None):
@@ -84,16 +64,12 @@ class KrauseAttention(nn.Module):
         Returns:
             (B, N, dim), in the dtype of the projections.
         """
-        # Views: the operator reads the (B, N, H, D) projections through their strides and writes o in the same order.
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.split_heads(x)
         o = krause_attention(
             q, k, v, self.log_sigma.exp(), self.locality,
             top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
-        return self.out_proj(o.transpose(1, 2).flatten(2))
+        return self.merge_heads(o)
 
     def extra_repr(self):
         return (

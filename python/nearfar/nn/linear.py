@@ -1,0 +1,190 @@
+"""Linear and Hadamard linear attention (arXiv 2602.12128) as self-attention layers that decode from a state."""
+
+import torch
+
+from nearfar.checks import require
+from nearfar.nn.base import SelfAttention
+from nearfar.ops.linear import (
+    hadamard_attention,
+    hadamard_attention_step,
+    linear_attention,
+    linear_attention_step,
+)
+
+
+class _StatefulAttention(SelfAttention):
+    """What the two layers share. They name their operators and say how the factors lie in a projection."""
+
+    operator = step_operator = None
+
+    def __init__(
+        self, dim, num_heads, num_kv_heads, head_dim, value_dim, feature_map, causal, normalize, bias, backend
+    ):  # fmt: skip
+        super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, bias)
+        self.feature_map = feature_map
+        self.causal = causal
+        self.normalize = normalize
+        self.backend = backend
+
+    def factors(self, heads):
+        """q or k (B, H, N, head_dim) as the operator takes it."""
+        return heads
+
+    def forward(self, x, *, cu_seqlens=None, state=None, return_state=False):
+        """Attend within x, and to what `state` holds.
+
+        Args:
+            x: (B, N, dim).
+            cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+            state: what earlier tokens have left, from `init_state`, from an earlier call or from `step`; with cu_seqlens one
+                for each sequence. It is not changed.
+            return_state: return (output, state after the last token), to go on from; gradients flow through both states.
+
+        Returns:
+            (B, N, dim), in the dtype of the projections, or (that, state).
+        """
+        q, k, v = self.split_heads(x)
+        result = self.operator(
+            self.factors(q), self.factors(k), v, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal,
+            initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        if return_state:
+            o, state = result
+            return self.merge_heads(o), state
+        return self.merge_heads(result)
+
+    @torch.no_grad()
+    def init_state(self, batch):
+        """The state before the first token: zeros (batch, num_kv_heads, d_1, .., d_R, value_dim + 1) in float32.
+
+        d_1, .., d_R are the widths of the features. A float64 layer has float64 states.
+        """
+        # What no tokens leave behind: a feature map that is a function may have changed the widths.
+        return self(self.out_proj.weight.new_empty(batch, 0, self.dim), return_state=True)[1]
+
+    @torch.no_grad()
+    def step(self, x, state):
+        """Decode one token as the causal forward would, in time and memory that do not depend on the tokens before.
+
+        Args:
+            x: (B, 1, dim).
+            state: from `init_state`, from `forward` or from earlier steps. It is updated in place.
+
+        Returns:
+            (B, 1, dim), without gradient.
+
+        Raises:
+            ValueError: the layer is not causal, x is longer than one token, or state does not fit.
+        """
+        require(self.causal, f"step decodes with causal attention; this {type(self).__name__} has causal={self.causal}")
+        q, k, v = self.split_heads(x)
+        o = self.step_operator(
+            self.factors(q), self.factors(k), v, state,
+            feature_map=self.feature_map, normalize=self.normalize, backend=self.backend,
+        )  # fmt: skip
+        return self.merge_heads(o)
+
+    def extra_repr(self):
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}, "
+            f"feature_map={self.feature_map!r}, causal={self.causal}, normalize={self.normalize}, backend={self.backend!r}"
+        )
+
+
+class LinearAttention(_StatefulAttention):
+    """Multi-head self-attention in linear time: projections around `nearfar.linear_attention`.
+
+    Source: arXiv 2602.12128 with one factor. Under autocast the projections and the attention run in the autocast dtype; the
+    state stays float32.
+
+    Args:
+        dim: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
+        head_dim: width of a head of q and k; None: dim / num_heads. Kernels take multiples of 8 up to 256.
+        value_dim: width of a head of v; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        feature_map: as in `nearfar.linear_attention`; a module's parameters are those of the layer.
+        causal: whether a token sees only itself and those before it, which `step` needs.
+        normalize: whether the weights of a query are divided by their sum.
+        bias: whether the projections add a bias.
+        backend: as in `nearfar.linear_attention`, which also checks feature_map.
+
+    Raises:
+        ValueError: dim, num_heads, num_kv_heads, head_dim or value_dim do not fit.
+    """
+
+    operator = staticmethod(linear_attention)
+    step_operator = staticmethod(linear_attention_step)
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        num_kv_heads=None,
+        head_dim=None,
+        value_dim=None,
+        feature_map="elu",
+        causal=False,
+        normalize=True,
+        bias=False,
+        backend="auto",
+    ):
+        super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, feature_map, causal, normalize, bias, backend)
+
+    def extra_repr(self):
+        return f"head_dim={self.head_dim}, {super().extra_repr()}"
+
+
+class HadamardAttention(_StatefulAttention):
+    """Multi-head self-attention by products of kernels in linear time: projections around `nearfar.hadamard_attention`.
+
+    Source: arXiv 2602.12128. Each head projects the input to every factor of q and of k on its own: in the rows of
+    q_proj.weight and k_proj.weight, the factors of a head follow one another. Under autocast the projections and the attention
+    run in the autocast dtype; the state stays float32.
+
+    Args:
+        dim: width of the input and of the output.
+        num_heads: query heads.
+        factor_widths: (d_1, .., d_R), the widths of the factors of a head of q and k. Kernels take up to three, multiples of 8
+            up to 256, whose product is at most 16,384.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
+        value_dim: width of a head of v; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        feature_map, causal, normalize, bias, backend: as for `nearfar.nn.LinearAttention`.
+
+    Raises:
+        ValueError: dim, num_heads, factor_widths, num_kv_heads or value_dim do not fit.
+    """
+
+    operator = staticmethod(hadamard_attention)
+    step_operator = staticmethod(hadamard_attention_step)
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        factor_widths=(16, 16),
+        num_kv_heads=None,
+        value_dim=None,
+        feature_map="elu",
+        causal=False,
+        normalize=True,
+        bias=False,
+        backend="auto",
+    ):
+        factor_widths = tuple(factor_widths)
+        require(
+            bool(factor_widths) and min(factor_widths) >= 1,
+            f"factor_widths must be one or more widths of at least 1, got {factor_widths}",
+        )
+        super().__init__(
+            dim, num_heads, num_kv_heads, sum(factor_widths), value_dim, feature_map, causal, normalize, bias, backend
+        )
+        self.factor_widths = factor_widths
+
+    def factors(self, heads):
+        return heads.split(self.factor_widths, -1)
+
+    def extra_repr(self):
+        return f"factor_widths={self.factor_widths}, {super().extra_repr()}"
