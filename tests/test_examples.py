@@ -27,6 +27,7 @@ def train_digits():
 def test_train_digits_learns_and_prints_finite_numbers(train_digits, tmp_path, capsys):
     curves = train_digits.main(["--steps", "10", "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
+    assert list(curves) == list(train_digits.MODELS)
     for name, (losses, held_out) in curves.items():
         assert len(losses) == 10
         assert losses[-1] < losses[0] - 0.5, name
@@ -38,18 +39,28 @@ def test_train_digits_learns_and_prints_finite_numbers(train_digits, tmp_path, c
     assert {path.name for path in tmp_path.iterdir()} == {"losses.png", "samples.png"}
 
 
+def test_train_digits_trains_the_models_that_were_asked_for(train_digits, tmp_path, capsys):
+    curves = train_digits.main(["--models", "hadamard", "linear", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
+    assert list(curves) == ["hadamard", "linear"]
+    assert "krause" not in capsys.readouterr().out
+
+
 def test_models_of_train_digits_start_alike(train_digits):
-    states = []
-    for attention in (train_digits.SoftmaxAttention, train_digits.krause_attention):
+    states = {}
+    for name, attention in train_digits.MODELS.items():
         torch.manual_seed(0)
-        states.append(train_digits.PixelTransformer(attention).state_dict())
-    softmax, krause = states
-    assert {name.split(".")[-1] for name in krause.keys() - softmax.keys()} == {"log_sigma"}
-    assert all(torch.equal(softmax[name], krause[name]) for name in softmax)
+        states[name] = train_digits.PixelTransformer(attention).state_dict()
+    softmax = states.pop("softmax")
+    assert states.keys() == {"krause", "linear", "hadamard"}
+    for name, state in states.items():
+        own = {parameter.split(".")[-1] for parameter in state.keys() - softmax.keys()}
+        assert own == ({"log_sigma"} if name == "krause" else set()), name
+        assert all(torch.equal(softmax[parameter], state[parameter]) for parameter in softmax), name
 
 
-def test_krause_model_of_train_digits_predicts_from_earlier_pixels_only(train_digits):
-    model = train_digits.PixelTransformer(train_digits.krause_attention).eval()
+@pytest.mark.parametrize("name", ["softmax", "krause", "linear", "hadamard"])
+def test_models_of_train_digits_predict_from_earlier_pixels_only(train_digits, name):
+    model = train_digits.PixelTransformer(train_digits.MODELS[name]).eval()
     tokens = torch.randint(train_digits.LEVELS, (2, train_digits.PIXELS))
     changed = tokens.clone()
     changed[:, 40] = (changed[:, 40] + 1) % train_digits.LEVELS
