@@ -81,8 +81,8 @@ class Launch:
     """A kernel launch with everything fixed but its tensors.
 
     Triton's own launch looks every argument over to find the compiled kernel, which takes longer than the launch itself.
-    All that it looks at but pointer alignment is the same in every call of one Launch, so the compiled kernel is called
-    directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
+    All that it looks at but pointer alignment and which tensors are None is the same in every call of one Launch, so the
+    compiled kernel is called directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
     """
 
     def __init__(self, kernel, programs, scalars, parameters):
@@ -92,7 +92,7 @@ class Launch:
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
         if parameters.maxnreg is not None:
             self._options["maxnreg"] = parameters.maxnreg
-        self._direct = None
+        self._compiled = {}  # by which tensors are None: Triton compiles those out
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
@@ -102,18 +102,21 @@ class Launch:
         if knobs.runtime.interpret or not aligned(addresses):
             self._kernel[self._grid](*tensors, *self._scalars, **self._options)
             return
-        if self._direct is None:
-            self.compile(*tensors)
-        self._direct(*addresses, *self._scalars)
+        run = self._compiled.get(absent(tensors)) or self.compile(*tensors)
+        run(*addresses, *self._scalars)
 
-    @property
-    def new(self):
-        return self._direct is None and self._grid[0] > 0
+    def is_new(self, tensors):
+        return self._grid[0] > 0 and absent(tensors) not in self._compiled and aligned(map(address, tensors))
 
     def compile(self, *tensors):
         """Compile and load the kernel for tensors like these, all of them aligned."""
         compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
-        self._direct = compiled[self._grid]
+        run = self._compiled[absent(tensors)] = compiled[self._grid]
+        return run
+
+
+def absent(tensors):
+    return tuple([tensor is None for tensor in tensors])
 
 
 def launch_all(*launches):
@@ -122,15 +125,14 @@ def launch_all(*launches):
     Compilers run outside Python's lock, and each kernel also waits for a C compiler: the first call of several kernels takes
     about as long as that of the slowest.
     """
-    new = [] if knobs.runtime.interpret else [pair for pair in launches if pair[0].new]
+    new = [] if knobs.runtime.interpret else [(launch, tensors) for launch, tensors in launches if launch.is_new(tensors)]
     if len(new) > 1:
         device = torch.cuda.current_device()
 
         def compile_on_device(pair):
             launch, tensors = pair
             with torch.cuda.device(device):
-                if aligned(map(address, tensors)):
-                    launch.compile(*tensors)
+                launch.compile(*tensors)
 
         driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
         with ThreadPoolExecutor(len(new)) as pool:

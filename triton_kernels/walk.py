@@ -56,6 +56,8 @@ def walk_read(
 ):  # fmt: skip
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
+    if begin >= end:
+        return
     state, norm_state = load_state(
         states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
         D, DV, BLOCK_D, BLOCK_DV,
@@ -98,6 +100,8 @@ def walk_grad_queries(
 ):  # fmt: skip
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
+    if begin >= end:
+        return
     state, norm_state = load_state(
         states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
         D, DV, BLOCK_D, BLOCK_DV,
@@ -143,6 +147,8 @@ def walk_grad_keys(
 ):  # fmt: skip
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
+    if begin >= end:
+        return
     state, norm_state = load_state(
         states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, CAUSAL, D, DV, BLOCK_D, BLOCK_DV
     )

@@ -11,8 +11,9 @@ import torch
 from nearfar.checks import is_plain
 from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
 
-# A pair computed directly counts as this many multiply-adds per width, measured against those that go through the state.
-DIRECT_COST = 0.25
+# A multiply-add of a pair computed directly takes as long as two of those that go through the state, forward and backward
+# together, as measured on an H100 for one, two and three factors (docs/linear.md).
+DIRECT_COST = 2
 # Bytes that pass through memory while a multiprocessor does one multiply-add, times the bytes of a state on its way: they
 # balance the direct pairs of a piece, which grow with its length, against its state, which is written and read once.
 STATE_COST = 384
