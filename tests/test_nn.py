@@ -347,10 +347,11 @@ def test_far_layers_run_in_the_autocast_dtype_with_float32_states(kind):
     assert_close(first.float(), y[:, :1].float(), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float32), ("reference", torch.float64)])
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "causal": True}])
 @FAR
-def test_far_layers_compile_to_one_graph(kind, options):
-    layer, x = far(kind, backend="triton", **options), tokens(batch=1, length=9)
+def test_far_layers_compile_to_one_graph(kind, options, backend, dtype):
+    layer, x = far(kind, backend=backend, **options).to(dtype), tokens(batch=1, length=9).to(dtype)
     state = torch.rand_like(layer.init_state(1))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = []
