@@ -1,68 +1,98 @@
-"""Compiles the pipelined kernels for sm_90 without a GPU and prints, as JSON, what their products read. See test_races.py.
+"""Compiles the kernels of the operators for sm_90 without a GPU and prints, as JSON, what their products read.
 
-Run as a script: in the process of the tests Triton may be interpreting, and then compiles nothing.
+Run as a script by test_races.py: in the process of the tests Triton may be interpreting, and then compiles nothing.
 """
 
 import json
 import re
+import sys
 
 import torch
 import triton
-from nearfar.triton_kernels import krause, launch, pairwise
+from nearfar.triton_kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-KERNELS = {kernel.__name__: kernel for kernel in (pairwise.attend, pairwise.grad_queries, pairwise.grad_keys)}
-FLOATS = ("parameter", "lse", "delta", "dlog_scale")
+import nearfar as nf
 
-
-def argument_type(name):
-    if name.endswith("_strides") or name == "window":
-        return ("i32",) * 3
-    if name in FLOATS:
-        return "*fp32"
-    return "*i32" if name == "bits" else "*bf16" if name in ("q", "k", "v", "o", "do", "dq", "dk", "dv") else "i32"
+TARGET = GPUTarget("cuda", 90, 32)
 
 
-def compile_kernel(kernel, width, selected):
-    """The TTGIR of a kernel with the parameters of the launch table."""
-    parameters = launch.launch_parameters(kernel.__name__, width, torch.bfloat16.itemsize)
-    constants = {
-        "SCALE": krause.PAIR.scale, "SCORE": krause.PAIR.score, "GRAD_KEYS": krause.PAIR.grad_keys, "PRECISION": "ieee",
-        "D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": parameters.block_m,
-        "BLOCK_N": parameters.block_n, "token_bounds": None, "k_squares": None, "group": 1,
-    }  # fmt: skip
-    if not selected:
-        constants["bits"] = None
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
-    aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, name in enumerate(names) if str(signature[name]).startswith("*")}
-    attributes |= {(i, j): aligned for i, name in enumerate(names) if name.endswith("_strides") for j in range(3)}
-    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages, "maxnreg": parameters.maxnreg}
-    return parameters.num_stages, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+def captured(function, tensors):
+    """(launch, tensors) of a forward and backward call: nothing runs, and outputs hold what their memory held."""
+    launches = []
+    Launch.is_new = lambda launch, tensors: False
+    Launch.__call__ = lambda launch, *tensors: launches.append((launch, tensors))
+    o = function(*(tensor.requires_grad_() for tensor in tensors))
+    torch.autograd.grad(o, tensors, torch.empty_like(o))
+    return launches
+
+
+def compile_launch(launch, tensors):
+    """The compiled kernel of a launch, as Triton would compile it on a GPU."""
+    kernel, backend = launch._kernel, make_backend(TARGET)
+    keywords = {**launch._options, "debug": False}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*tensors, *launch._scalars, **keywords)
+    options, *source = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return triton.compile(ASTSource(kernel, *source), target=TARGET, options=options.__dict__)
 
 
 def pending_products(ttgir):
-    """Buffers behind the second operand of each product that a loop step starts and does not wait for."""
+    """(number of products, buffers behind the second operand of each that a loop step starts and does not wait for)."""
     buffers = dict(re.findall(r"(%\w+) = ttg.local_alloc : \(\) -> !ttg.memdesc<(\d+)x", ttgir))
+    views = dict(re.findall(r"(%\w+) = ttg.memdesc_(?:trans|subslice) (%\w+)", ttgir))
     tiles = dict(re.findall(r"(%\w+) = ttg.memdesc_index (%\w+)\[", ttgir))
-    transposed = dict(re.findall(r"(%\w+) = ttg.memdesc_trans (%\w+)", ttgir))
-    waited = re.findall(r"warp_group_dot_wait (%\w+)", ttgir)
-    products = re.findall(r"(%\w+) = ttng.warp_group_dot %\w+, (%\w+), %\w+ \{isAsync = true\}", ttgir)
-    read = [transposed.get(tile, tile) for product, tile in products if product not in waited]
-    return len(products), [int(buffers[tiles[tile]]) for tile in read if tiles.get(tile) in buffers]
+    waited = re.findall(r"warp_group_dot_wait (%\w+)[^{]*\{pendings = 0", ttgir)
+    products = re.findall(r"(%\w+) = ttng.warp_group_dot %[\w#]+, (%\w+),[^{]*\{isAsync = true\}", ttgir)
+    pending = []
+    for product, tile in products:
+        while tile in views:
+            tile = views[tile]
+        if product not in waited and tiles.get(tile) in buffers:
+            pending.append(int(buffers[tiles[tile]]))
+    return len(products), pending
+
+
+def calls():
+    """(what, function, tensors), in bfloat16: the shapes that the launch parameters were measured for."""
+
+    def rows(*widths):
+        return [torch.empty(1, 2, 4096, width, dtype=torch.bfloat16) for width in widths]
+
+    for width in (64, 128, 256):
+        for top_k in (None, 96):
+            window, sigma = nf.SlidingWindow(127), torch.full((2,), 2.0)
+            yield (
+                f"krause {width} top_k {top_k}",
+                lambda q, k, v, sigma, top_k=top_k, window=window: nf.krause_attention(
+                    q, k, v, sigma, window, top_k=top_k, backend="triton"
+                ),
+                [*rows(width, width, width), sigma],
+            )
+    for factors, width, causal in (
+        ((64,), 64, True), ((64,), 64, False), ((128,), 128, False),
+        ((16, 16), 64, True), ((16, 16), 64, False), ((64, 64), 128, False),
+    ):  # fmt: skip
+        count = len(factors)
+        yield (
+            f"hadamard {factors} {width} {'causal' if causal else 'full'}",
+            lambda *t, count=count, causal=causal: nf.hadamard_attention(
+                t[:count], t[count:-1], t[-1], causal=causal, backend="triton"
+            ),
+            rows(*factors, *factors, width),
+        )
 
 
 if __name__ == "__main__":
+    # The public functions refuse CPU tensors where Triton does not interpret; here nothing is launched.
+    nf.dispatch.triton_device_reason = lambda tensor: None
     found = []
-    for width in (64, 128, 256):
-        for name, kernel in KERNELS.items():
-            for selected in (False, True) if "bits" in kernel.arg_names else (False,):
-                stages, ttgir = compile_kernel(kernel, width, selected)
-                products, pending = pending_products(ttgir)
-                found.append({"kernel": name, "width": width, "selected": selected, "stages": stages,
-                              "products": products, "buffers": pending})  # fmt: skip
-    print(json.dumps(found))
+    for what, function, tensors in calls():
+        for launch, arguments in captured(function, tensors):
+            compiled = compile_launch(launch, arguments)
+            products, buffers = pending_products(compiled.asm["ttgir"])
+            found.append({"call": what, "kernel": launch._kernel.__name__, "stages": launch._options["num_stages"],
+                          "shared": compiled.metadata.shared, "products": products, "buffers": buffers})  # fmt: skip
+    json.dump(found, sys.stdout)

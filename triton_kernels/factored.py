@@ -141,11 +141,11 @@ def accumulate(
     NORMS_BY_PRODUCT: tl.constexpr = BLOCK_OUTER >= 16  # fewer rows a product cannot have
 
     accs = ()
-    for i in tl.static_range(BLOCK_OUTER):
+    for _ in tl.static_range(BLOCK_OUTER):
         accs = accs + (zero_tile(BLOCK_INNER, BLOCK_DV),)
     norms = tl.zeros((BLOCK_OUTER, BLOCK_INNER), tl.float32)
     norm_rows = ()
-    for i in tl.static_range(BLOCK_OUTER):
+    for _ in tl.static_range(BLOCK_OUTER):
         norm_rows = norm_rows + (tl.zeros((BLOCK_INNER,), tl.float32),)
     for member in range(group):
         token_head = head * group + member

@@ -124,7 +124,8 @@ def problem_of(qs, ks, v, cu_seqlens, feature_map, causal):
     q, widths = qs[0], tuple(q.shape[3] for q in qs)
     return launch.Problem(
         q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, v.device, feature_map, causal,
-        walks(widths, v.shape[3]), piece_length_of(qs, v, causal), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
+        walks(widths, v.shape[3]), piece_length_of(qs, v, causal), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        launch.operand_precision(v.dtype),
     )  # fmt: skip
 
 

@@ -1,0 +1,75 @@
+"""Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
+
+import pytest
+import torch
+from nearfar.triton_kernels.launch import Launch, LaunchParameters, aligned
+from triton import knobs
+
+
+class Kernel:
+    """Stands for a triton.jit function: compiles to something that notes its arguments under the number of its variant."""
+
+    def __init__(self):
+        self.compiled, self.calls, self.slow_calls = [], [], []
+
+    def warmup(self, *arguments, grid, **options):
+        self.compiled.append((arguments, options))
+        variant = len(self.compiled) - 1
+        return {grid: lambda *arguments: self.calls.append((variant, arguments))}
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.slow_calls.append(arguments)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    return Kernel()
+
+
+def launch_of(kernel, programs=3):
+    return Launch(kernel, programs, (7, 0.5), LaunchParameters(16, 16, num_warps=4, num_stages=2, maxnreg=128))
+
+
+def test_a_launch_compiles_once_and_passes_addresses(kernel):
+    launch, tensor, other = launch_of(kernel), torch.zeros(4), torch.zeros(4)
+    launch(tensor, None)
+    launch(other, None)
+    assert len(kernel.compiled) == 1 and not kernel.slow_calls
+    assert kernel.compiled[0][1] == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
+    assert kernel.calls == [(0, (tensor.data_ptr(), None, 7, 0.5)), (0, (other.data_ptr(), None, 7, 0.5))]
+
+
+def test_tensors_that_are_none_have_kernels_of_their_own(kernel):
+    """Triton compiles None out: the kernel for one pattern, called with another, would read a null pointer."""
+    launch, tensor = launch_of(kernel), torch.zeros(4)
+    for arguments in ((tensor, None), (tensor, tensor), (None, tensor), (tensor, None)):
+        launch(*arguments)
+    assert [variant for variant, _ in kernel.calls] == [0, 1, 2, 0]
+    assert not launch.is_new((tensor, tensor)) and launch.is_new((None, None))
+
+
+def test_tuples_of_tensors_are_passed_as_tuples(kernel):
+    launch, tensors = launch_of(kernel), (torch.zeros(4), torch.zeros(4))
+    launch(tensors)
+    assert kernel.calls == [(0, (tuple(t.data_ptr() for t in tensors), 7, 0.5))]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unaligned_tensors_take_the_way_of_triton(kernel, nested):
+    launch, tensor = launch_of(kernel), torch.zeros(5)[1:]
+    argument = (torch.zeros(4), tensor) if nested else tensor
+    assert not launch.is_new((argument,))
+    launch(argument)
+    assert not kernel.compiled and kernel.slow_calls == [(argument, 7, 0.5)]
+
+
+def test_no_programs_are_no_launch(kernel):
+    launch = launch_of(kernel, programs=0)
+    assert not launch.is_new((torch.zeros(4),))
+    launch(torch.zeros(4))
+    assert not (kernel.compiled or kernel.calls or kernel.slow_calls)
+
+
+def test_empty_tensors_count_as_aligned():
+    assert torch.empty(0).data_ptr() == 0 and aligned([0, None, 16, (32, 0)]) and not aligned([(16, (8,))])
