@@ -440,6 +440,16 @@ def test_sigma_by_number_scalar_and_head(backend):
     assert torch.equal(plain, expected[0])
 
 
+def test_a_compiled_reference_serves_other_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(nf.krause_attention, backend="aot_eager")
+    for ends in ((0, 2, 9), (0, 0, 9, 9), (0, 9, 40)):
+        q, cu_seqlens = randn(1, 2, ends[-1], 16, device="cpu"), torch.tensor(ends, dtype=torch.int32)
+        call = dict(locality=nf.SlidingWindow(4), top_k=2, cu_seqlens=cu_seqlens)
+        expected = nf.krause_attention(q, q, q, 2.0, **call, backend="reference")
+        assert torch.equal(compiled(q, q, q, 2.0, **call), expected), ends
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation makes."""
 

@@ -294,6 +294,15 @@ def test_token_by_token(widths, backend):
     torch.testing.assert_close(stepped.double(), running, rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_reference_serves_other_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(flat, backend="aot_eager")
+    for ends in ((0, 2, 9), (0, 0, 9, 9), (0, 9, 40)):
+        sample = sample_of((8,), ends[-1], causal=True, device="cpu", cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+        expected = flat(**sample.tensors, **sample.options, backend="reference")
+        assert torch.equal(compiled(**sample.tensors, **sample.options), expected), ends
+
+
 # -------------------------------------------------------------------------------------------------------------- states
 
 

@@ -193,6 +193,37 @@ def test_compile_once_for_all_lengths(operator, name):
 
 
 @each_sample
+def test_compile_the_reference(operator, name):
+    """What "auto" takes for CPU tensors. Packed sequences break the graph, because their lengths are read back."""
+    torch._dynamo.reset()
+    sample = make(operator, name, torch.float32, device="cpu", length=19)
+    packed = "cu_seqlens" in sample.options
+    compiled = torch.compile(public(operator), fullgraph=not packed, backend="aot_eager")
+    assert_same(run(public(operator), sample, backend="auto"), run(compiled, sample, backend="auto"), "when compiled")
+
+
+@each_sample
+def test_function_transforms_of_the_reference(operator, name):
+    """torch.func: grad, and vmap of it over a batch of the tensors with tokens."""
+    sample = make(operator, name, torch.float32, device="cpu", length=19)
+    outputs, expected = run(public(operator), sample, backend="reference")
+    do = as_tuple(like(outputs))
+
+    def loss(tensors):
+        o = as_tuple(public(operator)(**tensors, **sample.options, backend="reference"))
+        return sum((part * d).sum() for part, d in zip(o, do, strict=True))
+
+    assert_same(((), torch.func.grad(loss)(sample.tensors)), ((), expected))
+    other = {n: t.flip(2) if has_tokens(n) else t for n, t in sample.tensors.items()}
+    batch = {n: torch.stack((t, other[n])) if has_tokens(n) else t for n, t in sample.tensors.items()}
+    dims = {n: 0 if has_tokens(n) else None for n in batch}
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(dims,))(batch)
+    for index, tensors in enumerate((sample.tensors, other)):
+        own = {n: gradient[index] for n, gradient in mapped.items()}
+        torch.testing.assert_close(own, torch.func.grad(loss)(tensors), rtol=1e-4, atol=1e-5)
+
+
+@each_sample
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_autocast(operator, name, backend):
     """float32 inputs are cast to the autocast dtype; gradients come back in float32."""

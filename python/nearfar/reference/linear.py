@@ -63,7 +63,7 @@ def step(qs, ks, v, state, feature_map="elu", normalize=True, eps=1e-6):
     """One token: add its key to `state` in place and return o (B, Hq, 1, Dv); no gradient."""
     with torch.no_grad():
         xs, ys, values = _features(qs, ks, v, feature_map)
-        state += Build.apply(*(y[:, :, 0] for y in ys), values[:, :, 0])
+        state += _apply(Build, *(y[:, :, 0] for y in ys), values[:, :, 0])
         return _normalize(_read(state, xs), normalize, eps).flatten(1, 2).to(v.dtype)
 
 
@@ -85,18 +85,18 @@ def _features(qs, ks, v, feature_map):
 def _one_sequence(xs, ys, values, state, causal, return_state):
     """The unnormalised o (B, Hkv, group, N, Dv + 1), and the state after the last key where it is wanted."""
     by_pairs = causal or direct_is_cheaper(xs[0].shape[-2], values.shape[-2], [y.shape[-1] for y in (*ys, values)])
-    o = Pairs.apply(int(causal), *xs, *ys, values) if by_pairs else 0
+    o = _apply(Pairs, int(causal), *xs, *ys, values) if by_pairs else 0
     if by_pairs and state is not None:
         o = o + _read(state, xs)
     if return_state or not by_pairs:
-        built = Build.apply(*(y[:, :, 0] for y in ys), values[:, :, 0])
+        built = _apply(Build, *(y[:, :, 0] for y in ys), values[:, :, 0])
         state = built if state is None else state + built
     return o if by_pairs else _read(state, xs), state
 
 
 def _read(state, xs):
     """<x_1,i (x) .. (x) x_R,i, state>: heads of a group are more rows for the same state."""
-    return Contract.apply(state, *(x.flatten(2, 3) for x in xs)).unflatten(2, xs[0].shape[2:4])
+    return _apply(Contract, state, *(x.flatten(2, 3) for x in xs)).unflatten(2, xs[0].shape[2:4])
 
 
 def _normalize(o, normalize, eps):
@@ -119,8 +119,16 @@ def _without(items, index):
     return (*items[:index], *items[index + 1 :])
 
 
+def _apply(function, *arguments):
+    """function.apply, or its forward where nothing asks for gradients: there Dynamo miscounts the arguments of an apply."""
+    tracked = torch.is_grad_enabled() and any(getattr(argument, "requires_grad", False) for argument in arguments)
+    return function.apply(*arguments) if tracked else function.forward(*arguments)
+
+
 class Build(torch.autograd.Function):
     """Factors (B, H, n, d_1), .., (B, H, n, d_m) -> their sum of outer products over n, (B, H, d_1, .., d_m)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*factors):
@@ -135,13 +143,15 @@ class Build(torch.autograd.Function):
     def backward(ctx, dstate):
         factors = ctx.saved_tensors
         return tuple(
-            Contract.apply(dstate.movedim(2 + r, -1), *_without(factors, r)) if needed else None
+            _apply(Contract, dstate.movedim(2 + r, -1), *_without(factors, r)) if needed else None
             for r, needed in enumerate(ctx.needs_input_grad)
         )
 
 
 class Contract(torch.autograd.Function):
     """State (B, H, d_1, .., d_m, c) and factors (B, H, n, d_1), .., (B, H, n, d_m) -> (B, H, n, c)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(state, *factors):
@@ -156,8 +166,8 @@ class Contract(torch.autograd.Function):
     def backward(ctx, do):
         state, *factors = ctx.saved_tensors
         needs_state, *needs_factors = ctx.needs_input_grad
-        return Build.apply(*factors, do) if needs_state else None, *(
-            Contract.apply(state.movedim(2 + r, -1), *_without(factors, r), do) if needed else None
+        return _apply(Build, *factors, do) if needs_state else None, *(
+            _apply(Contract, state.movedim(2 + r, -1), *_without(factors, r), do) if needed else None
             for r, needed in enumerate(needs_factors)
         )
 
@@ -167,6 +177,8 @@ class Pairs(torch.autograd.Function):
 
     x_r: (B, H, G, N, d_r), y_r: (B, H, K, M, d_r), v: (B, H, K, M, c) -> (B, H, G, N, c).
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(direction, *tensors):
@@ -185,9 +197,9 @@ class Pairs(torch.autograd.Function):
         count = len(factors) // 2
         xs, ys, direction = factors[:count], factors[count:], ctx.direction
         gradients = [
-            *(lambda r=r: Pairs.apply(direction, *_without(xs, r), do, *_without(ys, r), v, ys[r]) for r in range(count)),
-            *(lambda r=r: Pairs.apply(-direction, *_without(ys, r), v, *_without(xs, r), do, xs[r]) for r in range(count)),
-            lambda: Pairs.apply(-direction, *ys, *xs, do),
+            *(lambda r=r: _apply(Pairs, direction, *_without(xs, r), do, *_without(ys, r), v, ys[r]) for r in range(count)),
+            *(lambda r=r: _apply(Pairs, -direction, *_without(ys, r), v, *_without(xs, r), do, xs[r]) for r in range(count)),
+            lambda: _apply(Pairs, -direction, *ys, *xs, do),
         ]
         needed = ctx.needs_input_grad[1:]
         return None, *(gradient() if need else None for gradient, need in zip(gradients, needed, strict=True))
