@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nearfar.triton_kernels.launch import Launch, LaunchParameters, aligned
+from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
 from triton import knobs
 
 
@@ -71,5 +71,8 @@ def test_no_programs_are_no_launch(kernel):
     assert not (kernel.compiled or kernel.calls or kernel.slow_calls)
 
 
-def test_empty_tensors_count_as_aligned():
-    assert torch.empty(0).data_ptr() == 0 and aligned([0, None, 16, (32, 0)]) and not aligned([(16, (8,))])
+def test_survey():
+    whole, shifted = torch.zeros(4), torch.zeros(5)[1:]
+    assert survey((whole, None, (whole, whole))) == ([whole.data_ptr(), None, (whole.data_ptr(),) * 2], 0b010, True)
+    assert survey((None, shifted))[1:] == (0b10, False) and survey(((whole, shifted), None))[1:] == (0b01, False)
+    assert survey((torch.empty(0),)) == ([0], 0, True)  # nothing will be read there

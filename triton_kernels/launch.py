@@ -61,22 +61,6 @@ def dot_precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def address(tensor):
-    if isinstance(tensor, tuple):
-        return tuple(map(address, tensor))
-    return None if tensor is None else tensor.data_ptr()
-
-
-def aligned(addresses):
-    for item in addresses:
-        if isinstance(item, tuple):
-            if not aligned(item):
-                return False
-        elif item and item % ALIGNMENT:
-            return False
-    return True
-
-
 class Launch:
     """A kernel launch with everything fixed but its tensors.
 
@@ -98,25 +82,42 @@ class Launch:
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
         if not self._grid[0]:
             return
-        addresses = [address(tensor) for tensor in tensors]
-        if knobs.runtime.interpret or not aligned(addresses):
+        addresses, absent, aligned = survey(tensors)
+        if knobs.runtime.interpret or not aligned:
             self._kernel[self._grid](*tensors, *self._scalars, **self._options)
             return
-        run = self._compiled.get(absent(tensors)) or self.compile(*tensors)
+        run = self._compiled.get(absent) or self.compile(*tensors)
         run(*addresses, *self._scalars)
 
     def is_new(self, tensors):
-        return self._grid[0] > 0 and absent(tensors) not in self._compiled and aligned(map(address, tensors))
+        _, absent, aligned = survey(tensors)
+        return self._grid[0] > 0 and aligned and absent not in self._compiled
 
     def compile(self, *tensors):
         """Compile and load the kernel for tensors like these, all of them aligned."""
         compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
-        run = self._compiled[absent(tensors)] = compiled[self._grid]
+        run = self._compiled[survey(tensors)[1]] = compiled[self._grid]
         return run
 
 
-def absent(tensors):
-    return tuple([tensor is None for tensor in tensors])
+def survey(tensors):
+    """(addresses, which tensors are None as the bits of a number, whether all others are aligned), in one pass."""
+    addresses, absent, bits = [], 0, 0
+    for tensor in tensors:
+        absent <<= 1
+        if tensor is None:
+            absent += 1
+            addresses.append(None)
+        elif type(tensor) is tuple:
+            inner = tuple([part.data_ptr() for part in tensor])
+            for address in inner:
+                bits |= address
+            addresses.append(inner)
+        else:
+            address = tensor.data_ptr()
+            bits |= address
+            addresses.append(address)
+    return addresses, absent, bits % ALIGNMENT == 0
 
 
 def launch_all(*launches):

@@ -112,13 +112,14 @@ def positive_per_head(name, value, like, num_heads):
     so there a value that is not positive turns the outputs of its head into NaN instead.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if isinstance(value, numbers.Real):
+    if not isinstance(value, torch.Tensor):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a float or a floating-point tensor, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
         return torch.full((1,), float(value), dtype=dtype, device=like.device)
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOATING:
-        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a float or a floating-point tensor, got {kind}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be a float or a floating-point tensor, got {value.dtype}")
     if value.dim() and value.shape not in ((1,), (num_heads,)):
         raise ValueError(
             f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(value.shape)}"
