@@ -9,8 +9,13 @@ import triton
 import triton.language as tl
 
 from . import factored, walk
-from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
 from .linear import FEATURE_MAPS, step
+
+__all__ = [
+    "Problem", "launch_all", "operand_precision",
+    "plan_accumulate", "plan_combine", "plan_grad", "plan_read", "plan_step", "plan_walk",
+]  # fmt: skip
 
 PIECES_AT_ONCE = 8
 STEP_TILE = 4096  # elements of the state that a decoding program holds at once

@@ -3,6 +3,7 @@
 Linear attention is Hadamard linear attention with one factor; both are `torch.ops.nearfar.hadamard_attention`.
 """
 
+import functools
 import importlib
 import math
 
@@ -65,6 +66,7 @@ def step(qs, ks, v, state, feature_map, normalize, eps, out):
     return out
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.factored_launch")
@@ -72,7 +74,7 @@ def _launchers():
 
 def _launch_all(tensor, launches):
     with device_of(tensor):
-        importlib.import_module("nearfar.triton_kernels.launch").launch_all(*launches)
+        _launchers().launch_all(*launches)
 
 
 def causal_piece_length(widths, value_width):
