@@ -1,0 +1,266 @@
+"""Softmax attention and affine-scaled attention (arXiv 2602.23057): o_i = alpha_i softmax(..)_i V + beta_i c_i.
+
+c_i is the sum of the values that query i may see. It needs no pairs: whole chunks of values come from their prefix sums, and
+only the chunks that the ends of a tile's windows cut are multiplied by their mask. The backward uses the same for dv, whose
+bias part is the sum of beta_i dO_i over the queries that see a key.
+
+    chunk_sums, scan_chunks     prefix sums of values, or of scaled dO, at the ends of chunks of CHUNK tokens
+    attend                      o, the plain attention output u, and lse
+    grad_queries                dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
+    grad_keys                   dk and dv, summed over the query heads of a group
+
+With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2. Rows
+without keys have u = c = m = 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LOG2E,
+    at,
+    exp2,
+    inside,
+    load_tile,
+    load_vector,
+    program_coordinates,
+    reach,
+    store_tile,
+    tile_reach,
+    transpose_window,
+)
+
+CHUNK: tl.constexpr = tl.constexpr(64)
+
+
+@triton.jit
+def load_scaled(base, rows, stride, num_rows, factors, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """A float32 tile of rows, multiplied by their factors if there are any."""
+    tile = load_tile(base, rows, stride, num_rows, WIDTH, BLOCK_WIDTH).to(tl.float32)
+    if factors is not None:
+        tile *= load_vector(factors, rows, num_rows, 0.0)[:, None]
+    return tile
+
+
+@triton.jit
+def chunk_sums(
+    values, factors, sums, strides, num_rows, num_heads, num_chunks,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """sums (B, H, chunks + 1, width) float32: at chunk + 1 the sum of a chunk, which scan_chunks turns into prefix sums."""
+    chunk, head, batch = program_coordinates(num_chunks, num_heads)
+    index = batch.to(tl.int64) * num_heads + head
+    rows = chunk * CHUNK + tl.arange(0, CHUNK)
+    if factors is not None:
+        factors += index * num_rows
+    tile = load_scaled(at(values, strides, batch, head), rows, strides[2], num_rows, factors, WIDTH, BLOCK_WIDTH)
+    column = tl.arange(0, BLOCK_WIDTH)
+    sums += (index * (num_chunks + 1) + chunk + 1) * WIDTH
+    tl.store(sums + column, tl.sum(tile, 0), mask=column < WIDTH)
+
+
+@triton.jit
+def scan_chunks(sums, num_chunks, WIDTH: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    sums += tl.program_id(0).to(tl.int64) * (num_chunks + 1) * WIDTH
+    column = tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    tl.store(sums + column, total, mask=column < WIDTH)
+    for first in range(1, num_chunks + 1, BLOCK_CHUNKS):
+        chunks = first + tl.arange(0, BLOCK_CHUNKS)
+        tile = load_tile(sums, chunks, WIDTH, num_chunks + 1, WIDTH, BLOCK_WIDTH)
+        store_tile(sums, chunks, WIDTH, num_chunks + 1, tl.cumsum(tile, 0) + total[None, :], WIDTH, BLOCK_WIDTH)
+        total += tl.sum(tile, 0)
+
+
+@triton.jit
+def window_sums(
+    values, stride, factors, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_rows,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_WIDTH) sums of the values in the interval [begin, end) of each row.
+
+    The intervals cover [all_begin, all_end) all, and nothing beyond [tile_begin, tile_end); see tile_reach.
+    """
+    column = tl.arange(0, BLOCK_WIDTH)
+    last_chunk = tl.cdiv(num_rows, CHUNK)
+    first_chunk = tl.minimum(tile_begin // CHUNK, last_chunk)
+    stop_chunk = tl.maximum(tl.minimum(tl.cdiv(tile_end, CHUNK), last_chunk), first_chunk)
+    first_whole = tl.minimum(tl.maximum(tl.cdiv(all_begin, CHUNK), first_chunk), stop_chunk)
+    stop_whole = tl.minimum(tl.maximum(all_end // CHUNK, first_whole), stop_chunk)
+    high = tl.load(sums + stop_whole.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)
+    low = tl.load(sums + first_whole.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)
+    total = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32) + (high - low)[None, :]
+    whole = stop_whole - first_whole
+    for step in range(first_chunk, stop_chunk - whole):
+        chunk = step + tl.where(step >= first_whole, whole, 0)
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = tl.where(inside(rows, begin, end), 1.0, 0.0)
+        if factors is None:
+            tile = load_tile(values, rows, stride, num_rows, WIDTH, BLOCK_WIDTH)
+            total = tl.dot(mask.to(tile.dtype), tile, total, input_precision=PRECISION)
+        else:
+            # Factors may be as small as 1 / N, where float16 has few bits left: tf32 has its bits and a wider range.
+            tile = load_scaled(values, rows, stride, num_rows, factors, WIDTH, BLOCK_WIDTH)
+            SCALED: tl.constexpr = "tf32" if values.dtype.element_ty.primitive_bitwidth == 16 else PRECISION
+            total = tl.dot(mask, tile, total, input_precision=SCALED)
+    return total
+
+
+@triton.jit
+def attend(
+    q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds,
+    q_strides, k_strides, v_strides, o_strides,
+    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """u None: o is u."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
+    )
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sink is not None:
+        highest = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sink + head) * LOG2E
+        total += 1.0
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+        if first < all_begin or first + BLOCK_N > all_end:
+            score = tl.where(inside(keys, begin, end), score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weight = exp2(score - shift[:, None])
+        decay = exp2(highest - shift)
+        total = total * decay + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+        highest = new_highest
+
+    sees_a_key = begin < end
+    acc *= tl.where(sees_a_key, tl.div_rn(1.0, total), 0.0)[:, None]
+    tl.store(lse + row_offset + rows, tl.where(sees_a_key, highest + tl.log2(total), 0.0), mask=rows < num_queries)
+    if u is not None:
+        u += row_offset * DV
+        store_tile(u, rows, DV, num_queries, acc, DV, BLOCK_DV)
+    if alpha is not None:
+        acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
+    if beta is not None:
+        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * (tl.cdiv(num_keys, CHUNK) + 1) * DV
+        bias = window_sums(
+            v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
+            PRECISION, DV, BLOCK_M, BLOCK_DV,
+        )  # fmt: skip
+        acc += load_vector(beta + row_offset, rows, num_queries, 0.0)[:, None] * bias
+    store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, acc, DV, BLOCK_DV)
+
+
+@triton.jit
+def grad_queries(
+    q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
+    q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
+    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dbeta None: there is no bias."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
+    )
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
+    u_tile = load_tile(at(u, u_strides, batch, head), rows, u_strides[2], num_queries, DV, BLOCK_DV)
+    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
+    row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
+    if dbeta is not None:
+        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * (tl.cdiv(num_keys, CHUNK) + 1) * DV
+        bias = window_sums(
+            v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
+            PRECISION, DV, BLOCK_M, BLOCK_DV,
+        )  # fmt: skip
+        tl.store(dbeta + row_offset + rows, tl.sum(bias * do_tile.to(tl.float32), 1), mask=rows < num_queries)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+        weight = exp2(score - row_lse[:, None])
+        if first < all_begin or first + BLOCK_N > all_end:
+            weight = tl.where(inside(keys, begin, end), weight, 0.0)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = weight * (dp - row_m[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+
+    if alpha is not None:
+        acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
+    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, alpha, beta, sums, do, lse, m, dk, dv, token_bounds,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
+    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
+    v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
+    seen_by = transpose_window(window)
+    seen_begin, seen_end = reach(keys, token_bounds, num_keys, num_queries, seen_by)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(
+        tile * BLOCK_N, BLOCK_N, token_bounds, num_keys, num_queries, seen_by
+    )
+
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
+        row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+        for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
+            do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
+            row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
+            row_m = load_vector(m + row_offset, rows, num_queries, 0.0)
+            # Transposed, (keys, queries), so that the weights feed the next product from registers.
+            score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
+            weight = exp2(score - row_lse[None, :])
+            if first < all_begin or first + BLOCK_M > all_end:
+                weight = tl.where(inside(rows, seen_begin, seen_end), weight, 0.0)
+            if alpha is not None:
+                weight *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[None, :]
+            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            ds = weight * (dp - row_m[None, :])
+            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+        if beta is not None:
+            head_sums = sums + (batch.to(tl.int64) * num_heads + head) * (tl.cdiv(num_queries, CHUNK) + 1) * DV
+            dv_tile += window_sums(
+                do_head, do_strides[2], beta + row_offset, head_sums, seen_begin, seen_end,
+                tile_begin, all_begin, all_end, tile_end, num_queries, PRECISION, DV, BLOCK_N, BLOCK_DV,
+            )  # fmt: skip
+
+    store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)
+    store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)

@@ -1,0 +1,96 @@
+"""Launchers of the kernels of softmax and affine-scaled attention. Outputs and workspaces come from the caller."""
+
+import functools
+
+import triton
+
+from . import affine
+from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
+from .pairwise_launch import Signature
+
+CHUNKS_AT_ONCE = 16
+
+
+def signature(q, k, v, token_bounds, left, right):
+    return Signature(
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, 0,
+        token_bounds is not None, left, right, dot_precision(q.dtype),
+    )  # fmt: skip
+
+
+def num_chunks(length):
+    return triton.cdiv(length, affine.CHUNK.value)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_sums(shape, strides):
+    """chunk_sums and scan_chunks of (B, H, N, width) values."""
+    batch, heads, length, width = shape
+    chunks, block = num_chunks(length), width_block(width)
+    one = LaunchParameters(None, None, 4, 1)
+    sums = Launch(affine.chunk_sums, chunks * heads * batch, (strides, length, heads, chunks, width, block), one)
+    return sums, Launch(affine.scan_chunks, heads * batch, (chunks, width, CHUNKS_AT_ONCE, block), one)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_attend(call, o_strides, scale):
+    parameters = call.tuned("softmax_attend")
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, call.window, scale,
+        call.precision, *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_queries(call, u_strides, do_strides, dq_strides, scale):
+    parameters = call.tuned("softmax_grad_queries")
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
+        call.window, scale, call.precision, *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
+    parameters = call.tuned("softmax_grad_keys")
+    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
+        call.window, scale, call.precision, *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
+
+
+def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, o, u, lse):
+    """Fill o (B, Hq, N, Dv), u likewise but contiguous, or None where o is u, lse (B, Hq, N), and with beta the sums of v."""
+    call = signature(q, k, v, token_bounds, left, right)
+    launches = []
+    if beta is not None:
+        chunks, scan = plan_sums(v.shape, v.stride())
+        launches += [(chunks, (v, None, sums)), (scan, (sums,))]
+    attend = plan_attend(call, o.stride(), scale)
+    launch_all(*launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
+
+
+def backward(
+    q, k, v, alpha, beta, token_bounds, left, right, scale, value_sums, do_sums, u, do, lse, dq, dk, dv, dbeta, m
+):  # fmt: skip
+    """Fill dq, dk, dv, m (B, Hq, N) and with beta dbeta, the sums of v and those of beta dO."""
+    call = signature(q, k, v, token_bounds, left, right)
+    launches = []
+    if beta is not None:
+        chunks, scan = plan_sums(v.shape, v.stride())
+        launches += [(chunks, (v, None, value_sums)), (scan, (value_sums,))]
+        chunks, scan = plan_sums(do.shape, do.stride())
+        launches += [(chunks, (do, beta, do_sums)), (scan, (do_sums,))]
+    queries = plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
+    keys = plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
+    launch_all(
+        *launches,
+        (queries, (q, k, v, alpha, dbeta, value_sums, u, do, lse, dq, m, token_bounds)),
+        (keys, (q, k, v, alpha, beta, do_sums, do, lse, m, dk, dv, token_bounds)),
+    )
