@@ -1,6 +1,6 @@
 """nearfar: fused kernels for near-field (localized) and far-field (linear) attention."""
 
-from nearfar import nn
+from nearfar import nn, theory
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
 from nearfar.ops.krause import krause_attention
@@ -17,4 +17,5 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "theory",
 ]

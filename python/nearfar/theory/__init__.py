@@ -1,0 +1,31 @@
+"""Theory of attention made runnable: plain PyTorch, small, on any device; one file per paper."""
+
+from nearfar.theory.malleability import (
+    InfluenceMalleability,
+    influence_malleability,
+    leave_one_out_influence,
+    neural_tangent_kernel,
+    perturb,
+    spectral_amplification,
+)
+from nearfar.theory.polarization import (
+    ValueSoftmax,
+    ValueSoftmaxFlow,
+    draw_value_softmax,
+    log_spaced,
+    value_softmax_flow,
+)
+
+__all__ = [
+    "InfluenceMalleability",
+    "ValueSoftmax",
+    "ValueSoftmaxFlow",
+    "draw_value_softmax",
+    "influence_malleability",
+    "leave_one_out_influence",
+    "log_spaced",
+    "neural_tangent_kernel",
+    "perturb",
+    "spectral_amplification",
+    "value_softmax_flow",
+]
