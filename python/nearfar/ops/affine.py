@@ -1,0 +1,184 @@
+"""Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
+
+import functools
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from nearfar import checks, dispatch
+from nearfar.localities import UNLIMITED
+from nearfar.ops import softmax
+from nearfar.ops.packing import token_bounds
+from nearfar.reference.affine import affine_attention as reference_affine_attention
+
+
+class Call(NamedTuple):
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    alpha: torch.Tensor | None
+    beta: torch.Tensor | None
+    sink: torch.Tensor | None
+    left: int
+    right: int
+    scale: float
+    cu_seqlens: torch.Tensor | None
+    reasons: dict
+
+
+def affine_attention(
+    q, k, v, alpha, beta, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None, backend="auto"
+):
+    """Softmax attention scaled and shifted by query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
+
+    Source: arXiv 2602.23057. Both terms are over the keys j that query i may see; the second is a sum of v that no N x N
+    product makes. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than
+    queries, the queries are the last N positions; with fewer, the first N - M stand before every key. A query that sees no
+    key returns zeros, with a sink too. Under autocast q, k and v are cast to the autocast dtype, as
+    scaled_dot_product_attention does. What a query cannot see changes no bit of its row, as long as it is finite and its
+    products are finite in float32.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        k: (B, Hkv, M, D), dtype and device of q.
+        v: (B, Hkv, M, Dv), dtype and device of q.
+        alpha: (B, Hq, N) factors of the softmax part, any floating dtype, computed in float32; None for 1.
+        beta: (B, Hq, N) factors of the sum of values, likewise; None for 0.
+        causal: a query sees the keys up to its own position.
+        window_size: (left, right), how many keys before and after its own a query sees, as in flash-attn: both inclusive, -1
+            for all of them. causal is a right of 0.
+        scale: of the products q . k, a finite number; None for D^-0.5.
+        sink: (Hq,) logits of the attention sink, which adds exp(sink) to the denominators of its head; None for none.
+        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, alpha, beta and sink (twice on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    call = prepare_affine_attention(
+        q, k, v, alpha, beta, causal=causal, window_size=window_size, scale=scale, sink=sink, cu_seqlens=cu_seqlens
+    )
+    return _attend(call, backend)
+
+
+def softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None, backend="auto"):
+    """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
+
+    Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0; what that says of grouped heads,
+    unequal lengths, queries without keys and autocast holds here too.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        k: (B, Hkv, M, D), dtype and device of q.
+        v: (B, Hkv, M, Dv), dtype and device of q.
+        causal, window_size, scale, sink, cu_seqlens, backend: as for `nearfar.affine_attention`.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and sink (twice on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    call = prepare_softmax_attention(
+        q, k, v, causal=causal, window_size=window_size, scale=scale, sink=sink, cu_seqlens=cu_seqlens
+    )
+    return _attend(call, backend)
+
+
+def prepare_affine_attention(
+    q, k, v, alpha, beta, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None
+):
+    """Check the arguments of affine_attention and return its Call."""
+    return _prepare("affine_attention", q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
+
+
+def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None):
+    """Check the arguments of softmax_attention and return its Call."""
+    return _prepare("softmax_attention", q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
+
+
+def _attend(call, backend):
+    *tensors, left, right, scale, cu_seqlens, reasons = call
+    if dispatch.choose(backend, reasons, call.q.device) == "reference":
+        with checks.no_autocast(call.q):
+            return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
+    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
+    return softmax.attend(*tensors, bounds, left, right, scale)
+
+
+def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
+    q, k, v = checks.autocast(q, k, v)
+    left, right = _window(window_size, causal)
+    check = _check_once if checks.is_plain(q, k, v) else _check  # traced sizes cannot be looked up
+    kernel_reason = check(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
+    rows = q.shape[:3]
+    alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
+    beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
+    sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, q, k)
+    reasons = {
+        "cuda": f"there is no CUDA kernel of {name} yet",
+        "triton": dispatch.triton_device_reason(q) or kernel_reason,
+        "reference": None,
+    }
+    return Call(q, k, v, alpha, beta, sink, left, right, _scale(scale, q.shape[3]), cu_seqlens, reasons)
+
+
+def _check(q, k, v):
+    """Why the kernels cannot serve these shapes, or None, from the Metas of q, k and v."""
+    checks.check_qkv(q, k, v)
+    return checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
+
+
+def _window(window_size, causal):
+    """(left, right), with the 0 that causal puts on the right."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right) of ints, got {window_size!r}")
+    for side, value in zip(("left", "right"), window_size, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
+        if value < UNLIMITED:
+            raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
+    left, right = window_size
+    if not causal:
+        return left, right
+    if right > 0:
+        raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
+    return left, 0
+
+
+def _scale(scale, width):
+    if scale is None:
+        return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _numbers(name, tensor, shape, meaning, q):
+    """A floating tensor of this shape on the device of q, or None, in the dtype of accumulation."""
+    if tensor is None:
+        return None
+    meta = checks.meta(name, tensor)
+    if meta.dtype not in checks.FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {meta.dtype}")
+    if meta.shape != shape:
+        raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(meta.shape)}")
+    if meta.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {meta.device}")
+    return tensor.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

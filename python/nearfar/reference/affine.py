@@ -1,0 +1,81 @@
+"""Affine-scaled and softmax attention in plain PyTorch (arXiv 2602.23057): differentiable twice, O(N * window) memory.
+
+    o_i = alpha_i sum_j p_ij v_j + beta_i c_i,    p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)),    s_ij = scale q_i . k_j
+
+with j over the keys that query i may see and c_i the sum of their values, which no second product of N x N weights makes.
+"""
+
+import torch
+from torch.nn.functional import pad
+
+from nearfar.reference.pairwise import CHUNK, masked_softmax, row_chunks, sequence_lengths
+
+
+def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None):
+    """Reference of `nearfar.affine_attention`, and with alpha and beta None of `nearfar.softmax_attention`.
+
+    Args:
+        q: (B, Hq, N, D). k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
+        alpha: (B, Hq, N), None for 1. beta: (B, Hq, N), None for 0.
+        sink: (Hq,) logits in the denominator, None for none.
+        left, right: inclusive sides of the window, -1 unlimited.
+        cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32. A query that sees no key returns zeros.
+    """
+    heads_q, heads_kv = q.shape[1], k.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+
+    def grouped(tensor):
+        """Query heads of a group share their key head by broadcasting: (B, Hkv, group, N, _) against (B, Hkv, 1, M, _)."""
+        return tensor.to(compute).unflatten(1, (heads_kv, heads_q // heads_kv))
+
+    # Sequences and blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
+    tensors = grouped(q) * scale, k.to(compute)[:, :, None], v.to(compute)[:, :, None]
+    sequences = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
+    outputs, sums = [], []
+    for q_seq, k_seq, v_seq in zip(*sequences, strict=True):
+        q_blocks, k_blocks, v_blocks = (tensor.split(CHUNK, -2) for tensor in (q_seq, k_seq, v_seq))
+        for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
+            scores = q_blocks[block] @ torch.cat(k_blocks[first:last], -2).mT
+            weights = _softmax(scores, visible.to(q.device), sink, heads_kv)
+            outputs.append(weights @ torch.cat(v_blocks[first:last], -2))
+        if beta is not None:
+            sums.append(window_sums(v_seq, q_seq.shape[-2], left, right))
+    o = torch.cat(outputs, -2)
+    if alpha is not None:
+        o = o * grouped(alpha)[..., None]
+    if beta is not None:
+        o = o + grouped(beta)[..., None] * torch.cat(sums, -2)
+    return o.flatten(1, 2).to(q.dtype)
+
+
+def _softmax(scores, visible, sink, heads_kv):
+    """Weights (B, Hkv, group, rows, keys); a sink is one more key, which every query sees and whose weight is dropped."""
+    visible = visible.expand(scores.shape)
+    if sink is None:
+        return masked_softmax(scores, visible)
+    logits = sink.to(scores.dtype).reshape(heads_kv, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return masked_softmax(torch.cat((scores, logits), -1), pad(visible, (0, 1), value=True))[..., :-1]
+
+
+def window_sums(v, num_queries, left, right):
+    """sum of v (.., M, Dv) over the keys that each query may see: (.., num_queries, Dv) in O(N + M) additions.
+
+    The keys are padded with zeros until the window of query i is rows i to i + size - 1, and cut into blocks of `size` rows. A
+    window is the end of one block and the beginning of the next, and so adds nothing that its query does not see: a difference
+    of prefix sums over all keys would carry the roundings of the others.
+    """
+    num_keys = v.shape[-2]
+    farthest = max(num_keys - 1, 0), max(num_queries - 1, 0)  # back from the last query, ahead of the first
+    left, right = (reach if side < 0 else min(side, reach) for side, reach in zip((left, right), farthest, strict=True))
+    size = left + right + 1
+    rows = num_queries + size - 1
+    before = num_queries - num_keys + left  # negative: the first query is past the first keys
+    padded = pad(v, (0, 0, before, -rows % size + rows - before - num_keys))
+    blocks = padded.unflatten(-2, (-(-rows // size), size))
+    begun = blocks.cumsum(-2).flatten(-3, -2)
+    ended = blocks.flip(-2).cumsum(-2).flip(-2).flatten(-3, -2)
+    whole = torch.arange(num_queries, device=v.device)[:, None] % size == 0
+    return ended[..., :num_queries, :] + begun[..., size - 1 : rows, :].masked_fill(whole, 0)
