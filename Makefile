@@ -19,13 +19,16 @@ ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s._
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
-	@echo "Variables: ARGS (passed on by bench and test), PYTHON (default: python3)"
+	@echo "Variables: ARGS (passed on by bench and test), PYTHON (default: python3), WORKERS (processes of test)"
 
 bench: $(VENV)/.with-bench  ## measure every operator against its baselines
 	$(PY) -m bench $(ARGS)
 
+# Two workers interpret; a GPU serves as many as there are cores, as they mostly compile, and twelve fill its memory.
+WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then nproc | awk '{print ($$1 > 12) ? 12 : $$1}'; else echo 2; fi)
+
 test: $(VENV)/.with-interpreter  ## run the tests: on the GPU if there is one, else in Triton's interpreter
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 build: $(VENV)/.created  ## build the wheel into dist/
 	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too
