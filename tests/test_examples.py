@@ -7,21 +7,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
 
 from nearfar import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def train_digits():
-    spec = importlib.util.spec_from_file_location("train_digits", ROOT / "examples/train_digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # workers of pytest-xdist share the cores, and waiting threads would spin on them
-    yield module
+    yield
     torch.set_num_threads(threads)
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")  # as for a script: examples share pages.py
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train_digits():
+    return example("train_digits")
 
 
 def test_train_digits_learns_and_prints_finite_numbers(train_digits, tmp_path, capsys):
@@ -74,6 +86,60 @@ def test_histogram_of_uniform_levels_costs_the_logarithm_of_their_number(train_d
     for per_position in (False, True):
         bits = train_digits.histogram_bits_per_pixel(uniform, uniform, per_position)
         assert bits == pytest.approx(math.log2(train_digits.LEVELS))
+
+
+def page_with(name, path):
+    path.write_text(f"before\n<!-- {name} -->\nold figures\n<!-- /{name} -->\nafter\n")
+    return path
+
+
+def rows_of(page):
+    """Cells of the Markdown table of a page, first column -> the others, in the order of the page."""
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old figures" not in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [(cells[0], cells[1:]) for cells in lines[2:]]
+
+
+def test_polarization_prints_what_the_flows_hold(tmp_path, capsys):
+    page = page_with("polarization", tmp_path / "page.md")
+    options = ["--steps", "1000", "--models", "3", "--out", str(tmp_path / "plots"), "--page", str(page)]
+    polarisation, normalisers, square, cross_entropy = example("polarization").main(options)
+    rows = dict(rows_of(page))
+    assert polarisation.steps[-1] == 1000 and polarisation.entropy.shape == (len(polarisation.steps), 3)
+    paper, median, spread = rows["entropy, 1,000 steps (ln 8 = 2.08)"]
+    assert paper == "2.00" and float(median) == pytest.approx(polarisation.entropy[-1].median().item(), abs=0.006)
+    assert spread == f"{polarisation.entropy[-1].min():.2f} to {polarisation.entropy[-1].max():.2f}"
+    assert rows["winner is argmax V_0^T beta"][1] == "3 of 3"
+    for name, flow in normalisers.items():
+        assert float(rows[f"support of 10, logistic, {name}"][1]) == pytest.approx(
+            flow.effective_support[-1].median().item(), abs=0.006
+        )
+    assert len(square) == 6 and cross_entropy.effective_support[-1].max() < 10
+    assert "winner" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"polarization.png", "support.png"}
+
+
+def test_malleability_prints_what_was_measured(tmp_path, capsys):
+    page = page_with("malleability", tmp_path / "page.md")
+    options = ["--networks", "1", "--points", "40", "--out", str(tmp_path / "plots"), "--page", str(page)]
+    results = example("malleability").main(options)
+    rows = rows_of(page)
+    assert [(setting, cells[0].lower()) for setting, cells in rows] == list(results)
+    for (_, cells), by_feature in zip(rows, results.values(), strict=True):
+        flips = [100 * result.malleability.mean().item() for result in by_feature.values()]
+        assert [float(cell) for cell in cells[1:4]] == pytest.approx(flips, abs=0.06)
+    assert rows[0][1][4:6] == ["4.1", "34.6"]
+    assert "cond(G)" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"flips.png", "influences.png"}
+
+
+def test_a_page_without_its_markers_is_refused(tmp_path):
+    pages, page = example("pages"), tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="must have the lines <!-- name -->"):
+        pages.write_table(page, "name", Table("column", title="title"))
+    assert page.read_text() == "nothing"
 
 
 @pytest.mark.parametrize("operator", registry.OPERATORS, ids=lambda operator: operator.function.__name__)

@@ -1,0 +1,219 @@
+"""Influence malleability on scikit-learn's digits: linearized attention beside a ReLU network, arXiv 2603.13085.
+
+Networks of 1,024 random units are trained in the kernel regime on digits: on raw pixels, on pixels scaled to norm 1, and on the
+features of linearized attention, the scaled rows of X X^T X. An adversary then moves the tenth of the training points that
+has most influence, by at most 0.3 a pixel. For how many of the ten percent that mattered most to a test digit has the influence
+changed its sign after training again? For several times as many with attention as with pixels: the paper's finding. Its figures
+are for MNIST and set up in ways that we do not know in full; what else the numbers depend on is measured along.
+
+    python examples/malleability.py
+    python examples/malleability.py --networks 1 --points 100
+
+Needs `pip install '.[examples]'`. The default run takes a minute or two on one CPU core. Plots go to
+examples/out/; `--page docs/theory.md` writes the table into that page.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from pages import write_table
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import nearfar as nf
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
+
+FEATURES = {"rows": "pixels", "unit_rows": "unit pixels", "attention": "attention"}
+ATTACKS = "fgsm", "pgd", "mim", "noise"  # the last moves pixels at random, by as much
+PAIR = 3, 8
+
+# What else is varied, for ten digits under PGD.
+SHARES = {f"{100 * share:g}% moved": {"moved": share} for share in (0.01, 0.03, 0.3, 1)}
+REACHES = {f"reach {reach}": {"eps": reach} for reach in (0.001, 0.01, 0.03, 0.1)}
+MODELS = {"ridge 0.1": {"ridge": 0.1}, "256 units": {"width": 256}, "4096 units": {"width": 4096}}
+
+# operators.md, section 6: flips in % of the ReLU network and of attention on MNIST, ten classes.
+PAPER = {"fgsm": (4.1, 34.6), "pgd": (3.3, 28.9), "mim": (3.4, 21.9)}
+
+DIFFERENCES = """\
+As in the paper, attention flips several times as many as pixels. Unlike there, pixels flip 10% and not 3 to
+4% (coarser images, other data), and the gap closes neither for a pair of classes nor by adversarial
+training, but where all points move or the ridge is large. Random noise flips nearly as many as the attacks.
+See docs/theory.md."""
+
+
+def load_points(points, seed, pair=None):
+    """x, y, x_test, y_test: pixels in [0, 1] and labels -1 or 1, a column a class (a single one for a pair)."""
+    digits = load_digits()
+    chosen = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(seed))
+    x, y = torch.as_tensor(digits.data)[chosen] / 16, torch.as_tensor(digits.target)[chosen]
+    if pair:
+        kept = (y == pair[0]) | (y == pair[1])
+        x, y = x[kept], (y[kept] == pair[0])[:, None]
+    else:
+        y = F.one_hot(y, 10)
+    y = 2 * y.to(x) - 1
+    train = min(points, 2 * len(x) // 3)
+    return x[:train], y[:train], x[train : train + 100], y[train : train + 100]
+
+
+def experiments(ten, pair, networks, seed, progress):
+    """(setting, attack) -> feature -> InfluenceMalleability."""
+    cases = {("ten digits", attack): (ten, {}) for attack in ATTACKS}
+    cases |= {(f"{PAIR[0]} or {PAIR[1]}", attack): (pair, {}) for attack in ATTACKS}
+    cases |= {(f"ten digits, {name}", "pgd"): (ten, options) for name, options in (SHARES | REACHES | MODELS).items()}
+    task = progress.add_task("networks attacked", total=networks * len(FEATURES) * (len(cases) + 1))
+
+    def malleability(data, features, attack, options):
+        generator = torch.Generator().manual_seed(seed)
+        result = nf.theory.influence_malleability(
+            *data, features=features, attack=attack, networks=networks, generator=generator, **options
+        )
+        progress.advance(task, networks)
+        return result
+
+    results = {
+        (setting, attack): {features: malleability(data, features, attack, options) for features in FEATURES}
+        for (setting, attack), (data, options) in cases.items()
+    }
+    x, y, *held_out = ten
+    attacked = results["ten digits, 100% moved", "pgd"]
+    results["ten digits, adversarially trained", "pgd"] = {  # on every point and on what the attack had made of it
+        features: malleability(
+            (torch.cat((x, attacked[features].perturbed_x[0])), torch.cat((y, y)), *held_out), features, "pgd", {}
+        )
+        for features in FEATURES
+    }
+    return results
+
+
+def flips(result):
+    return 100 * result.malleability.mean().item()
+
+
+def accuracy(prediction, y_test):
+    """Share of test digits whose class is right, in percent."""
+    if y_test.shape[1] == 1:
+        right = prediction.sign() == y_test
+    else:
+        right = prediction.argmax(-1) == y_test.argmax(-1)
+    return 100 * right.double().mean().item()
+
+
+def tabulate(results, ten, pair):
+    table = Table(title=f"Influential points whose influence changed sign, %; {len(ten[0])} digits (pair: {len(pair[0])})")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("attack", no_wrap=True)
+    for column in (*FEATURES.values(), "paper, ReLU", "paper, attention", "Spearman", "accuracy"):
+        table.add_column(column, justify="right")
+    for (setting, attack), by_feature in results.items():
+        paper = PAPER.get(attack, ("", "")) if setting == "ten digits" else ("", "")
+        y_test = pair[3] if setting.startswith(str(PAIR[0])) else ten[3]
+        correlations = (f"{by_feature[features].rank_correlation.mean():.2f}" for features in ("rows", "attention"))
+        changes = (
+            f"{accuracy(by_feature[features].prediction, y_test):.0f}"
+            f">{accuracy(by_feature[features].perturbed_prediction, y_test):.0f}"
+            for features in ("rows", "attention")
+        )
+        numbers = (f"{flips(by_feature[features]):.1f}" for features in FEATURES)
+        table.add_row(setting, attack.upper(), *numbers, *map(str, paper), " / ".join(correlations), " / ".join(changes))
+    return table
+
+
+def plot_flips(results, path):
+    figure, (bars, *curves) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", width_ratios=(1.3, 1, 1), sharey=True)
+    for index, attack in enumerate(ATTACKS):
+        by_feature = results["ten digits", attack]
+        heights = {name: flips(by_feature[features]) for features, name in FEATURES.items()}
+        if attack in PAPER:
+            heights |= zip(("paper, ReLU on MNIST", "paper, attention on MNIST"), PAPER[attack], strict=True)
+        for offset, (name, height) in enumerate(heights.items()):
+            style = {
+                "color": ("C0", "C2", "C1", "C0", "C1")[offset],
+                "hatch": "//" * (offset > 2),
+                "alpha": 0.5 if offset > 2 else 1,
+            }
+            bar = bars.bar(index + 0.16 * (offset - 2), height, 0.15, label=name if index == 0 else None, **style)
+            bars.bar_label(bar, fmt="%.0f", fontsize=7)
+    bars.set(title="ten digits, the most influential tenth moved", ylabel="sign changes, %")
+    bars.set_xticks(range(len(ATTACKS)), [attack.upper() for attack in ATTACKS])
+    bars.set_ylim(0, 70)
+    bars.legend(fontsize=8, ncols=2, loc="upper left")
+    sweeps = (SHARES, "moved", 0.1, "share of the training points moved"), (REACHES, "eps", 0.3, "reach of the attack, eps")
+    for axes, (variations, option, default, label) in zip(curves, sweeps, strict=True):
+        for color, (features, name) in zip(("C0", "C2", "C1"), FEATURES.items(), strict=True):
+            heights = {
+                options[option]: flips(results[f"ten digits, {key}", "pgd"][features]) for key, options in variations.items()
+            }
+            heights[default] = flips(results["ten digits", "pgd"][features])
+            axes.semilogx(sorted(heights), [heights[value] for value in sorted(heights)], "o-", color=color, label=name)
+        axes.axhline(50, color="gray", linestyle=":", label="signs at random")
+        axes.set(title="ten digits, PGD", xlabel=label)
+        axes.legend(fontsize=8, ncols=2, loc="upper left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_influences(by_feature, path):
+    """Influence on one test digit before and after, one point a training digit."""
+    figure, grid = plt.subplots(1, len(FEATURES), figsize=(11, 3.8), layout="constrained")
+    for axes, (features, name) in zip(grid, FEATURES.items(), strict=True):
+        result = by_feature[features]
+        before, after = result.influence[0, 0], result.perturbed_influence[0, 0]
+        top = torch.zeros_like(before, dtype=torch.bool)
+        top[before.abs().topk(round(0.1 * len(before))).indices] = True
+        axes.scatter(before[~top], after[~top], s=8, color="lightgray", label="other points")
+        axes.scatter(before[top], after[top], s=14, color="C3", label="top 10%")
+        axes.axhline(0, color="k", linewidth=0.6)
+        axes.axvline(0, color="k", linewidth=0.6)
+        axes.set(title=f"{name}: {flips(result):.0f}% flips", xlabel="influence before", ylabel="after PGD")
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_yscale("symlog", linthresh=0.01)
+        ticks = (-0.1, -0.01, 0.01, 0.1)
+        axes.set_xticks(ticks, ticks)
+        axes.set_yticks(ticks, ticks)
+    grid[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", type=int, default=8, help="random networks to average over (default: %(default)s)")
+    parser.add_argument("--points", type=int, default=300, help="training digits (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the networks and the choice of digits")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plots")
+    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    options = parser.parse_args(arguments)
+    console = Console()
+    ten, pair = load_points(options.points, options.seed), load_points(options.points, options.seed, PAIR)
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        results = experiments(ten, pair, options.networks, options.seed, progress)
+    table = tabulate(results, ten, pair)
+    amplification = nf.theory.spectral_amplification(ten[0])
+    table.caption = (
+        f"Spearman and accuracy (before>after): pixels / attention. cond(G) = {amplification ** (1 / 3):.1e}, "
+        f"cond(G)^3 = {amplification:.1e}, G = X X^T on its range."
+    )
+    console.print(table, DIFFERENCES, sep="\n")
+    if options.page:
+        write_table(options.page, "malleability", table)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    plot_flips(results, options.out / "flips.png")
+    plot_influences(results["ten digits", "pgd"], options.out / "influences.png")
+    console.print(f"Plots: {options.out}/flips.png, {options.out}/influences.png")
+    return results
+
+
+if __name__ == "__main__":
+    main()
