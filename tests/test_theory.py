@@ -282,6 +282,24 @@ def test_attacks_stay_in_reach_and_raise_the_error(attack):
         assert (error(perturbed) > error(fgsm)).all()  # more steps find more
 
 
+def test_mim_accumulates_its_directions():
+    x, y = torch.rand(9, 4, generator=seeded(), dtype=torch.float64), normal(9, 3)
+    w = 8 * normal(4, 3, seed=1)  # bends so much that gradients turn within the reach
+
+    def walk(decay):
+        points, direction = x.clone(), 0
+        for _ in range(10):
+            points.requires_grad_()
+            (gradient,) = torch.autograd.grad(((points @ w).sin() - y).square().sum(), points)
+            direction = decay * direction + gradient / gradient.abs().sum(-1, keepdim=True)
+            points = (points.detach() + 0.02 * direction.sign()).clamp(x - 0.2, x + 0.2).clamp(0, 1)
+        return points
+
+    perturbed = theory.perturb(x, y, lambda points: (points @ w).sin(), "mim", eps=0.2)
+    torch.testing.assert_close(perturbed, walk(decay=1))
+    assert not torch.allclose(perturbed, walk(decay=0))
+
+
 def test_perturb_refuses_points_out_of_bounds():
     with pytest.raises(ValueError, match="x must lie inside bounds"):
         theory.perturb(2 * torch.ones(3, 2), torch.ones(3, 1), lambda x: x[:, :1], "fgsm")
@@ -298,7 +316,9 @@ def two_clouds(seed=0, train=60, test=30):
 @pytest.mark.parametrize("features", FEATURES)
 def test_malleability_counts_sign_changes(features):
     data = two_clouds()
-    result = theory.influence_malleability(*data, features=features, networks=3, width=256, ridge=0.01, generator=seeded())
+    result = theory.influence_malleability(
+        *data, features=features, networks=3, width=256, ridge=0.01, moved=0.2, generator=seeded()
+    )
     x, y, x_test, y_test = data
     assert result.influence.shape == result.perturbed_influence.shape == (3, 30, 60)
     assert ((result.prediction > 0) == (y_test > 0)).double().mean() > 0.9
@@ -314,7 +334,7 @@ def test_malleability_counts_sign_changes(features):
         ]
         assert result.rank_correlation[network].item() == pytest.approx(numpy.mean(spearman))
         moved = (result.perturbed_x[network] != x).any(-1)
-        expected = result.influence[network].abs().mean(0).topk(6).indices
+        expected = result.influence[network].abs().mean(0).topk(12).indices
         assert set(moved.nonzero().flatten().tolist()) == set(expected.tolist())
     assert (result.perturbed_x - x).abs().max() <= 0.3 + 1e-12
 
