@@ -1,14 +1,18 @@
 """Re-measure the launch parameters of the kernels on this GPU and rewrite the committed table.
 
-    python -m nearfar.tune [--kernels attend ...] [--widths 64 ...] [--bits 16 ...]
+    python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
 
-For each kernel, head width and element size every candidate is compiled and timed on Krause attention in its commonest
-shape, a causal window of 128 keys; the fastest goes into triton_kernels/launch.json, which nothing else writes. Needs rich (the
-`bench` extra) and a source tree or an editable install.
+For each kernel, head width and element size every candidate is compiled and timed inside a forward and a backward of an
+operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention.
+The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
+gradient differs from that with the present parameters by more than rounding. Needs rich (the `bench` extra) and a source tree
+or an editable install.
 """
 
 import argparse
 import itertools
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from rich.progress import track
@@ -16,81 +20,148 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from nearfar.triton_kernels import krause, launch, pairwise_launch
+import nearfar as nf
+from nearfar.triton_kernels import affine_launch, factored_launch, launch, pairwise_launch
 
-KERNELS = ("attend", "grad_queries", "grad_keys")
-LEFT, RIGHT = 127, 0
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
+# What rounding, in another order or of other partial sums, may change of a result, against its largest element. What a race
+# or a wrong tile spoils is off by as much as the result itself.
+ROUNDING = {16: 2.0**-6, 32: 2.0**-13}
+NEAR, FAR = (1, 16, 8192), (4, 32, 4096)  # batch, heads, tokens
+INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
+# Rows, columns and stages of the tiles worth compiling at 16 bits, by the first word of a kernel of the factored skeleton.
+FACTORED = {
+    "walk": ((32, 64, 128), (None,), (1, 2, 3)),
+    "accumulate": ((64, 128, 256), (32, 64, 128), (2, 3, 4)),
+    "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
+    "grad": ((64, 128), (32, 64), (1, 2, 3, 4)),
+}
 
 
-def candidates(bits, width):
+def function_name(kernel):
+    """The name of the Triton function that an entry of the table is for."""
+    return kernel.removeprefix("softmax_").removesuffix("_causal").removesuffix("_one")
+
+
+def is_factored(kernel):
+    return function_name(kernel) in FACTORED or kernel.startswith("walk_")
+
+
+def candidates(kernel, bits, width):
     """Parameter sets worth compiling: tiles that fit shared memory and registers without drowning in them."""
-    blocks = (32, 64) if bits == 16 else (16, 32)
-    for block_m, block_n, warps, stages in itertools.product(blocks, blocks, (4, 8), (1, 2, 3)):
-        if (width < 256 and warps == 8) or block_m * width * bits > 64 * 256 * 16:
+    factored = is_factored(kernel)
+    rows, columns, stages = FACTORED[kernel.split("_")[0]] if factored else ((32, 64), (32, 64), (1, 2, 3))
+    if bits == 32:
+        rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
+    for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
+        if block_m * width * bits > 64 * 256 * 16 or (not factored and width < 256 and warps == 8):
             continue
-        for registers in (None, 128, 168) if width <= 64 and bits == 16 else (None,):
-            yield launch.LaunchParameters(block_m, block_n, warps, stages, registers)
+        for registers in (None, 128, 168) if not factored and width <= 64 and bits == 16 else (None,):
+            yield launch.LaunchParameters(block_m, block_n, warps, depth, registers)
 
 
-def make_call(width, bits):
-    """{kernel: function that plans and launches it with the parameters now in the table}."""
-    shape = (1, 16, 8192, width)
-    q, k, v, do = (torch.randn(shape, device="cuda", dtype=DTYPES[bits]) for _ in range(4))
-    sigma = torch.full((shape[1],), width**0.5, device="cuda")
-    o, lse = torch.empty_like(q), torch.zeros(shape[:3], device="cuda")
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q), torch.zeros_like(lse)
-    dlog_scale = torch.empty(*shape[:2], shape[2] // 16, device="cuda")
-    call = pairwise_launch.signature(q, k, v, sigma, None, LEFT, RIGHT)
-    pair, strides = krause.PAIR, q.stride()
-    plans = {
-        "attend": lambda: pairwise_launch.plan_attend(pair, call, strides, False),
-        "grad_queries": lambda: pairwise_launch.plan_grad_queries(pair, call, strides, strides, strides, 0),
-        "grad_keys": lambda: pairwise_launch.plan_grad_keys(pair, call, strides, strides, strides, 0),
-    }
-    tensors = {
-        "attend": (q, k, v, None, sigma, o, lse, None),
-        "grad_queries": (q, k, v, sigma, o, do, lse, None, dq, delta, dlog_scale, None),
-        "grad_keys": (q, k, v, sigma, do, lse, None, delta, dk, dv, None),
-    }
-    # The gradients need the o, lse and delta of a real forward.
-    plans["attend"]()(*tensors["attend"])
-    plans["grad_queries"]()(*tensors["grad_queries"])
-    return {kernel: lambda kernel=kernel: plans[kernel]()(*tensors[kernel]) for kernel in KERNELS}
+def make_call(kernel, width, bits, device="cuda"):
+    """A function that runs forward and backward of an operator that launches this kernel, and returns all results."""
+    factored = is_factored(kernel)
+    shape = FAR if factored else NEAR
+    widths = INNER_WIDTHS if function_name(kernel) in FACTORED and not kernel.endswith("_one") else (width,)
+    inputs = [
+        torch.randn(*shape, size, device=device, dtype=DTYPES[bits]).requires_grad_() for size in (*widths, *widths, width)
+    ]
+    do = torch.randn_like(inputs[-1])
+
+    def forward():
+        if factored:
+            qs, ks = inputs[: len(widths)], inputs[len(widths) : -1]
+            return nf.hadamard_attention(qs, ks, inputs[-1], causal=kernel.endswith("_causal"), backend="triton")
+        if kernel.startswith("softmax_"):
+            return nf.softmax_attention(*inputs, causal=True, backend="triton")
+        return nf.krause_attention(*inputs, width**0.5, nf.SlidingWindow(127), backend="triton")
+
+    def run():
+        o = forward()
+        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+    return run
 
 
-def measure(run, entry, key, parameters):
-    """Median milliseconds with these parameters, None if the kernel does not build with them."""
-    entry[key] = list(parameters)
-    for cached in (launch.launch_parameters, *(getattr(pairwise_launch, f"plan_{kernel}") for kernel in KERNELS)):
-        cached.cache_clear()
+@contextmanager
+def recorded():
+    """The (launch, tensors) of all launches made inside."""
+    launches, call = [], launch.Launch.__call__
+
+    def record(self, *tensors):
+        launches.append((self, tensors))
+        call(self, *tensors)
+
+    with patch.object(launch.Launch, "__call__", record):
+        yield launches
+
+
+def forget_plans():
+    """Launches are planned anew, with what the table says now."""
+    launch.launch_parameters.cache_clear()
+    for module in (affine_launch, factored_launch, pairwise_launch):
+        for name, plan in vars(module).items():
+            if name.startswith("plan_"):
+                plan.cache_clear()
+
+
+def measure(run, kernel):
+    """(milliseconds in this kernel, results) with the parameters now in the table, None if the kernel does not build."""
+    forget_plans()
     try:
-        run()
+        with recorded() as launches:
+            results = run()
     except (CompilationError, OutOfResources):
         return None
-    return do_bench(run, warmup=5, rep=25, return_mode="median")
+    own = [(made, tensors) for made, tensors in launches if made._kernel.__name__ == function_name(kernel)]
+    assert own, f"the call launches no {kernel}"
+    times = [do_bench(lambda m=made, t=tensors: m(*t), warmup=5, rep=25, return_mode="median") for made, tensors in own]
+    return sum(times), results  # which the repeated launches have written again
+
+
+def agree(results, expected, rounding):
+    """Whether no element differs by more than rounding; a NaN does."""
+    pairs = zip(results, expected, strict=True)
+    return all(bool((a.float() - b.float()).abs().max() <= rounding * b.float().abs().max()) for a, b in pairs)
+
+
+def choose(entry, key, trials, measure, rounding):
+    """Leave the fastest of the trials that computes what entry[key] does in its place; its milliseconds, and the refused."""
+    current = launch.LaunchParameters(*entry[key])
+    fastest, expected = measure()
+    best, refused = current, []
+    for parameters in trials:
+        entry[key] = list(parameters)
+        measured = measure()
+        if measured is None:
+            continue
+        if not agree(measured[1], expected, rounding):
+            refused.append(parameters)
+        elif measured[0] < fastest:
+            best, fastest = parameters, measured[0]
+    entry[key] = list(best)
+    return fastest, refused
 
 
 def main():
+    table = launch.table()
     parser = argparse.ArgumentParser(prog="python -m nearfar.tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=list(table), default=list(table))
     parser.add_argument("--widths", nargs="+", type=int, choices=(64, 128, 256), default=(64, 128, 256))
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
     arguments = parser.parse_args()
-    table = launch.table()
-    for bits, width in itertools.product(arguments.bits, arguments.widths):
-        calls = make_call(width, bits)
-        for kernel in arguments.kernels:
-            entry, key = table[kernel][f"{bits}-bit"], str(width)
-            before = entry[key]
-            times = {}
-            for parameters in track(list(candidates(bits, width)), f"{kernel} {bits}-bit {width}"):
-                milliseconds = measure(calls[kernel], entry, key, parameters)
-                if milliseconds is not None:
-                    times[parameters] = milliseconds
-            best = min(times, key=times.get)
-            entry[key] = list(best)
-            print(f"{kernel} {bits}-bit {width}: {before} -> {list(best)}, {times[best]:.4f} ms")
+    for kernel, bits, width in itertools.product(arguments.kernels, arguments.bits, arguments.widths):
+        entry, key = table[kernel][f"{bits}-bit"], str(width)
+        if key not in entry:
+            continue
+        before, run = entry[key], make_call(kernel, width, bits)
+        trials = track(list(candidates(kernel, bits, width)), f"{kernel} {bits}-bit {width}")
+        milliseconds, refused = choose(entry, key, trials, lambda r=run, k=kernel: measure(r, k), ROUNDING[bits])
+        print(f"{kernel} {bits}-bit {width}: {before} -> {entry[key]}, {milliseconds:.4f} ms")
+        for parameters in refused:
+            print(f"  refused {list(parameters)}: its results differ by more than rounding")
     launch.write_table(table)
 
 
