@@ -108,8 +108,9 @@ def test_every_element_of_outputs_and_workspaces_is_written(operator, name):
 
 
 def shaped(sample, gradients):
-    """Gradients of a sample's tensors, by name and in their shapes; those of arguments that it lacks come last."""
-    return {n: g.reshape(t.shape) for (n, t), g in zip(sample.tensors.items(), gradients, strict=False)}
+    """Gradients of a sample's tensors, by name and in their shapes; those of arguments that it lacks are empty or come last."""
+    given = (gradient for gradient in gradients if gradient.numel())
+    return {n: g.reshape(t.shape) for (n, t), g in zip(sample.tensors.items(), given, strict=False)}
 
 
 @each_sample

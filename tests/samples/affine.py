@@ -1,0 +1,191 @@
+"""Affine-scaled and softmax attention: the dense oracle, with N x N masks and weights, and sample calls."""
+
+import torch
+from harness import DEVICE, Sample, assert_accurate, generator, randn
+
+import nearfar as nf
+
+SAMPLES = {
+    "affine_attention": {
+        "affine, full": dict(),
+        "affine, causal, grouped heads": dict(causal=True, heads=(4, 2)),
+        "affine, two-sided window, sink": dict(window_size=(20, 9), heads=(4, 2), sink=True),
+        "affine, packed, causal": dict(causal=True, packed=True),
+    },
+    "softmax_attention": {
+        "softmax, causal, sink": dict(causal=True, sink=True),
+        "softmax, more keys than queries": dict(heads=(4, 2), more_keys=30, window_size=(40, -1)),
+    },
+}
+FUNCTIONS = {"affine_attention": nf.affine_attention, "softmax_attention": nf.softmax_attention}
+
+
+def make(name, dtype, device=DEVICE, length=75):
+    operator = next(operator for operator, samples in SAMPLES.items() if name in samples)
+    options = dict(SAMPLES[operator][name])
+    (heads, kv_heads), packed = options.pop("heads", (2, 2)), options.pop("packed", False)
+    keys, sink = length + options.pop("more_keys", 0), options.pop("sink", False)
+    batch = 1 if packed or heads > 2 else 2
+    if packed:
+        ends = [0, length // 3, length // 3, 2 * length // 3, length]
+        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    tensors = {
+        "q": randn(batch, heads, length, 24, dtype=dtype, seed=1, device=device),
+        "k": randn(batch, kv_heads, keys, 24, dtype=dtype, seed=2, device=device),
+        "v": randn(batch, kv_heads, keys, 16, dtype=dtype, seed=3, device=device),
+    }
+    scalars = torch.promote_types(dtype, torch.float32)
+    if operator == "affine_attention":
+        tensors |= random_rows((batch, heads, length), scalars, device)
+    if sink:
+        tensors["sink"] = randn(heads, dtype=scalars, seed=6, device=device)
+    return Sample(tensors, options)
+
+
+def random_rows(shape, dtype=torch.float32, device=DEVICE, seed=4):
+    """alpha in [0, 1] as the layer makes it, and beta of either sign, of the size of the weights."""
+    alpha = torch.rand(shape, generator=generator(seed)).to(device, dtype)
+    return {"alpha": alpha, "beta": randn(*shape, dtype=dtype, seed=seed + 1, device=device) / max(shape[2], 1) ** 0.5}
+
+
+def compile_lengths(name):
+    return (35, 50, 71)
+
+
+# -------------------------------------------------------------------------------------------------------------- oracle
+
+
+def window(options):
+    left, right = options.get("window_size", (-1, -1))
+    return left, 0 if options.get("causal") else right
+
+
+def visible(sample):
+    """(N, M) mask of the pairs that causality, window and packing allow."""
+    q, k = sample.tensors["q"], sample.tensors["k"]
+    left, right = window(sample.options)
+    distance = torch.arange(k.shape[2])[None, :] - (torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2])
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if left != -1:
+        mask &= distance >= -left
+    if right != -1:
+        mask &= distance <= right
+    if sample.options.get("cu_seqlens") is not None:
+        ends = sample.options["cu_seqlens"].tolist()
+        member = torch.zeros_like(mask)
+        for first, last in zip(ends, ends[1:], strict=False):
+            member[first:last, first:last] = True
+        mask &= member
+    return mask.to(q.device)
+
+
+def to_query_heads(q, kv):
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+
+
+def score_factor(options, q):
+    scale = options.get("scale")
+    return q.shape[3] ** -0.5 if scale is None else scale
+
+
+def weights(q, k, sink, mask, scale):
+    """Softmax weights of the keys, and that of the sink (.., N, 1), 0 without one."""
+    score = (q[:, :, :, None] * to_query_heads(q, k)[:, :, None]).sum(-1) * scale
+    logit = q.new_full((), float("-inf")) if sink is None else sink[:, None, None]
+    score = torch.cat((logit.expand(*score.shape[:-1], 1), score.masked_fill(~mask, float("-inf"))), -1)
+    top = score.detach().amax(-1, keepdim=True)
+    weight = (score - torch.where(top == float("-inf"), 0, top)).exp()
+    total = weight.sum(-1, keepdim=True)
+    weight = weight / torch.where(total == 0, 1, total)
+    return weight[..., 1:], weight[..., :1]
+
+
+def dense(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
+    values = to_query_heads(q, v)
+    weight = weights(q, k, sink, mask, scale)[0]
+    if alpha is not None:
+        weight = weight * alpha[..., None]
+    if beta is not None:
+        weight = weight + mask * beta[..., None]
+    return weight @ values
+
+
+def plain(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
+    """The formula that the kernels use, by plain torch operations in the dtype of q."""
+    values = to_query_heads(q, v)
+    score = ((q @ to_query_heads(q, k).mT) * scale).masked_fill(~mask, float("-inf"))
+    if sink is not None:
+        score = torch.cat((score, sink.to(q.dtype)[:, None, None].expand(*score.shape[:-1], 1)), -1)
+    empty = (score == float("-inf")).all(-1, keepdim=True)
+    weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : mask.shape[1]]
+    o = weight @ values
+    if alpha is not None:
+        o = o * alpha.to(q.dtype)[..., None]
+    if beta is not None:
+        o = o + beta.to(q.dtype)[..., None] * (mask.to(q.dtype) @ values)
+    return o
+
+
+def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
+    """Output and gradients with every term by its absolute value: what their roundings are relative to."""
+    keys, values, do = to_query_heads(q, k).abs(), to_query_heads(q, v).abs(), do.abs()
+    weight, sink_weight = weights(q, k, sink, mask, scale)
+    factor = torch.ones_like(do[..., :1]) if alpha is None else alpha.abs()[..., None]
+    shift = torch.zeros_like(factor) if beta is None else beta.abs()[..., None]
+    u, c = weight @ values, mask.to(q.dtype) @ values
+    dp = do @ values.mT
+    delta = (do * u).sum(-1, keepdim=True)
+    ds = factor * weight * (dp + delta) * abs(scale)
+
+    def group_sum(x):
+        return x.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
+
+    return factor * u + shift * c, {
+        "q": ds @ keys,
+        "k": group_sum(ds.mT @ q.abs()),
+        "v": group_sum(weight.mT @ (factor * do) + mask.to(q.dtype).mT @ (shift * do)),
+        "alpha": delta[..., 0],
+        "beta": (do * c).sum(-1),
+        "sink": (sink_weight * factor * delta).sum((0, 2, 3)),
+    }
+
+
+def check(sample, do, o, gradients, names=None):
+    """Assert the rule of accuracy for o and the gradients; names: of some tensors only."""
+    tensors, dtype = sample.tensors, sample.tensors["q"].dtype
+    call = visible(sample), score_factor(sample.options, tensors["q"])
+
+    def evaluate(function, dtype):
+        inputs = {n: t.detach().to(dtype if n in "qkv" else torch.promote_types(dtype, torch.float32)).requires_grad_()
+                  for n, t in tensors.items()}  # fmt: skip
+        result = function(*call, **inputs)
+        found = torch.autograd.grad(result, list(inputs.values()), do.to(dtype))
+        return result.detach(), dict(zip(tensors, found, strict=True))
+
+    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
+    scale = scales(*call, do.double(), **{n: t.detach().double() for n, t in tensors.items()})
+    assert o.dtype == dtype
+    assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
+    for name in names or tensors:
+        assert gradients[name].dtype == tensors[name].dtype
+        assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- torch operators
+
+
+def op_arguments(sample):
+    tensors, options = sample.tensors, sample.options
+    q, k, v = (tensors[name] if tensors[name].stride(-1) == 1 else tensors[name].contiguous() for name in "qkv")
+    bounds = None
+    if options.get("cu_seqlens") is not None:
+        ends = options["cu_seqlens"].tolist()
+        spans = [(a, b) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
+        bounds = torch.tensor(spans, dtype=torch.int32, device=q.device).reshape(-1, 2).T.contiguous()
+    scalars = (tensors.get(name) for name in ("alpha", "beta", "sink"))
+    return (q, k, v, *scalars, bounds, *window(options), score_factor(options, q))
+
+
+def backward_arguments(sample, do, outputs):
+    *tensors, left, right, scale = op_arguments(sample)
+    return (do, *tensors, *outputs, left, right, scale)
