@@ -29,8 +29,10 @@ DTYPES = {16: torch.bfloat16, 32: torch.float32}
 ROUNDING = {16: 2.0**-6, 32: 2.0**-13}
 NEAR, FAR = (1, 16, 8192), (4, 32, 4096)  # batch, heads, tokens
 INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
-# Rows, columns and stages of the tiles worth compiling at 16 bits, by the first word of a kernel of the factored skeleton.
-FACTORED = {
+# Rows, columns and stages of the tiles worth compiling at 16 bits.
+TILES = {
+    "near": ((32, 64), (32, 64), (1, 2, 3)),
+    "softmax": ((32, 64, 128), (32, 64), (1, 2, 3)),
     "walk": ((32, 64, 128), (None,), (1, 2, 3)),
     "accumulate": ((64, 128, 256), (32, 64, 128), (2, 3, 4)),
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
@@ -43,28 +45,31 @@ def function_name(kernel):
     return kernel.removeprefix("softmax_").removesuffix("_causal").removesuffix("_one")
 
 
-def is_factored(kernel):
-    return function_name(kernel) in FACTORED or kernel.startswith("walk_")
+def family(kernel):
+    first = kernel.split("_")[0]
+    if first in ("softmax", "walk"):
+        return first
+    return first if function_name(kernel) in ("accumulate", "read", "grad") else "near"
 
 
 def candidates(kernel, bits, width):
     """Parameter sets worth compiling: tiles that fit shared memory and registers without drowning in them."""
-    factored = is_factored(kernel)
-    rows, columns, stages = FACTORED[kernel.split("_")[0]] if factored else ((32, 64), (32, 64), (1, 2, 3))
+    rows, columns, stages = TILES[family(kernel)]
+    near = family(kernel) == "near"
     if bits == 32:
         rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
-        if block_m * width * bits > 64 * 256 * 16 or (not factored and width < 256 and warps == 8):
+        if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
             continue
-        for registers in (None, 128, 168) if not factored and width <= 64 and bits == 16 else (None,):
+        for registers in (None, 128, 168) if near and width <= 64 and bits == 16 else (None,):
             yield launch.LaunchParameters(block_m, block_n, warps, depth, registers)
 
 
 def make_call(kernel, width, bits, device="cuda"):
     """A function that runs forward and backward of an operator that launches this kernel, and returns all results."""
-    factored = is_factored(kernel)
+    factored = family(kernel) not in ("near", "softmax")
     shape = FAR if factored else NEAR
-    widths = INNER_WIDTHS if function_name(kernel) in FACTORED and not kernel.endswith("_one") else (width,)
+    widths = INNER_WIDTHS if factored and family(kernel) != "walk" and not kernel.endswith("_one") else (width,)
     inputs = [
         torch.randn(*shape, size, device=device, dtype=DTYPES[bits]).requires_grad_() for size in (*widths, *widths, width)
     ]
@@ -74,7 +79,7 @@ def make_call(kernel, width, bits, device="cuda"):
         if factored:
             qs, ks = inputs[: len(widths)], inputs[len(widths) : -1]
             return nf.hadamard_attention(qs, ks, inputs[-1], causal=kernel.endswith("_causal"), backend="triton")
-        if kernel.startswith("softmax_"):
+        if family(kernel) == "softmax":
             return nf.softmax_attention(*inputs, causal=True, backend="triton")
         return nf.krause_attention(*inputs, width**0.5, nf.SlidingWindow(127), backend="triton")
 
