@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 import nearfar as nf
@@ -416,3 +418,359 @@ def test_bad_calls_of_the_far_layers_raise_and_are_named(kind):
     with pytest.raises(ValueError, match=r"\bfeature_map\b"):
         far(kind, feature_map="tanh")(x)
     assert state.abs().max() == 0
+
+
+# Affine-scaled attention ---------------------------------------------------------------------------------------------------
+
+
+def affine(**options):
+    torch.manual_seed(0)
+    layer = nf.nn.AffineScaledAttention(DIM, HEADS, **options)
+    with torch.no_grad():
+        layer.alpha_proj.weight *= 10  # until some of clip's values are at its ends
+        if layer.sink is not None:
+            layer.sink.copy_(torch.linspace(-1, 1, HEADS))
+    return layer.to(DEVICE)
+
+
+def trained_affine(**options):
+    """In eval, with an average that is not 0."""
+    layer = affine(**options)
+    layer(tokens())
+    return layer.eval()
+
+
+def angles(length, width=DIM // HEADS):
+    """(cos, sin) of rotary positions, each (length, width)."""
+    turns = torch.arange(length)[:, None] * 100 ** -torch.linspace(0, 1, width // 2)
+    turns = torch.cat((turns, turns), -1).to(DEVICE)
+    return turns.cos(), turns.sin()
+
+
+def affine_by_formula(layer, x, average, rotary=None):
+    """The layer with the whole matrix of weights, and the alpha of each head (B, N, num_heads)."""
+    weights = layer.state_dict()
+
+    def project(name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def heads(name, turned):
+        parts = project(name).unflatten(-1, (-1, layer.head_dim)).unbind(2)
+        if turned and rotary is not None:  # as complex numbers
+            half = layer.head_dim // 2
+            turn = torch.complex(rotary[0], rotary[1])[:, :half]
+            products = [torch.complex(part[..., :half], part[..., half:]) * turn for part in parts]
+            parts = [torch.cat((product.real, product.imag), -1) for product in products]
+        return parts
+
+    length = x.shape[1]
+    index = torch.arange(length, device=x.device)
+    offset = index[:, None] - index
+    left, right = layer.window_size
+    visible = torch.ones_like(offset, dtype=torch.bool)
+    if left >= 0:
+        visible &= offset <= left
+    if layer.causal or right >= 0:
+        visible &= offset >= (0 if layer.causal else -right)
+    logits = project("alpha_proj")
+    alpha = torch.sigmoid(logits) if layer.phi == "sigmoid" else (0.1 * logits + 0.5).clamp(0, 1)
+    beta = (average - alpha) / length
+    q, k, v, outputs = heads("q_proj", True), heads("k_proj", True), heads("v_proj", False), []
+    for head in range(layer.num_heads):
+        shared = head * layer.num_kv_heads // layer.num_heads
+        exps = (q[head] @ k[shared].mT / layer.head_dim**0.5).exp() * visible
+        denominator = exps.sum(-1, keepdim=True) + (weights["sink"][head].exp() if layer.sink is not None else 0)
+        matrix = alpha[..., head, None] * exps / denominator + beta[..., head, None] * visible
+        outputs.append(matrix @ v[shared])
+    o = torch.cat(outputs, -1)
+    if layer.gate_proj is not None:
+        o = o * torch.sigmoid(project("gate_proj"))
+    return o @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0), alpha
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False, "phi": "sigmoid", "bias": True},
+        {"num_kv_heads": 2, "head_dim": 24, "output_gate": True, "sink": True, "bias": True},
+        {"num_kv_heads": 1, "window_size": (5, -1), "sink": True},
+        {"causal": False, "window_size": (4, 2), "output_gate": True},
+    ],
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_affine_layer_equals_its_formula_in_training_and_in_eval(options, rotated):
+    layer, x = affine(backend="reference", **options).double(), tokens().double()
+    rotary = tuple(part.double() for part in angles(37, layer.head_dim)) if rotated else None
+    average = torch.zeros(HEADS, dtype=torch.float64, device=DEVICE)
+    for _ in range(3):
+        _, alpha = affine_by_formula(layer, x, average, rotary)
+        average = 0.9 * average + 0.1 * alpha.mean((0, 1))
+        assert_close(layer(x, rotary=rotary), affine_by_formula(layer, x, average, rotary)[0])
+        x = x.flip(1) + 0.1
+    assert_close(layer.alpha_average, average)
+    assert_close(layer.eval()(x, rotary=rotary), affine_by_formula(layer, x, average, rotary)[0])
+
+
+def test_clip_reaches_both_its_ends_in_these_tests():
+    alpha = affine_by_formula(affine(), tokens(), 0)[1]
+    assert alpha.min() == 0 and alpha.max() == 1 and ((alpha > 0) & (alpha < 1)).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("phi", ["clip", "sigmoid"])
+def test_average_follows_the_mean_of_alpha_and_is_frozen_in_eval(phi):
+    layer, x = affine(phi=phi, momentum=0.75), tokens()
+    mean = affine_by_formula(layer, x, 0)[1].mean((0, 1))
+    assert layer.alpha_average.abs().max() == 0
+    for _ in range(5):
+        layer(x)
+    assert_close(layer.alpha_average, (1 - 0.75**5) * mean)
+    kept = layer.alpha_average.clone()
+    layer.eval()(tokens() + 1)
+    assert torch.equal(layer.alpha_average, kept)
+    layer.train()(tokens()[:, :0])  # no token, no change
+    assert torch.equal(layer.alpha_average, kept)
+    assert not layer.alpha_average.requires_grad
+
+
+def test_rows_of_an_affine_layer_sum_to_the_average():
+    """Eq. 8 chooses b so: with values that are all alike, each head returns a_ma times that value."""
+    layer = affine(causal=False, bias=True, backend="reference").double()
+    with torch.no_grad():
+        layer.v_proj.weight.zero_()
+        layer.out_proj.weight.copy_(torch.eye(DIM))
+        layer.out_proj.bias.zero_()
+    y = layer(tokens().double()).unflatten(-1, (HEADS, -1))
+    assert_close(y, (layer.alpha_average[:, None] * layer.v_proj.bias.unflatten(0, (HEADS, -1))).expand_as(y))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "output_gate": True, "sink": True, "bias": True}])
+def test_gradients_of_the_affine_layer_are_those_of_its_formula(options):
+    layer, x = affine(backend="reference", **options).double(), tokens().double()
+    layer(x).square().sum().backward()
+    average, parameters = layer.alpha_average.clone(), dict(layer.named_parameters())
+    layer.state_dict = lambda: parameters  # the formula, with parameters that take gradients
+    expected = torch.autograd.grad(affine_by_formula(layer, x, average)[0].square().sum(), list(parameters.values()))
+    for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+        if name != "k_proj.bias":  # it shifts all logits of a row alike: no gradient without a sink, and rounding
+            assert parameter.grad.abs().max() > 0, name
+        assert_close(parameter.grad, gradient, msg=name)
+
+
+def test_two_forwards_before_a_backward_accumulate_as_two_steps_do():
+    layer, halves = affine(), tokens().split(1)
+    sum(layer(half).square().sum() for half in halves).backward()
+    together = [parameter.grad for parameter in layer.parameters()]
+    layer = affine()
+    for half in halves:
+        layer(half).square().sum().backward()
+    for parameter, expected in zip(layer.parameters(), together, strict=True):
+        assert_close(parameter.grad, expected)
+
+
+def test_kernels_serve_the_affine_layer_as_the_reference_does():
+    results = []
+    for backend in ("reference", "triton"):
+        layer = affine(num_kv_heads=2, sink=True, output_gate=True, backend=backend)
+        y = layer(tokens(), rotary=angles(37))
+        results.append((y, layer.alpha_average, *torch.autograd.grad(y.square().sum(), layer.parameters())))
+    for expected, got in zip(*results, strict=True):
+        assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_affine_layer_is_causal_bit_for_bit_in_eval():
+    layer, x = trained_affine(sink=True, output_gate=True), tokens()
+    changed = x.clone()
+    changed[:, 20] += 10
+    difference = (layer(changed) - layer(x)).abs().amax((0, 2))
+    assert difference[:20].max() == 0
+    assert difference[20:].min() > 0
+
+
+def test_packed_sequences_of_the_affine_layer_divide_by_their_own_lengths():
+    layer, x = trained_affine(sink=True), tokens(batch=1)
+    ends = torch.tensor([0, 12, 12, 37], dtype=torch.int32, device=DEVICE)
+    assert_close(layer(x, cu_seqlens=ends), torch.cat((layer(x[:, :12]), layer(x[:, 12:])), 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"sink": True, "output_gate": True}])
+def test_affine_layer_compiles_to_one_graph_that_updates_the_average(options):
+    results = []
+    for compiles in (False, True):
+        layer = affine(**options)
+        # Partitioned as by inductor, which recomputes in the backward what is cheap, without its C++ compiler.
+        function = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True) if compiles else layer
+        # Both graphs live when the average changes: neither backward may read it again.
+        loss = sum(function(x).square().sum() for x in (tokens(), tokens() + 1))
+        gradients = torch.autograd.grad(loss, layer.parameters())
+        average = layer.alpha_average.clone()
+        layer.eval()
+        results.append((*gradients, average, function(tokens()), layer.alpha_average))
+    for expected, got in zip(*results, strict=True):
+        assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(results[1][-3], results[1][-1])
+
+
+def test_affine_layer_runs_in_the_autocast_dtype_with_a_float32_average():
+    layer, x = affine(sink=True, output_gate=True), tokens()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x, rotary=angles(37))
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.alpha_average.dtype == layer.sink.grad.dtype == torch.float32
+    expected = affine(sink=True, output_gate=True)
+    assert_close(y.float(), expected(x, rotary=angles(37)), atol=2e-2, rtol=2e-2)
+    assert_close(layer.alpha_average, expected.alpha_average, atol=1e-4, rtol=1e-3)
+
+
+def test_a_half_precision_affine_layer_keeps_its_average_in_float32():
+    layer, expected = affine(), affine()
+    for _ in range(2):
+        expected(tokens())
+    layer(tokens())
+    kept = layer.alpha_average.clone()
+    model = torch.nn.Sequential(layer).to(torch.bfloat16)
+    assert torch.equal(layer.alpha_average, kept) and layer.q_proj.weight.dtype == torch.bfloat16
+    assert model(tokens().bfloat16()).dtype == torch.bfloat16
+    assert_close(layer.alpha_average, expected.alpha_average, atol=1e-4, rtol=1e-3)
+    assert model.double()[0].alpha_average.dtype == torch.float64
+
+
+DECODING = [
+    {},
+    {"num_kv_heads": 2, "head_dim": 24, "output_gate": True, "bias": True, "phi": "sigmoid"},
+    {"num_kv_heads": 1, "sink": True},
+    {"num_kv_heads": 2, "window_size": (4, 0), "sink": True},
+]
+
+
+@pytest.mark.parametrize(("sizes", "backend"), [((1,) * 13, "auto"), ((6, 1, 1, 5), "auto"), ((6, 1, 1, 5), "triton")])
+@pytest.mark.parametrize("options", DECODING)
+def test_affine_decoding_equals_the_parallel_forward(options, sizes, backend):
+    layer, x = trained_affine(backend=backend, **options), tokens()[:, :13]
+    cos, sin = angles(13, layer.head_dim)
+    expected = layer(x, rotary=(cos, sin))
+    average, cache = layer.train().alpha_average.clone(), layer.init_cache(2, 16)
+    addresses = cache.k.data_ptr(), cache.v.data_ptr(), cache.total.data_ptr()
+    parts = zip(x.split(sizes, 1), cos.split(sizes), sin.split(sizes), strict=True)
+    y = torch.cat([layer.step(part, cache, length=13, rotary=rotary) for part, *rotary in parts], 1)
+    assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    assert not y.requires_grad
+    assert addresses == (cache.k.data_ptr(), cache.v.data_ptr(), cache.total.data_ptr())
+    assert cache.length == 13 and cache.total.dtype == torch.float32
+    assert_close(cache.total, cache.v[:, :, :13].sum(2))
+    assert torch.equal(layer.alpha_average, average)
+
+
+@pytest.mark.parametrize("options", DECODING)
+def test_affine_decoding_divides_by_the_keys_so_far(options):
+    layer, x = trained_affine(**options), tokens()[:, :7]
+    for sizes in ((1,) * 7, (4, 3)):
+        cache = layer.init_cache(2, 7)
+        y = torch.cat([layer.step(part, cache) for part in x.split(sizes, 1)], 1)
+        expected = torch.cat([layer(x[:, :end])[:, -1:] for end in range(1, 8)], 1)
+        assert_close(y, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_affine_decoding_under_autocast_keeps_a_half_cache_and_a_float32_sum():
+    layer, x = trained_affine(), tokens()[:, :9]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cache = layer.init_cache(2, 9)
+        y = torch.cat([layer.step(token, cache, length=9) for token in x.split(1, 1)], 1)
+    assert cache.k.dtype == cache.v.dtype == y.dtype == torch.bfloat16
+    assert cache.total.dtype == torch.float32
+    assert_close(y.float(), layer(x), atol=2e-2, rtol=2e-2)
+
+
+def affine_worker(rank, store, results):
+    """One of two processes: DDP, with different tokens and lengths, eager and compiled."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    layer = affine().cpu()
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    x = tokens().cpu()[rank : rank + 1, : 37 - 20 * rank]
+    for _ in range(2):
+        model(x).square().mean().backward()
+    compiled = affine().cpu()
+    function = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        function(x)
+    torch.save((layer.alpha_average, layer.alpha_proj.weight.grad, compiled.alpha_average), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_average_of_all_their_tokens(tmp_path):
+    mp.spawn(affine_worker, (tmp_path / "store", tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    layer, x = affine().cpu(), tokens().cpu()
+    alpha = affine_by_formula(layer, x, 0)[1]
+    mean = torch.cat((alpha[0], alpha[1, :17])).mean(0)
+    assert_close(first[0], (1 - 0.9**2) * mean)
+    assert_close(first[2], first[0])
+
+
+def test_state_dict_round_trip_of_the_affine_layer():
+    layer, x = trained_affine(num_kv_heads=2, sink=True, output_gate=True), tokens()
+    other = affine(num_kv_heads=2, sink=True, output_gate=True).eval()
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    projections = {f"{name}_proj.weight" for name in ("q", "k", "v", "out", "alpha", "gate")}
+    assert set(layer.state_dict()) == projections | {"sink", "alpha_average"}
+    assert set(affine().state_dict()) == projections - {"gate_proj.weight"} | {"alpha_average"}
+
+
+def test_affine_sink_starts_at_0():
+    sink = nf.nn.AffineScaledAttention(DIM, HEADS, sink=True).sink
+    assert sink.shape == (HEADS,) and sink.abs().max() == 0 and sink.requires_grad
+
+
+def test_extra_repr_of_the_affine_layer_shows_what_was_asked_for():
+    text = repr(affine(num_kv_heads=2, window_size=(7, -1), phi="sigmoid", momentum=0.5))
+    parts = "num_heads=4", "num_kv_heads=2", "head_dim=16", "causal=True", "window_size=(7, -1)", "'sigmoid'", "momentum=0.5"
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name"),
+    [
+        ((65, 4), {}, "dim"),
+        ((64, 0), {}, "num_heads"),
+        ((64, 4), {"num_kv_heads": 3}, "num_kv_heads"),
+        ((64, 4), {"head_dim": 0}, "head_dim"),
+        ((64, 4), {"phi": "relu"}, "phi"),
+        ((64, 4), {"momentum": 1.5}, "momentum"),
+        ((64, 4), {"momentum": math.nan}, "momentum"),
+    ],
+)
+def test_bad_arguments_of_the_affine_layer_raise_and_are_named(arguments, options, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        nf.nn.AffineScaledAttention(*arguments, **options)
+
+
+def test_bad_calls_of_the_affine_layer_raise_are_named_and_change_nothing():
+    layer, x = affine(), tokens()
+    cos, sin = angles(37)
+    for error, rotary in ((TypeError, cos), (ValueError, (cos[:5], sin)), (ValueError, (cos, sin[:, :8]))):
+        with pytest.raises(error, match=r"\brotary\b"):
+            layer(x, rotary=rotary)
+    with pytest.raises(ValueError, match=r"\bhead_dim\b"):
+        affine(head_dim=17)(x, rotary=angles(37, 16))
+    with pytest.raises(TypeError, match=r"\bcu_seqlens\b"):
+        layer(x[:1], cu_seqlens=torch.tensor([0, 37], device=DEVICE))
+    assert layer.alpha_average.abs().max() == 0
+    with pytest.raises(ValueError, match="own key"):
+        affine(window_size=(-2, 0))(x)
+    cache = layer.init_cache(2, 4)
+    with pytest.raises(ValueError, match=r"\bcache\b.*\b4\b"):
+        layer.step(x, cache)
+    with pytest.raises(ValueError, match=r"\bbatch\b"):
+        layer.step(x[:1, :1], cache)
+    with pytest.raises(ValueError, match="one token"):
+        layer.step(x[:, :0], cache)
+    with pytest.raises(ValueError, match=r"\bcausal\b"):
+        affine(causal=False).step(x[:, :1], cache)
+    assert cache.length == 0 and cache.v.abs().max() == cache.total.abs().max() == 0

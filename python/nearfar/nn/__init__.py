@@ -1,6 +1,7 @@
 """Drop-in attention layers, x (B, N, dim) -> (B, N, dim), one file per operator."""
 
+from nearfar.nn.affine import AffineScaledAttention
 from nearfar.nn.krause import KrauseAttention
 from nearfar.nn.linear import HadamardAttention, LinearAttention
 
-__all__ = ["HadamardAttention", "KrauseAttention", "LinearAttention"]
+__all__ = ["AffineScaledAttention", "HadamardAttention", "KrauseAttention", "LinearAttention"]
