@@ -57,7 +57,9 @@ def _softmax(scores, visible, sink, heads_kv):
     if sink is None:
         return masked_softmax(scores, visible)
     logits = sink.to(scores.dtype).reshape(heads_kv, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return masked_softmax(torch.cat((scores, logits), -1), pad(visible, (0, 1), value=True))[..., :-1]
+    # Concatenated, not padded: Inductor writes no valid C++ for the padding of a bool tensor (torch 2.13).
+    every = torch.ones_like(visible[..., :1])
+    return masked_softmax(torch.cat((scores, logits), -1), torch.cat((visible, every), -1))[..., :-1]
 
 
 def window_sums(v, num_queries, left, right):
