@@ -1,13 +1,13 @@
 """Softmax attention and affine-scaled attention (arXiv 2602.23057): o_i = alpha_i softmax(..)_i V + beta_i c_i.
 
-c_i is the sum of the values that query i may see. It needs no pairs: whole chunks of values come from their prefix sums, and
-only the chunks that the ends of a tile's windows cut are multiplied by their mask. The backward uses the same for dv, whose
-bias part is the sum of beta_i dO_i over the queries that see a key.
+c_i is the sum of the values that query i may see. It needs no pairs: chunks of values that a whole tile of queries sees enter
+by their sums, and only the chunks that the ends of its windows cut are multiplied by their mask. The backward uses the same
+for dv, whose bias part is the sum of beta_i dO_i over the queries that see a key.
 
-    chunk_sums, scan_chunks     prefix sums of values, or of scaled dO, at the ends of chunks of CHUNK tokens
-    attend                      o, the plain attention output u, and lse
-    grad_queries                dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
-    grad_keys                   dk and dv, summed over the query heads of a group
+    chunk_sums       sums of values, or of scaled dO, over chunks of CHUNK tokens
+    attend           o, the plain attention output u, and lse
+    grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
+    grad_keys        dk and dv, summed over the query heads of a group
 
 With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2. Rows
 without keys have u = c = m = 0.
@@ -30,7 +30,8 @@ from .tiles import (
     transpose_window,
 )
 
-CHUNK: tl.constexpr = tl.constexpr(64)
+CHUNK: tl.constexpr = tl.constexpr(64)  # tokens
+CHUNKS_AT_ONCE: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def chunk_sums(
     values, factors, sums, strides, num_rows, num_heads, num_chunks,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, H, chunks + 1, width) float32: at chunk + 1 the sum of a chunk, which scan_chunks turns into prefix sums."""
+    """sums (B, H, chunks, width) float32: the sum of the values of each chunk."""
     chunk, head, batch = program_coordinates(num_chunks, num_heads)
     index = batch.to(tl.int64) * num_heads + head
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -55,21 +56,8 @@ def chunk_sums(
         factors += index * num_rows
     tile = load_scaled(at(values, strides, batch, head), rows, strides[2], num_rows, factors, WIDTH, BLOCK_WIDTH)
     column = tl.arange(0, BLOCK_WIDTH)
-    sums += (index * (num_chunks + 1) + chunk + 1) * WIDTH
+    sums += (index * num_chunks + chunk) * WIDTH
     tl.store(sums + column, tl.sum(tile, 0), mask=column < WIDTH)
-
-
-@triton.jit
-def scan_chunks(sums, num_chunks, WIDTH: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    sums += tl.program_id(0).to(tl.int64) * (num_chunks + 1) * WIDTH
-    column = tl.arange(0, BLOCK_WIDTH)
-    total = tl.zeros((BLOCK_WIDTH,), tl.float32)
-    tl.store(sums + column, total, mask=column < WIDTH)
-    for first in range(1, num_chunks + 1, BLOCK_CHUNKS):
-        chunks = first + tl.arange(0, BLOCK_CHUNKS)
-        tile = load_tile(sums, chunks, WIDTH, num_chunks + 1, WIDTH, BLOCK_WIDTH)
-        store_tile(sums, chunks, WIDTH, num_chunks + 1, tl.cumsum(tile, 0) + total[None, :], WIDTH, BLOCK_WIDTH)
-        total += tl.sum(tile, 0)
 
 
 @triton.jit
@@ -79,17 +67,19 @@ def window_sums(
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_WIDTH) sums of the values in the interval [begin, end) of each row.
 
-    The intervals cover [all_begin, all_end) all, and nothing beyond [tile_begin, tile_end); see tile_reach.
+    The intervals cover [all_begin, all_end) all, and nothing beyond [tile_begin, tile_end); see tile_reach. Sums of chunks are
+    added, not taken from prefix sums: in a difference of those, what a row cannot see would leave its roundings.
     """
-    column = tl.arange(0, BLOCK_WIDTH)
     last_chunk = tl.cdiv(num_rows, CHUNK)
     first_chunk = tl.minimum(tile_begin // CHUNK, last_chunk)
     stop_chunk = tl.maximum(tl.minimum(tl.cdiv(tile_end, CHUNK), last_chunk), first_chunk)
     first_whole = tl.minimum(tl.maximum(tl.cdiv(all_begin, CHUNK), first_chunk), stop_chunk)
     stop_whole = tl.minimum(tl.maximum(all_end // CHUNK, first_whole), stop_chunk)
-    high = tl.load(sums + stop_whole.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)
-    low = tl.load(sums + first_whole.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32) + (high - low)[None, :]
+    seen_by_all = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    for first in range(first_whole, stop_whole, CHUNKS_AT_ONCE):
+        chunks = first + tl.arange(0, CHUNKS_AT_ONCE)
+        seen_by_all += tl.sum(load_tile(sums, chunks, WIDTH, stop_whole, WIDTH, BLOCK_WIDTH), 0)
+    total = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32) + seen_by_all[None, :]
     whole = stop_whole - first_whole
     for step in range(first_chunk, stop_chunk - whole):
         chunk = step + tl.where(step >= first_whole, whole, 0)
@@ -156,7 +146,7 @@ def attend(
     if alpha is not None:
         acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
     if beta is not None:
-        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * (tl.cdiv(num_keys, CHUNK) + 1) * DV
+        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
         bias = window_sums(
             v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
             PRECISION, DV, BLOCK_M, BLOCK_DV,
@@ -189,7 +179,7 @@ def grad_queries(
     row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
     if dbeta is not None:
-        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * (tl.cdiv(num_keys, CHUNK) + 1) * DV
+        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
         bias = window_sums(
             v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
             PRECISION, DV, BLOCK_M, BLOCK_DV,
@@ -256,7 +246,7 @@ def grad_keys(
             ds = weight * (dp - row_m[None, :])
             dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
         if beta is not None:
-            head_sums = sums + (batch.to(tl.int64) * num_heads + head) * (tl.cdiv(num_queries, CHUNK) + 1) * DV
+            head_sums = sums + (batch.to(tl.int64) * num_heads + head) * tl.cdiv(num_queries, CHUNK) * DV
             dv_tile += window_sums(
                 do_head, do_strides[2], beta + row_offset, head_sums, seen_begin, seen_end,
                 tile_begin, all_begin, all_end, tile_end, num_queries, PRECISION, DV, BLOCK_N, BLOCK_DV,

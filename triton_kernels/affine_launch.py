@@ -8,8 +8,6 @@ from . import affine
 from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
 from .pairwise_launch import Signature
 
-CHUNKS_AT_ONCE = 16
-
 
 def signature(q, k, v, token_bounds, left, right):
     return Signature(
@@ -24,12 +22,11 @@ def num_chunks(length):
 
 @functools.lru_cache(maxsize=1024)
 def plan_sums(shape, strides):
-    """chunk_sums and scan_chunks of (B, H, N, width) values."""
+    """chunk_sums of (B, H, N, width) values."""
     batch, heads, length, width = shape
-    chunks, block = num_chunks(length), width_block(width)
-    one = LaunchParameters(None, None, 4, 1)
-    sums = Launch(affine.chunk_sums, chunks * heads * batch, (strides, length, heads, chunks, width, block), one)
-    return sums, Launch(affine.scan_chunks, heads * batch, (chunks, width, CHUNKS_AT_ONCE, block), one)
+    chunks = num_chunks(length)
+    scalars = strides, length, heads, chunks, width, width_block(width)
+    return Launch(affine.chunk_sums, chunks * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,8 +67,7 @@ def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, 
     call = signature(q, k, v, token_bounds, left, right)
     launches = []
     if beta is not None:
-        chunks, scan = plan_sums(v.shape, v.stride())
-        launches += [(chunks, (v, None, sums)), (scan, (sums,))]
+        launches.append((plan_sums(v.shape, v.stride()), (v, None, sums)))
     attend = plan_attend(call, o.stride(), scale)
     launch_all(*launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
 
@@ -83,10 +79,8 @@ def backward(
     call = signature(q, k, v, token_bounds, left, right)
     launches = []
     if beta is not None:
-        chunks, scan = plan_sums(v.shape, v.stride())
-        launches += [(chunks, (v, None, value_sums)), (scan, (value_sums,))]
-        chunks, scan = plan_sums(do.shape, do.stride())
-        launches += [(chunks, (do, beta, do_sums)), (scan, (do_sums,))]
+        launches.append((plan_sums(v.shape, v.stride()), (v, None, value_sums)))
+        launches.append((plan_sums(do.shape, do.stride()), (do, beta, do_sums)))
     queries = plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
     keys = plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
     launch_all(

@@ -40,9 +40,9 @@ def _launchers():
 
 
 def _empty_sums(values, launch):
-    """What chunk_sums fills: prefix sums of values (B, H, N, width)."""
+    """What chunk_sums fills: sums over chunks of values (B, H, N, width)."""
     batch, heads, length, width = values.shape
-    return values.new_empty((batch, heads, launch.num_chunks(length) + 1, width), dtype=torch.float32)
+    return values.new_empty((batch, heads, launch.num_chunks(length), width), dtype=torch.float32)
 
 
 def _allocate_forward(q, v, epilogue):
@@ -114,15 +114,15 @@ def _save(ctx, inputs, output):
     ctx.options = left, right, scale
 
 
-def _gradients(ctx, results):
-    """For every input: what the backward returned, None where there was no input."""
-    inputs = ctx.saved_tensors[:6]
-    given = (None if tensor is None else gradient for tensor, gradient in zip(inputs, results, strict=True))
-    return *given, None, None, None, None
+def _given(inputs, results):
+    """The gradients of all arguments: what the backward returned, None for tensors that are None and for numbers."""
+    gradients = (None if tensor is None else result for tensor, result in zip(inputs, results, strict=True))
+    return *gradients, None, None, None, None
 
 
 def _autograd_backward(ctx, do, *_):
-    return _gradients(ctx, torch.ops.nearfar.affine_attention_backward(do, *ctx.saved_tensors, *ctx.options))
+    saved = ctx.saved_tensors  # to be unpacked once, as checkpointing demands
+    return _given(saved[:6], torch.ops.nearfar.affine_attention_backward(do, *saved, *ctx.options))
 
 
 class _Eager(torch.autograd.Function):
@@ -136,12 +136,13 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, backward(do, *ctx.saved_tensors, *ctx.options))
-        # With create_graph the torch operator runs, because it refuses to be differentiated again.
         *inputs, u, lse = ctx.saved_tensors
-        u = u if u is not None else lse.new_empty(0)
-        return _gradients(ctx, torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options))
+        if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
+            u = lse.new_empty(0) if u is None else u
+            results = torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options)
+        else:
+            results = backward(do, *inputs, u, lse, *ctx.options)
+        return _given(inputs[:6], results)
 
 
 def _register():
