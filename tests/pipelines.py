@@ -83,6 +83,12 @@ def calls():
             ),
             rows(*factors, *factors, width),
         )
+    for width in (64, 128):
+        yield (
+            f"affine {width} causal",
+            lambda *t: nf.affine_attention(*t, causal=True, backend="triton"),
+            [*rows(width, width, width), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
+        )
 
 
 if __name__ == "__main__":

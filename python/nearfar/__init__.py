@@ -3,6 +3,7 @@
 from nearfar import nn, theory
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
+from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
 from nearfar.version import __version__
@@ -10,6 +11,7 @@ from nearfar.version import __version__
 __all__ = [
     "SlidingWindow",
     "__version__",
+    "affine_attention",
     "explain",
     "hadamard_attention",
     "hadamard_attention_step",
@@ -17,5 +19,6 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "softmax_attention",
     "theory",
 ]

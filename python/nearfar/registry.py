@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nearfar.ops import krause, linear
+from nearfar.ops import affine, krause, linear
 
 
 class Operator(NamedTuple):
@@ -48,6 +48,22 @@ OPERATORS = (
         op="hadamard_attention",
         summary="Hadamard linear attention: weights are products of one to three kernels phi(q) . phi(k), with a state",
         source="arXiv 2602.12128",
+    ),
+    Operator(
+        room="affine",
+        function=affine.affine_attention,
+        prepare=affine.prepare_affine_attention,
+        op="affine_attention",
+        summary="Affine-scaled attention: alpha times the softmax weights plus beta, per query and head; windows, sinks",
+        source="arXiv 2602.23057",
+    ),
+    Operator(
+        room="affine",
+        function=affine.softmax_attention,
+        prepare=affine.prepare_softmax_attention,
+        op="affine_attention",
+        summary="Softmax attention: causal or full, sliding windows, packed sequences, attention sinks",
+        source="arXiv 1706.03762",
     ),
 )
 
