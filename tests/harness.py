@@ -10,6 +10,9 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
 
+# On a GPU a fuzz draws few kernels, each of which has to be compiled, with many numbers, unless it was asked to take its time.
+FEW_KERNELS = DEVICE == "cuda" and "NEARFAR_FUZZ" not in os.environ
+
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 

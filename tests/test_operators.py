@@ -125,7 +125,7 @@ def test_the_same_bits_every_time(operator, name):
 def test_opcheck(operator, name):
     """Schema, autograd registration, fake tensors, and AOT autograd with symbolic shapes."""
     module = samples.of(operator)
-    sample = make(operator, name, torch.float32, length=35)
+    sample = make(operator, name, torch.float32, length=19)
     arguments = module.op_arguments(sample)
     torch.library.opcheck(op(operator), module.op_arguments(Sample(leaves(sample), sample.options)))
     outputs = op(operator)(*arguments)
@@ -173,7 +173,7 @@ def test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes(operator, name):
 @each_sample
 def test_compile_without_graph_break(operator, name):
     torch._dynamo.reset()
-    sample = make(operator, name, torch.float32, length=35)
+    sample = make(operator, name, torch.float32, length=19)
     do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
     compiled = torch.compile(public(operator), fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     assert_same(run(public(operator), sample, do), run(compiled, sample, do), "when compiled")

@@ -38,7 +38,7 @@ def make(name, dtype, device=DEVICE, length=75):
 
 def compile_lengths(name):
     """With top_k over all keys the saved bits double at powers of two, and graphs with them; a window has no step."""
-    return (66, 97, 127) if name == "top 7 of all keys" else (35, 50, 71)
+    return (19, 35, 50)
 
 
 def window(options):

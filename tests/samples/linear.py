@@ -16,9 +16,11 @@ SAMPLES = {
     },
     "hadamard_attention": {
         "two factors": dict(widths=(24, 16), feature_map="relu"),
-        "two factors, causal, state in and out": dict(widths=(16, 8), feature_map="exp", causal=True, state=True),
-        "three factors, causal, grouped heads": dict(widths=(8, 16, 8), feature_map="softplus", causal=True, heads=(4, 2)),
-        "two factors, packed, states": dict(widths=(8, 16), packed=True, state=True),
+        "two factors, causal, state in and out": dict(
+            widths=(8, 16), heads=(2, 1), feature_map="exp", causal=True, state=True
+        ),
+        "three factors, causal, grouped heads": dict(widths=(8, 16, 8), heads=(2, 1), feature_map="softplus", causal=True),
+        "two factors, packed, states": dict(widths=(8, 16), heads=(2, 1), packed=True, state=True),
     },
 }
 STATE_SCALE = 4.0
@@ -43,7 +45,7 @@ def make(name, dtype, device=DEVICE, length=75):
     options = dict(SAMPLES[operator][name])
     widths, state, packed = options.pop("widths"), options.pop("state", False), options.pop("packed", False)
     heads, kv_heads = options.pop("heads", (2, 2))
-    batch = 1 if packed or heads > 2 else 2
+    batch = 1 if packed or heads > kv_heads else 2
     sequences = batch
     if packed:
         ends = [0, length // 3, length // 3, 2 * length // 3, length]
@@ -79,7 +81,7 @@ def random_state(shape, dtype, device=DEVICE, seed=9):
 
 
 def compile_lengths(name):
-    return (35, 50, 71)
+    return (19, 35, 50)
 
 
 # -------------------------------------------------------------------------------------------------------------- oracle
