@@ -93,19 +93,20 @@ COMPILED = [
 @st.composite
 def calls(draw):
     """(Sample, layout of the gradient of o, whether pair by pair)."""
-    lengths = COMPILED_LENGTHS if FEW_KERNELS else LENGTHS
-    length = draw(st.sampled_from(lengths))
     if FEW_KERNELS:
+        lengths = COMPILED_LENGTHS
         dtype, widths, value_width, group, feature_map, causal, packed, state_in, state_out = draw(st.sampled_from(COMPILED))
     else:
         dtype, widths = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(WIDTHS))
+        lengths = [length for length in LENGTHS if length * math.prod(widths) <= 26_000]  # for the interpreter's sake
         value_width, feature_map = draw(st.sampled_from(VALUE_WIDTHS)), draw(st.sampled_from(list(MAPS)))
         causal, packed = draw(st.booleans()), draw(st.integers(0, 2)) == 0
         state_in, state_out = draw(st.booleans()), draw(st.booleans())
+    length = draw(st.sampled_from(lengths))
     keys = length if causal or packed or draw(st.booleans()) else draw(st.sampled_from(lengths))
     if FEW_KERNELS:
         batch, kv_heads = 1 if packed else 2, 2
-    else:  # long ones, and those of large states, get one head, for the interpreter's sake
+    else:  # long ones and those of large states get one head
         small = length + keys <= 140 and value_width <= 64 and math.prod(widths) <= 256
         batch = draw(st.integers(1, 2)) if small and not packed else 1
         kv_heads, group = (draw(st.integers(1, 2)), draw(st.integers(1, 3))) if small else (1, draw(st.integers(1, 2)))
