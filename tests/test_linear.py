@@ -787,6 +787,17 @@ def test_every_function_of_the_samples_is_public():
     assert set(FUNCTIONS) <= set(nf.__all__)
 
 
+def test_the_gradient_of_a_state_that_does_not_exist():
+    """The torch operator returns an empty state where none is asked for, and gets an empty gradient for it."""
+    q, k, v = (randn(1, 2, 70, 16, seed=seed).requires_grad_() for seed in range(3))
+    initial = randn(1, 2, 16, 17, seed=4).abs()
+    o, state, *_ = torch.ops.nearfar.hadamard_attention([q], [k], v, initial, None, "elu", True, True, 1e-6, False)
+    assert state.shape == (0,)
+    alone = torch.autograd.grad(o, (q, k, v), torch.ones_like(o), retain_graph=True)
+    both = torch.autograd.grad((o, state), (q, k, v), (torch.ones_like(o), torch.ones_like(state)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, both, strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------------- GPU
 
 

@@ -270,7 +270,8 @@ def _or_empty(tensors, like):
 
 
 def _or_none(*tensors):
-    return [None if tensor.dim() == 1 else tensor for tensor in tensors]
+    """And back; None stays None."""
+    return [None if tensor is None or tensor.dim() == 1 else tensor for tensor in tensors]
 
 
 def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
@@ -278,7 +279,8 @@ def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
 
 
 def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
-    inverse, states, norms = _or_none(inverse, states, norms)
+    # The state that was not asked for has a gradient, too, where somebody differentiates every output.
+    dstate, inverse, states, norms = _or_none(dstate, inverse, states, norms)
     dqs, dks, dv, dinitial = backward(
         do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options
     )
