@@ -1,9 +1,16 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
 import pytest
+import samples
 import torch
+from harness import DEVICE, run
 from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
+from samples import public
+from torch.utils._pytree import tree_leaves
 from triton import knobs
+
+import nearfar as nf
+from nearfar.registry import OPERATORS
 
 
 class Kernel:
@@ -76,3 +83,37 @@ def test_survey():
     assert survey((whole, None, (whole, whole))) == ([whole.data_ptr(), None, (whole.data_ptr(),) * 2], 0b010, True)
     assert survey((None, shifted))[1:] == (0b10, False) and survey(((whole, shifted), None))[1:] == (0b01, False)
     assert survey((torch.empty(0),)) == ([0], 0, True)  # nothing will be read there
+
+
+CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.names(op)]
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """What the launches of this test are given: {(launch, which tensors are None): sets of their dtypes}; nothing runs."""
+    seen = {}
+
+    def note(launch, *tensors):
+        key = id(launch), survey(tensors)[1]
+        kept.append(launch)  # so that no other one gets its id
+        seen.setdefault(key, set()).add(tuple(t.dtype for t in tree_leaves(tensors) if t is not None))
+
+    kept = []
+    monkeypatch.setattr(Launch, "__call__", note)
+    monkeypatch.setattr(Launch, "is_new", lambda launch, tensors: False)
+    return seen
+
+
+@pytest.mark.parametrize("operator, name", CASES)
+def test_a_launch_serves_one_dtype(operator, name, dtypes):
+    """Triton compiled its kernel for those; the plans of a call are looked up by all that a kernel depends on."""
+    for dtype in (torch.float32, torch.float16):
+        run(public(operator), samples.of(operator).make(name, dtype))
+    assert dtypes and all(len(found) == 1 for found in dtypes.values()), dtypes
+
+
+def test_a_decoding_launch_serves_one_dtype(dtypes):
+    for dtype in (torch.float32, torch.float16):
+        q = torch.ones(1, 1, 1, 16, dtype=dtype, device=DEVICE)
+        nf.linear_attention_step(q, q, q, torch.zeros(1, 1, 16, 17, device=DEVICE), backend="triton")
+    assert dtypes and all(len(found) == 1 for found in dtypes.values()), dtypes

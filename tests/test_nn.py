@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from harness import assert_accurate
 from torch.testing import assert_close
 
 import nearfar as nf
@@ -221,13 +222,15 @@ def test_far_layers_equal_their_formula(kind, options, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @FAR
 def test_kernels_serve_the_far_layers_as_the_reference_does(kind, causal):
-    results = []
-    for backend in ("reference", "triton"):
-        layer = far(kind, causal=causal, num_kv_heads=2, backend=backend)
-        y, state = layer(tokens(), return_state=True)
-        results.append((y, state, *torch.autograd.grad(y.square().sum() + state.sum(), layer.parameters())))
-    for expected, got in zip(*results, strict=True):
-        assert_close(got, expected, atol=1e-3, rtol=1e-4)
+    def results(backend, dtype=torch.float32):
+        layer = far(kind, causal=causal, num_kv_heads=2, backend=backend).to(dtype)
+        y, state = layer(tokens().to(dtype), return_state=True)
+        gradients = torch.autograd.grad(y.square().sum() + state.sum(), layer.parameters())
+        return {"y": y, "state": state, **dict(zip(dict(layer.named_parameters()), gradients, strict=True))}
+
+    exact, plain = results("reference", torch.float64), results("reference")
+    for name, got in results("triton").items():
+        assert_accurate(name, got, exact[name], plain[name], exact[name], torch.float32)
 
 
 @FAR
