@@ -128,3 +128,4 @@ def neighbours(
         tl.store(lists + index * num_others + place, others, mask=keep != 0)
         count += tl.sum(keep, 0)
     tl.store(counts + index, count)
+    tl.store(lists + index * num_others, 0, mask=count == 0)  # a walk reads its first cell before it knows

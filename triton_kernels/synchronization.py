@@ -44,6 +44,7 @@ from .tiles import (
 
 EPS: tl.constexpr = tl.constexpr(1e-8)
 FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of what is not there: beyond every lock radius
+SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt take what is below for 0
 EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 would drown small distances
 
 
@@ -54,21 +55,26 @@ def similarity(delta2, alpha, POLYNOMIALS: tl.constexpr):
 
 
 @triton.jit
+def positive(x):
+    """max(x, 0); NaN passes, or a broken input would leave no trace in the output."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def squared_distance(products, squares, other_squares):
-    # NaN has to pass, or a broken input would leave no trace in the output.
-    return tl.maximum(squares + other_squares - 2.0 * products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return positive(squares + other_squares - 2.0 * products)
 
 
 @triton.jit
 def strength(margin):
     """S."""
-    return sqrt(tl.maximum(margin, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return sqrt(positive(margin))
 
 
 @triton.jit
-def locked_slope(ds, margin, steepest):
-    """dS / max(S, grad_floor), 0 where the pair is not locked. steepest: 1 / grad_floor."""
-    return tl.where(margin <= 0.0, 0.0, ds * tl.minimum(rsqrt(margin), steepest))
+def inverse_strength(margin):
+    """1 / S where the pair locks, else 0; S is this times the positive part of the margin, without another special function."""
+    return tl.where(margin < SMALLEST_NORMAL, 0.0, rsqrt(margin))
 
 
 @triton.jit
@@ -80,7 +86,10 @@ def cells(lists, counts, tile, head, batch, num_heads, num_tiles, num_others):
 
 @triton.jit
 def listed(cell_list, step, BLOCK: tl.constexpr):
-    """First token of a step, as the walk takes the listed cells by BLOCK tokens."""
+    """First token of a step, as the walk takes the listed cells by BLOCK tokens.
+
+    Walks ask one step ahead: a load whose address waits for another load costs Triton's pipeline a stage.
+    """
     STEPS: tl.constexpr = CELL // BLOCK
     return tl.load(cell_list + step // STEPS) * CELL + (step - step // STEPS * STEPS) * BLOCK
 
@@ -110,8 +119,10 @@ def attend(
 
     row_total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for step in range(count * (CELL // BLOCK_N)):
-        first = listed(cell_list, step, BLOCK_N)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
@@ -123,6 +134,7 @@ def attend(
         weight = strength(similarity(delta2, alpha, POLYNOMIALS) - row_c[:, None] * delta2)
         row_total += tl.sum(weight, 1)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        first = following
 
     write_rows(o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV, BLOCK_DV)
 
@@ -256,8 +268,10 @@ def grad_queries(
     pulls = tl.zeros((BLOCK_M,), tl.float32)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
-    for step in range(count * (CELL // BLOCK_N)):
-        first = listed(cell_list, step, BLOCK_N)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
@@ -268,7 +282,7 @@ def grad_queries(
                 delta2 = mask_backward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
         near = similarity(delta2, alpha, POLYNOMIALS)
         ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
-        slope = locked_slope(ds, near - row_c[:, None] * delta2, steepest)
+        slope = ds * tl.minimum(inverse_strength(near - row_c[:, None] * delta2), steepest)
         if bits is not None:
             begin = tl.zeros((BLOCK_M,), tl.int32)
             keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
@@ -279,6 +293,7 @@ def grad_queries(
         slope *= delta2
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
+        first = following
 
     acc = (acc - pulls[:, None] * w_tile.to(tl.float32)) * unit[:, None]
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_queries, acc, D, BLOCK_D)
@@ -322,8 +337,10 @@ def grad_keys(
         cell_list, count = cells(
             lists, counts, tile * BLOCK_N // TILE, head, batch, num_heads, tl.cdiv(num_keys, TILE), tl.cdiv(num_queries, CELL)
         )
-        for step in range(count * (CELL // BLOCK_M)):
-            first = listed(cell_list, step, BLOCK_M)
+        steps = count * (CELL // BLOCK_M)
+        first = listed(cell_list, 0, BLOCK_M)
+        for step in range(steps):
+            following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_M)
             rows = first + tl.arange(0, BLOCK_M)
             w_tile = load_tile(w_head, rows, w_strides[2], num_queries, D, BLOCK_D)
             do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
@@ -339,9 +356,10 @@ def grad_keys(
                     delta2 = mask_backward(delta2, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
             near = similarity(delta2, alpha, POLYNOMIALS)
             margin = near - row_c[None, :] * delta2
-            weight = strength(margin) * row_inverse[None, :]
+            inverse_s = inverse_strength(margin)
+            weight = positive(margin) * inverse_s * row_inverse[None, :]
             ds = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * row_inverse[None, :] - row_shift[None, :]
-            slope = locked_slope(ds, margin, steepest)
+            slope = ds * tl.minimum(inverse_s, steepest)
             if bits is not None:
                 begin = tl.zeros((BLOCK_M,), tl.int32)
                 keep = load_bits(
@@ -356,6 +374,7 @@ def grad_keys(
             pull = (slope * (near * (2.0 * alpha / unit) + (row_c / unit)[None, :])).to(w_tile.dtype)
             dk_tile += unit * tl.dot(pull, w_tile, input_precision=EXACT)
             pulls += unit * tl.sum(pull.to(tl.float32), 1)
+            first = following
 
     dk_tile -= pulls[:, None] * k_tile.to(tl.float32)
     if SELF:
@@ -406,8 +425,10 @@ def grad_tokens(
     pulls = tl.zeros((BLOCK_M,), tl.float32)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
-    for step in range(count * (CELL // BLOCK_N)):
-        first = listed(cell_list, step, BLOCK_N)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
         others = first + tl.arange(0, BLOCK_N)
         other_w = load_tile(w, others, w_strides[2], num_tokens, D, BLOCK_D)
         other_v = load_tile(v, others, v_strides[2], num_tokens, DV, BLOCK_DV)
@@ -420,17 +441,20 @@ def grad_tokens(
             delta2 = mask_backward(delta2, rows[:, None], others[None, :], True, False)
         near = similarity(delta2, alpha, POLYNOMIALS)
         margin = near - head_c * delta2
-        weight = strength(margin) * other_inverse[None, :]
+        inverse_s = inverse_strength(margin)
+        weight = positive(margin) * inverse_s * other_inverse[None, :]
         dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
         ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None]
         ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
-        slope = locked_slope(ds - (row_shift[:, None] + other_shift[None, :]), margin, steepest)
+        ds -= row_shift[:, None] + other_shift[None, :]
+        slope = ds * tl.minimum(inverse_s, steepest)
         pull = (slope * (near * (2.0 * alpha / unit) + head_c / unit)).to(other_w.dtype)
         dw_tile = tl.dot(pull, other_w, dw_tile, input_precision=EXACT)
         pulls += tl.sum(pull.to(tl.float32), 1)
         slope *= delta2
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
+        first = following
 
     dw_tile = (dw_tile - pulls[:, None] * w_tile.to(tl.float32)) * unit
     dv_tile += row_inverse[:, None] * do_tile.to(tl.float32)

@@ -28,6 +28,8 @@ def permute(tensor, permutation, inverse):
 
 
 class _Permute(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(tensor, permutation, inverse):
         return tensor.take_along_dim(permutation[..., None], 2)
