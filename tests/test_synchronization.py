@@ -97,6 +97,15 @@ def test_random_frequencies_at_the_default_floor(backend):
     check(sample, do, *run_sample(sample, do, backend))
 
 
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "top_k": 6}], ids=str)
+def test_several_blocks(options, backend):
+    """More tokens than a block of the reference or a cell of the kernels has."""
+    sample = random_sample(length=150, heads=1, by_token=True, grad_floor=0.1, **options)
+    do = randn(1, 1, 150, 16, seed=9)
+    check(sample, do, *run_sample(sample, do, backend))
+
+
 def test_queries_of_the_last_positions_decode_what_the_whole_sequence_gives():
     sample = random_sample(causal=True, by_token=True)
     omega, v, order = (sample.tensors[name] for name in ("omega", "v", "order"))

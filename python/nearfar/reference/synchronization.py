@@ -47,20 +47,20 @@ def synchronization_attention(omega, v, coupling, bandwidth, order, omega_k, top
         (B, Hq, N, Dv) in the dtype of omega; half precision is computed in float32.
     """
     compute = torch.promote_types(omega.dtype, torch.float32)
-    values = v.to(compute)[:, :, None]
+    value_blocks = v.to(compute)[:, :, None].split(CHUNK, -2)
     outputs = []
-    for _, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
+    for _, last, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
         weights = lock(margin, grad_floor)
         if top_k is not None:
             weights = weights * top_k_mask(weights.detach().masked_fill(~visible, float("-inf")), top_k)
-        outputs.append(weights @ values / (weights.sum(-1, keepdim=True) + EPS))
+        outputs.append(weights @ torch.cat(value_blocks[:last], -2) / (weights.sum(-1, keepdim=True) + EPS))
     return torch.cat(outputs, -2).flatten(1, 2).to(omega.dtype)
 
 
 def locked_share(omega, coupling, bandwidth, order, omega_k, causal):
     """Reference of `nearfar.locked_share`."""
     locked = pairs = 0
-    for block, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
+    for block, _, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
         if omega_k is None:
             visible = visible & ~own_pairs(visible, block)
         locked = locked + ((margin > 0) & visible).sum((-2, -1))
@@ -69,7 +69,8 @@ def locked_share(omega, coupling, bandwidth, order, omega_k, causal):
 
 
 def margins(omega, coupling, bandwidth, order, omega_k, causal):
-    """Yield, for each block of CHUNK queries, its number, the (rows, keys) mask of visible pairs, and J^2 - delta^2 / (K r)^2.
+    """Yield, for each block of CHUNK queries: its number, how many blocks of keys come with it, the (rows, keys) mask of
+    visible pairs, and J^2 - delta^2 / (K r)^2.
 
     The latter is (B, Hkv, group, rows, keys), 0 where a pair is not visible: query heads share key heads by broadcasting.
     """
@@ -88,14 +89,14 @@ def margins(omega, coupling, bandwidth, order, omega_k, causal):
     blocks = zip(queries.split(CHUNK, -2), c.split(CHUNK, -2), strict=True)
     chunks = row_chunks(omega.shape[2], k.shape[2], -1, 0 if causal else -1)
     key_blocks, square_blocks = keys.split(CHUNK, -2), key_squares.split(CHUNK, -1)
-    for (rows, row_c), (block, first, last, visible) in zip(blocks, chunks, strict=True):
+    for (rows, row_c), (block, _, last, visible) in zip(blocks, chunks, strict=True):
         visible = visible.to(omega.device)
-        products = rows @ torch.cat(key_blocks[first:last], -2).mT
-        delta2 = rows.square().sum(-1, keepdim=True) + torch.cat(square_blocks[first:last], -1) - 2 * products
+        products = rows @ torch.cat(key_blocks[:last], -2).mT
+        delta2 = rows.square().sum(-1, keepdim=True) + torch.cat(square_blocks[:last], -1) - 2 * products
         delta2 = delta2.clamp(min=0)
         if omega_k is None:
             delta2 = delta2.masked_fill(own_pairs(visible, block), 0)
-        yield block, visible, ((-rates * delta2).exp() - row_c * delta2).masked_fill(~visible, 0)
+        yield block, last, visible, ((-rates * delta2).exp() - row_c * delta2).masked_fill(~visible, 0)
 
 
 def own_pairs(mask, block):
