@@ -89,6 +89,13 @@ def calls():
             lambda *t: nf.affine_attention(*t, causal=True, backend="triton"),
             [*rows(width, width, width), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
         )
+    for width in (64, 128):
+        for causal in (False, True):
+            yield (
+                f"synchronization {width} {'causal' if causal else 'full'}",
+                lambda *t, causal=causal: nf.synchronization_attention(*t, causal=causal, backend="triton"),
+                [*rows(width, width), torch.ones(2), torch.ones(2), torch.ones((1, 2, 4096) if causal else (1, 2))],
+            )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from nearfar import tune
 CALLS = [
     {"attend", "grad_queries", "grad_keys"},
     {"softmax_attend", "softmax_grad_queries", "softmax_grad_keys"},
+    {"sync_attend", "sync_grad_tokens"},
+    {"sync_grad_keys", "sync_grad_queries"},
     {"accumulate", "read", "grad"},
     {"read_causal", "grad_causal"},
     {"accumulate_one", "walk_read", "walk_grad_queries", "walk_grad_keys"},

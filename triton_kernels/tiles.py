@@ -142,6 +142,24 @@ def exp2(x):
 
 
 @triton.jit
+def sqrt(x):
+    """The square root by one special-function instruction; it takes no negative x."""
+    if INTERPRETED:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rsqrt(x):
+    """1 / sqrt(x) by one special-function instruction: infinity at 0, NaN where x is negative."""
+    if INTERPRETED:
+        return tl.rsqrt(x)
+    else:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def ring_words(bits, rows, first_key, num_words, BLOCK_N: tl.constexpr):
     """(rows, words) pointers to the selection bits of the keys from first_key on.
 

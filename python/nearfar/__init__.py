@@ -6,6 +6,7 @@ from nearfar.localities import SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
+from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 from nearfar.version import __version__
 
 __all__ = [
@@ -18,7 +19,10 @@ __all__ = [
     "krause_attention",
     "linear_attention",
     "linear_attention_step",
+    "locked_share",
     "nn",
+    "order_parameter",
     "softmax_attention",
+    "synchronization_attention",
     "theory",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nearfar.ops import affine, krause, linear
+from nearfar.ops import affine, krause, linear, synchronization
 
 
 class Operator(NamedTuple):
@@ -64,6 +64,14 @@ OPERATORS = (
         op="affine_attention",
         summary="Softmax attention: causal or full, sliding windows, packed sequences, attention sinks",
         source="arXiv 1706.03762",
+    ),
+    Operator(
+        room="synchronization",
+        function=synchronization.synchronization_attention,
+        prepare=synchronization.prepare,
+        op="synchronization_attention",
+        summary="Selective synchronization attention: weights of phase-locked oscillators; what cannot lock is skipped",
+        source="arXiv 2602.14445",
     ),
 )
 

@@ -3,7 +3,8 @@
     python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
 
 For each kernel, head width and element size every candidate is compiled and timed inside a forward and a backward of an
-operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention.
+operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention, or
+synchronization attention of which every pair locks.
 The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
 gradient differs from that with the present parameters by more than rounding. Needs rich (the `bench` extra) and a source tree
 or an editable install.
@@ -21,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 import nearfar as nf
-from nearfar.triton_kernels import affine_launch, factored_launch, launch, pairwise_launch
+from nearfar.triton_kernels import affine_launch, factored_launch, launch, pairwise_launch, synchronization_launch
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 # What rounding, in another order or of other partial sums, may change of a result, against its largest element. What a race
@@ -33,6 +34,7 @@ INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
 TILES = {
     "near": ((32, 64), (32, 64), (1, 2, 3)),
     "softmax": ((32, 64, 128), (32, 64), (1, 2, 3)),
+    "sync": ((32, 64, 128), (32, 64), (1, 2, 3)),
     "walk": ((32, 64, 128), (None,), (1, 2, 3)),
     "accumulate": ((64, 128, 256), (32, 64, 128), (2, 3, 4)),
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
@@ -42,12 +44,12 @@ TILES = {
 
 def function_name(kernel):
     """The name of the Triton function that an entry of the table is for."""
-    return kernel.removeprefix("softmax_").removesuffix("_causal").removesuffix("_one")
+    return kernel.removeprefix("softmax_").removeprefix("sync_").removesuffix("_causal").removesuffix("_one")
 
 
 def family(kernel):
     first = kernel.split("_")[0]
-    if first in ("softmax", "walk"):
+    if first in ("softmax", "sync", "walk"):
         return first
     return first if function_name(kernel) in ("accumulate", "read", "grad") else "near"
 
@@ -58,6 +60,8 @@ def candidates(kernel, bits, width):
     near = family(kernel) == "near"
     if bits == 32:
         rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
+    if kernel == "sync_grad_keys":  # its own tiles are of keys, those that it walks of queries
+        rows, columns = columns, rows
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
         if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
             continue
@@ -67,6 +71,8 @@ def candidates(kernel, bits, width):
 
 def make_call(kernel, width, bits, device="cuda"):
     """A function that runs forward and backward of an operator that launches this kernel, and returns all results."""
+    if family(kernel) == "sync":
+        return make_synchronization_call(kernel, width, bits, device)
     factored = family(kernel) not in ("near", "softmax")
     shape = FAR if factored else NEAR
     widths = INNER_WIDTHS if factored and family(kernel) != "walk" and not kernel.endswith("_one") else (width,)
@@ -90,6 +96,21 @@ def make_call(kernel, width, bits, device="cuda"):
     return run
 
 
+def make_synchronization_call(kernel, width, bits, device):
+    """As make_call. Close frequencies and full agreement: no cell is skipped. Causal calls have kernels of their own."""
+    causal = kernel in ("sync_grad_queries", "sync_grad_keys")
+    omega, v = (torch.randn(*NEAR, width, device=device, dtype=DTYPES[bits]) for _ in range(2))
+    inputs = [(omega * 0.3 * width**-0.5).requires_grad_(), v.requires_grad_()]
+    parameters = 2.0, torch.full((NEAR[1],), 0.2, device=device), torch.ones(NEAR if causal else NEAR[:2], device=device)
+    do = torch.randn_like(v)
+
+    def run():
+        o = nf.synchronization_attention(*inputs, *parameters, causal=causal, backend="triton")
+        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+    return run
+
+
 @contextmanager
 def recorded():
     """The (launch, tensors) of all launches made inside."""
@@ -106,7 +127,7 @@ def recorded():
 def forget_plans():
     """Launches are planned anew, with what the table says now."""
     launch.launch_parameters.cache_clear()
-    for module in (affine_launch, factored_launch, pairwise_launch):
+    for module in (affine_launch, factored_launch, pairwise_launch, synchronization_launch):
         for name, plan in vars(module).items():
             if name.startswith("plan_"):
                 plan.cache_clear()
