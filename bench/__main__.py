@@ -121,7 +121,8 @@ def add_measures(records, room, chosen, device):
         sweep = name.endswith("-length")
         if sweep:
             record["measures"] += crossover.measures(record["rows"])
-        if name.endswith("-million") or (sweep and device.type == "cpu"):  # a CPU has no million
+        long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million
+        if long and all(case.linear_time for case in chosen if case.name == name):
             record["measures"] += suite.scaling(record["rows"])
     if device.type == "cuda":
         for name, case in {case.name: case for case in reversed(chosen) if case.goal_ms}.items():

@@ -3,6 +3,7 @@
 A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the queries are the last N positions.
 
     inputs(case)                {name: shape} of its tensors; those named q.. belong to queries, the others to keys
+    rows                        names of further inputs, one float32 number for each query
     parameters                  names of further inputs, one number for each query head, whose value is a field of the case
     flops(case)                 (forward, backward) at the very least
     oracle(*inputs)             run in float64
@@ -42,6 +43,7 @@ class Window:
 class Formula(Window):
     """What most formulas have in common: everything in the window counts, and the oracle is the plain lines."""
 
+    rows: ClassVar = ()
     parameters: ClassVar = ()
 
     def selection(self, *inputs):
