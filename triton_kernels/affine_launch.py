@@ -1,12 +1,15 @@
 """Launchers of the kernels of softmax and affine-scaled attention. Outputs and workspaces come from the caller."""
 
 import functools
+import math
 
 import triton
 
 from . import affine
 from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
 from .pairwise_launch import Signature
+
+SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
 
 
 def signature(q, k, v, token_bounds, left, right):
@@ -33,8 +36,9 @@ def plan_sums(shape, strides):
 def plan_attend(call, o_strides, scale):
     parameters = call.tuned("softmax_attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    factor = max(abs(scale) * math.log2(math.e), SMALLEST)
     scalars = (
-        call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, call.window, scale,
+        call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, call.window, factor, scale < 0,
         call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
