@@ -28,6 +28,7 @@ from .tiles import (
     position,
     program_coordinates,
     reach,
+    shared_coordinates,
     steps,
     store_tile,
     tile_ranges,
@@ -130,16 +131,17 @@ def attend_tiles(
     return highest, norm, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def attend(
     q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds,
     q_strides, k_strides, v_strides, o_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, factor,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, factor,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """u None: o is u. factor: of q . k in the exponent of 2, without its sign."""
-    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
+    tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
@@ -206,16 +208,17 @@ def grad_queries_tiles(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def grad_queries(
     q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
     q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dbeta None: there is no bias."""
-    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
+    tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     do = at(do, do_strides, batch, head)
@@ -281,15 +284,15 @@ def grad_keys_tiles(
     return dk_tile, dv_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["together"])
 def grad_keys(
     q, k, v, alpha, beta, sums, do, lse, m, dk, dv, token_bounds,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    tile, kv_head, batch = shared_coordinates(num_tiles, num_heads // group, together)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)

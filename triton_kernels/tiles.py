@@ -21,6 +21,20 @@ def program_coordinates(num_tiles, num_heads):
 
 
 @triton.jit
+def shared_coordinates(num_tiles, num_heads, together):
+    """The same where each program reads all that its head has: `together` heads at a time, whose tokens fit in L2.
+
+    Of those, the programs of one tile start before the programs of the next.
+    """
+    program = tl.program_id(0)
+    first = program // (together * num_tiles) * together
+    heads = tl.minimum(together, tl.num_programs(0) // num_tiles - first)
+    rest = program - first * num_tiles
+    index = first + rest % heads
+    return rest // heads, index % num_heads, index // num_heads
+
+
+@triton.jit
 def at(base, strides, batch, head):
     """Pointer to the first row of one (batch, head); products are taken in int64 because they may pass 2^31."""
     return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
