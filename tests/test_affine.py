@@ -514,6 +514,18 @@ def test_flat_and_sharp_weights(dtype, backend):
 
 
 @each_backend
+@each_affine
+@pytest.mark.parametrize("scale", [1.0, 8.0, 1024.0, -1024.0])
+def test_gradients_of_sharp_weights(scale, affine, backend):
+    """Scores of up to 40000, which float32 holds, times log2 e, to 2^-8: the exponents of the backward need more digits."""
+    sample = random_sample(affine=affine, causal=True, scale=scale)
+    for name in "qk":
+        sample.tensors[name].round_()  # so that plain PyTorch has exact scores
+    do = randn(1, 2, 70, 16, seed=9)
+    check(sample, do, *run_sample(sample, do, backend))
+
+
+@each_backend
 def test_factors_in_half_precision(backend):
     """They are computed in float32; gradients come in their own dtype."""
     sample = random_sample(torch.float16, sink=True)

@@ -9,8 +9,8 @@ for dv, whose bias part is the sum of beta_i dO_i over the queries that see a ke
     grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
     grad_keys        dk and dv, summed over the query heads of a group
 
-With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2. Rows
-without keys have u = c = m = 0.
+With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2, and
+float64 where the inputs are float32. Rows without keys have u = c = m = 0.
 """
 
 import triton
@@ -99,6 +99,19 @@ def window_sums(
 
 
 @triton.jit
+def shift_and_factor(lse):
+    """2^-lse as factor * 2^-shift with a float32 shift. A float32 lse has no factor: None.
+
+    Where scores are in the thousands, float32 rounds lse to 2^-12, by which all weights of a row are off then.
+    """
+    if lse.dtype == tl.float64:
+        shift = lse.to(tl.float32)
+        return shift, exp2((shift - lse).to(tl.float32))
+    else:
+        return lse, None
+
+
+@triton.jit
 def attend_tiles(
     highest, norm, acc, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
     NEGATIVE: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -170,7 +183,8 @@ def attend(
         norm = norm * decay + exp2(logit - top)
         acc *= decay[:, None]
     acc *= tl.where(sees_a_key, tl.div_rn(1.0, norm), 0.0)[:, None]
-    tl.store(lse + row_offset + rows, tl.where(sees_a_key, top + tl.log2(norm), 0.0), mask=rows < num_queries)
+    level = tl.where(sees_a_key, top.to(lse.dtype.element_ty) + tl.log2(norm), 0.0)
+    tl.store(lse + row_offset + rows, level, mask=rows < num_queries)
     if u is not None:
         u += row_offset * DV
         store_tile(u, rows, DV, num_queries, acc, DV, BLOCK_DV)
@@ -188,7 +202,7 @@ def attend(
 
 @triton.jit
 def grad_queries_tiles(
-    acc, q_tile, do_tile, row_lse, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    acc, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
     EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +213,7 @@ def grad_queries_tiles(
         k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
         v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        weight = exp2(product * factor - row_lse[:, None])
+        weight = exp2(product * factor - shift[:, None])
         if EDGES:
             weight = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
@@ -233,14 +247,16 @@ def grad_queries(
     row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
-    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
+    shift, rest = shift_and_factor(load_vector(lse + row_offset, rows, num_queries, 0.0))
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for EDGES in tl.static_range(2):
         acc = grad_queries_tiles(
-            acc, q_tile, do_tile, row_lse, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
+            acc, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
             scale * LOG2E, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+    if rest is not None:
+        acc *= rest[:, None]
     if alpha is not None:
         acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
@@ -268,13 +284,15 @@ def grad_keys_tiles(
         rows = first + tl.arange(0, BLOCK_M)
         q_tile = load_rows(q, first, BLOCK_M, q_stride, num_queries, EDGES, D, BLOCK_D)
         do_tile = load_rows(do, first, BLOCK_M, do_stride, num_queries, EDGES, DV, BLOCK_DV)
-        row_lse = load_numbers(lse, rows, num_queries, EDGES)
+        shift, rest = shift_and_factor(load_numbers(lse, rows, num_queries, EDGES))
         row_m = load_numbers(m, rows, num_queries, EDGES)
         # Transposed, (keys, queries), so that the weights feed the next product from registers.
         product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weight = exp2(product * factor - row_lse[None, :])
+        weight = exp2(product * factor - shift[None, :])
         if EDGES:
             weight = tl.where(inside(rows, begin, end), weight, 0.0)
+        if rest is not None:
+            weight *= rest[None, :]
         if alpha is not None:
             weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
         dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
