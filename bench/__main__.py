@@ -121,7 +121,8 @@ def measures_of(name, rows, room, chosen, device):
     measures, sweep = [], name.endswith("-length")
     if sweep:
         measures += crossover.measures(rows)
-    if name.endswith("-million") or (sweep and device.type == "cpu"):  # a CPU has no million
+    long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million
+    if long and all(case.linear_time for case in chosen):
         measures += suite.scaling(rows)
     if device.type == "cuda":
         for case in [case for case in chosen if case.goal_ms][:1]:

@@ -48,14 +48,14 @@ class Check(NamedTuple):
 
 def expect(formula, case, inputs):
     """What the oracle and the plain formula say about the compared part of a problem."""
-    names, parameters = [*formula.inputs(case), *formula.parameters], set(formula.parameters)
+    names, parameters = [*formula.inputs(case), *formula.rows, *formula.parameters], set(formula.parameters)
     group, last = case.heads // case.kv_heads, slice(-1, None)
     rows, keys = compared(formula, case.length, PAIRS[inputs[0].device.type])
     parts = {"o": (last, slice(-group, None), slice(-rows, None))}
     of_keys = (last, last, slice(-keys, None))
     for name in names:
-        own = slice(-group, None) if name in parameters else parts["o"] if name.startswith("q") else of_keys
-        parts[f"d{name}"] = own
+        of_queries = name.startswith("q") or name in formula.rows
+        parts[f"d{name}"] = slice(-group, None) if name in parameters else parts["o"] if of_queries else of_keys
     values = [tensor.detach()[parts[f"d{name}"]] for name, tensor in zip(names, inputs, strict=True)]
     values64 = [value.double() for value in values]
     keep, clear = formula.selection(*values64)

@@ -24,21 +24,22 @@ def total_ms(row, total):
 
 
 def crossings(rows):
-    """Crossings of each of nearfar's lines with each of scaled_dot_product_attention's that is as causal."""
+    """Crossings of each of nearfar's lines with each of scaled_dot_product_attention's that is as causal and as wide."""
     ours, theirs = lines(rows, lambda name: name == "nearfar"), lines(rows, lambda name: name.startswith("sdpa"))
     return [
-        crossing(", ".join(filter(None, (label, variant, f"over {rival}", total))), total, line, other)
-        for ((label, variant), line), ((rival, _), other), total in product(ours.items(), theirs.items(), TOTALS)
-        if line[0]["case"].get("causal") == other[0]["case"].get("causal")
+        crossing(", ".join(filter(None, (label, width, variant, f"over {rival}", total))), total, line, other)
+        for ((label, width, variant), line), ((rival, *_), other), total in product(ours.items(), theirs.items(), TOTALS)
+        if all(line[0]["case"].get(alike) == other[0]["case"].get(alike) for alike in ("causal", "width"))
     ]
 
 
 def lines(rows, wanted):
-    """{(label, variant): rows by length} of the providers that are wanted."""
-    found = {}
+    """{(label, width, variant): rows by length} of the providers that are wanted; one width for all needs no name."""
+    found, several = {}, len({row["case"].get("width") for row in rows}) > 1
     for row in sorted(rows, key=lambda row: row["case"]["length"]):
         if wanted(row["provider"]) and row["forward"]:
-            found.setdefault((row["label"], row["variant"]), []).append(row)
+            width = f"D{row['case']['width']}" if several else None
+            found.setdefault((row["label"], width, row["variant"]), []).append(row)
     return found
 
 

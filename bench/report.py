@@ -169,13 +169,17 @@ def variant_text(row):
 
 
 def size_text(row):
-    """The title without what the horizontal axis and the variant say."""
-    return re.sub(r" N\d+", "", row["title"]).removesuffix(f", {row['variant']}")
+    """The title without what the variant says and what may change along the horizontal axis: batch and length."""
+    return re.sub(r"^B\d+ | N\d+", "", row["title"]).removesuffix(f", {row['variant']}")
+
+
+def batch_text(row):
+    return f"B{row['case']['batch']}"
 
 
 def common_text(rows):
     """What all rows have in common, for the headline."""
-    texts = ({text(row) for row in rows} for text in (size_text, variant_text))
+    texts = ({text(row) for row in rows} for text in (batch_text, size_text, variant_text))
     return [distinct.pop() for distinct in texts if len(distinct) == 1]
 
 

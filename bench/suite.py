@@ -19,7 +19,7 @@ def run(cases, device, ceilings, advance):
         problems = {}
         for name in case.providers:
             advance(f"{case.name} N={case.length} {name}")
-            sweep = (case.name, case.variant, name)
+            sweep = (case.name, case.width, case.variant, name)
             if sweep in ended:
                 rows.append(new_row(case, name) | {"status": "skipped", "note": ended[sweep]})
                 continue

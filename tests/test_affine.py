@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 from nearfar.reference.affine import window_sums
+from nearfar.triton_kernels import affine_launch
 
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -386,6 +387,24 @@ def test_packed_sequences_are_computed_as_if_alone(options, backend):
     torch.testing.assert_close(gradients["sink"], dsink, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared, together", [(1, [2, 1]), (20_000, [4, 1]), (36_000, [6, 2])])
+def test_how_many_heads_run_side_by_side_changes_nothing(monkeypatch, shared, together):
+    """All do, where a cache holds the 9 kB of keys and values of each; else a few at a time, and fewer in the end."""
+    sample = random_sample(heads=(6, 3), causal=True)
+    expected = run_sample(sample)
+
+    def forget():
+        for plan in (affine_launch.plan_attend, affine_launch.plan_grad_queries, affine_launch.plan_grad_keys):
+            plan.cache_clear()
+
+    call = affine_launch.signature(*(sample.tensors[name] for name in "qkv"), None, -1, 0)
+    monkeypatch.setattr(affine_launch, "SHARED_BYTES", shared)
+    assert [affine_launch.heads_together(call, keys) for keys in (True, False)] == together
+    forget()
+    assert_same(run_sample(sample), expected)
+    forget()
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("sink", [False, True])
@@ -492,6 +511,18 @@ def test_flat_and_sharp_weights(dtype, backend):
     expected = alpha[..., None] * mean + beta[..., None] * (mask.double() @ v)
     assert (o.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@each_backend
+@each_affine
+@pytest.mark.parametrize("scale", [1.0, 8.0, 1024.0, -1024.0])
+def test_gradients_of_sharp_weights(scale, affine, backend):
+    """Scores of up to 40000, which float32 holds, times log2 e, to 2^-8: the exponents of the backward need more digits."""
+    sample = random_sample(affine=affine, causal=True, scale=scale)
+    for name in "qk":
+        sample.tensors[name].round_()  # so that plain PyTorch has exact scores
+    do = randn(1, 2, 70, 16, seed=9)
+    check(sample, do, *run_sample(sample, do, backend))
 
 
 @each_backend

@@ -13,11 +13,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
 from bench import check, crossover, report, suite
+from bench.baselines import affine as affine_baselines
 from bench.baselines import krause as krause_baselines
 from bench.baselines import linear as linear_baselines
-from bench.cases import BaseCase, Provider, Work, krause, linear, rooms
+from bench.cases import BaseCase, Provider, Work, affine, krause, linear, rooms
 from bench.environment import short_name
 from bench.formulas import Softmax, Window
+from bench.formulas.affine import Affine
 from bench.formulas.krause import Rbf
 from bench.formulas.linear import Hadamard
 from nearfar import registry
@@ -31,6 +33,9 @@ LINEAR = linear.Case(
     factors=(16,),
 )  # fmt: skip
 HADAMARD = replace(LINEAR, factors=(8, 4))
+AFFINE = affine.Case(
+    name="affine-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",)
+)
 CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
 CPU = torch.device("cpu")
 
@@ -100,10 +105,11 @@ def test_work_counts_tensors_and_products():
         ("linear-full", (0.089, 0.18)),
         ("hadamard-full", (0.067, 0.133)),
         ("hadamard-video", (1.2, 2.4)),
+        ("affine-causal", (0.40, 1.0)),
     ],
 )
 def test_floors_of_the_performance_page(name, floor):
-    core = next(case for case in (*krause.gpu_suite(), *linear.gpu_suite()) if case.name == name)
+    core = next(case for module in rooms().values() for case in module.gpu_suite() if case.name == name)
     ceilings = {"bytes_per_s": 3.02e12, "flops_per_s": 700e12}
     floors = [work.floor_ms(ceilings) for work in core.work(core.formula("nearfar"))]
     assert floors == pytest.approx(floor, rel=0.02)
@@ -131,6 +137,8 @@ FORMULAS = [
     (LINEAR, Hadamard(-1, -1, (16,), "identity", normalize=False)),
     (HADAMARD, Hadamard(-1, -1, (8, 4))),
     (HADAMARD, Hadamard(-1, 0, (8, 4), "softplus")),
+    (AFFINE, Affine(-1, 0)),
+    (AFFINE, Affine(-1, -1)),
 ]
 
 
@@ -138,7 +146,7 @@ FORMULAS = [
 def test_check_approves_the_plain_formula_and_sees_a_small_error(case, formula):
     inputs = case.inputs(CPU, formula)
     expected = check.expect(formula, case, inputs)
-    names = [*formula.inputs(case), *formula.parameters]
+    names = [*formula.inputs(case), *formula.rows, *formula.parameters]
 
     def every_head(inputs):
         return [t.repeat_interleave(2, 1) if name[0] in "kv" else t for name, t in zip(names, inputs, strict=True)]
@@ -238,6 +246,66 @@ def test_plain_linear_compiles_as_one_graph(causal):
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    """Epilogues as they are: compiling them takes seconds."""
+    composed = functools.partial(affine_baselines.composed, compiled=lambda function: function)
+    monkeypatch.setattr(affine_baselines, "composed", composed)
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "sdpa", "sdpa-epilogue"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [AFFINE, replace(AFFINE, affine=False)], ids=["affine", "softmax"])
+def test_affine_providers_agree_with_the_oracle(uncompiled, case, causal, provider):
+    row = suite.measure(replace(case, causal=causal), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"]["ms"] > 0, row["note"]
+    rows = ("alpha", "beta") if provider == "sdpa-epilogue" or (provider == "nearfar" and case.affine) else ()
+    assert set(row["check"]["errors"]) == {"o", *(f"d{name}" for name in ("q", "k", "v", *rows))}
+
+
+@pytest.mark.parametrize("epilogue", [affine_baselines.causal_epilogue, affine_baselines.full_epilogue])
+def test_epilogues_compile_as_one_graph(epilogue):
+    o, v, alpha, beta = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 4, 9), torch.randn(1, 4, 9)
+    assert torch.equal(torch.compile(epilogue, fullgraph=True, backend="eager")(o, v, alpha, beta), epilogue(o, v, alpha, beta))
+
+
+def test_the_check_of_affine_attention_sees_either_term(monkeypatch):
+    """beta is such that an error in the sum of values shows beside the softmax, and the other way round."""
+    right = affine.Case.call
+    for wrong in ("alpha", "beta"):
+
+        def call(case, backend="auto", wrong=wrong):
+            def run(q, k, v, alpha, beta):
+                factors = {"alpha": alpha, "beta": beta}
+                factors[wrong] = 1.0001 * factors[wrong]
+                return right(case, backend)(q, k, v, **factors)
+
+            return run
+
+        monkeypatch.setattr(affine.Case, "call", call)
+        row = suite.measure(replace(AFFINE, backward=False), "nearfar", CPU, {}, CEILINGS)
+        assert row["status"] == "wrong" and "o is off by" in row["note"]
+
+
+def test_flash_attention_4_is_called_in_its_layout_or_missed(monkeypatch):
+    case = replace(AFFINE, kv_heads=4)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    row = suite.measure(case, "fa4", CPU, {}, CEILINGS)
+    assert row["status"] == "unavailable" and "flash_attn.cute" in row["note"]
+
+    def attention(q, k, v, causal):
+        assert all(t.is_contiguous() for t in (q, k, v)), "it would copy"
+        o = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
+        return o.transpose(1, 2), None
+
+    module = types.ModuleType("flash_attn.cute")
+    module.flash_attn_func = attention
+    for stand_in in (types.ModuleType("flash_attn"), module):
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    row = suite.measure(case, "fa4", CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"], row["note"]
+
+
+@pytest.fixture
 def fla(monkeypatch):
     """A stand-in for fla, which runs on a GPU alone: its layout, its arguments and its recurrence."""
 
@@ -321,6 +389,26 @@ def test_crossover_of_straight_lines_is_exact():
     measures = crossover.measures([*ours, *theirs])
     assert measures[0]["what"] == "faster from this length: nearfar, over sdpa-flash, forward"
     assert report.measured(measures[0]) == "300 tokens"
+
+
+def test_lines_of_several_widths_cross_at_their_own():
+    rows = []
+    for width, ms in ((64, 2.0), (128, 3.0)):
+        lines = swept("nearfar", {4: (1.0, 1.0), 8: (1.0, 1.0)}) + swept("sdpa", {4: (1 / ms, 1.0), 8: (ms, ms)})
+        rows += [{**row, "case": {**row["case"], "width": width}} for row in lines]
+    found = crossover.crossings(rows)
+    assert [c.what for c in found] == [
+        f"nearfar, D{width}, over sdpa, {total}" for width in (64, 128) for total in crossover.TOTALS
+    ]
+    assert [c.ms for c in found[::2]] == [1.0, 1.0]
+
+
+def test_a_sweep_at_fixed_tokens_keeps_them():
+    cases = [case for case in affine.gpu_suite() if case.name == "affine-length"]
+    assert {(case.width, case.batch * case.length) for case in cases if case.length <= 16384} == {(64, 16384), (128, 16384)}
+    assert {case.length for case in cases} == {2**i for i in range(10, 17)}
+    rows = [suite.new_row(case, "nearfar") for case in cases]
+    assert list(report.series(rows)) == ["nearfar, H16 D128 bfloat16", "nearfar, H32 D64 bfloat16"]
 
 
 @pytest.mark.parametrize(

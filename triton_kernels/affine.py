@@ -9,8 +9,8 @@ for dv, whose bias part is the sum of beta_i dO_i over the queries that see a ke
     grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
     grad_keys        dk and dv, summed over the query heads of a group
 
-With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2. Rows
-without keys have u = c = m = 0.
+With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2, and
+float64 where the inputs are float32. Rows without keys have u = c = m = 0.
 """
 
 import triton
@@ -21,11 +21,17 @@ from .tiles import (
     at,
     exp2,
     inside,
+    load_numbers,
+    load_rows,
     load_tile,
     load_vector,
+    position,
     program_coordinates,
     reach,
+    shared_coordinates,
+    steps,
     store_tile,
+    tile_ranges,
     tile_reach,
     transpose_window,
 )
@@ -62,28 +68,24 @@ def chunk_sums(
 
 @triton.jit
 def window_sums(
-    values, stride, factors, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_rows,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    total, values, stride, factors, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_rows,
+    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_WIDTH) sums of the values in the interval [begin, end) of each row.
+    """total (rows, BLOCK_WIDTH) plus the sums of the values in the interval [begin, end) of each row.
 
     The intervals cover [all_begin, all_end) all, and nothing beyond [tile_begin, tile_end); see tile_reach. Sums of chunks are
     added, not taken from prefix sums: in a difference of those, what a row cannot see would leave its roundings.
     """
-    last_chunk = tl.cdiv(num_rows, CHUNK)
-    first_chunk = tl.minimum(tile_begin // CHUNK, last_chunk)
-    stop_chunk = tl.maximum(tl.minimum(tl.cdiv(tile_end, CHUNK), last_chunk), first_chunk)
-    first_whole = tl.minimum(tl.maximum(tl.cdiv(all_begin, CHUNK), first_chunk), stop_chunk)
-    stop_whole = tl.minimum(tl.maximum(all_end // CHUNK, first_whole), stop_chunk)
+    chunks = tile_ranges(tile_begin, all_begin, all_end, tile_end, CHUNK)
+    start, stop = steps(chunks, False)
     seen_by_all = tl.zeros((BLOCK_WIDTH,), tl.float32)
-    for first in range(first_whole, stop_whole, CHUNKS_AT_ONCE):
-        chunks = first + tl.arange(0, CHUNKS_AT_ONCE)
-        seen_by_all += tl.sum(load_tile(sums, chunks, WIDTH, stop_whole, WIDTH, BLOCK_WIDTH), 0)
-    total = tl.zeros((BLOCK_M, BLOCK_WIDTH), tl.float32) + seen_by_all[None, :]
-    whole = stop_whole - first_whole
-    for step in range(first_chunk, stop_chunk - whole):
-        chunk = step + tl.where(step >= first_whole, whole, 0)
-        rows = chunk * CHUNK + tl.arange(0, CHUNK)
+    for step in range(start // CHUNK, stop // CHUNK, CHUNKS_AT_ONCE):
+        chunk = step + tl.arange(0, CHUNKS_AT_ONCE)
+        seen_by_all += tl.sum(load_tile(sums, chunk, WIDTH, stop // CHUNK, WIDTH, BLOCK_WIDTH), 0)
+    total += seen_by_all[None, :]
+    start, stop = steps(chunks, True)
+    for step in range(start, stop, CHUNK):
+        rows = position(step, chunks, True) + tl.arange(0, CHUNK)
         mask = tl.where(inside(rows, begin, end), 1.0, 0.0)
         if factors is None:
             tile = load_tile(values, rows, stride, num_rows, WIDTH, BLOCK_WIDTH)
@@ -97,49 +99,92 @@ def window_sums(
 
 
 @triton.jit
+def shift_and_factor(lse):
+    """2^-lse as factor * 2^-shift with a float32 shift. A float32 lse has no factor: None.
+
+    Where scores are in the thousands, float32 rounds lse to 2^-12, by which all weights of a row are off then.
+    """
+    if lse.dtype == tl.float64:
+        shift = lse.to(tl.float32)
+        return shift, exp2((shift - lse).to(tl.float32))
+    else:
+        return lse, None
+
+
+@triton.jit
+def attend_tiles(
+    highest, norm, acc, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    NEGATIVE: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc).
+
+    Products are scaled where they enter the exponent, by one fused multiply-add; highest is of bare products. That takes a
+    positive factor: NEGATIVE says that its sign has to go to them.
+    """
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_N):
+        first = position(step, tiles, EDGES)
+        k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
+        v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
+        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if NEGATIVE:
+            product = -product
+        if EDGES:
+            product = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), product, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(product, 1))
+        shift = new_highest * factor
+        if EDGES:  # rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf
+            shift = tl.where(new_highest == float("-inf"), 0.0, shift)
+        weight = exp2(product * factor - shift[:, None])
+        decay = exp2(highest * factor - shift)
+        norm = norm * decay + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+        highest = new_highest
+    return highest, norm, acc
+
+
+@triton.jit(do_not_specialize=["together"])
 def attend(
     q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds,
     q_strides, k_strides, v_strides, o_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
-    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, factor,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """u None: o is u."""
-    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    """u None: o is u. factor: of q . k in the exponent of 2, without its sign."""
+    tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
+    tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(
         tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
     )
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    if sink is not None:
-        highest = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sink + head) * LOG2E
-        total += 1.0
+    norm = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        if first < all_begin or first + BLOCK_N > all_end:
-            score = tl.where(inside(keys, begin, end), score, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(score, 1))
-        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = exp2(score - shift[:, None])
-        decay = exp2(highest - shift)
-        total = total * decay + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
-        highest = new_highest
+    for EDGES in tl.static_range(2):
+        highest, norm, acc = attend_tiles(
+            highest, norm, acc, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
+            NEGATIVE, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
     sees_a_key = begin < end
-    acc *= tl.where(sees_a_key, tl.div_rn(1.0, total), 0.0)[:, None]
-    tl.store(lse + row_offset + rows, tl.where(sees_a_key, highest + tl.log2(total), 0.0), mask=rows < num_queries)
+    top = tl.where(sees_a_key, highest * factor, 0.0)
+    if sink is not None:
+        logit = tl.load(sink + head) * LOG2E
+        highest_score, top = top, tl.maximum(top, logit)
+        decay = exp2(highest_score - top)
+        norm = norm * decay + exp2(logit - top)
+        acc *= decay[:, None]
+    acc *= tl.where(sees_a_key, tl.div_rn(1.0, norm), 0.0)[:, None]
+    level = tl.where(sees_a_key, top.to(lse.dtype.element_ty) + tl.log2(norm), 0.0)
+    tl.store(lse + row_offset + rows, level, mask=rows < num_queries)
     if u is not None:
         u += row_offset * DV
         store_tile(u, rows, DV, num_queries, acc, DV, BLOCK_DV)
@@ -148,79 +193,133 @@ def attend(
     if beta is not None:
         sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
         bias = window_sums(
-            v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
-            PRECISION, DV, BLOCK_M, BLOCK_DV,
+            tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), v, v_strides[2], None, sums, begin, end,
+            tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
         )  # fmt: skip
         acc += load_vector(beta + row_offset, rows, num_queries, 0.0)[:, None] * bias
     store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, acc, DV, BLOCK_DV)
 
 
 @triton.jit
+def grad_queries_tiles(
+    acc, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges."""
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_N):
+        first = position(step, tiles, EDGES)
+        k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
+        v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
+        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        weight = exp2(product * factor - shift[:, None])
+        if EDGES:
+            weight = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), weight, 0.0)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = weight * (dp - row_m[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["together"])
 def grad_queries(
     q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
     q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dbeta None: there is no bias."""
-    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
+    tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    do = at(do, do_strides, batch, head)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(
         tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window
     )
-    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
-    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
     u_tile = load_tile(at(u, u_strides, batch, head), rows, u_strides[2], num_queries, DV, BLOCK_DV)
-    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
+    do_tile = load_tile(do, rows, do_strides[2], num_queries, DV, BLOCK_DV)
     row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
-    if dbeta is not None:
-        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
-        bias = window_sums(
-            v, v_strides[2], None, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_keys,
-            PRECISION, DV, BLOCK_M, BLOCK_DV,
-        )  # fmt: skip
-        tl.store(dbeta + row_offset + rows, tl.sum(bias * do_tile.to(tl.float32), 1), mask=rows < num_queries)
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    shift, rest = shift_and_factor(load_vector(lse + row_offset, rows, num_queries, 0.0))
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        weight = exp2(score - row_lse[:, None])
-        if first < all_begin or first + BLOCK_N > all_end:
-            weight = tl.where(inside(keys, begin, end), weight, 0.0)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-        ds = weight * (dp - row_m[:, None])
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-
+    for EDGES in tl.static_range(2):
+        acc = grad_queries_tiles(
+            acc, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
+            scale * LOG2E, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if rest is not None:
+        acc *= rest[:, None]
     if alpha is not None:
         acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
 
+    if dbeta is not None:
+        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
+        bias = window_sums(
+            tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), v, v_strides[2], None, sums, begin, end,
+            tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
+        )  # fmt: skip
+        do_tile = load_tile(do, rows, do_strides[2], num_queries, DV, BLOCK_DV)
+        tl.store(dbeta + row_offset + rows, tl.sum(bias * do_tile.to(tl.float32), 1), mask=rows < num_queries)
+
 
 @triton.jit
+def grad_keys_tiles(
+    dk_tile, dv_tile, k_tile, v_tile, q, do, lse, m, alpha, q_stride, do_stride, num_queries, tiles, begin, end, factor,
+    EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(dk_tile, dv_tile) plus what the whole tiles of queries of one head give them, or their edges."""
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_M):
+        first = position(step, tiles, EDGES)
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, first, BLOCK_M, q_stride, num_queries, EDGES, D, BLOCK_D)
+        do_tile = load_rows(do, first, BLOCK_M, do_stride, num_queries, EDGES, DV, BLOCK_DV)
+        shift, rest = shift_and_factor(load_numbers(lse, rows, num_queries, EDGES))
+        row_m = load_numbers(m, rows, num_queries, EDGES)
+        # Transposed, (keys, queries), so that the weights feed the next product from registers.
+        product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        weight = exp2(product * factor - shift[None, :])
+        if EDGES:
+            weight = tl.where(inside(rows, begin, end), weight, 0.0)
+        if rest is not None:
+            weight *= rest[None, :]
+        if alpha is not None:
+            weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
+        dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        ds = weight * (dp - row_m[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+    return dk_tile, dv_tile
+
+
+@triton.jit(do_not_specialize=["together"])
 def grad_keys(
     q, k, v, alpha, beta, sums, do, lse, m, dk, dv, token_bounds,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    tile, kv_head, batch = shared_coordinates(num_tiles, num_heads // group, together)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
     seen_by = transpose_window(window)
-    seen_begin, seen_end = reach(keys, token_bounds, num_keys, num_queries, seen_by)
+    begin, end = reach(keys, token_bounds, num_keys, num_queries, seen_by)
     tile_begin, all_begin, all_end, tile_end = tile_reach(
         tile * BLOCK_N, BLOCK_N, token_bounds, num_keys, num_queries, seen_by
     )
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_M)
 
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -228,28 +327,18 @@ def grad_keys(
         head = kv_head * group + member
         q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
         row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
-        for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
-            rows = first + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
-            do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
-            row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
-            row_m = load_vector(m + row_offset, rows, num_queries, 0.0)
-            # Transposed, (keys, queries), so that the weights feed the next product from registers.
-            score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
-            weight = exp2(score - row_lse[None, :])
-            if first < all_begin or first + BLOCK_M > all_end:
-                weight = tl.where(inside(rows, seen_begin, seen_end), weight, 0.0)
-            if alpha is not None:
-                weight *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[None, :]
-            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-            ds = weight * (dp - row_m[None, :])
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+        alpha_head = None if alpha is None else alpha + row_offset
+        for EDGES in tl.static_range(2):
+            dk_tile, dv_tile = grad_keys_tiles(
+                dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head,
+                q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
+                EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
         if beta is not None:
             head_sums = sums + (batch.to(tl.int64) * num_heads + head) * tl.cdiv(num_queries, CHUNK) * DV
-            dv_tile += window_sums(
-                do_head, do_strides[2], beta + row_offset, head_sums, seen_begin, seen_end,
-                tile_begin, all_begin, all_end, tile_end, num_queries, PRECISION, DV, BLOCK_N, BLOCK_DV,
+            dv_tile = window_sums(
+                dv_tile, do_head, do_strides[2], beta + row_offset, head_sums, begin, end,
+                tile_begin, all_begin, all_end, tile_end, num_queries, PRECISION, DV, BLOCK_DV,
             )  # fmt: skip
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)

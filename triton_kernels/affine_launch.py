@@ -1,12 +1,16 @@
 """Launchers of the kernels of softmax and affine-scaled attention. Outputs and workspaces come from the caller."""
 
 import functools
+import math
 
 import triton
 
 from . import affine
 from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
 from .pairwise_launch import Signature
+
+SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
+SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
 
 
 def signature(q, k, v, token_bounds, left, right):
@@ -18,6 +22,17 @@ def signature(q, k, v, token_bounds, left, right):
 
 def num_chunks(length):
     return triton.cdiv(length, affine.CHUNK.value)
+
+
+def heads_together(call, keys):
+    """How many heads' programs run side by side: as many as L2 holds keys and values of, or queries and gradients of o."""
+    num_queries, num_keys, num_heads, group = call.geometry
+    row = (call.q_shape[3] + call.v_shape[3]) * call.dtype.itemsize
+    if keys:
+        together = group * max(1, SHARED_BYTES // max(num_keys * row, 1))
+    else:
+        together = max(1, SHARED_BYTES // max(group * num_queries * row, 1))
+    return min(together, call.q_shape[0] * num_heads)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -33,9 +48,10 @@ def plan_sums(shape, strides, dtype, device):
 def plan_attend(call, o_strides, scale):
     parameters = call.tuned("softmax_attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    factor = max(abs(scale) * math.log2(math.e), SMALLEST)
     scalars = (
-        call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, call.window, scale,
-        call.precision, *call.sizes(parameters),
+        call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
+        call.window, factor, scale < 0, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -46,7 +62,7 @@ def plan_grad_queries(call, u_strides, do_strides, dq_strides, scale):
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
-        call.window, scale, call.precision, *call.sizes(parameters),
+        heads_together(call, keys=True), call.window, scale, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -57,7 +73,7 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
     tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
-        call.window, scale, call.precision, *call.sizes(parameters),
+        heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 

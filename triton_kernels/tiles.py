@@ -21,6 +21,20 @@ def program_coordinates(num_tiles, num_heads):
 
 
 @triton.jit
+def shared_coordinates(num_tiles, num_heads, together):
+    """The same where each program reads all that its head has: `together` heads at a time, whose tokens fit in L2.
+
+    Of those, the programs of one tile start before the programs of the next.
+    """
+    program = tl.program_id(0)
+    first = program // (together * num_tiles) * together
+    heads = tl.minimum(together, tl.num_programs(0) // num_tiles - first)
+    rest = program - first * num_tiles
+    index = first + rest % heads
+    return rest // heads, index % num_heads, index // num_heads
+
+
+@triton.jit
 def at(base, strides, batch, head):
     """Pointer to the first row of one (batch, head); products are taken in int64 because they may pass 2^31."""
     return base + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
@@ -47,6 +61,19 @@ def load_tile(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 
 
 @triton.jit
+def load_rows(
+    base, first, COUNT: tl.constexpr, stride, num_rows, EDGES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):  # fmt: skip
+    """COUNT rows from `first` on as a tile; EDGES: some may be beyond num_rows."""
+    rows = tl.arange(0, COUNT)
+    base += first.to(tl.int64) * stride
+    if EDGES or WIDTH != BLOCK_WIDTH:
+        return load_tile(base, rows, stride, num_rows - first, WIDTH, BLOCK_WIDTH)
+    else:
+        return tl.load(tile_pointers(base, rows, stride, BLOCK_WIDTH))
+
+
+@triton.jit
 def load_tiles(
     base, first, stride, num_rows, COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -67,6 +94,15 @@ def store_tile(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_WI
 @triton.jit
 def load_vector(base, rows, num_rows, other):
     return tl.load(base + rows, mask=rows < num_rows, other=other)
+
+
+@triton.jit
+def load_numbers(base, rows, num_rows, EDGES: tl.constexpr):
+    """A number for each row; EDGES: some may be beyond num_rows."""
+    if EDGES:
+        return load_vector(base, rows, num_rows, 0.0)
+    else:
+        return tl.load(base + rows)
 
 
 @triton.jit
@@ -121,6 +157,39 @@ def tile_reach(first, BLOCK: tl.constexpr, token_bounds, num_tokens, num_targets
     begin, all_end = reach(first, token_bounds, num_tokens, num_targets, window)
     all_begin, end = reach(last, token_bounds, num_tokens, num_targets, window)
     return begin, all_begin, all_end, end
+
+
+@triton.jit
+def tile_ranges(begin, all_begin, all_end, end, BLOCK: tl.constexpr):
+    """(first, whole_first, whole_stop, stop), multiples of BLOCK, from what tile_reach returns.
+
+    The tiles of BLOCK targets from `first` to `stop` hold all that some token reaches; every token reaches all of those from
+    `whole_first` to `whole_stop`, which need no mask. Those before and after are edges.
+    """
+    first = begin // BLOCK * BLOCK
+    stop = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, first)
+    whole_first = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK) * BLOCK, first), stop)
+    whole_stop = tl.minimum(tl.maximum(all_end // BLOCK * BLOCK, whole_first), stop)
+    return first, whole_first, whole_stop, stop
+
+
+@triton.jit
+def steps(ranges, EDGES: tl.constexpr):
+    """(start, stop) of the loop over the edges of tile_ranges, or over its whole tiles; `position` says where a step is."""
+    first, whole_first, whole_stop, stop = ranges
+    if EDGES:
+        return first, stop - (whole_stop - whole_first)
+    else:
+        return whole_first, whole_stop
+
+
+@triton.jit
+def position(step, ranges, EDGES: tl.constexpr):
+    if EDGES:
+        _, whole_first, whole_stop, _ = ranges
+        return step + tl.where(step >= whole_first, whole_stop - whole_first, 0)
+    else:
+        return step
 
 
 @triton.jit

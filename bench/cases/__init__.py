@@ -12,7 +12,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -59,6 +59,7 @@ class BaseCase:
     width: of the values, and of q and k where the operator has no widths of its own.
     goal_ms: (forward, backward) from the design's performance page, None where there is none.
     plotted: part of the plot of time against length.
+    linear_time: time grows as the length does, not as its square.
     """
 
     name: str
@@ -72,6 +73,8 @@ class BaseCase:
     backward: bool = True
     goal_ms: tuple[float, float] | None = None
     plotted: bool = False
+
+    linear_time: ClassVar = True
 
     def describe(self):
         return asdict(self)
@@ -95,12 +98,14 @@ class BaseCase:
         return Provider(f"nearfar {backend}", self.call(backend))
 
     def inputs(self, device, formula):
-        """The formula's tensors, random, and its parameters; they require gradients where the backward is measured."""
+        """The formula's tensors and rows, random, and its parameters; they require gradients where the backward is measured."""
         generator = torch.Generator(device).manual_seed(0)
         dtype = getattr(torch, self.dtype)
         tensors = [
             torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in formula.inputs(self).values()
         ]
+        rows = self.output_shape[:3]
+        tensors += [torch.randn(rows, generator=generator, device=device) for _ in formula.rows]
         tensors += [torch.full((self.heads,), getattr(self, name), device=device) for name in formula.parameters]
         return [t.requires_grad_(self.backward) for t in tensors]
 
@@ -110,7 +115,8 @@ class BaseCase:
         Parameters, one number a head, are too few to count.
         """
         values = sum(math.prod(shape) for shape in formula.inputs(self).values()) + math.prod(self.output_shape)
-        moved = getattr(torch, self.dtype).itemsize * values
+        rows = len(formula.rows) * math.prod(self.output_shape[:3])
+        moved = getattr(torch, self.dtype).itemsize * values + torch.float32.itemsize * rows
         forward, backward = formula.flops(self)
         return Work(moved, forward), Work(2 * moved, backward)
 

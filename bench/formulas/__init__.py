@@ -3,6 +3,7 @@
 A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the queries are the last N positions.
 
     inputs(case)                {name: shape} of its tensors; those named q.. belong to queries, the others to keys
+    rows                        names of further inputs, one float32 number for each query
     parameters                  names of further inputs, one number for each query head, whose value is a field of the case
     every_row                   whether its oracle needs all queries, as they are keys, too
     flops(case)                 (forward, backward) at the very least
@@ -43,6 +44,7 @@ class Window:
 class Formula(Window):
     """What most formulas have in common: everything in the window counts, and the oracle is the plain lines."""
 
+    rows: ClassVar = ()
     parameters: ClassVar = ()
     every_row: ClassVar = False
 

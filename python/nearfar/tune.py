@@ -33,13 +33,14 @@ INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
 # Rows, columns and stages of the tiles worth compiling at 16 bits.
 TILES = {
     "near": ((32, 64), (32, 64), (1, 2, 3)),
-    "softmax": ((32, 64, 128), (32, 64), (1, 2, 3)),
+    "softmax": ((32, 64, 128), (32, 64, 128), (2, 3)),
     "sync": ((32, 64, 128), (32, 64), (1, 2, 3)),
     "walk": ((32, 64, 128), (None,), (1, 2, 3)),
     "accumulate": ((64, 128, 256), (32, 64, 128), (2, 3, 4)),
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
     "grad": ((64, 128), (32, 64), (1, 2, 3, 4)),
 }
+REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128)}  # limits a thread worth trying for narrow heads
 
 
 def function_name(kernel):
@@ -58,6 +59,7 @@ def candidates(kernel, bits, width):
     """Parameter sets worth compiling: tiles that fit shared memory and registers without drowning in them."""
     rows, columns, stages = TILES[family(kernel)]
     near = family(kernel) == "near"
+    limits = REGISTERS.get(family(kernel), (None,)) if width <= 64 and bits == 16 else (None,)
     if bits == 32:
         rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
     if kernel == "sync_grad_keys":  # its own tiles are of keys, those that it walks of queries
@@ -65,7 +67,7 @@ def candidates(kernel, bits, width):
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
         if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
             continue
-        for registers in (None, 128, 168) if near and width <= 64 and bits == 16 else (None,):
+        for registers in limits:
             yield launch.LaunchParameters(block_m, block_n, warps, depth, registers)
 
 

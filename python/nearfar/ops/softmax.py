@@ -48,7 +48,8 @@ def _empty_sums(values, launch):
 def _allocate_forward(q, v, epilogue):
     """o, u and lse, not filled; u, the plain attention output, only with an epilogue, else None."""
     u = q.new_empty((*q.shape[:3], v.shape[3])) if epilogue else None
-    return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=torch.float32)
+    precision = torch.float64 if q.dtype == torch.float32 else torch.float32
+    return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=precision)
 
 
 def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
@@ -65,7 +66,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
     """(dq, dk, dv, dalpha, dbeta, dsink); None where there is no input."""
     do = unit_stride(do)
     dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
-    m = torch.empty_like(lse)
+    m = torch.empty_like(lse, dtype=torch.float32)
     dbeta = value_sums = do_sums = None
     launch = _launchers()
     with device_of(q):
@@ -79,7 +80,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
     if sink is not None:
         # The sink is one more column of the weights, with dP = 0; rows without keys have m = 0.
         weight = torch.exp2(sink[:, None] * math.log2(math.e) - lse)
-        dsink = -(weight * (m if alpha is None else m * alpha)).sum((0, 2))
+        dsink = -(weight * (m if alpha is None else m * alpha)).sum((0, 2)).to(sink.dtype)
     return dq, dk, dv, None if alpha is None else m, dbeta, dsink
 
 
