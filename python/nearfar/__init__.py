@@ -4,6 +4,7 @@ from nearfar import nn, theory
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
+from nearfar.ops.diagnostics import attention_statistics, selection_geometry
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
 from nearfar.version import __version__
