@@ -164,12 +164,13 @@ def key_mass(
 
 @triton.jit
 def statistics_grad_queries(
-    q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted,
+    q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted,
     q_strides, k_strides, dq_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gain dS = P (level + slope log2(P)) with a level and a slope for each row; weighted (B, Hq, N): sums of gain dS log2(P)."""
+    """gain dS = P (level + slope log2(P)) with a level and a slope for each row. With a parameter, ds_total (B, Hq, N) are the sums
+    of gain dS, and weighted becomes those of gain dS log2(P)."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k = at(k, k_strides, batch, head // group)
@@ -201,6 +202,9 @@ def statistics_grad_queries(
             row_weighted += tl.sum(ds_x, 1)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
+    if parameter is not None:
+        # |q|^2, which the raw scores leave out, counts in lse.
+        acc -= load_vector(ds_total + row_offset, rows, num_queries, 0.0)[:, None] * q_tile.to(tl.float32)
     acc *= row_scale * SIGN / tl.load(gain)
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
     if weighted is not None:

@@ -102,7 +102,10 @@ def squares_of(x, out):
 
 
 def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max_weight, max_key, mass):
-    """Fill lse, entropy, max_weight, max_key (B, Hq, N), mass (B, Hq, M) and, with a parameter, k_squares (B, Hkv, M)."""
+    """Fill lse, entropy, max_weight, max_key (B, Hq, N), mass (B, Hq, M) and, with a parameter, k_squares (B, Hkv, M).
+
+    With a parameter lse is that of the scores without their -|q|^2 / (2 sigma^2).
+    """
     call = signature(q, k, k, parameter, left, right)
     launch_all(
         *squares_of(k, k_squares),
@@ -112,14 +115,17 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
     )  # fmt: skip
 
 
-def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, dq, dk, weighted):
-    """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N). level and slope contain gain, 0-d."""
+def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, ds_total, dq, dk, weighted):
+    """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N).
+
+    lse, level, slope, ds_total: (B, Hq, N), the last three times gain, which is 0-d.
+    """
     call = signature(q, k, k, parameter, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
     keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
     launch_all(
         *squares_of(k, k_squares),
-        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted)),
+        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted)),
         (keys, (q, k, k_squares, parameter, lse, level, slope, gain, dk)),
     )
 

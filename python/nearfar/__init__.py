@@ -13,6 +13,7 @@ __all__ = [
     "SlidingWindow",
     "__version__",
     "affine_attention",
+    "attention_statistics",
     "explain",
     "hadamard_attention",
     "hadamard_attention_step",
@@ -20,6 +21,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "nn",
+    "selection_geometry",
     "softmax_attention",
     "theory",
 ]

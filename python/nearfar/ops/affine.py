@@ -165,7 +165,7 @@ def finite_scale(scale, width):
         return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # math.isfinite takes no traced number
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

@@ -83,12 +83,7 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
     if dispatch.choose(backend, reasons, q.device) == "reference":
         with checks.no_autocast(q):
             return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
-    found = AttentionStatistics(*torch.ops.nearfar.attention_statistics(q, k, sigma, *options))
-    if sigma is None:
-        return found
-    # What all scores of a query have in common cancels in the kernels.
-    common = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (2 * sigma[:, None].square())
-    return found._replace(lse=found.lse - common)
+    return AttentionStatistics(*torch.ops.nearfar.attention_statistics(q, k, sigma, *options))
 
 
 def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):

@@ -46,8 +46,13 @@ def _empty_statistics(q, k, *_):
     return *_per_query(q, 3), *_per_query(q, 1, torch.int64), mass
 
 
+def _common(q, sigma):
+    """What all scores of a query by distance have in common: -|q|^2 / (2 sigma^2), which the kernels leave out."""
+    return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
+
+
 def statistics(q, k, sigma, left, right, scale):
-    """(lse, entropy, max_weight, max_key, key_mass); with a sigma, lse leaves out the -|q|^2 / (2 sigma^2) of all scores."""
+    """(lse, entropy, max_weight, max_key, key_mass)."""
     outputs = _empty_statistics(q, k)
     if not q.numel():
         return *outputs[:4], outputs[4].zero_()
@@ -55,30 +60,30 @@ def statistics(q, k, sigma, left, right, scale):
         _launchers().statistics(
             unit_stride(q), unit_stride(k), sigma, left, right, scale, _squares(k, sigma is not None), *outputs
         )
+    if sigma is not None:
+        outputs[0].add_(_common(q, sigma))
     return outputs
 
 
 def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, scale):
     """(dq, dk, dsigma): dS = P (dlse - dentropy (log P + entropy)); an empty dsigma without a sigma."""
-    dq, dk = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3])
-    dsigma = q.new_zeros(0, dtype=torch.float32) if sigma is None else torch.zeros_like(sigma)
+    dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
     if not q.numel():
-        return dq, dk.zero_(), dsigma
-    largest = torch.maximum(dlse.abs().amax(), dentropy.abs().amax()).clamp_min(torch.finfo(torch.float32).tiny)
-    gain = UPSTREAM / largest
-    level = gain * (dlse - dentropy * entropy)
-    slope = -math.log(2) * gain * dentropy
-    weighted = None if sigma is None else torch.empty_like(lse)
+        return dq, dk.zero_(), dsigma.zero_()
+    largest = torch.maximum(dlse.abs().amax(), dentropy.abs().amax())
+    gain = UPSTREAM / largest.clamp_min(torch.finfo(torch.float32).tiny * UPSTREAM)
+    level, slope, ds_total = gain * (dlse - dentropy * entropy), -math.log(2) * gain * dentropy, gain * dlse
+    weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
     with device_of(q):
         _launchers().statistics_backward(
-            unit_stride(q), unit_stride(k), sigma, left, right, scale, _squares(k, sigma is not None), lse, level, slope,
-            gain, dq, dk, weighted,
+            unit_stride(q), unit_stride(k), sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope,
+            gain, ds_total, dq, dk, weighted,
         )  # fmt: skip
-    if sigma is not None:
-        # s is proportional to sigma^-2, and log P = s - lse: sum of dS s = sum of dS log P + lse sum of dS.
-        of_scale = (math.log(2) / gain * weighted + lse * dlse).sum((0, 2))
-        dsigma = -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
-    return dq, dk, dsigma
+    if sigma is None:
+        return dq, dk, dsigma
+    # s is proportional to sigma^-2, and log P = s - lse: sum of dS s = sum of dS log P + lse sum of dS.
+    of_scale = (math.log(2) / gain * weighted + lse * dlse).sum((0, 2))
+    return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
 
 
 def geometry(q, k, v, sigma, top_n, left, right, scale):
