@@ -1,7 +1,7 @@
 """Streamed diagnostics: constants of the statistics, geometry by brute force, known cases, ties, fuzz, isolation, bad input.
 
-What every differentiable operator promises is tested on lse and entropy in test_operators.py; selection_geometry has no gradients
-and is tested here alone. The oracles are dense, in float64, and measure distances where the kernels compare their excesses.
+What every differentiable operator promises is tested on lse and entropy in test_operators.py; selection_geometry has no
+gradients and is tested here alone. The oracles are dense, in float64, and measure distances where the kernels compare excesses.
 """
 
 import math
@@ -72,10 +72,9 @@ def check_constants(sample, found):
     single = torch.promote_types(sample.tensors["q"].dtype, torch.float32)
     plain = oracle.plain_scores(sample.options, **{name: tensor.to(single) for name, tensor in tensors.items()}).softmax(-1)
     size = exponent_size(scores, **tensors)
-    exact, rough, scale = (
-        (w.amax(-1), w.sum(-2)) for w in (weights, plain, weights * size)
-    )  # fmt: skip
-    for name, got, *expected in zip(("max_weight", "key_mass"), (found.max_weight, found.key_mass), exact, rough, scale, strict=True):
+    exact, rough, scale = ((w.amax(-1), w.sum(-2)) for w in (weights, plain, weights * size))
+    for name, *expected in zip(("max_weight", "key_mass"), exact, rough, scale, strict=True):
+        got = getattr(found, name)
         assert got.dtype == single and not got.requires_grad
         assert_accurate(name, got, *expected, single)
     assert found.max_key.dtype == torch.int64
@@ -247,10 +246,10 @@ def check_geometry(sample, top_n, found, exactly=0.9):
     ):  # fmt: skip
         right = (got >= low * (1 - tolerance)) & (got <= high * (1 + tolerance))
         assert (right | ~clear).all(), f"{(~right & clear).sum()} of {clear.sum()} rows are wrong"
-        assert (low == high)[clear].double().mean() >= exactly, "the bounds are too wide to tell anything"
+        assert not exactly or (low == high)[clear].double().mean() >= exactly, "the bounds are too wide to tell anything"
     f_score = 2 * found.precision * found.recall / (found.precision + found.recall)
     torch.testing.assert_close(found.f_score, f_score, rtol=1e-6, atol=0)
-    assert clear.double().mean() >= 0.9
+    assert not exactly or clear.double().mean() >= 0.9
 
 
 @each_dtype
@@ -493,7 +492,7 @@ def test_reference_memory_grows_with_the_length_only():
 
 
 BAD = {
-    "q of integers": (TypeError, "^q must be float16", lambda: {"q": torch.ones(1, 4, 6, 16, dtype=torch.int64, device=DEVICE)}),
+    "q of integers": (TypeError, "^q must be float16", lambda: {"q": randn(1, 4, 6, 16, dtype=torch.int64)}),
     "q of rank 3": (ValueError, "^q must have 4", lambda: {"q": randn(4, 6, 16)}),
     "k a list": (TypeError, "^k must be a torch.Tensor", lambda: {"k": [1.0]}),
     "k of another width": (ValueError, "^k must have the width of q, 16, got 24", lambda: {"k": randn(1, 2, 6, 24)}),

@@ -169,8 +169,10 @@ def statistics_grad_queries(
     SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gain dS = P (level + slope log2(P)) with a level and a slope for each row. With a parameter, ds_total (B, Hq, N) are the sums
-    of gain dS, and weighted becomes those of gain dS log2(P)."""
+    """gain dS = P (level + slope log2(P)) with a level and a slope for each row.
+
+    With a parameter, ds_total (B, Hq, N) are the sums of gain dS, and weighted becomes those of gain dS log2(P).
+    """
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k = at(k, k_strides, batch, head // group)

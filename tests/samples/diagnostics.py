@@ -133,7 +133,8 @@ def check(sample, do, o, gradients):
         inputs = {n: t.detach().to(dtype if n in "qk" else torch.promote_types(dtype, torch.float32)).requires_grad_()
                   for n, t in tensors.items()}  # fmt: skip
         results = lse_and_entropy(scores(options, **inputs))
-        found = torch.autograd.grad(results, list(inputs.values()), [part.to(r.dtype) for part, r in zip(do, results, strict=True)])
+        upstream = [part.to(result.dtype) for part, result in zip(do, results, strict=True)]
+        found = torch.autograd.grad(results, list(inputs.values()), upstream)
         return [result.detach() for result in results], dict(zip(tensors, found, strict=True))
 
     # lse and entropy are float32, and products of the inputs are exact there, whatever the dtype of the inputs.

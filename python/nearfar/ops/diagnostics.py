@@ -1,4 +1,4 @@
-"""Streamed diagnostics of attention: statistics of its weights, and the geometry of the tokens it selects (arXiv 2602.01893)."""
+"""Streamed diagnostics of attention: statistics of its weights, and the geometry of what it selects (arXiv 2602.01893)."""
 
 import functools
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import torch
 
 from nearfar import checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow
-from nearfar.ops import statistics
+from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
 from nearfar.ops.affine import finite_scale
+from nearfar.ops.pairwise import unit_stride
 from nearfar.reference import diagnostics as reference
 
 MAX_TOP_N = 256
@@ -83,7 +84,7 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
     if dispatch.choose(backend, reasons, q.device) == "reference":
         with checks.no_autocast(q):
             return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
-    return AttentionStatistics(*torch.ops.nearfar.attention_statistics(q, k, sigma, *options))
+    return AttentionStatistics(*torch.ops.nearfar.attention_statistics(unit_stride(q), unit_stride(k), sigma, *options))
 
 
 def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
@@ -116,11 +117,13 @@ def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, 
             call.
     """
     call = prepare_selection_geometry(q, k, v, top_n, causal=causal, scale=scale, sigma=sigma, locality=locality)
-    tensors, options = [x if x is None else x.detach() for x in call[:4]], call[4:7]
+    sigma, options = call.sigma, call[4:7]
     if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
-            return SelectionGeometry(*reference.selection_geometry(*tensors, top_n, *options))
-    return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, top_n, *options))
+            return SelectionGeometry(*reference.selection_geometry(*call[:4], top_n, *options))
+    tensors = (unit_stride(x).detach() for x in call[:3])
+    sigma = None if sigma is None else sigma.detach()
+    return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options))
 
 
 def prepare_attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None):

@@ -1,6 +1,7 @@
 """The streamed diagnostics as torch operators: schema, fake and autograd.
 
-They are called through the dispatcher in eager mode, too: they monitor, so that its microseconds are no one's loss.
+They are called through the dispatcher in eager mode, too: they monitor, so that its microseconds are no one's loss. The last
+dimension of q, k and v must be contiguous.
 """
 
 import importlib
@@ -8,7 +9,7 @@ import math
 
 import torch
 
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward
 
 _STATISTICS = (
     "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -57,9 +58,7 @@ def statistics(q, k, sigma, left, right, scale):
     if not q.numel():
         return *outputs[:4], outputs[4].zero_()
     with device_of(q):
-        _launchers().statistics(
-            unit_stride(q), unit_stride(k), sigma, left, right, scale, _squares(k, sigma is not None), *outputs
-        )
+        _launchers().statistics(q, k, sigma, left, right, scale, _squares(k, sigma is not None), *outputs)
     if sigma is not None:
         outputs[0].add_(_common(q, sigma))
     return outputs
@@ -76,8 +75,8 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
     with device_of(q):
         _launchers().statistics_backward(
-            unit_stride(q), unit_stride(k), sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope,
-            gain, ds_total, dq, dk, weighted,
+            q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain, ds_total,
+            dq, dk, weighted,
         )  # fmt: skip
     if sigma is None:
         return dq, dk, dsigma
@@ -97,8 +96,8 @@ def geometry(q, k, v, sigma, top_n, left, right, scale):
     s = v.new_empty((*q.shape[:3], v.shape[3]))
     with device_of(q):
         _launchers().geometry(
-            unit_stride(q), unit_stride(k), unit_stride(v), sigma, left, right, scale, _squares(k, sigma is not None),
-            _squares(v), scores, chosen, s, *_per_query(q, 1), excess, *_per_query(q, 1), *outputs,
+            q, k, v, sigma, left, right, scale, _squares(k, sigma is not None), _squares(v), scores, chosen, s,
+            *_per_query(q, 1), excess, *_per_query(q, 1), *outputs,
         )  # fmt: skip
     return outputs
 

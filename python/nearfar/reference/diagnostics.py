@@ -66,7 +66,7 @@ def separation(weights, selected, visible, values):
         weights: (.., rows, keys) softmax weights. selected, visible: masks that broadcast to them, selected within visible.
         values: (.., keys, Dv).
 
-    Distances are compared as excess = (D_j^2 - |s|^2) / 2 = w_j (w_j |v_j|^2 / 2 - v_j . s), in which small weights do not drown.
+    Distances are compared as excess = (D_j^2 - |s|^2) / 2 = w_j (w_j |v_j|^2 / 2 - v_j . s), where small weights do not drown.
     """
     s = (weights * selected) @ values
     excess = weights * (0.5 * weights * values.square().sum(-1)[..., None, :] - s @ values.mT)
