@@ -1,8 +1,8 @@
 """Train autoregressive pixel transformers on scikit-learn's digits, alike but for their attention.
 
-Softmax, Krause, linear, Hadamard linear and selective synchronization attention. Real data, no download: 1,797 handwritten digits of 8x8 pixels with 17
-grey levels, read pixel by pixel in raster order. The models have the same parameters (but for bandwidths and a coupling), start
-from the same values and see the same batches.
+Softmax, Krause, linear, Hadamard linear and selective synchronization attention. Real data, no download: 1,797 handwritten
+digits of 8x8 pixels with 17 grey levels, read pixel by pixel in raster order. The models have the same parameters (but for
+bandwidths and a coupling), start from the same values and see the same batches.
 
     python examples/train_digits.py
     python examples/train_digits.py --models softmax hadamard --steps 400

@@ -1,16 +1,9 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
 import pytest
-import samples
 import torch
-from harness import DEVICE, run
 from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
-from samples import public
-from torch.utils._pytree import tree_leaves
 from triton import knobs
-
-import nearfar as nf
-from nearfar.registry import OPERATORS
 
 
 class Kernel:
@@ -56,6 +49,16 @@ def test_tensors_that_are_none_have_kernels_of_their_own(kernel):
     assert not launch.is_new((tensor, tensor)) and launch.is_new((None, None))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_dtypes_have_kernels_of_their_own(kernel, nested):
+    """A plan is looked up by shapes and strides, which tensors of several dtypes may share."""
+    launch = launch_of(kernel)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        tensor = torch.zeros(4, dtype=dtype)
+        launch(torch.zeros(4), (tensor, tensor) if nested else tensor)
+    assert [variant for variant, _ in kernel.calls] == [0, 1, 0]
+
+
 def test_tuples_of_tensors_are_passed_as_tuples(kernel):
     launch, tensors = launch_of(kernel), (torch.zeros(4), torch.zeros(4))
     launch(tensors)
@@ -79,41 +82,11 @@ def test_no_programs_are_no_launch(kernel):
 
 
 def test_survey():
-    whole, shifted = torch.zeros(4), torch.zeros(5)[1:]
-    assert survey((whole, None, (whole, whole))) == ([whole.data_ptr(), None, (whole.data_ptr(),) * 2], 0b010, True)
-    assert survey((None, shifted))[1:] == (0b10, False) and survey(((whole, shifted), None))[1:] == (0b01, False)
-    assert survey((torch.empty(0),)) == ([0], 0, True)  # nothing will be read there
-
-
-CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.names(op)]
-
-
-@pytest.fixture
-def dtypes(monkeypatch):
-    """What the launches of this test are given: {(launch, which tensors are None): sets of their dtypes}; nothing runs."""
-    seen = {}
-
-    def note(launch, *tensors):
-        key = id(launch), survey(tensors)[1]
-        kept.append(launch)  # so that no other one gets its id
-        seen.setdefault(key, set()).add(tuple(t.dtype for t in tree_leaves(tensors) if t is not None))
-
-    kept = []
-    monkeypatch.setattr(Launch, "__call__", note)
-    monkeypatch.setattr(Launch, "is_new", lambda launch, tensors: False)
-    return seen
-
-
-@pytest.mark.parametrize("operator, name", CASES)
-def test_a_launch_serves_one_dtype(operator, name, dtypes):
-    """Triton compiled its kernel for those; the plans of a call are looked up by all that a kernel depends on."""
-    for dtype in (torch.float32, torch.float16):
-        run(public(operator), samples.of(operator).make(name, dtype))
-    assert dtypes and all(len(found) == 1 for found in dtypes.values()), dtypes
-
-
-def test_a_decoding_launch_serves_one_dtype(dtypes):
-    for dtype in (torch.float32, torch.float16):
-        q = torch.ones(1, 1, 1, 16, dtype=dtype, device=DEVICE)
-        nf.linear_attention_step(q, q, q, torch.zeros(1, 1, 16, 17, device=DEVICE), backend="triton")
-    assert dtypes and all(len(found) == 1 for found in dtypes.values()), dtypes
+    whole, half, shifted = torch.zeros(4), torch.zeros(4, dtype=torch.float16), torch.zeros(5)[1:]
+    single, short, cpu = whole.dtype, half.dtype, whole.get_device()
+    address = whole.data_ptr()
+    assert survey((whole, None, (half, whole))) == (
+        [address, None, (half.data_ptr(), address)], (cpu, single, None, short, single), True
+    )  # fmt: skip
+    assert survey((None, shifted))[1:] == ((cpu, None, single), False) and not survey(((whole, shifted), None))[2]
+    assert survey((torch.empty(0),)) == ([0], (cpu, single), True)  # nothing will be read there

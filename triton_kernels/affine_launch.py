@@ -36,7 +36,7 @@ def heads_together(call, keys):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_sums(shape, strides, dtype, device):
+def plan_sums(shape, strides):
     """chunk_sums of (B, H, N, width) values."""
     batch, heads, length, width = shape
     chunks = num_chunks(length)
@@ -83,7 +83,7 @@ def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, 
     call = signature(q, k, v, token_bounds, left, right)
     launches = []
     if beta is not None:
-        launches.append((plan_sums(v.shape, v.stride(), v.dtype, v.device), (v, None, sums)))
+        launches.append((plan_sums(v.shape, v.stride()), (v, None, sums)))
     attend = plan_attend(call, o.stride(), scale)
     launch_all(*launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
 
@@ -95,8 +95,8 @@ def backward(
     call = signature(q, k, v, token_bounds, left, right)
     launches = []
     if beta is not None:
-        launches.append((plan_sums(v.shape, v.stride(), v.dtype, v.device), (v, None, value_sums)))
-        launches.append((plan_sums(do.shape, do.stride(), do.dtype, do.device), (do, beta, do_sums)))
+        launches.append((plan_sums(v.shape, v.stride()), (v, None, value_sums)))
+        launches.append((plan_sums(do.shape, do.stride()), (do, beta, do_sums)))
     queries = plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
     keys = plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
     launch_all(

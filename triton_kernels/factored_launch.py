@@ -194,7 +194,7 @@ def sides(problem, of_keys):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_step(batch, key_heads, group, widths, value_width, feature_map, normalize, eps, strides, dtype, device):
+def plan_step(batch, key_heads, group, widths, value_width, feature_map, normalize, eps, strides):
     features, state_block = math.prod(widths), triton.next_power_of_2(value_width + 1)
     divisors = tuple(math.prod(widths[r + 1 :]) for r in range(len(widths)))
     group_block = triton.next_power_of_2(group)

@@ -60,7 +60,7 @@ def step(qs, ks, v, state, feature_map, normalize, eps, out):
     widths, group = tuple(q.shape[3] for q in qs), qs[0].shape[1] // v.shape[1]
     with device_of(v):
         plan = _launchers().plan_step(
-            v.shape[0], v.shape[1], group, widths, v.shape[3], feature_map, normalize, eps, strides, v.dtype, v.device
+            v.shape[0], v.shape[1], group, widths, v.shape[3], feature_map, normalize, eps, strides
         )
         plan(tuple(qs), tuple(ks), v, state, out)
     return out
