@@ -54,7 +54,7 @@ COMPILED = [
     (1, (16, 16), (1, 4, 2), True, True, True, None),
     (-1, (48, 80), (1, 2, 2), False, True, True, None),
     (0, (24, 16), (1, 2, 1), True, False, False, 9),
-    (1, (144, 16), (1, 1, 1), False, False, False, None),
+    (1, (144, 16), (1, 1, 1), False, False, True, None),
     (-1, (16, 256), (1, 1, 1), False, True, True, 3),
 ]
 
