@@ -7,7 +7,7 @@ bandwidths and a coupling), start from the same values and see the same batches.
     python examples/train_digits.py
     python examples/train_digits.py --models softmax hadamard --steps 400
 
-Needs `pip install '.[examples]'`. The default run takes two to three minutes on two CPU cores: layers of nearfar run there as
+Needs `pip install '.[examples]'`. The default run takes about three minutes on two CPU cores: layers of nearfar run there as
 their PyTorch references. Loss curves and sampled images go to examples/out/.
 """
 
@@ -58,7 +58,7 @@ def hadamard_attention():
 
 def synchronization_attention():
     """Earlier pixels whose oscillators lock. At the paper's scale of frequencies, 1, hardly any would."""
-    return nf.nn.SynchronizationAttention(DIM, HEADS, causal=True, frequency_scale=(DIM / HEADS) ** -0.5, bias=False)
+    return nf.nn.SynchronizationAttention(DIM, HEADS, causal=True, frequency_scale=0.5 * (DIM / HEADS) ** -0.5, bias=False)
 
 
 class SoftmaxAttention(nn.Module):

@@ -54,7 +54,7 @@ COMPILED = [
     (1, (16, 16), (1, 4, 2), True, True, True, None),
     (-1, (48, 80), (1, 2, 2), False, True, True, None),
     (0, (24, 16), (1, 2, 1), True, False, False, 9),
-    (1, (144, 16), (1, 1, 1), False, False, False, None),
+    (1, (144, 16), (1, 1, 1), False, False, True, None),
     (-1, (16, 256), (1, 1, 1), False, True, True, 3),
 ]
 
@@ -129,6 +129,17 @@ def clustered(dtype=torch.float32, length=200, clusters=3, **options):
     return Sample(tensors | parameters(rows), options)
 
 
+def scaled(sample, factor):
+    return changed(sample, omega=factor * sample.tensors["omega"])
+
+
+def chain(length=200, step=0.03, **options):
+    """Tokens along a line, each of which locks with its neighbours up to the lock radius and so with a part of a cell."""
+    sample = clustered(length=length, **options)
+    line = step * torch.arange(length, device=DEVICE)[:, None] * torch.nn.functional.normalize(randn(16, seed=6), dim=0)
+    return changed(sample, omega=line + 0.001 * sample.tensors["v"])
+
+
 class Spy:
     """Counts of cells that the kernels were told to walk; with `everything`, lock radii are infinite first."""
 
@@ -154,7 +165,7 @@ class Spy:
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"top_k": 7}], ids=str)
 def test_pruning_changes_no_bit(options, monkeypatch):
-    sample = clustered(**options)
+    sample = chain(**options)
     with monkeypatch.context() as patch:
         spy = Spy(patch, everything=False)
         pruned = run_sample(sample)
@@ -162,17 +173,20 @@ def test_pruning_changes_no_bit(options, monkeypatch):
         full = Spy(patch, everything=True)
         dense = run_sample(sample)
     assert full.visited == full.possible if not options.get("causal") else full.visited > full.possible / 2
-    assert spy.visited < 0.6 * full.visited
+    assert spy.visited < 0.75 * full.visited
     assert_same(pruned, dense, "when nothing is pruned")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
-@pytest.mark.parametrize("scale", [0.05, 0.5, 3.0, 300.0])
-def test_what_is_pruned_has_no_weight(scale, monkeypatch):
-    """Every pair outside the lists has S = 0 in float64; where clusters are far apart, most pairs are outside."""
-    sample = clustered()
-    omega = scale * sample.tensors["omega"]
-    sample = changed(sample, omega=omega)
+@pytest.mark.parametrize("sample, exact", [
+    (scaled(clustered(length=200, clusters=3), 0.05), False),
+    (scaled(clustered(length=200, clusters=3), 0.5), True),
+    (chain(length=600, step=0.01), True),
+    (chain(length=600, step=0.03), True),
+], ids=["one cluster", "clusters", "chain", "long chain"])  # fmt: skip
+def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
+    """Every pair of a cell outside the lists has S = 0 in float64. exact: and on a line no cell is visited in vain."""
+    omega = sample.tensors["omega"]
     recorded = []
     launch = kuramoto._launchers()
     original = launch.launch_all
@@ -189,15 +203,17 @@ def test_what_is_pruned_has_no_weight(scale, monkeypatch):
     t = {name: tensor.double() for name, tensor in sample.tensors.items()}
     delta2 = differences(t["omega"], t["omega"])
     margin = (-2 * t["bandwidth"][:, None, None] * delta2).exp() - delta2 / (t["coupling"] * t["order"])[..., None, None] ** 2
-    skipped = 0
+    skipped = unlocked = 0
     for head in range(2):
         for index in range(counts.shape[2]):
             listed = set(lists[0, head, index, : counts[0, head, index]].tolist())
-            for cell in set(range(cells)) - listed:
-                skipped += 1
+            for cell in range(cells):
                 rows = slice(index * tile, (index + 1) * tile)
-                assert margin[0, head, rows, cell * launch.CELL : (cell + 1) * launch.CELL].max() < 0
-    assert skipped == (0 if scale < 0.1 else 20)
+                locks = margin[0, head, rows, cell * launch.CELL : (cell + 1) * launch.CELL].max() > 0
+                assert cell in listed or not locks
+                skipped += cell not in listed
+                unlocked += not locks
+    assert skipped == (unlocked if exact else 0)
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.3, 1.3, 40.0])

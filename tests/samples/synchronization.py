@@ -9,9 +9,8 @@ SAMPLES = {
     "synchronization_attention": {
         "full": dict(),
         "causal": dict(causal=True),
-        "separate queries, grouped heads": dict(heads=(4, 2), more_keys=30, separate=True, causal=True),
+        "separate queries, grouped heads": dict(heads=(2, 1), more_keys=30, separate=True, causal=True),
         "top_k": dict(top_k=5),
-        "order by token": dict(by_token=True),
     },
 }
 FUNCTIONS = {"synchronization_attention": nf.synchronization_attention}
@@ -21,8 +20,8 @@ WIDTH = 24
 def make(name, dtype, device=DEVICE, length=75):
     options = dict(SAMPLES["synchronization_attention"][name])
     (heads, kv_heads), separate = options.pop("heads", (2, 2)), options.pop("separate", False)
-    keys, by_token = length + options.pop("more_keys", 0), options.pop("by_token", options.get("causal", False))
-    batch = 1 if heads > 2 else 2
+    keys, by_token = length + options.pop("more_keys", 0), options.get("causal", False)
+    batch = 2 if name == "full" else 1
     scalars = torch.promote_types(dtype, torch.float32)
     tensors = {"omega": frequencies(batch, heads, length, dtype=dtype, seed=1, device=device)}
     if separate:
