@@ -35,19 +35,20 @@ def main(arguments=None):
 
     ok = True
     for room, chosen in chosen_cases(args, device, parser).items():
-        rows = run(chosen, device, ceilings, console)
-        console.print(report.rows_table(rows))
-        by_name = groupby(rows, lambda row: row["case"]["name"])
-        records = {name: {"rows": list(group), "measures": []} for name, group in by_name}
-        add_measures(records, room, chosen, device)
-        if measures := [m for record in records.values() for m in record["measures"]]:
-            console.print(report.measures_table(measures))
-        for name, record in records.items():
-            head = {"name": name, "room": room, "environment": env, "ceilings": ceilings}
-            console.print(f"wrote {report.write_json(folder, head | record)}", soft_wrap=True)
-        if plotted := [row for row in rows if row["case"]["plotted"] and row["forward"]]:
+        plotted = []
+        for name, group in groupby(chosen, lambda case: case.name):  # written one by one: a run that is cut short keeps some
+            cases_of_name = list(group)
+            rows = run(cases_of_name, device, ceilings, console)
+            console.print(report.rows_table(rows))
+            measures = measures_of(name, rows, room, cases_of_name, device)
+            if measures:
+                console.print(report.measures_table(measures))
+            record = {"name": name, "room": room, "environment": env, "ceilings": ceilings, "rows": rows, "measures": measures}
+            console.print(f"wrote {report.write_json(folder, record)}", soft_wrap=True)
+            plotted += [row for row in rows if row["case"]["plotted"] and row["forward"]]
+            ok &= suite.sound(rows)
+        if plotted:
             console.print(f"wrote {report.plot(folder / f'{room}-length.png', plotted, env)}", soft_wrap=True)
-        ok &= suite.sound(rows)
     return 0 if ok else 1
 
 
@@ -115,18 +116,18 @@ def run(chosen, device, ceilings, console):
         return suite.run(chosen, device, ceilings, advance)
 
 
-def add_measures(records, room, chosen, device):
-    """Crossover lengths of sweeps, growth of the long cases, first call and host time for cases of a name with a goal."""
-    for name, record in records.items():
-        sweep = name.endswith("-length")
-        if sweep:
-            record["measures"] += crossover.measures(record["rows"])
-        long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million
-        if long and all(case.linear_time for case in chosen if case.name == name):
-            record["measures"] += suite.scaling(record["rows"])
+def measures_of(name, rows, room, chosen, device):
+    """Crossover lengths of a sweep, growth of long cases, first call and host time of the first case that has a goal."""
+    measures, sweep = [], name.endswith("-length")
+    if sweep:
+        measures += crossover.measures(rows)
+    long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million
+    if long and all(case.linear_time for case in chosen):
+        measures += suite.scaling(rows)
     if device.type == "cuda":
-        for name, case in {case.name: case for case in reversed(chosen) if case.goal_ms}.items():
-            records[name]["measures"] += overhead.measures(room, case, device)
+        for case in [case for case in chosen if case.goal_ms][:1]:
+            measures += overhead.measures(room, case, device)
+    return measures
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def describe(device):
         "torch": torch.__version__,
         "triton": triton.__version__,
         "nearfar": nearfar.__version__,
-        # A copy of the sources without .git can say in the environment what it is a copy of.
-        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get("NEARFAR_COMMIT"),
+        # A copy of the sources, whose .git is missing or behind, can say in the environment what it is a copy of.
+        "commit": os.environ.get("NEARFAR_COMMIT") or output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

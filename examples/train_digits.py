@@ -1,8 +1,8 @@
 """Train autoregressive pixel transformers on scikit-learn's digits, alike but for their attention.
 
-Softmax, Krause, linear and Hadamard linear attention. Real data, no download: 1,797 handwritten digits of 8x8 pixels with 17
-grey levels, read pixel by pixel in raster order. The models have the same parameters (but Krause's bandwidths), start from the
-same values and see the same batches.
+Softmax, Krause, linear, Hadamard linear and selective synchronization attention. Real data, no download: 1,797 handwritten
+digits of 8x8 pixels with 17 grey levels, read pixel by pixel in raster order. The models have the same parameters (but for
+bandwidths and a coupling), start from the same values and see the same batches.
 
     python examples/train_digits.py
     python examples/train_digits.py --models softmax hadamard --steps 400
@@ -56,6 +56,11 @@ def hadamard_attention():
     return nf.nn.HadamardAttention(DIM, HEADS, factor_widths=(8, 8), causal=True)
 
 
+def synchronization_attention():
+    """Earlier pixels whose oscillators lock. At the paper's scale of frequencies, 1, hardly any would."""
+    return nf.nn.SynchronizationAttention(DIM, HEADS, causal=True, frequency_scale=(DIM / HEADS) ** -0.5, bias=False)
+
+
 class SoftmaxAttention(nn.Module):
     """Causal softmax attention over every earlier pixel, with the projections of the layers of nf.nn."""
 
@@ -75,6 +80,7 @@ MODELS = {
     "krause": krause_attention,
     "linear": linear_attention,
     "hadamard": hadamard_attention,
+    "synchronization": synchronization_attention,
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)  # the workers of xdist share the cores; the interpreter's arrays are small
+torch.set_num_threads(1)  # the workers of xdist share the cores, and arrays on the CPU are small
 
 
 def interpreter_problem():

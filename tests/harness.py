@@ -24,8 +24,8 @@ class Sample(NamedTuple):
 
 
 def has_tokens(name):
-    """Whether a sample's tensor of this name is (B, H, N, D): q, k, v, or q1, q2, .. where an operator takes several."""
-    return name[0] in "qkv"
+    """Whether a sample's tensor of this name is (B, H, N, D): q, k, v, or q1, q2, .. if there are several; omega, omega_k."""
+    return name[0] in "qkv" or name.startswith("omega")
 
 
 def generator(seed=0):

@@ -25,7 +25,8 @@ def captured(function, tensors):
     Launch.is_new = lambda launch, tensors: False
     Launch.__call__ = lambda launch, *tensors: launches.append((launch, tensors))
     o = function(*(tensor.requires_grad_() for tensor in tensors))
-    torch.autograd.grad(o, tensors, torch.empty_like(o))
+    if o is not None:
+        torch.autograd.grad(o, tensors, torch.empty_like(o))
     return launches
 
 
@@ -89,6 +90,29 @@ def calls():
             lambda *t: nf.affine_attention(*t, causal=True, backend="triton"),
             [*rows(width, width, width), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
         )
+    for width in (64, 128):
+        for causal in (False, True):
+            yield (
+                f"synchronization {width} {'causal' if causal else 'full'}",
+                lambda *t, causal=causal: nf.synchronization_attention(*t, causal=causal, backend="triton"),
+                [*rows(width, width), torch.ones(2), torch.ones(2), torch.ones((1, 2, 4096) if causal else (1, 2))],
+            )
+        yield (
+            f"statistics {width} causal",
+            lambda q, k: sum(nf.attention_statistics(q, k, causal=True, backend="triton")[:2]),
+            rows(width, width),
+        )
+        for sigma in (None, 2.0):
+            yield (
+                f"geometry {width} sigma {sigma}",
+                lambda *t, sigma=sigma: nf.selection_geometry(*t, 4, causal=True, sigma=sigma, backend="triton") and None,
+                rows(width, width, width),
+            )
+    yield (
+        "statistics 128 by distance",
+        lambda q, k, sigma: sum(nf.attention_statistics(q, k, causal=True, sigma=sigma, backend="triton")[:2]),
+        [*rows(128, 128), torch.full((2,), 2.0)],
+    )
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import pytest
 import torch
 from harness import DEVICE, DTYPES, Sample, assert_accurate, assert_same, needs_gpu, randn, run
 from hypothesis import strategies as st
+from nearfar.triton_kernels import affine_launch
 from samples.affine import check, random_rows, visible
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 from nearfar.reference.affine import window_sums
-from nearfar.triton_kernels import affine_launch
 
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,14 +63,18 @@ def test_models_of_train_digits_start_alike(train_digits):
         torch.manual_seed(0)
         states[name] = train_digits.PixelTransformer(attention).state_dict()
     softmax = states.pop("softmax")
-    assert states.keys() == {"krause", "linear", "hadamard"}
+    assert states.keys() == {"krause", "linear", "hadamard", "synchronization"}
+    # Frequencies and phases start as queries and keys do.
+    renamed = {"omega_proj": "q_proj", "theta_proj": "k_proj"}
+    parameters = {"krause": {"log_sigma"}, "synchronization": {"raw_coupling", "raw_bandwidth"}}
     for name, state in states.items():
+        state = {".".join(renamed.get(part, part) for part in key.split(".")): value for key, value in state.items()}
         own = {parameter.split(".")[-1] for parameter in state.keys() - softmax.keys()}
-        assert own == ({"log_sigma"} if name == "krause" else set()), name
+        assert own == parameters.get(name, set()), name
         assert all(torch.equal(softmax[parameter], state[parameter]) for parameter in softmax), name
 
 
-@pytest.mark.parametrize("name", ["softmax", "krause", "linear", "hadamard"])
+@pytest.mark.parametrize("name", ["softmax", "krause", "linear", "hadamard", "synchronization"])
 def test_models_of_train_digits_predict_from_earlier_pixels_only(train_digits, name):
     model = train_digits.PixelTransformer(train_digits.MODELS[name]).eval()
     tokens = torch.randint(train_digits.LEVELS, (2, train_digits.PIXELS))

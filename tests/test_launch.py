@@ -49,6 +49,16 @@ def test_tensors_that_are_none_have_kernels_of_their_own(kernel):
     assert not launch.is_new((tensor, tensor)) and launch.is_new((None, None))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_dtypes_have_kernels_of_their_own(kernel, nested):
+    """A plan is looked up by shapes and strides, which tensors of several dtypes may share."""
+    launch = launch_of(kernel)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        tensor = torch.zeros(4, dtype=dtype)
+        launch(torch.zeros(4), (tensor, tensor) if nested else tensor)
+    assert [variant for variant, _ in kernel.calls] == [0, 1, 0]
+
+
 def test_tuples_of_tensors_are_passed_as_tuples(kernel):
     launch, tensors = launch_of(kernel), (torch.zeros(4), torch.zeros(4))
     launch(tensors)
@@ -72,7 +82,11 @@ def test_no_programs_are_no_launch(kernel):
 
 
 def test_survey():
-    whole, shifted = torch.zeros(4), torch.zeros(5)[1:]
-    assert survey((whole, None, (whole, whole))) == ([whole.data_ptr(), None, (whole.data_ptr(),) * 2], 0b010, True)
-    assert survey((None, shifted))[1:] == (0b10, False) and survey(((whole, shifted), None))[1:] == (0b01, False)
-    assert survey((torch.empty(0),)) == ([0], 0, True)  # nothing will be read there
+    whole, half, shifted = torch.zeros(4), torch.zeros(4, dtype=torch.float16), torch.zeros(5)[1:]
+    single, short, cpu = whole.dtype, half.dtype, whole.get_device()
+    address = whole.data_ptr()
+    assert survey((whole, None, (half, whole))) == (
+        [address, None, (half.data_ptr(), address)], (cpu, single, None, short, single), True
+    )  # fmt: skip
+    assert survey((None, shifted))[1:] == ((cpu, None, single), False) and not survey(((whole, shifted), None))[2]
+    assert survey((torch.empty(0),)) == ([0], (cpu, single), True)  # nothing will be read there

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from harness import assert_accurate
+from torch import nn
 from torch.testing import assert_close
 
 import nearfar as nf
@@ -221,13 +223,15 @@ def test_far_layers_equal_their_formula(kind, options, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @FAR
 def test_kernels_serve_the_far_layers_as_the_reference_does(kind, causal):
-    results = []
-    for backend in ("reference", "triton"):
-        layer = far(kind, causal=causal, num_kv_heads=2, backend=backend)
-        y, state = layer(tokens(), return_state=True)
-        results.append((y, state, *torch.autograd.grad(y.square().sum() + state.sum(), layer.parameters())))
-    for expected, got in zip(*results, strict=True):
-        assert_close(got, expected, atol=1e-3, rtol=1e-4)
+    def results(backend, dtype=torch.float32):
+        layer = far(kind, causal=causal, num_kv_heads=2, backend=backend).to(dtype)
+        y, state = layer(tokens().to(dtype), return_state=True)
+        gradients = torch.autograd.grad(y.square().sum() + state.sum(), layer.parameters())
+        return {"y": y, "state": state, **dict(zip(dict(layer.named_parameters()), gradients, strict=True))}
+
+    exact, plain = results("reference", torch.float64), results("reference")
+    for name, got in results("triton").items():
+        assert_accurate(name, got, exact[name], plain[name], exact[name], torch.float32)
 
 
 @FAR
@@ -774,3 +778,144 @@ def test_bad_calls_of_the_affine_layer_raise_are_named_and_change_nothing():
     with pytest.raises(ValueError, match=r"\bcausal\b"):
         affine(causal=False).step(x[:, :1], cache)
     assert cache.length == 0 and cache.v.abs().max() == cache.total.abs().max() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- synchronization
+
+
+def oscillators(**options):
+    torch.manual_seed(0)
+    options = {"frequency_scale": 0.6 * (DIM // HEADS) ** -0.5, **options}
+    return nf.nn.SynchronizationAttention(DIM, HEADS, **options).to(DEVICE)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "head_dim": 24}, {"top_k": 5, "bias": False}])
+def test_synchronization_layer_equals_its_formula(options):
+    """All pairs of tokens at once, with the paper's form of the weights."""
+    layer, x = oscillators(**options).double(), tokens().double()
+
+    def heads(proj):
+        y = x @ proj.weight.T + (0 if proj.bias is None else proj.bias)
+        return y.reshape(2, 37, HEADS, -1).permute(0, 2, 1, 3)
+
+    waves = torch.exp(1j * heads(layer.theta_proj))
+    mask = torch.ones(37, 37, device=DEVICE, dtype=torch.float64)
+    if layer.causal:
+        mask = mask.tril()
+        r = (waves.cumsum(2) / torch.arange(1, 38, device=DEVICE)[:, None]).abs().mean(-1)
+    else:
+        r = waves.mean(2).abs().mean(-1)[..., None].expand(2, HEADS, 37)
+    coupling, alpha = ((1 + p.exp()).log() for p in (layer.raw_coupling, layer.raw_bandwidth))
+    omega = layer.frequency_scale * heads(layer.omega_proj)
+    delta = (omega[:, :, :, None] - omega[:, :, None]).norm(dim=-1)
+    near = (-alpha[:, None, None] * delta.square()).exp()
+    ratio = delta / (coupling * r[..., None] * near)
+    weight = mask * near * (1 - ratio.square()).clamp(min=0).sqrt()
+    if layer.top_k is not None:
+        weight = weight.where(weight >= weight.topk(layer.top_k).values[..., -1:], 0)
+    o = weight @ heads(layer.v_proj) / weight.sum(-1, keepdim=True)
+    assert_close(layer(x), layer.out_proj(o.permute(0, 2, 1, 3).flatten(2)), atol=1e-6, rtol=1e-6)
+    locked = ((ratio <= 1) & (mask > 0)).sum((-2, -1)) - 37
+    assert_close(layer.locked_share(x), locked / (mask.sum() - 37))
+    assert 0.05 < layer.locked_share(x).mean() < 0.95
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_serve_the_synchronization_layer_as_the_reference_does(causal):
+    results = []
+    for backend in ("reference", "triton"):
+        layer = oscillators(causal=causal, grad_floor=0.1, backend=backend)
+        y = layer(tokens())
+        results.append((y, *torch.autograd.grad(y.square().sum(), layer.parameters())))
+    for expected, got in zip(*results, strict=True):
+        assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_gradients_reach_every_parameter_of_the_osn_block():
+    torch.manual_seed(0)
+    block = nf.nn.OSNBlock(DIM, HEADS, frequency_scale=0.15).to(DEVICE)
+    block(tokens()).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_osn_block_has_the_parameters_of_the_paper():
+    block = nf.nn.OSNBlock(512, 8, hidden_dim=2048)
+    assert sum(p.numel() for p in block.parameters()) == 3_152_393
+    assert sum(p.numel() for p in nn.TransformerEncoderLayer(512, 8, 2048).parameters()) == 3_152_384
+    for raw in (block.attention.raw_coupling, block.attention.raw_bandwidth):
+        assert (raw == 1).all()
+
+
+def test_osn_block_adds_its_branches_to_x():
+    torch.manual_seed(0)
+    block, x = nf.nn.OSNBlock(DIM, HEADS, hidden_dim=96).to(DEVICE), tokens()
+    middle = x + block.attention(block.attention_norm(x))
+    assert_close(block(x), middle + block.ffn(block.ffn_norm(middle)))
+    assert block.ffn[0].out_features == 96 and nf.nn.OSNBlock(DIM, HEADS).ffn[0].out_features == 4 * DIM
+
+
+def test_nothing_but_tokens_themselves_lock_at_the_scale_of_the_paper():
+    """Heads of 64: the layer is linear in v of the token itself, and says so."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.layer_norm(torch.randn(1, 64, 256), (256,)).to(DEVICE)
+    paper = nf.nn.SynchronizationAttention(256, 4).to(DEVICE)
+    assert paper.locked_share(x).max() == 0
+    assert_close(paper(x), paper.out_proj(paper.v_proj(x)))
+    paper.frequency_scale = 0.5 * 64**-0.5
+    assert paper.locked_share(x).min() > 0.9
+
+
+def test_synchronization_layer_is_causal_bit_for_bit():
+    layer, x = oscillators(causal=True), tokens()
+    other = x.clone()
+    other[:, 20:] += 1
+    assert torch.equal(layer(x)[:, :20], layer(other)[:, :20])
+    assert not torch.equal(layer(x)[:, 20:], layer(other)[:, 20:])
+
+
+def test_synchronization_layer_compiles_to_one_graph():
+    layer, x = oscillators(causal=True), tokens()
+    assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_synchronization_layer_runs_in_the_autocast_dtype():
+    layer, x = oscillators(), tokens()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_state_dict_round_trip_of_the_synchronization_layer():
+    layer, other, x = oscillators(), oscillators(), tokens()
+    with torch.no_grad():
+        layer.raw_coupling += 0.3
+        layer.raw_bandwidth -= 0.2
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_extra_repr_of_the_synchronization_layer_shows_what_was_asked_for():
+    text = repr(oscillators(causal=True, top_k=3, grad_floor=0.01))
+    for part in ("num_heads=4", "head_dim=16", "causal=True", "top_k=3", "frequency_scale=0.15", "grad_floor=0.01"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name"),
+    [
+        ((65, 4), {}, "dim"),
+        ((64, 0), {}, "num_heads"),
+        ((64, 4), {"head_dim": 0}, "head_dim"),
+        ((64, 4), {"frequency_scale": 0.0}, "frequency_scale"),
+        ((64, 4), {"hidden_dim": 0}, "hidden_dim"),
+    ],
+)
+def test_bad_arguments_of_the_osn_block_raise_and_are_named(arguments, options, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        nf.nn.OSNBlock(*arguments, **options)

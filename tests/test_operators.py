@@ -16,7 +16,9 @@ import nearfar
 from nearfar.registry import OPERATORS
 
 HALF = torch.float16
-CASES = [pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS for name in samples.names(op)]
+CASES = [
+    pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS if op.differentiable for name in samples.names(op)
+]
 each_sample = pytest.mark.parametrize("operator, name", CASES)
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.function.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,7 +237,7 @@ def test_autocast(operator, name, backend):
     with torch.autocast(DEVICE, dtype=HALF):
         o = public(operator)(**tensors, **sample.options, backend=backend)
     gradients = dict(zip(tensors, grad(o, list(tensors.values()), like(o)), strict=True))
-    assert as_tuple(o)[0].dtype == HALF
+    assert as_tuple(o)[0].dtype == as_tuple(expected_o)[0].dtype
     assert_same((o, {}), (expected_o, {}), "under autocast")
     for key, gradient in gradients.items():
         assert gradient.dtype == torch.float32

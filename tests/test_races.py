@@ -80,8 +80,11 @@ def test_pending_products_have_buffers_to_spare():
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
     products = {kernel["kernel"]: kernel["products"] for kernel in kernels}
-    for name in ("attend", "grad_queries", "grad_keys", "read", "grad", "walk_read", "walk_grad_queries", "accumulate"):
+    walks = "read", "grad", "walk_read", "walk_grad_queries", "accumulate"
+    for name in ("attend", "grad_queries", "grad_keys", "grad_tokens", *walks):
         assert name in products, name
+    for name in ("statistics", "key_mass", "statistics_grad_queries", "statistics_grad_keys", "select", "separate"):
+        assert products[name], name
     assert {name for name, count in products.items() if count} >= {"attend", "grad_queries", "grad_keys", "read", "grad"}
     assert any(kernel["buffers"] for kernel in kernels)  # else nothing is looked at
     for kernel in kernels:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    add_product,
     at,
     exp2,
     inside,
@@ -89,12 +90,12 @@ def window_sums(
         mask = tl.where(inside(rows, begin, end), 1.0, 0.0)
         if factors is None:
             tile = load_tile(values, rows, stride, num_rows, WIDTH, BLOCK_WIDTH)
-            total = tl.dot(mask.to(tile.dtype), tile, total, input_precision=PRECISION)
+            total = add_product(total, mask.to(tile.dtype), tile, PRECISION)
         else:
             # Factors may be as small as 1 / N, where float16 has few bits left: tf32 has its bits and a wider range.
             tile = load_scaled(values, rows, stride, num_rows, factors, WIDTH, BLOCK_WIDTH)
             SCALED: tl.constexpr = "tf32" if values.dtype.element_ty.primitive_bitwidth == 16 else PRECISION
-            total = tl.dot(mask, tile, total, input_precision=SCALED)
+            total = add_product(total, mask, tile, SCALED)
     return total
 
 
@@ -136,7 +137,7 @@ def attend_tiles(
         weight = exp2(product * factor - shift[:, None])
         decay = exp2(highest * factor - shift)
         norm = norm * decay + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
+        acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
         highest = new_highest
     return highest, norm, acc
 
@@ -215,7 +216,7 @@ def grad_queries_tiles(
             weight = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = weight * (dp - row_m[:, None])
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        acc = add_product(acc, ds.to(k_tile.dtype), k_tile, PRECISION)
     return acc
 
 
@@ -292,10 +293,10 @@ def grad_keys_tiles(
             weight *= rest[None, :]
         if alpha is not None:
             weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
-        dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+        dv_tile = add_product(dv_tile, weight.to(do_tile.dtype), do_tile, PRECISION)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
         ds = weight * (dp - row_m[None, :])
-        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+        dk_tile = add_product(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
     return dk_tile, dv_tile
 
 

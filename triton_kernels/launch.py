@@ -65,8 +65,8 @@ class Launch:
     """A kernel launch with everything fixed but its tensors.
 
     Triton's own launch looks every argument over to find the compiled kernel, which takes longer than the launch itself.
-    All that it looks at but pointer alignment and which tensors are None is the same in every call of one Launch, so the
-    compiled kernel is called directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
+    Here the scalars are the same in every call, so that dtypes, device and which tensors are None tell the compiled kernel;
+    it is called directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
     """
 
     def __init__(self, kernel, programs, scalars, parameters):
@@ -76,22 +76,22 @@ class Launch:
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
         if parameters.maxnreg is not None:
             self._options["maxnreg"] = parameters.maxnreg
-        self._compiled = {}  # by which tensors are None: Triton compiles those out
+        self._compiled = {}  # by kinds
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
         if not self._grid[0]:
             return
-        addresses, absent, aligned = survey(tensors)
+        addresses, kinds, aligned = survey(tensors)
         if knobs.runtime.interpret or not aligned:
             self._kernel[self._grid](*tensors, *self._scalars, **self._options)
             return
-        run = self._compiled.get(absent) or self.compile(*tensors)
+        run = self._compiled.get(kinds) or self.compile(*tensors)
         run(*addresses, *self._scalars)
 
     def is_new(self, tensors):
-        _, absent, aligned = survey(tensors)
-        return self._grid[0] > 0 and aligned and absent not in self._compiled
+        _, kinds, aligned = survey(tensors)
+        return self._grid[0] > 0 and aligned and kinds not in self._compiled
 
     def compile(self, *tensors):
         """Compile and load the kernel for tensors like these, all of them aligned."""
@@ -101,23 +101,28 @@ class Launch:
 
 
 def survey(tensors):
-    """(addresses, which tensors are None as the bits of a number, whether all others are aligned), in one pass."""
-    addresses, absent, bits = [], 0, 0
+    """(addresses, kinds, whether all are aligned), in one pass.
+
+    kinds: the dtype of each tensor, None for one that is None, which Triton compiles out, and the device of the first.
+    """
+    addresses, kinds, bits, device = [], [], 0, None
     for tensor in tensors:
-        absent <<= 1
         if tensor is None:
-            absent += 1
+            kinds.append(None)
             addresses.append(None)
         elif type(tensor) is tuple:
             inner = tuple([part.data_ptr() for part in tensor])
             for address in inner:
                 bits |= address
+            kinds += [part.dtype for part in tensor]
             addresses.append(inner)
         else:
             address = tensor.data_ptr()
             bits |= address
+            device = tensor.get_device() if device is None else device
+            kinds.append(tensor.dtype)
             addresses.append(address)
-    return addresses, absent, bits % ALIGNMENT == 0
+    return addresses, (device, *kinds), bits % ALIGNMENT == 0
 
 
 def launch_all(*launches):

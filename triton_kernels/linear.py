@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from .tiles import at
+from .tiles import LOG2E, at, exp2
+
+
+@triton.jit
+def exp(x):
+    return exp2(x * LOG2E)
 
 
 @triton.jit
@@ -19,12 +24,12 @@ def identity_grad(x):
 @triton.jit
 def elu(x):
     """elu(x) + 1"""
-    return tl.where(x > 0, x + 1, tl.exp(x))
+    return tl.where(x > 0, x + 1, exp(x))
 
 
 @triton.jit
 def elu_grad(x):
-    return tl.where(x > 0, 1.0, tl.exp(x))
+    return tl.where(x > 0, 1.0, exp(x))
 
 
 @triton.jit
@@ -39,7 +44,7 @@ def relu_grad(x):
 
 @triton.jit
 def softplus(x):
-    small = tl.exp(-tl.abs(x))
+    small = exp(-tl.abs(x))
     # The logarithm of 1 + small forgets small where its series needs three terms only.
     rest = tl.where(small < 0.01, small * (1 - small * (0.5 - small * (1.0 / 3))), tl.log(1 + small))
     return tl.maximum(x, 0.0) + rest
@@ -48,11 +53,6 @@ def softplus(x):
 @triton.jit
 def softplus_grad(x):
     return tl.sigmoid(x)
-
-
-@triton.jit
-def exp(x):
-    return tl.exp(x)
 
 
 FEATURE_MAPS = {

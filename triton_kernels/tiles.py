@@ -113,6 +113,20 @@ def row_squares(tile):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b, where acc gathers the products of many tiles.
+
+    Exact float32 products are chains of additions. Each tile gets one of its own: a single chain over all keys would round,
+    always at the size of the whole sum, as often as there are keys.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # A limit on imprecise additions means nothing here, except that the compiler does not merge the sum into the product.
+        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def reach(index, token_bounds, num_tokens, num_targets, window):
     """Half-open interval of targets that a token reaches. window: (offset, back, ahead) in positions.
 
@@ -194,6 +208,24 @@ def exp2(x):
         return tl.exp2(x)
     else:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sqrt(x):
+    """The square root by one special-function instruction; it takes no negative x."""
+    if INTERPRETED:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def rsqrt(x):
+    """1 / sqrt(x) by one special-function instruction: infinity at 0, NaN where x is negative."""
+    if INTERPRETED:
+        return tl.rsqrt(x)
+    else:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

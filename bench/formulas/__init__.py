@@ -5,6 +5,7 @@ A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the
     inputs(case)                {name: shape} of its tensors; those named q.. belong to queries, the others to keys
     rows                        names of further inputs, one float32 number for each query
     parameters                  names of further inputs, one number for each query head, whose value is a field of the case
+    every_row                   whether its oracle needs all queries, as they are keys, too
     flops(case)                 (forward, backward) at the very least
     oracle(*inputs)             run in float64
     selection(*inputs)          mask of the pairs that count, and the (B, Hq, N) mask of the rows whose selection rounding
@@ -45,6 +46,7 @@ class Formula(Window):
 
     rows: ClassVar = ()
     parameters: ClassVar = ()
+    every_row: ClassVar = False
 
     def selection(self, *inputs):
         (q, *_), (*_, v) = inputs, inputs

@@ -4,21 +4,28 @@ from nearfar import nn, theory
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
+from nearfar.ops.diagnostics import attention_statistics, selection_geometry
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
+from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 from nearfar.version import __version__
 
 __all__ = [
     "SlidingWindow",
     "__version__",
     "affine_attention",
+    "attention_statistics",
     "explain",
     "hadamard_attention",
     "hadamard_attention_step",
     "krause_attention",
     "linear_attention",
     "linear_attention_step",
+    "locked_share",
     "nn",
+    "order_parameter",
+    "selection_geometry",
     "softmax_attention",
+    "synchronization_attention",
     "theory",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nearfar.ops import affine, krause, linear
+from nearfar.ops import affine, diagnostics, krause, linear, synchronization
 
 
 class Operator(NamedTuple):
@@ -14,6 +14,7 @@ class Operator(NamedTuple):
     function: the public function. prepare: its checks, returning a call with `reasons` per backend.
     op: its name in torch.ops.nearfar.
     summary, source: what the README says of it.
+    differentiable: False where it has no gradients, only constants to monitor.
     """
 
     room: str
@@ -22,6 +23,7 @@ class Operator(NamedTuple):
     op: str
     summary: str
     source: str
+    differentiable: bool = True
 
 
 OPERATORS = (
@@ -64,6 +66,31 @@ OPERATORS = (
         op="affine_attention",
         summary="Softmax attention: causal or full, sliding windows, packed sequences, attention sinks",
         source="arXiv 1706.03762",
+    ),
+    Operator(
+        room="synchronization",
+        function=synchronization.synchronization_attention,
+        prepare=synchronization.prepare,
+        op="synchronization_attention",
+        summary="Selective synchronization attention: weights of phase-locked oscillators; what cannot lock is skipped",
+        source="arXiv 2602.14445",
+    ),
+    Operator(
+        room="diagnostics",
+        function=diagnostics.attention_statistics,
+        prepare=diagnostics.prepare_attention_statistics,
+        op="attention_statistics",
+        summary="Attention statistics, streamed: lse and entropy (differentiable), largest weight, mass that each key receives",
+        source="arXiv 2603.06248",
+    ),
+    Operator(
+        room="diagnostics",
+        function=diagnostics.selection_geometry,
+        prepare=diagnostics.prepare_selection_geometry,
+        op="selection_geometry",
+        summary="Selection geometry, streamed: precision, recall and F of the top_n keys of each query among all",
+        source="arXiv 2602.01893",
+        differentiable=False,
     ),
 )
 

@@ -3,7 +3,8 @@
     python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
 
 For each kernel, head width and element size every candidate is compiled and timed inside a forward and a backward of an
-operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention.
+operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention,
+synchronization attention of which every pair locks, or the diagnostics of causal softmax attention.
 The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
 gradient differs from that with the present parameters by more than rounding. Needs rich (the `bench` extra) and a source tree
 or an editable install.
@@ -21,7 +22,14 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 import nearfar as nf
-from nearfar.triton_kernels import affine_launch, factored_launch, launch, pairwise_launch
+from nearfar.triton_kernels import (
+    affine_launch,
+    diagnostics_launch,
+    factored_launch,
+    launch,
+    pairwise_launch,
+    synchronization_launch,
+)
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 # What rounding, in another order or of other partial sums, may change of a result, against its largest element. What a race
@@ -29,10 +37,13 @@ DTYPES = {16: torch.bfloat16, 32: torch.float32}
 ROUNDING = {16: 2.0**-6, 32: 2.0**-13}
 NEAR, FAR = (1, 16, 8192), (4, 32, 4096)  # batch, heads, tokens
 INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
+DIAGNOSTICS = ("statistics", "key_mass", "statistics_grad_queries", "statistics_grad_keys", "geometry")
 # Rows, columns and stages of the tiles worth compiling at 16 bits.
 TILES = {
     "near": ((32, 64), (32, 64), (1, 2, 3)),
     "softmax": ((32, 64, 128), (32, 64, 128), (2, 3)),
+    "statistics": ((64, 128), (64, 128), (2, 3, 4)),
+    "sync": ((32, 64, 128), (32, 64), (1, 2, 3)),
     "walk": ((32, 64, 128), (None,), (1, 2, 3)),
     "accumulate": ((64, 128, 256), (32, 64, 128), (2, 3, 4)),
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
@@ -41,16 +52,20 @@ TILES = {
 REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128)}  # limits a thread worth trying for narrow heads
 
 
-def function_name(kernel):
-    """The name of the Triton function that an entry of the table is for."""
-    return kernel.removeprefix("softmax_").removesuffix("_causal").removesuffix("_one")
+def function_names(kernel):
+    """The names of the Triton functions that an entry of the table is for."""
+    if kernel == "geometry":
+        return {"select", "separate"}
+    return {kernel.removeprefix("softmax_").removeprefix("sync_").removesuffix("_causal").removesuffix("_one")}
 
 
 def family(kernel):
     first = kernel.split("_")[0]
-    if first in ("softmax", "walk"):
+    if kernel in DIAGNOSTICS:
+        return "softmax" if "grad" in kernel else "statistics"
+    if first in ("softmax", "sync", "walk"):
         return first
-    return first if function_name(kernel) in ("accumulate", "read", "grad") else "near"
+    return first if function_names(kernel) <= {"accumulate", "read", "grad"} else "near"
 
 
 def candidates(kernel, bits, width):
@@ -60,6 +75,8 @@ def candidates(kernel, bits, width):
     limits = REGISTERS.get(family(kernel), (None,)) if width <= 64 and bits == 16 else (None,)
     if bits == 32:
         rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
+    if kernel == "sync_grad_keys":  # its own tiles are of keys, those that it walks of queries
+        rows, columns = columns, rows
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
         if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
             continue
@@ -67,8 +84,28 @@ def candidates(kernel, bits, width):
             yield launch.LaunchParameters(block_m, block_n, warps, depth, registers)
 
 
+def make_diagnostics(kernel, width, bits, device):
+    q, k, v = (torch.randn(*NEAR, width, device=device, dtype=DTYPES[bits]).requires_grad_() for _ in range(3))
+
+    def selection():
+        """Means, as near ties may rightly change a row."""
+        found = nf.selection_geometry(q, k, v, 4, causal=True, backend="triton")
+        return [part.mean() for part in found]
+
+    def statistics():
+        found = nf.attention_statistics(q, k, causal=True, backend="triton")
+        gradients = torch.autograd.grad((found.lse.sum(), found.entropy.sum()), (q, k))
+        return [found.lse.detach(), found.entropy.detach(), found.max_weight, found.key_mass, *gradients]
+
+    return selection if kernel == "geometry" else statistics
+
+
 def make_call(kernel, width, bits, device="cuda"):
     """A function that runs forward and backward of an operator that launches this kernel, and returns all results."""
+    if family(kernel) == "sync":
+        return make_synchronization_call(kernel, width, bits, device)
+    if kernel in DIAGNOSTICS:
+        return make_diagnostics(kernel, width, bits, device)
     factored = family(kernel) not in ("near", "softmax")
     shape = FAR if factored else NEAR
     widths = INNER_WIDTHS if factored and family(kernel) != "walk" and not kernel.endswith("_one") else (width,)
@@ -92,6 +129,21 @@ def make_call(kernel, width, bits, device="cuda"):
     return run
 
 
+def make_synchronization_call(kernel, width, bits, device):
+    """As make_call. Close frequencies and full agreement: no cell is skipped. Causal calls have kernels of their own."""
+    causal = kernel in ("sync_grad_queries", "sync_grad_keys")
+    omega, v = (torch.randn(*NEAR, width, device=device, dtype=DTYPES[bits]) for _ in range(2))
+    inputs = [(omega * 0.3 * width**-0.5).requires_grad_(), v.requires_grad_()]
+    parameters = 2.0, torch.full((NEAR[1],), 0.2, device=device), torch.ones(NEAR if causal else NEAR[:2], device=device)
+    do = torch.randn_like(v)
+
+    def run():
+        o = nf.synchronization_attention(*inputs, *parameters, causal=causal, backend="triton")
+        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+    return run
+
+
 @contextmanager
 def recorded():
     """The (launch, tensors) of all launches made inside."""
@@ -108,7 +160,7 @@ def recorded():
 def forget_plans():
     """Launches are planned anew, with what the table says now."""
     launch.launch_parameters.cache_clear()
-    for module in (affine_launch, factored_launch, pairwise_launch):
+    for module in (affine_launch, diagnostics_launch, factored_launch, pairwise_launch, synchronization_launch):
         for name, plan in vars(module).items():
             if name.startswith("plan_"):
                 plan.cache_clear()
@@ -122,7 +174,7 @@ def measure(run, kernel):
             results = run()
     except (CompilationError, OutOfResources):
         return None
-    own = [(made, tensors) for made, tensors in launches if made._kernel.__name__ == function_name(kernel)]
+    own = [(made, tensors) for made, tensors in launches if made._kernel.__name__ in function_names(kernel)]
     assert own, f"the call launches no {kernel}"
     times = [do_bench(lambda m=made, t=tensors: m(*t), warmup=5, rep=25, return_mode="median") for made, tensors in own]
     return sum(times), results  # which the repeated launches have written again

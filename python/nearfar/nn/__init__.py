@@ -3,5 +3,13 @@
 from nearfar.nn.affine import AffineScaledAttention
 from nearfar.nn.krause import KrauseAttention
 from nearfar.nn.linear import HadamardAttention, LinearAttention
+from nearfar.nn.synchronization import OSNBlock, SynchronizationAttention
 
-__all__ = ["AffineScaledAttention", "HadamardAttention", "KrauseAttention", "LinearAttention"]
+__all__ = [
+    "AffineScaledAttention",
+    "HadamardAttention",
+    "KrauseAttention",
+    "LinearAttention",
+    "OSNBlock",
+    "SynchronizationAttention",
+]

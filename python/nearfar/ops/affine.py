@@ -131,7 +131,7 @@ def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_se
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    return Call(q, k, v, alpha, beta, sink, left, right, _scale(scale, q.shape[3]), cu_seqlens, reasons)
+    return Call(q, k, v, alpha, beta, sink, left, right, finite_scale(scale, q.shape[3]), cu_seqlens, reasons)
 
 
 def _check(q, k, v):
@@ -160,12 +160,12 @@ def _window(window_size, causal):
     return left, 0
 
 
-def _scale(scale, width):
+def finite_scale(scale, width):
     if scale is None:
         return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # math.isfinite takes no traced number
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

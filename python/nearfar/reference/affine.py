@@ -8,7 +8,7 @@ with j over the keys that query i may see and c_i the sum of their values, which
 import torch
 from torch.nn.functional import pad
 
-from nearfar.reference.pairwise import CHUNK, masked_softmax, row_chunks, sequence_lengths
+from nearfar.reference.pairwise import masked_softmax, row_chunks, sequence_lengths, split_rows
 
 
 def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None):
@@ -31,12 +31,11 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
         """Query heads of a group share their key head by broadcasting: (B, Hkv, group, N, _) against (B, Hkv, 1, M, _)."""
         return tensor.to(compute).unflatten(1, (heads_kv, heads_q // heads_kv))
 
-    # Sequences and blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
     tensors = grouped(q) * scale, k.to(compute)[:, :, None], v.to(compute)[:, :, None]
     sequences = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
     outputs, sums = [], []
     for q_seq, k_seq, v_seq in zip(*sequences, strict=True):
-        q_blocks, k_blocks, v_blocks = (tensor.split(CHUNK, -2) for tensor in (q_seq, k_seq, v_seq))
+        q_blocks, k_blocks, v_blocks = split_rows(q_seq, k_seq, v_seq)
         for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
             scores = q_blocks[block] @ torch.cat(k_blocks[first:last], -2).mT
             weights = _softmax(scores, visible.to(q.device), sink, heads_kv)
@@ -72,6 +71,8 @@ def window_sums(v, num_queries, left, right):
     num_keys = v.shape[-2]
     farthest = max(num_keys - 1, 0), max(num_queries - 1, 0)  # back from the last query, ahead of the first
     left, right = (reach if side < 0 else min(side, reach) for side, reach in zip((left, right), farthest, strict=True))
+    if (left, right) == farthest:
+        return v.sum(-2, keepdim=True).expand(*v.shape[:-2], num_queries, v.shape[-1])
     size = left + right + 1
     rows = num_queries + size - 1
     before = num_queries - num_keys + left  # negative: the first query is past the first keys

@@ -2,7 +2,7 @@
 
 import torch
 
-from nearfar.reference.pairwise import CHUNK, masked_softmax, row_chunks, sequence_lengths, top_k_mask
+from nearfar.reference.pairwise import masked_softmax, row_chunks, sequence_lengths, split_rows, top_k_mask
 
 
 def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
@@ -28,11 +28,10 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         sigma.to(compute).expand(heads_q).reshape(heads_kv, heads_q // heads_kv, 1, 1).reciprocal().square()
     )
 
-    # Sequences and blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
     spans = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in (grouped, keys, values)]
     outputs = []
     for q_seq, k_seq, v_seq in zip(*spans, strict=True):
-        q_blocks, k_blocks, v_blocks = (tensor.split(CHUNK, -2) for tensor in (q_seq, k_seq, v_seq))
+        q_blocks, k_blocks, v_blocks = split_rows(q_seq, k_seq, v_seq)
         for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
             k_seen, v_seen = torch.cat(k_blocks[first:last], -2), torch.cat(v_blocks[first:last], -2)
             half_squares = 0.5 * k_seen.square().sum(-1)[..., None, :]

@@ -15,7 +15,7 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from nearfar.reference.pairwise import CHUNK, sequence_lengths
+from nearfar.reference.pairwise import CHUNK, sequence_lengths, split_rows
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -112,7 +112,7 @@ def _product(factors):
 
 
 def _chunks(tensors):
-    return zip(*(tensor.split(CHUNK, -2) for tensor in tensors), strict=True)
+    return zip(*split_rows(*tensors), strict=True)
 
 
 def _without(items, index):

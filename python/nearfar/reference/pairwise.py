@@ -10,6 +10,15 @@ def sequence_lengths(length, cu_seqlens):
     return [length] if cu_seqlens is None else cu_seqlens.diff().tolist()
 
 
+def split_rows(*tensors):
+    """The blocks of CHUNK rows of each tensor (.., N, D), one empty block if N is 0.
+
+    By split, not by slices: the gradient of a slice is as long as what it was cut from. Dynamo (torch 2.11) cannot split
+    an empty tensor.
+    """
+    return [tensor.split(CHUNK, -2) if tensor.shape[-2] else (tensor,) for tensor in tensors]
+
+
 def row_chunks(num_queries, num_keys, left, right):
     """Yield (row block, first key block, last key block + 1, visible) for each block of CHUNK queries.
 

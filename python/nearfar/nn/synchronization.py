@@ -1,0 +1,151 @@
+"""Selective synchronization attention (arXiv 2602.14445) as a self-attention layer, and the OSN block around it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nearfar.checks import require
+from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
+
+RAW_INIT = 1.0  # of K and alpha before softplus, as in the paper
+
+
+class SynchronizationAttention(nn.Module):
+    """Multi-head self-attention among phase-locked oscillators: projections around `nearfar.synchronization_attention`.
+
+    Source: arXiv 2602.14445. Each token has natural frequencies omega and phases theta, linear in x. The coupling
+    K = softplus(raw_coupling) is one number, the bandwidth alpha = softplus(raw_bandwidth) one a head; all start at
+    softplus(1) = 1.31. The order parameter r comes from theta by `nearfar.order_parameter`.
+
+    With the paper's frequency_scale of 1 no two tokens of a head of 64 lock at first (they are about 6.5 apart where 0.6 would
+    lock): the layer is linear in v of the token itself, and neither omega nor theta gets a gradient. Of the order of
+    head_dim**-0.5 distances do not grow with the width: of normalised random tokens that times 1 lets about 1% of the pairs
+    lock at first, times 0.5 all of them; we recommend a factor between these. `locked_share` tells the share.
+
+    Under autocast the projections and the attention run in the autocast dtype; r, K and alpha stay float32.
+
+    Args:
+        dim: width of the input and of the output.
+        num_heads: heads.
+        head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        causal: whether a token sees only itself and those before it; r is then that of the tokens so far.
+        top_k: how many keys a query keeps, None for all that lock.
+        frequency_scale: what omega is multiplied with, positive; 1 in the paper.
+        sort: as in `nearfar.synchronization_attention`.
+        grad_floor: as in `nearfar.synchronization_attention`.
+        bias: whether the projections add a bias, as the paper's do.
+        backend: as in `nearfar.synchronization_attention`, which also checks top_k, sort and grad_floor.
+
+    Attributes:
+        raw_coupling: 0-d float32 parameter. raw_bandwidth: (num_heads,) float32 parameter.
+
+    Raises:
+        ValueError: dim, num_heads, head_dim or frequency_scale do not fit.
+    """
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        *,
+        head_dim=None,
+        causal=False,
+        top_k=None,
+        frequency_scale=1.0,
+        sort=False,
+        grad_floor=1e-3,
+        bias=True,
+        backend="auto",
+    ):
+        super().__init__()
+        require(num_heads >= 1, f"num_heads must be at least 1, got {num_heads}")
+        if head_dim is None:
+            require(
+                dim % num_heads == 0,
+                f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}",
+            )
+            head_dim = dim // num_heads
+        require(head_dim >= 1, f"head_dim must be at least 1, got {head_dim}")
+        require(frequency_scale > 0, f"frequency_scale must be positive, got {frequency_scale}")
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.top_k = top_k
+        self.frequency_scale = frequency_scale
+        self.sort = sort
+        self.grad_floor = grad_floor
+        self.backend = backend
+        width = num_heads * head_dim
+        self.omega_proj = nn.Linear(dim, width, bias=bias)
+        self.theta_proj = nn.Linear(dim, width, bias=bias)
+        self.v_proj = nn.Linear(dim, width, bias=bias)
+        self.out_proj = nn.Linear(width, dim, bias=bias)
+        self.raw_coupling = nn.Parameter(torch.tensor(RAW_INIT))
+        self.raw_bandwidth = nn.Parameter(torch.full((num_heads,), RAW_INIT))
+
+    def forward(self, x):
+        """Attend within x.
+
+        Args:
+            x: (B, N, dim).
+
+        Returns:
+            (B, N, dim), in the dtype of the projections.
+        """
+        omega, *parameters = self._oscillators(x)
+        o = synchronization_attention(
+            omega, self._heads(self.v_proj, x), *parameters, causal=self.causal, top_k=self.top_k, sort=self.sort,
+            grad_floor=self.grad_floor, backend=self.backend,
+        )  # fmt: skip
+        return self.out_proj(o.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def locked_share(self, x):
+        """(B, num_heads): which share of the pairs of different tokens of x (B, N, dim) locks; `nearfar.locked_share`."""
+        return locked_share(*self._oscillators(x), causal=self.causal)
+
+    def _oscillators(self, x):
+        """omega, coupling, bandwidth and order of x."""
+        omega = self._heads(self.omega_proj, x) * self.frequency_scale
+        order = order_parameter(self._heads(self.theta_proj, x), causal=self.causal, backend=self.backend)
+        return omega, F.softplus(self.raw_coupling), F.softplus(self.raw_bandwidth), order
+
+    def _heads(self, proj, x):
+        """A projection of x as (B, num_heads, N, head_dim), a view: operators read it through its strides."""
+        return proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def extra_repr(self):
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, top_k={self.top_k}, "
+            f"frequency_scale={self.frequency_scale}, sort={self.sort}, grad_floor={self.grad_floor}, backend={self.backend!r}"
+        )
+
+
+class OSNBlock(nn.Module):
+    """A block of an oscillatory synchronization network: x += SSA(LN(x)); x += FFN(LN(x)) with GELU.
+
+    Source: arXiv 2602.14445. With dim 512, 8 heads and hidden_dim 2048 it has the paper's 3,152,393 parameters.
+
+    Args:
+        dim: width of the input and of the output.
+        num_heads: heads.
+        hidden_dim: width inside the FFN; None: 4 dim.
+        **options: of `nearfar.nn.SynchronizationAttention`.
+
+    Raises:
+        ValueError: as `nearfar.nn.SynchronizationAttention`, or hidden_dim is below 1.
+    """
+
+    def __init__(self, dim, num_heads, *, hidden_dim=None, **options):
+        super().__init__()
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        require(hidden_dim >= 1, f"hidden_dim must be at least 1, got {hidden_dim}")
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = SynchronizationAttention(dim, num_heads, **options)
+        self.ffn_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim))
+
+    def forward(self, x):
+        """x (B, N, dim) -> (B, N, dim)."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.ffn(self.ffn_norm(x))

@@ -1,0 +1,187 @@
+"""Streamed diagnostics of attention: statistics of its weights, and the geometry of what it selects (arXiv 2602.01893)."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from nearfar import checks, dispatch
+from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
+from nearfar.ops.affine import finite_scale
+from nearfar.ops.pairwise import unit_stride
+from nearfar.reference import diagnostics as reference
+
+MAX_TOP_N = 256
+
+
+class AttentionStatistics(NamedTuple):
+    """What `nearfar.attention_statistics` returns. lse and entropy are differentiable, the others are constants."""
+
+    lse: torch.Tensor  # (B, Hq, N) log of the sum of exp(score), in nats
+    entropy: torch.Tensor  # (B, Hq, N) of a query's weights, in nats
+    max_weight: torch.Tensor  # (B, Hq, N) the largest weight of a query
+    max_key: torch.Tensor  # (B, Hq, N) int64, its key, of equal ones the first
+    key_mass: torch.Tensor  # (B, Hq, M) the weight that a key receives from all queries
+
+    @property
+    def effective_support(self):
+        """exp(entropy), from 1 (one key) to the number of keys that a query sees (all alike), (B, Hq, N)."""
+        return self.entropy.exp()
+
+
+class SelectionGeometry(NamedTuple):
+    """What `nearfar.selection_geometry` returns; each (B, Hq, N), from 0 to 1."""
+
+    precision: torch.Tensor
+    recall: torch.Tensor
+    f_score: torch.Tensor
+
+
+class Call(NamedTuple):
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor | None
+    sigma: torch.Tensor | None
+    left: int
+    right: int
+    scale: float
+    reasons: dict
+
+
+def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
+    """Log-sum-exp, entropy and largest weight of each query's attention, and the weight that each key receives.
+
+    Source: arXiv 2603.06248, for the entropy that gradient flow drives down; received mass for attention sinks. The weights are
+    those of softmax attention, scale q_i . k_j, or with a sigma those of Krause attention, -|q_i - k_j|^2 / (2 sigma_h^2), over
+    the keys that query i sees. Nothing of size N x M is made. Query heads share key heads when Hq is a multiple of Hkv
+    (grouped-query attention). Under autocast q and k are cast to the autocast dtype.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        k: (B, Hkv, M, D), dtype and device of q.
+        causal: a query sees the keys up to its own position; with more keys than queries, the queries are the last N positions.
+        scale: of the dot products, a finite number; None for D^-0.5. Not with a sigma.
+        sigma: bandwidth of scores by distance, positive: a float, a 0-d or a (Hq,) tensor; None for dot products. On CUDA a
+            tensor is not read back: a sigma that is not positive turns the floating results of its head into NaN.
+        locality: keys that a query may see: None for all, or a SlidingWindow.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+
+    Returns:
+        AttentionStatistics: lse, entropy, max_weight, max_key (B, Hq, N) and key_mass (B, Hq, M), in float32 (float64 for
+        float64) but for the int64 max_key. lse is that of the whole score, its -|q|^2 / (2 sigma^2) included. lse and entropy
+        are differentiable in q, k and sigma (twice on the reference), for entropy regularisation; the others are constants.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, a query that sees no key (none at all, or fewer keys than queries
+            where causality or a locality counts positions), or a backend that cannot serve the call.
+    """
+    call = prepare_attention_statistics(q, k, causal=causal, scale=scale, sigma=sigma, locality=locality)
+    q, k, _, sigma, *options, reasons = call
+    if dispatch.choose(backend, reasons, q.device) == "reference":
+        with checks.no_autocast(q):
+            return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
+    return AttentionStatistics(*torch.ops.nearfar.attention_statistics(unit_stride(q), unit_stride(k), sigma, *options))
+
+
+def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
+    """How well the top_n keys of each query stand apart from the others, as precision, recall and F.
+
+    Source: arXiv 2602.01893. With weights alpha_ij, y_j = alpha_ij v_j, S the top_n keys by weight (of equal ones the first),
+    s = sum_{j in S} y_j and D_j = |y_j - s|:
+
+        precision = n / (n + #{j not in S: D_j <= max_{j in S} D_j})      n = |S|
+        recall = #{j in S: D_j < min_{j not in S} D_j} / n
+        F = 2 precision recall / (precision + recall)
+
+    A query that sees at most top_n keys selects them all and has 1 in each. The scores are those of
+    `nearfar.attention_statistics`, and so are q, k and the keywords. For monitoring: the results are constants. Kernels need
+    12 top_n bytes a query and head besides the tensors, and read the keys twice, once more for every 8 of top_n beyond 8.
+
+    Args:
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
+        k: (B, Hkv, M, D), dtype and device of q.
+        v: (B, Hkv, M, Dv), dtype and device of q.
+        top_n: how many keys a query selects, from 1 to 256.
+        causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
+
+    Returns:
+        SelectionGeometry: precision, recall and f_score, each (B, Hq, N) in float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, a query that sees no key, or a backend that cannot serve the
+            call.
+    """
+    call = prepare_selection_geometry(q, k, v, top_n, causal=causal, scale=scale, sigma=sigma, locality=locality)
+    sigma, options = call.sigma, call[4:7]
+    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+        with checks.no_autocast(call.q):
+            return SelectionGeometry(*reference.selection_geometry(*call[:4], top_n, *options))
+    tensors = (unit_stride(x).detach() for x in call[:3])
+    sigma = None if sigma is None else sigma.detach()
+    return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options))
+
+
+def prepare_attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None):
+    """Check the arguments of attention_statistics and return its Call."""
+    return _prepare("attention_statistics", q, k, None, causal, scale, sigma, locality)
+
+
+def prepare_selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None):
+    """Check the arguments of selection_geometry and return its Call."""
+    if not isinstance(top_n, int) or isinstance(top_n, bool):
+        raise TypeError(f"top_n must be an int, got {type(top_n).__name__}")
+    if not 1 <= top_n <= MAX_TOP_N:
+        raise ValueError(f"top_n must be from 1 to {MAX_TOP_N}, got {top_n}")
+    checks.meta("v", v)
+    return _prepare("selection_geometry", q, k, v, causal, scale, sigma, locality)
+
+
+def _prepare(name, q, k, v, causal, scale, sigma, locality):
+    q, k, *values = checks.autocast(q, k) if v is None else checks.autocast(q, k, v)
+    left, right = _window(causal, locality)
+    check = _check_once if checks.is_plain(q, k, *values) else _check  # traced sizes cannot be looked up
+    metas = [checks.meta(name, x) for name, x in zip("qkv", (q, k, *values), strict=False)]
+    kernel_reason = check(*metas, limited=left >= 0 or right >= 0)
+    if sigma is not None:
+        checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
+        sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    scale = finite_scale(scale, q.shape[3])
+    reasons = {
+        "cuda": f"there is no CUDA kernel of {name} yet",
+        "triton": dispatch.triton_device_reason(q) or kernel_reason,
+        "reference": None,
+    }
+    return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons)
+
+
+def _check(q, k, v=None, *, limited):
+    """Why the kernels cannot serve these shapes, or None, from the Metas of q, k and v. limited: by causality or locality."""
+    checks.check_qkv(q, k, k if v is None else v)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_queries and not num_keys:
+        raise ValueError("k must have at least one key: statistics of no weights are undefined")
+    if limited and num_keys < num_queries:
+        raise ValueError(
+            f"k must be at least as long as q, {num_queries}, where causality or a locality counts positions: "
+            f"the first queries would see no key; got {num_keys}"
+        )
+    reason = checks.kernel_width_reason("q", q.shape[3])
+    return reason if v is None else reason or checks.kernel_width_reason("v", v.shape[3])
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
+
+
+def _window(causal, locality):
+    """(left, right), with the 0 that causal puts on the right."""
+    if not (locality is None or isinstance(locality, SlidingWindow)):
+        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
+    left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
+    if causal and right > 0:
+        raise ValueError(f"causal sees no key after the query: locality must have a right of -1 or 0, got {right}")
+    return left, 0 if causal else right

@@ -1,0 +1,44 @@
+"""Ordering tokens by where they lie along the direction in which they differ most."""
+
+import torch
+
+ITERATIONS = 3  # of the power method: any direction of large variance serves
+
+
+@torch.no_grad()
+def by_frequency(omega):
+    """(permutation, inverse), each (B, H, N), that sorts the tokens of omega (B, H, N, D) along their dominant direction."""
+    wide = omega.to(torch.promote_types(omega.dtype, torch.float32))
+    wide = wide - wide.mean(2, keepdim=True)
+    # From the farthest token rather than from random numbers: the same input is ordered alike each time.
+    farthest = wide.square().sum(-1).argmax(2)[..., None, None] if wide.shape[2] else None
+    if farthest is None:
+        permutation = torch.zeros(omega.shape[:3], dtype=torch.int64, device=omega.device)
+        return permutation, permutation
+    direction = wide.take_along_dim(farthest, 2).mT
+    for _ in range(ITERATIONS):
+        direction = torch.nn.functional.normalize(wide.mT @ (wide @ direction), dim=2)
+    permutation = (wide @ direction)[..., 0].argsort(dim=2, stable=True)
+    return permutation, permutation.argsort(dim=2)
+
+
+def permute(tensor, permutation, inverse):
+    """The rows of tensor (B, H, N, _) in the order of permutation; the gradient takes the inverse and scatters nothing."""
+    return _Permute.apply(tensor, permutation, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor, permutation, inverse):
+        return tensor.take_along_dim(permutation[..., None], 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        permutation, inverse = ctx.saved_tensors
+        return permute(gradient, inverse, permutation), None, None

@@ -1,0 +1,93 @@
+"""The order parameter as a torch operator: schema, fake and autograd."""
+
+import importlib
+
+import torch
+
+from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+
+
+def order_parameter(theta, causal):
+    """(B, H), or (B, H, N) when causal, float32."""
+    return torch.ops.nearfar.order_parameter(unit_stride(theta), causal)
+
+
+def _launchers():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.phases_launch")
+
+
+def _empty_sums(theta, launch):
+    batch, heads, length, width = theta.shape
+    return theta.new_empty((batch, heads, -(-length // launch.CHUNK), 2, width), dtype=torch.float32)
+
+
+def _empty_order(theta, causal):
+    return theta.new_empty(theta.shape[:3] if causal else theta.shape[:2], dtype=torch.float32)
+
+
+def _chunk_sums(theta, launch):
+    sums = _empty_sums(theta, launch)
+    launch.phase_sums(theta, sums)
+    return sums
+
+
+def _before(sums):
+    """Sums over the chunks before each; exactly 0 before the first."""
+    return torch.cat((torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1].cumsum(2)), 2)
+
+
+def _forward(theta, causal):
+    r = _empty_order(theta, causal)
+    if not theta.numel():
+        return r.zero_()
+    launch = _launchers()
+    with device_of(theta):
+        sums = _chunk_sums(theta, launch)
+        if causal:
+            launch.prefix_order(theta, _before(sums), r)
+            return r
+        return torch.linalg.vector_norm(sums.sum(2), dim=2).mean(-1) / theta.shape[2]
+
+
+def _backward(dr, theta, causal):
+    dtheta = empty_rows(theta, theta.shape[3])
+    if not theta.numel():
+        return dtheta
+    launch = _launchers()
+    with device_of(theta):
+        sums = _chunk_sums(theta, launch)
+        if causal:
+            before, dr, pulls = _before(sums), dr.contiguous(), _empty_sums(theta, launch)
+            launch.pull_sums(theta, before, dr, pulls)
+            launch.grad_phases(theta, before, dr, _before(pulls.flip(2)).flip(2), dtheta)
+        else:
+            total = sums.sum(2)
+            pulls = torch.nn.functional.normalize(total, dim=2, eps=torch.finfo(total.dtype).tiny)
+            pulls *= dr[..., None, None] / (theta.shape[2] * theta.shape[3])
+            launch.grad_phases(theta, None, None, pulls, dtheta)
+    return dtheta
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.causal = inputs[1]
+
+
+def _autograd_backward(ctx, dr):
+    return torch.ops.nearfar.order_parameter_backward(dr, *ctx.saved_tensors, ctx.causal), None
+
+
+def _register():
+    name = "nearfar::order_parameter"
+    torch.library.define(name, "(Tensor theta, bool causal) -> Tensor")
+    torch.library.define(f"{name}_backward", "(Tensor dr, Tensor theta, bool causal) -> Tensor")
+    torch.library.impl(name, ("CPU", "CUDA"), _forward)
+    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _backward)
+    torch.library.register_fake(name, _empty_order)
+    torch.library.register_fake(f"{name}_backward", lambda dr, theta, causal: empty_rows(theta, theta.shape[3]))
+    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
+    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
+
+
+_register()

@@ -1,0 +1,137 @@
+"""The streamed diagnostics as torch operators: schema, fake and autograd.
+
+They are called through the dispatcher in eager mode, too: they monitor, so that its microseconds are no one's loss. The last
+dimension of q, k and v must be contiguous.
+"""
+
+import importlib
+import math
+
+import torch
+
+from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward
+
+_STATISTICS = (
+    "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_STATISTICS_BACKWARD = (
+    "(Tensor dlse, Tensor dentropy, Tensor q, Tensor k, Tensor? sigma, Tensor lse, Tensor entropy, int left, int right,"
+    " float scale) -> (Tensor, Tensor, Tensor)"
+)
+_GEOMETRY = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale) -> (Tensor, Tensor, Tensor)"
+)
+
+# The largest upstream gradient as the products of the backward see it. Weights of long rows, and the gradients of a mean over
+# many rows, are below what float16 holds; with |P log2(P)| and the entropy at most 20 in all, this stays below its largest.
+UPSTREAM = 2.0**11
+
+
+def _launchers():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.diagnostics_launch")
+
+
+def _per_query(q, count, dtype=torch.float32):
+    return tuple(q.new_empty(q.shape[:3], dtype=dtype) for _ in range(count))
+
+
+def _squares(x, wanted=True):
+    """What the kernels fill with the squared norms of rows."""
+    return x.new_empty(x.shape[:3], dtype=torch.float32) if wanted else None
+
+
+def _empty_statistics(q, k, *_):
+    """lse, entropy, max_weight, max_key and key_mass, not filled."""
+    mass = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    return *_per_query(q, 3), *_per_query(q, 1, torch.int64), mass
+
+
+def _common(q, sigma):
+    """What all scores of a query by distance have in common: -|q|^2 / (2 sigma^2), which the kernels leave out."""
+    return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
+
+
+def statistics(q, k, sigma, left, right, scale):
+    """(lse, entropy, max_weight, max_key, key_mass)."""
+    outputs = _empty_statistics(q, k)
+    if not q.numel():
+        return *outputs[:4], outputs[4].zero_()
+    with device_of(q):
+        _launchers().statistics(q, k, sigma, left, right, scale, _squares(k, sigma is not None), *outputs)
+    if sigma is not None:
+        outputs[0].add_(_common(q, sigma))
+    return outputs
+
+
+def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, scale):
+    """(dq, dk, dsigma): dS = P (dlse - dentropy (log P + entropy)); an empty dsigma without a sigma."""
+    dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
+    if not q.numel():
+        return dq, dk.zero_(), dsigma.zero_()
+    largest = torch.maximum(dlse.abs().amax(), dentropy.abs().amax())
+    gain = UPSTREAM / largest.clamp_min(torch.finfo(torch.float32).tiny * UPSTREAM)
+    level, slope, ds_total = gain * (dlse - dentropy * entropy), -math.log(2) * gain * dentropy, gain * dlse
+    weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
+    with device_of(q):
+        _launchers().statistics_backward(
+            q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain, ds_total,
+            dq, dk, weighted,
+        )  # fmt: skip
+    if sigma is None:
+        return dq, dk, dsigma
+    # s is proportional to sigma^-2, and log P = s - lse: sum of dS s = sum of dS log P + lse sum of dS.
+    of_scale = (math.log(2) / gain * weighted + lse * dlse).sum((0, 2))
+    return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
+
+
+def geometry(q, k, v, sigma, top_n, left, right, scale):
+    """(precision, recall, f_score)."""
+    outputs = _per_query(q, 3)
+    if not q.numel():
+        return outputs
+    entries = (*q.shape[:3], top_n)
+    scores, excess = (q.new_empty(entries, dtype=torch.float32) for _ in range(2))
+    chosen = q.new_empty(entries, dtype=torch.int32)
+    s = v.new_empty((*q.shape[:3], v.shape[3]))
+    with device_of(q):
+        _launchers().geometry(
+            q, k, v, sigma, left, right, scale, _squares(k, sigma is not None), _squares(v), scores, chosen, s,
+            *_per_query(q, 1), excess, *_per_query(q, 1), *outputs,
+        )  # fmt: skip
+    return outputs
+
+
+def _fake_backward(dlse, dentropy, q, k, sigma, *_):
+    dsigma = q.new_empty(0, dtype=torch.float32) if sigma is None else torch.empty_like(sigma)
+    return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), dsigma
+
+
+def _save(ctx, inputs, output):
+    q, k, sigma, *options = inputs
+    ctx.save_for_backward(q, k, sigma, *output[:2])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.options = options
+
+
+def _autograd_backward(ctx, dlse, dentropy, *_):
+    saved = ctx.saved_tensors
+    dq, dk, dsigma = torch.ops.nearfar.attention_statistics_backward(dlse, dentropy, *saved, *ctx.options)
+    return dq, dk, None if saved[2] is None else dsigma, None, None, None
+
+
+def _register():
+    name = "nearfar::attention_statistics"
+    for operator, schema, function, fake in (
+        (name, _STATISTICS, statistics, _empty_statistics),
+        (f"{name}_backward", _STATISTICS_BACKWARD, statistics_backward, _fake_backward),
+        ("nearfar::selection_geometry", _GEOMETRY, geometry, lambda q, *_: _per_query(q, 3)),
+    ):
+        torch.library.define(operator, schema)
+        torch.library.impl(operator, ("CPU", "CUDA"), function)
+        torch.library.register_fake(operator, fake)
+    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
+    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
+
+
+_register()

@@ -1,0 +1,217 @@
+"""Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
+
+import functools
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+
+from nearfar import checks, dispatch
+from nearfar.ops import kuramoto, phases
+from nearfar.ops.ordering import by_frequency, permute
+from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.reference import synchronization as reference
+
+ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
+
+
+class Call(NamedTuple):
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+
+    q: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor
+    coupling: torch.Tensor
+    bandwidth: torch.Tensor
+    order: torch.Tensor
+    reasons: dict
+
+
+def order_parameter(theta, *, causal=False, backend="auto"):
+    """How far oscillators agree in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
+
+    Source: arXiv 2602.14445. The gradient of a channel whose mean is 0 is 0.
+
+    Args:
+        theta: (B, H, N, D) phases in radians, any floating dtype, computed in float32 (float64 in float64 on the reference).
+        causal: take the mean of token i over the tokens up to it: one number a token, which no later token changes.
+        backend: "auto", "cuda", "triton" or "reference".
+
+    Returns:
+        (B, H), or (B, H, N) when causal, float32 (float64 for float64 phases); differentiable in theta (twice on the
+        reference). No tokens have r = 0.
+
+    Raises:
+        TypeError: theta is no floating-point tensor.
+        ValueError: theta does not have 4 dimensions, or a backend that cannot serve the call.
+    """
+    meta = checks.meta("theta", theta)
+    if meta.dtype not in checks.FLOATING:
+        raise TypeError(f"theta must be float16, bfloat16, float32 or float64, got {meta.dtype}")
+    if len(meta.shape) != 4:
+        raise ValueError(f"theta must have 4 dimensions (B, H, N, D), got shape {tuple(meta.shape)}")
+    reasons = {
+        "cuda": "there is no CUDA kernel of order_parameter yet",
+        "triton": dispatch.triton_device_reason(theta) or checks.kernel_width_reason("theta", theta.shape[3]),
+        "reference": None,
+    }
+    if dispatch.choose(backend, reasons, theta.device) == "reference":
+        with checks.no_autocast(theta):
+            return reference.order_parameter(theta, causal)
+    return phases.order_parameter(theta, bool(causal))
+
+
+def synchronization_attention(
+    omega, v, coupling, bandwidth, order, *, omega_k=None, top_k=None, causal=False, sort=False, grad_floor=1e-3,
+    backend="auto",
+):  # fmt: skip
+    """Attention among phase-locked oscillators: o_i = sum_j S_ij v_j / (sum_j S_ij + 1e-8), without a softmax.
+
+        S_ij = sqrt(max(0, exp(-2 alpha d_ij^2) - d_ij^2 / (K r_i)^2)),    d_ij = |omega_i - omega_j|
+
+    Source: arXiv 2602.14445, in an equal form that needs no square root of a distance. A pair with S_ij = 0 is not locked: it
+    has no weight and no gradient, and the kernels skip blocks of tokens that lie beyond the lock radius of each other. A query
+    that locks with no key returns zeros. Where S_ij is small its derivative grows like 1 / S_ij; see grad_floor. Query heads
+    share key heads when Hq is a multiple of Hkv, which takes omega_k. Under autocast omega, omega_k and v are cast to the
+    autocast dtype: bfloat16 keeps 8 bits of each frequency, so that distances below a few thousandths of |omega| are rounding;
+    pass frequencies in float32 outside autocast where the lock radius is that small. With omega_k, the distance of equal rows
+    is 0 to rounding only.
+
+    Args:
+        omega: (B, Hq, N, D) natural frequencies, float32, float16 or bfloat16 (float64 on the reference); any strides.
+        v: (B, Hkv, M, Dv), dtype and device of omega.
+        coupling: K > 0: a float, a 0-d or a (Hq,) tensor.
+        bandwidth: alpha > 0: a float, a 0-d or a (Hq,) tensor.
+        order: r, between 0 and 1, as from `nearfar.order_parameter`: (B, Hq), or (B, Hq, N), a threshold for each query.
+        omega_k: (B, Hkv, M, D) frequencies of the keys where they are not the queries, as in decoding; None for omega.
+        top_k: how many keys a query keeps, those of the largest S_ij, equal ones by smaller j; None for all that lock. Kernels
+            choose among at most 1,024 keys.
+        causal: a query sees the keys up to its own position. With more keys than queries, the queries are the last positions.
+        sort: order the tokens by their frequencies along the direction in which these differ most, so that blocks are compact
+            and more of them are skipped; the output comes back in the order of the input. Not with causal, omega_k or top_k. It
+            pays where few pairs lock and tokens that do are far apart in the sequence.
+        grad_floor: the derivative of S_ij is taken as that of max(S_ij, grad_floor), so that gradients stay finite at the lock
+            boundary; positive.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+
+    coupling, bandwidth and order on CUDA are not read back, which would stall the stream: values out of range turn the outputs
+    of their tokens into NaN.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of omega, differentiable in omega, v, omega_k, order and, where they are tensors, coupling
+        and bandwidth (twice on the reference).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, among them an order of (B, Hq) with causal, through which later
+            tokens would leak; or a backend that cannot serve the call.
+    """
+    call = prepare(
+        omega, v, coupling, bandwidth, order,
+        omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
+    )  # fmt: skip
+    *tensors, reasons = call
+    chosen = dispatch.choose(backend, reasons, omega.device)
+    if sort:
+        permutation, inverse = by_frequency(call.q)
+        tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
+        if call.order.dim() == 3:
+            tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
+    if chosen == "reference":
+        q, k, v, *parameters = tensors
+        with checks.no_autocast(q):
+            o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
+    else:
+        o = kuramoto.attend(*tensors, bool(causal), top_k, float(grad_floor))
+    return permute(o, inverse, permutation) if sort else o
+
+
+def locked_share(omega, coupling, bandwidth, order, *, omega_k=None, causal=False):
+    """Which share of the pairs of tokens locks in `nearfar.synchronization_attention` (arXiv 2602.14445).
+
+    Of the pairs of different tokens that causality allows, or of all pairs with omega_k. A share near 0 means that the
+    operator is the identity on v, as at the paper's defaults with heads of 64; smaller frequencies, a smaller bandwidth or a
+    larger coupling raise it. Plain PyTorch, in blocks of rows: N^2 work, for looking at a model, not for its training loop.
+
+    Args:
+        omega, coupling, bandwidth, order, omega_k, causal: as for `nearfar.synchronization_attention`.
+
+    Returns:
+        (B, Hq) float32 (float64 for float64 inputs), without gradient.
+
+    Raises:
+        TypeError, ValueError: as `nearfar.synchronization_attention`.
+    """
+    keys = omega if omega_k is None else omega_k
+    call = prepare(omega, keys, coupling, bandwidth, order, omega_k=omega_k, causal=causal)
+    with torch.no_grad(), checks.no_autocast(call.q):
+        return reference.locked_share(call.q, call.coupling, call.bandwidth, call.order, call.k, causal)
+
+
+def prepare(
+    omega, v, coupling, bandwidth, order, *, omega_k=None, top_k=None, causal=False, sort=False, grad_floor=1e-3
+):  # fmt: skip
+    """Check the arguments of synchronization_attention and return its Call."""
+    if omega_k is None:
+        omega, v = checks.autocast(omega, v)
+    else:
+        omega, omega_k, v = checks.autocast(omega, omega_k, v)
+    checks.check_top_k(top_k)
+    _check_grad_floor(grad_floor)
+    if sort and (causal or omega_k is not None or top_k is not None):
+        raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
+    keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
+    check = _check_once if checks.is_plain(omega, keys, v) else _check  # traced sizes cannot be looked up
+    kernel_reason = check(checks.meta("omega", omega), checks.meta(key_name, keys), checks.meta("v", v), key_name, top_k)
+    heads = omega.shape[1]
+    coupling = checks.positive_per_head("coupling", coupling, omega, heads)
+    bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
+    reasons = {
+        "cuda": "there is no CUDA kernel of synchronization_attention yet",
+        "triton": dispatch.triton_device_reason(omega) or kernel_reason,
+        "reference": None,
+    }
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), reasons)
+
+
+def _check(omega, keys, v, key_name, top_k):
+    """Why the kernels cannot serve these shapes, or None, from Metas."""
+    checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
+    reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+    if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
+        reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
+    return reason
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
+
+
+def _check_grad_floor(grad_floor):
+    if not isinstance(grad_floor, numbers.Real) or isinstance(grad_floor, bool):
+        raise TypeError(f"grad_floor must be a number, got {type(grad_floor).__name__}")
+    if not 0 < grad_floor < math.inf:
+        raise ValueError(f"grad_floor must be positive and finite, got {grad_floor}")
+
+
+def _order(order, omega, causal):
+    """r as a float32 (float64) tensor (B, Hq) or (B, Hq, N)."""
+    meta = checks.meta("order", order)
+    rows = omega.shape[:3]
+    if meta.dtype not in checks.FLOATING:
+        raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {meta.dtype}")
+    if meta.shape not in (rows, rows[:2]):
+        raise ValueError(f"order must have shape (B, Hq), {tuple(rows[:2])}, or (B, Hq, N), got {tuple(meta.shape)}")
+    if meta.device != omega.device:
+        raise ValueError(f"order must be on the device of omega, {omega.device}, got {meta.device}")
+    if causal and len(meta.shape) == 2:
+        raise ValueError(
+            "order of shape (B, Hq) comes from all tokens: with causal=True, later tokens would leak into earlier ones. "
+            "Pass nearfar.order_parameter(theta, causal=True), of shape (B, Hq, N), or, where the order is known to hold "
+            "nothing of later tokens, order[..., None].expand(B, Hq, N)"
+        )
+    if meta.device.type == "cpu" and type(order) in checks.PLAIN and not torch.compiler.is_compiling() and order.numel():
+        low, high = order.detach().aminmax()
+        if not (low >= 0 and high <= 1 + ORDER_ROUNDING):
+            raise ValueError(f"order must be between 0 and 1, got {low.item()} to {high.item()}")
+    return order.to(torch.float64 if omega.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,163 @@
+"""Streamed diagnostics: dense oracles with N x M weights, and sample calls of attention_statistics.
+
+The generic tests differentiate what they call, so they get lse and entropy. The constants beside them, and selection_geometry,
+which has no gradients at all, are tested in test_diagnostics.py.
+"""
+
+import torch
+from harness import DEVICE, Sample, assert_accurate, generator, randn
+
+import nearfar as nf
+
+SAMPLES = {
+    "attention_statistics": {
+        "statistics, causal, grouped heads": dict(causal=True, heads=(4, 2)),
+        "statistics, by distance": dict(locality=nf.SlidingWindow(20, 9), heads=(4, 2), sigma=True),
+        "statistics, more keys than queries": dict(more_keys=30, scale=-0.3),
+    },
+}
+FUNCTIONS = {"attention_statistics": lambda *args, **keywords: tuple(nf.attention_statistics(*args, **keywords)[:2])}
+
+
+def make(name, dtype, device=DEVICE, length=75):
+    options = dict(SAMPLES["attention_statistics"][name])
+    heads, kv_heads = options.pop("heads", (2, 2))
+    keys, by_distance = length + options.pop("more_keys", 0), options.pop("sigma", False)
+    batch = 1 if heads > 2 else 2
+    tensors = {
+        "q": randn(batch, heads, length, 24, dtype=dtype, seed=1, device=device),
+        "k": randn(batch, kv_heads, keys, 24, dtype=dtype, seed=2, device=device),
+    }
+    if by_distance:
+        scalars = torch.promote_types(dtype, torch.float32)
+        tensors["sigma"] = (2 + torch.rand(heads, generator=generator(3))).to(device, scalars)
+    return Sample(tensors, options)
+
+
+def compile_lengths(name):
+    return (35, 50, 71)
+
+
+# -------------------------------------------------------------------------------------------------------------- oracle
+
+
+def window(options):
+    locality = options.get("locality")
+    left, right = (-1, -1) if locality is None else (locality.left, locality.right)
+    return left, 0 if options.get("causal") else right
+
+
+def visible(q, k, options):
+    """(N, M) mask of the pairs that causality and the locality allow."""
+    left, right = window(options)
+    position = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    distance = torch.arange(k.shape[2]) - position
+    return (((distance >= -left) | (left < 0)) & ((distance <= right) | (right < 0))).to(q.device)
+
+
+def to_query_heads(q, kv):
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], 1)
+
+
+def score_factor(options, q):
+    scale = options.get("scale")
+    return q.shape[3] ** -0.5 if scale is None else scale
+
+
+def dense_scores(options, q, k, sigma=None):
+    """(B, Hq, N, M) scores, pair by pair; -inf where a query does not see a key."""
+    keys = to_query_heads(q, k)[:, :, None]
+    if sigma is None:
+        scores = (q[:, :, :, None] * keys).sum(-1) * score_factor(options, q)
+    else:
+        scores = -(q[:, :, :, None] - keys).square().sum(-1) / (2 * sigma.reshape(-1, 1, 1).square())
+    return scores.masked_fill(~visible(q, k, options), float("-inf"))
+
+
+def plain_scores(options, q, k, sigma=None):
+    """The same by a product, in the dtype of q."""
+    keys = to_query_heads(q, k)
+    scores = q @ keys.mT
+    if sigma is None:
+        scores = scores * score_factor(options, q)
+    else:
+        squares = q.square().sum(-1)[..., None] + keys.square().sum(-1)[..., None, :]
+        scores = (scores - squares / 2) / sigma.to(q.dtype).reshape(-1, 1, 1).square()
+    return scores.masked_fill(~visible(q, k, options), float("-inf"))
+
+
+def lse_and_entropy(scores):
+    lse, hidden = scores.logsumexp(-1), scores == float("-inf")
+    log_weight = (scores.masked_fill(hidden, 0) - lse[..., None]).masked_fill(hidden, 0)
+    return lse, -(log_weight.exp().masked_fill(hidden, 0) * log_weight).sum(-1)
+
+
+def scales(options, do, q, k, sigma=None):
+    """lse, entropy and gradients with every term by its absolute value: what their roundings are relative to."""
+    scores = dense_scores(options, q, k, sigma)
+    lse, entropy = lse_and_entropy(scores)
+    weight = (scores - lse[..., None]).exp()
+    seen = weight > 0
+    # A score is rounded relative to its terms, and so are the exponentials and logarithms made of it.
+    factor = torch.full((q.shape[1],), abs(score_factor(options, q)), dtype=q.dtype, device=q.device)
+    keys = to_query_heads(q, k).abs()
+    terms = q.abs() @ keys.mT
+    if sigma is not None:
+        factor = sigma.square().reciprocal().expand(q.shape[1])
+        terms = terms + (q.square().sum(-1)[..., None] + keys.square().sum(-1)[..., None, :]) / 2
+    factor = factor[:, None, None]
+    size = torch.where(seen, terms * factor + lse.abs()[..., None], 0)
+    log_weight = torch.where(seen, (scores - lse[..., None]).abs(), 0)
+    typical = (weight * size).sum(-1)
+    scale_of_entropy = entropy + (weight * size * (1 + log_weight + entropy[..., None])).sum(-1)
+    dlse, dentropy = (part.abs()[..., None] for part in do)
+    ds = weight * (dlse + dentropy * (log_weight + entropy[..., None])) * (1 + size)
+
+    def group_sum(x):
+        return x.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
+
+    gradients = {"q": factor * (ds @ keys), "k": group_sum((factor * ds).mT @ q.abs())}
+    if sigma is not None:
+        gradients["q"] += factor * ds.sum(-1, keepdim=True) * q.abs()
+        gradients["k"] += group_sum((factor * ds).sum(-2)[..., None] * keys)
+        gradients["sigma"] = (2 / sigma) * (ds * torch.where(seen, terms * factor, 0)).sum((0, 2, 3))
+    return (lse.abs() + typical, scale_of_entropy), gradients
+
+
+def check(sample, do, o, gradients):
+    """Assert the rule of accuracy for lse, entropy and their gradients."""
+    tensors, options = sample.tensors, sample.options
+    dtype = tensors["q"].dtype
+
+    def evaluate(scores, dtype):
+        inputs = {n: t.detach().to(dtype if n in "qk" else torch.promote_types(dtype, torch.float32)).requires_grad_()
+                  for n, t in tensors.items()}  # fmt: skip
+        results = lse_and_entropy(scores(options, **inputs))
+        upstream = [part.to(result.dtype) for part, result in zip(do, results, strict=True)]
+        found = torch.autograd.grad(results, list(inputs.values()), upstream)
+        return [result.detach() for result in results], dict(zip(tensors, found, strict=True))
+
+    # lse and entropy are float32, and products of the inputs are exact there, whatever the dtype of the inputs.
+    single = torch.promote_types(dtype, torch.float32)
+    exact, rough, fine = evaluate(dense_scores, torch.float64), evaluate(plain_scores, dtype), evaluate(plain_scores, single)
+    scale = scales(options, [part.double() for part in do], **{n: t.detach().double() for n, t in tensors.items()})
+    for index, name in enumerate(("lse", "entropy")):
+        assert o[index].dtype == single
+        assert_accurate(name, o[index], exact[0][index], fine[0][index], scale[0][index], single)
+    for name in tensors:
+        assert gradients[name].dtype == tensors[name].dtype
+        assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- torch operators
+
+
+def op_arguments(sample):
+    q, k = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (sample.tensors["q"], sample.tensors["k"]))
+    sigma = sample.tensors.get("sigma")
+    return q, k, sigma, *window(sample.options), 1.0 if sigma is not None else score_factor(sample.options, q)
+
+
+def backward_arguments(sample, do, outputs):
+    q, k, sigma, *options = op_arguments(sample)
+    return *do, q, k, sigma, *outputs[:2], *options

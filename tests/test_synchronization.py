@@ -1,0 +1,550 @@
+"""Selective synchronization attention: fuzz, pruning, the lock boundary, sorting, the order parameter, isolation, bad input.
+
+What every operator promises is tested on its samples in test_operators.py; the oracle is in samples/synchronization.py.
+"""
+
+import math
+
+import hypothesis
+import pytest
+import torch
+from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, needs_gpu, randn, run
+from hypothesis import strategies as st
+from samples.synchronization import check, differences, parameters
+
+import nearfar as nf
+from nearfar.ops import kuramoto
+
+BACKENDS = ("triton", "reference")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def random_sample(dtype=torch.float32, length=70, heads=2, width=16, scale=None, by_token=False, seed=1, **options):
+    """Frequencies of which about half of the pairs lock."""
+    scale = width**-0.5 if scale is None else scale
+    tensors = {
+        "omega": scale * randn(1, heads, length, width, dtype=dtype, seed=seed),
+        "v": randn(1, heads, length, 16, dtype=dtype, seed=seed + 1),
+    }
+    return Sample(tensors | parameters((1, heads, length) if by_token else (1, heads), seed=seed + 2), options)
+
+
+def run_sample(sample, do=None, backend="triton"):
+    return run(nf.synchronization_attention, sample, do, backend)
+
+
+def changed(sample, **tensors):
+    return Sample({**sample.tensors, **tensors}, sample.options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
+    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
+    "width before rows": lambda x: x.mT.contiguous().mT,
+}
+GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
+LENGTHS = [65, 130, 0, 1, 17]
+# (dtype, widths, (B, Hq, Hkv), omega_k given, causal, order by token, top_k): few, as a GPU compiles kernels for each.
+COMPILED = [
+    (0, (64, 64), (2, 1, 1), False, False, False, None),
+    (1, (16, 16), (1, 4, 2), True, True, True, None),
+    (-1, (48, 80), (1, 2, 2), False, True, True, None),
+    (0, (24, 16), (1, 2, 1), True, False, False, 9),
+    (1, (144, 16), (1, 1, 1), False, False, False, None),
+    (-1, (16, 256), (1, 1, 1), False, True, True, 3),
+]
+
+
+@st.composite
+def calls(draw):
+    """(Sample, layout of the gradient of o)."""
+    kind, (width, value_width), (batch, heads, kv_heads), apart, causal, by_token, top_k = draw(st.sampled_from(COMPILED))
+    dtype, length, seed = DTYPES[kind], draw(st.sampled_from(LENGTHS)), draw(st.integers(0, 2**20))
+    keys = draw(st.sampled_from(LENGTHS)) if apart else length
+    spread = draw(st.sampled_from([0.3, 1.0, 8.0])) * width**-0.5
+    shapes = {"omega": (heads, length, width)}
+    if apart:
+        shapes["omega_k"] = kv_heads, keys, width
+    shapes["v"] = kv_heads, keys, value_width
+    tensors = {}
+    for offset, (name, shape) in enumerate(shapes.items()):
+        numbers = randn(batch, *shape, dtype=dtype, seed=seed + offset) * (1 if name == "v" else spread)
+        tensors[name] = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](numbers) if min(numbers.shape) else numbers
+    tensors |= parameters((batch, heads, length) if by_token else (batch, heads), seed=seed + 3)
+    # A high floor, as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary.
+    options = {"causal": causal, "top_k": top_k, "grad_floor": 0.1}
+    return Sample(tensors, options), draw(st.sampled_from(list(GRADIENTS)))
+
+
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
+@hypothesis.given(calls())
+def test_fuzz(case):
+    sample, layout = case
+    omega, v = sample.tensors["omega"], sample.tensors["v"]
+    do = randn(*omega.shape[:3], v.shape[3], dtype=omega.dtype, seed=7)
+    do = GRADIENTS[layout](do) if do.numel() else do
+    check(sample, do, *run_sample(sample, do))
+
+
+@each_backend
+def test_random_frequencies_at_the_default_floor(backend):
+    sample = random_sample(length=40)
+    do = randn(1, 2, 40, 16, seed=9)
+    check(sample, do, *run_sample(sample, do, backend))
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "top_k": 6}], ids=str)
+def test_several_blocks(options, backend):
+    """More tokens than a block of the reference or a cell of the kernels has."""
+    sample = random_sample(length=150, heads=1, by_token=True, grad_floor=0.1, **options)
+    do = randn(1, 1, 150, 16, seed=9)
+    check(sample, do, *run_sample(sample, do, backend))
+
+
+def test_queries_of_the_last_positions_decode_what_the_whole_sequence_gives():
+    sample = random_sample(causal=True, by_token=True)
+    omega, v, order = (sample.tensors[name] for name in ("omega", "v", "order"))
+    whole = nf.synchronization_attention(**sample.tensors, causal=True, backend="triton")
+    for count in (1, 3):
+        last = changed(sample, omega=omega[:, :, -count:], order=order[:, :, -count:])
+        o = nf.synchronization_attention(**last.tensors, omega_k=omega, causal=True, backend="triton")
+        torch.testing.assert_close(o, whole[:, :, -count:], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def clustered(dtype=torch.float32, length=200, clusters=3, **options):
+    """Runs of 64 tokens, each from one cluster; the clusters are apart by more than they can lock over and come by turns."""
+    centre = 3 * randn(clusters, 16, seed=3)
+    member = torch.arange(length) // 64 % clusters
+    omega = (centre[member.to(DEVICE)] + 0.1 * randn(1, 2, length, 16, seed=4)).to(dtype)
+    tensors = {"omega": omega, "v": randn(1, 2, length, 16, dtype=dtype, seed=5)}
+    rows = (1, 2, length) if options.get("causal") else (1, 2)
+    return Sample(tensors | parameters(rows), options)
+
+
+class Spy:
+    """Counts of cells that the kernels were told to walk; with `everything`, lock radii are infinite first."""
+
+    def __init__(self, monkeypatch, everything):
+        launch = kuramoto._launchers()
+        self.visited, self.possible = 0, 0
+        original = launch.launch_all
+
+        def launch_all(*launches):
+            for made, tensors in launches:
+                made(*tensors)
+                name = made._kernel.__name__
+                if everything and name == "survey":
+                    tensors[-1][..., 2] = float("inf")
+                if name == "neighbours":
+                    lists, counts = tensors[-2:]
+                    self.visited += int(counts.sum())
+                    self.possible += lists.numel()
+
+        monkeypatch.setattr(launch, "launch_all", launch_all if DEVICE == "cpu" else original)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"top_k": 7}], ids=str)
+def test_pruning_changes_no_bit(options, monkeypatch):
+    sample = clustered(**options)
+    with monkeypatch.context() as patch:
+        spy = Spy(patch, everything=False)
+        pruned = run_sample(sample)
+    with monkeypatch.context() as patch:
+        full = Spy(patch, everything=True)
+        dense = run_sample(sample)
+    assert full.visited == full.possible if not options.get("causal") else full.visited > full.possible / 2
+    assert spy.visited < 0.6 * full.visited
+    assert_same(pruned, dense, "when nothing is pruned")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
+@pytest.mark.parametrize("scale", [0.05, 0.5, 3.0, 300.0])
+def test_what_is_pruned_has_no_weight(scale, monkeypatch):
+    """Every pair outside the lists has S = 0 in float64; where clusters are far apart, most pairs are outside."""
+    sample = clustered()
+    omega = scale * sample.tensors["omega"]
+    sample = changed(sample, omega=omega)
+    recorded = []
+    launch = kuramoto._launchers()
+    original = launch.launch_all
+
+    def record(*launches):
+        original(*launches)
+        recorded.extend(tensors[-2:] for made, tensors in launches if made._kernel.__name__ == "neighbours")
+
+    monkeypatch.setattr(launch, "launch_all", record)
+    nf.synchronization_attention(**sample.tensors, backend="triton")
+    ((lists, counts),) = recorded
+    cells = -(-omega.shape[2] // launch.CELL)
+    tile = -(-cells // counts.shape[2]) * launch.CELL
+    t = {name: tensor.double() for name, tensor in sample.tensors.items()}
+    delta2 = differences(t["omega"], t["omega"])
+    margin = (-2 * t["bandwidth"][:, None, None] * delta2).exp() - delta2 / (t["coupling"] * t["order"])[..., None, None] ** 2
+    skipped = 0
+    for head in range(2):
+        for index in range(counts.shape[2]):
+            listed = set(lists[0, head, index, : counts[0, head, index]].tolist())
+            for cell in set(range(cells)) - listed:
+                skipped += 1
+                rows = slice(index * tile, (index + 1) * tile)
+                assert margin[0, head, rows, cell * launch.CELL : (cell + 1) * launch.CELL].max() < 0
+    assert skipped == (0 if scale < 0.1 else 20)
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.3, 1.3, 40.0])
+def test_lock_radius(alpha):
+    """The radius of a cell is the root of d exp(alpha d^2) = K r, by bisection."""
+    launch = kuramoto._launchers()
+    omega = randn(1, 1, 5, 16)
+    for radius in (1e-5, 0.02, 0.9, 1.3, 50.0):
+        queries, _ = kuramoto._empty_surveys(omega, None, launch)
+        parameter = [torch.tensor([value], device=DEVICE) for value in (2 * radius, alpha)]
+        order = torch.full((1, 1), 0.5, device=DEVICE)
+        launch.launch_all(*launch.surveys(omega, None, *parameter, order, queries, None))
+        low, high = 0.0, radius
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle * math.exp(min(alpha * middle**2, 700)) < radius else (low, middle)
+        assert queries.extents[0, 0, 0, 2].sqrt().item() == pytest.approx(low, rel=2e-5)
+
+
+@each_backend
+def test_sorting_tokens_changes_nothing_but_the_order_of_sums(backend):
+    for by_token in (False, True):
+        sample = random_sample(by_token=by_token, length=70, grad_floor=0.2)
+        expected = run_sample(sample, backend=backend)
+        got = run_sample(Sample(sample.tensors, {**sample.options, "sort": True}), backend=backend)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
+def test_sorting_lets_more_be_pruned(monkeypatch):
+    sample = clustered(length=320, clusters=5)
+    shuffled = torch.randperm(320, generator=generator()).to(DEVICE)
+    sample = changed(sample, omega=sample.tensors["omega"][:, :, shuffled])
+    visited = {}
+    for sort in (False, True):
+        with monkeypatch.context() as patch:
+            spy = Spy(patch, everything=False)
+            nf.synchronization_attention(**sample.tensors, sort=sort, backend="triton")
+        visited[sort] = spy.visited / spy.possible
+    assert visited[False] == 1.0
+    assert visited[True] < 0.7
+
+
+# ------------------------------------------------------------------------------------------------------- lock boundary
+
+
+@each_backend
+def test_a_token_that_locks_with_no_other_keeps_its_value_and_gets_no_gradient(backend):
+    sample = random_sample(scale=5.0)
+    assert nf.locked_share(*(sample.tensors[n] for n in ("omega", "coupling", "bandwidth", "order"))).max() == 0
+    o, gradients = run_sample(sample, backend=backend)
+    torch.testing.assert_close(o, sample.tensors["v"], rtol=1e-6, atol=1e-6)
+    for name in ("omega", "coupling", "bandwidth", "order"):
+        assert gradients[name].abs().max() == 0, name
+
+
+@each_backend
+def test_queries_that_lock_with_no_key_give_zeros_and_no_gradient(backend):
+    sample = random_sample()
+    sample.tensors["omega_k"] = sample.tensors["omega"] + 9
+    o, gradients = run_sample(sample, backend=backend)
+    assert o.abs().max() == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
+
+
+@each_backend
+def test_duplicate_tokens_have_finite_gradients_and_share_their_output(backend):
+    sample = random_sample(length=66, grad_floor=0.1)
+    omega = sample.tensors["omega"]
+    sample = changed(sample, omega=omega[:, :, :33].repeat(1, 1, 2, 1))
+    do = randn(1, 2, 66, 16, seed=9)
+    o, gradients = run_sample(sample, do, backend)
+    torch.testing.assert_close(o[:, :, :33], o[:, :, 33:], rtol=1e-4, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    check(sample, do, o, gradients)
+
+
+def pair_at(strength, **options):
+    """Two tokens with S_01 = strength, by bisection of their distance; K r = 1.5, alpha = 0.4."""
+    low, high = 0.0, 3.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        margin = math.exp(-0.8 * middle**2) - middle**2 / 2.25
+        low, high = (middle, high) if margin > strength**2 else (low, middle)
+    omega = torch.zeros(1, 1, 2, 16, dtype=torch.float64)
+    omega[..., 1, 0] = low
+    tensors = {"omega": omega, "v": randn(1, 1, 2, 16, dtype=torch.float64, device="cpu"),
+               "coupling": torch.tensor(3.0).double(), "bandwidth": torch.tensor([0.4], dtype=torch.float64),
+               "order": torch.full((1, 1), 0.5).double()}  # fmt: skip
+    return Sample(tensors, options)
+
+
+@pytest.mark.parametrize("strength", [1e-5, 1e-4, 0.05, 0.6])
+@pytest.mark.parametrize("floor", [1e-3, 0.1])
+def test_grad_floor_bounds_the_slope_at_the_boundary(strength, floor):
+    """The gradient of omega is that of a floor of 1e-12, times S / max(S, floor): on the reference, in float64."""
+    do = randn(1, 1, 2, 16, dtype=torch.float64, device="cpu", seed=3)
+    _, got = run_sample(pair_at(strength, grad_floor=floor), do, "reference")
+    _, steep = run_sample(pair_at(strength, grad_floor=1e-12), do, "reference")
+    expected = steep["omega"] * strength / max(strength, floor)
+    torch.testing.assert_close(got["omega"], expected, rtol=1e-4, atol=1e-10)
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("floor", [1e-3, 0.1])
+def test_kernels_at_the_boundary(floor):
+    """Far inside the floor the slope does not depend on S, so float32 knows it well although it hardly knows S."""
+    double = pair_at(0.02, grad_floor=floor)
+    sample = Sample({n: t.to(DEVICE, torch.float32) for n, t in double.tensors.items()}, double.options)
+    do = randn(1, 1, 2, 16, seed=3)
+    _, exact = run_sample(double, do.double().cpu(), "reference")
+    _, got = run_sample(sample, do)
+    torch.testing.assert_close(got["omega"].double().cpu(), exact["omega"], rtol=2e-3, atol=1e-6)
+
+
+def test_no_phase_agreement_locks_nobody_and_keeps_gradients_finite():
+    for backend in BACKENDS:
+        sample = changed(random_sample(), order=torch.zeros(1, 2, device=DEVICE))
+        o, gradients = run_sample(sample, backend=backend)
+        torch.testing.assert_close(o, sample.tensors["v"], rtol=1e-6, atol=1e-6)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+# ----------------------------------------------------------------------------------------- isolation, invalid numbers
+
+
+def test_later_tokens_change_no_bit():
+    sample = random_sample(causal=True, by_token=True)
+    o, _ = run_sample(sample)
+    late = torch.arange(70, device=DEVICE)[:, None] >= 41
+    moved = {n: torch.where(late, 30 * sample.tensors[n] + 1, sample.tensors[n]) for n in ("omega", "v")}
+    other, _ = run_sample(changed(sample, **moved))
+    assert torch.equal(o[:, :, :41], other[:, :, :41])
+    assert not torch.equal(o[:, :, 41:], other[:, :, 41:])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nan_reaches_the_output(backward):
+    sample = random_sample(length=20)
+    sample.tensors["omega"][0, 1, 7, 3] = float("nan")
+    o, gradients = run_sample(sample)
+    if backward:
+        assert gradients["omega"][0, 1].isnan().any()
+        assert gradients["omega"][0, 0].isfinite().all()
+    else:
+        assert o[0, 1, 7].isnan().all()
+        assert o[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("name, value", [("coupling", -1.0), ("bandwidth", 0.0), ("order", 1.5), ("order", -0.1)])
+def test_a_parameter_out_of_its_range_poisons_its_head(name, value):
+    """Where it cannot be read back: the registered operator checks nothing."""
+    sample = random_sample(length=20)
+    sample.tensors["coupling"] = torch.tensor([2.5, 2.5], device=DEVICE)
+    sample.tensors[name][..., 1] = value
+    t = sample.tensors
+    arguments = t["omega"], None, t["v"], t["coupling"], t["bandwidth"], t["order"], False, None, 1e-3
+    o = torch.ops.nearfar.synchronization_attention(*arguments)[0]
+    assert o[:, 1].isnan().all()
+    assert o[:, 0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- scalars, locked share
+
+
+@each_backend
+def test_numbers_for_coupling_and_bandwidth(backend):
+    sample = random_sample()
+    t = changed(sample, coupling=1.7, bandwidth=0.3).tensors
+    ones = torch.ones(2, device=DEVICE)
+    expected = nf.synchronization_attention(**{**t, "coupling": 1.7 * ones, "bandwidth": 0.3 * ones}, backend=backend)
+    assert torch.equal(nf.synchronization_attention(**t, backend=backend), expected)
+    tensor = torch.tensor(1.7, device=DEVICE)
+    assert torch.equal(nf.synchronization_attention(**{**t, "coupling": tensor}, backend=backend), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_locked_share(causal):
+    """Counted on the weights of the operator itself, with the identity for v."""
+    sample = random_sample(length=64, by_token=causal)
+    t = sample.tensors
+    eye = torch.eye(64, device=DEVICE).expand(1, 2, 64, 64)
+    weights = nf.synchronization_attention(**{**t, "v": eye}, causal=causal, backend="triton")
+    locked = (weights > 0).sum((-2, -1)) - 64
+    share = nf.locked_share(t["omega"], t["coupling"], t["bandwidth"], t["order"], causal=causal)
+    torch.testing.assert_close(share, locked / (64 * 63 / (2 if causal else 1)))
+    assert 0.05 < share.min() and share.max() < 0.9
+    both = nf.locked_share(t["omega"], t["coupling"], t["bandwidth"], t["order"], omega_k=t["omega"], causal=causal)
+    assert (both > share).all()
+
+
+def test_nothing_locks_at_the_defaults_of_the_paper():
+    """Random tokens of heads of 64: they are about 6 apart or more, and would have to be within 0.65."""
+    omega, one = randn(1, 4, 256, 64), torch.ones(1, 4, device=DEVICE)
+    raw = math.log1p(math.e)
+    assert nf.locked_share(omega, raw, raw, one).max() == 0
+    assert 0.2 < nf.locked_share(omega / 16, raw, raw, one).mean() < 0.6
+    assert nf.locked_share(omega / 32, raw, raw, one).min() > 0.9
+
+
+# ----------------------------------------------------------------------------------------------------- order parameter
+
+
+def order_by_formula(theta, causal):
+    wave = torch.polar(torch.ones_like(theta), theta)
+    if not causal:
+        return wave.mean(2).abs().mean(-1)
+    means = [wave[:, :, : i + 1].mean(2).abs().mean(-1) for i in range(theta.shape[2])]
+    return torch.stack(means, -1)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length, width", [(1, 16), (75, 24), (160, 64)])
+def test_order_parameter(length, width, causal, dtype, backend):
+    """Phases are what they are in their dtype; everything after is float32."""
+    theta = (4 * randn(2, 3, length, width)).to(dtype).transpose(0, 1).requires_grad_()
+    r = nf.order_parameter(theta, causal=causal, backend=backend)
+    assert r.dtype == torch.float32 and r.shape == ((3, 2, length) if causal else (3, 2))
+    exact = theta.detach().double().requires_grad_()
+    expected = order_by_formula(exact, causal)
+    torch.testing.assert_close(r.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    dr = like(r)
+    (gradient,), (truth,) = torch.autograd.grad(r, theta, dr), torch.autograd.grad(expected, exact, dr.double())
+    assert gradient.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), truth, rtol=tolerance, atol=tolerance * truth.abs().max().item() + 1e-8)
+
+
+@each_backend
+def test_order_parameter_of_known_phases(backend):
+    same = torch.full((1, 1, 8, 16), 0.7, device=DEVICE)
+    assert nf.order_parameter(same, backend=backend).item() == pytest.approx(1.0, abs=1e-6)
+    spread = (torch.arange(8, device=DEVICE) * (2 * math.pi / 8))[:, None].expand(1, 1, 8, 16)
+    assert nf.order_parameter(spread, backend=backend).item() == pytest.approx(0.0, abs=1e-6)
+    theta = torch.tensor([0.0, math.pi / 2], device=DEVICE)[:, None].expand(1, 1, 2, 16)
+    assert nf.order_parameter(theta, causal=True, backend=backend)[0, 0].tolist() == pytest.approx([1.0, 0.5**0.5], abs=1e-6)
+
+
+def test_no_token_is_in_phase_with_nothing():
+    for backend in BACKENDS:
+        assert nf.order_parameter(randn(1, 2, 0, 16), backend=backend).tolist() == [[0.0, 0.0]]
+        assert nf.order_parameter(randn(1, 2, 0, 16), causal=True, backend=backend).shape == (1, 2, 0)
+
+
+def test_gradient_of_an_order_parameter_of_zero_is_finite():
+    """Means that are exactly 0: cos and sin of float32 multiples of pi are not, so the sums are handed to the reference."""
+    from nearfar.reference.synchronization import modulus
+
+    zero = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    length = modulus(zero, zero)
+    (gradient,) = torch.autograd.grad(length.sum(), zero, create_graph=True)
+    assert length.abs().max() == 0 and gradient.abs().max() == 0
+    theta = torch.zeros(1, 1, 0, 16, device=DEVICE, requires_grad=True)
+    nf.order_parameter(theta, backend="triton").sum().backward()
+    assert theta.grad.shape == theta.shape
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_order_parameter_is_a_torch_operator(causal):
+    theta = randn(1, 2, 40, 16).requires_grad_()
+    torch.library.opcheck(torch.ops.nearfar.order_parameter.default, (theta, causal))
+    r = nf.order_parameter(theta, causal=causal, backend="triton")
+    (first,) = torch.autograd.grad(r, theta, like(r), create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        first.sum().backward()
+    exact = theta[:, :, :6].detach().double().cpu().requires_grad_()
+    function = lambda theta: nf.order_parameter(theta, causal=causal, backend="reference")  # noqa: E731
+    assert torch.autograd.gradcheck(function, exact, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, exact, fast_mode=True)
+
+
+def test_prefix_order_does_not_look_ahead():
+    theta = randn(1, 2, 90, 16)
+    other = theta.clone()
+    other[:, :, 50:] += 1
+    first, second = (nf.order_parameter(t, causal=True, backend="triton") for t in (theta, other))
+    assert torch.equal(first[:, :, :50], second[:, :, :50])
+    assert not torch.equal(first[:, :, 50:], second[:, :, 50:])
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("replacement, error, match", [
+    ({"coupling": 0.0}, ValueError, "coupling must be positive, got 0.0"),
+    ({"coupling": torch.tensor(-2.0)}, ValueError, "coupling must be positive, got -2.0"),
+    ({"bandwidth": -0.5}, ValueError, "bandwidth must be positive"),
+    ({"bandwidth": torch.ones(3)}, ValueError, "bandwidth must be a number or one number per query head"),
+    ({"bandwidth": "wide"}, TypeError, "bandwidth must be a float"),
+    ({"order": torch.full((1, 2), 1.2)}, ValueError, "order must be between 0 and 1, got 1.2"),
+    ({"order": torch.full((1, 2), -0.1)}, ValueError, "order must be between 0 and 1"),
+    ({"order": torch.full((1, 2), float("nan"))}, ValueError, "order must be between 0 and 1"),
+    ({"order": torch.ones(2)}, ValueError, r"order must have shape \(B, Hq\), \(1, 2\), or \(B, Hq, N\)"),
+    ({"order": torch.ones(1, 2, 69)}, ValueError, "order must have shape"),
+    ({"order": 0.5}, TypeError, "order must be a torch.Tensor"),
+    ({"order": torch.ones(1, 2).int()}, TypeError, "order must be float16"),
+    ({"omega": torch.ones(1, 2, 70, 16).int()}, TypeError, "omega must be float16"),
+    ({"omega": torch.ones(2, 70, 16)}, ValueError, "omega must have 4 dimensions"),
+    ({"v": torch.ones(1, 2, 69, 16)}, ValueError, r"v must have the heads and length of omega, \(2, 70\)"),
+    ({"v": torch.ones(1, 2, 70, 16).double()}, TypeError, "v must have the dtype of omega"),
+    ({"omega_k": torch.ones(1, 2, 70, 24)}, ValueError, "omega_k must have the width of omega"),
+    ({"causal": True}, ValueError, r"order of shape \(B, Hq\).*leak.*order_parameter\(theta, causal=True\)"),
+    ({"sort": True, "top_k": 3}, ValueError, "sort orders tokens that all see each other"),
+    ({"top_k": 0}, ValueError, "top_k must be at least 1"),
+    ({"grad_floor": 0.0}, ValueError, "grad_floor must be positive and finite"),
+    ({"grad_floor": None}, TypeError, "grad_floor must be a number"),
+], ids=str)  # fmt: skip
+def test_bad_input(replacement, error, match):
+    sample = random_sample()
+    arguments = {name: tensor.cpu() for name, tensor in sample.tensors.items()} | replacement
+    with pytest.raises(error, match=match):
+        nf.synchronization_attention(**arguments)
+
+
+def test_bad_phases():
+    with pytest.raises(ValueError, match="theta must have 4 dimensions"):
+        nf.order_parameter(torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="theta must be float16"):
+        nf.order_parameter(torch.ones(1, 2, 3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="theta is 20 wide"):
+        nf.order_parameter(randn(1, 1, 3, 20), backend="triton")
+
+
+def test_explain():
+    sample = random_sample(width=20)
+    text = nf.explain(nf.synchronization_attention, **sample.tensors, **sample.options, backend="triton")
+    assert "refused" in text and "omega is 20 wide" in text
+    sample = random_sample(length=1100, top_k=3)
+    text = nf.explain("synchronization_attention", **sample.tensors, top_k=3, backend="triton")
+    assert "top_k over 1100 candidate keys" in text
+
+
+@needs_gpu
+@pytest.mark.parametrize("polynomials", [1, 2, 4])
+def test_exponentials_by_polynomial(polynomials, monkeypatch):
+    """Of every four exponentials as many as told are right to 4e-6; only a GPU has the assembly."""
+    launch = kuramoto._launchers()
+    plans = [plan for name, plan in vars(launch).items() if name.startswith("plan_")]
+    sample = random_sample(torch.float16, length=200, scale=0.1)
+    expected = run_sample(sample)
+    monkeypatch.setattr(launch, "POLYNOMIALS", polynomials)
+    for plan in plans:
+        plan.cache_clear()
+    try:
+        torch.testing.assert_close(run_sample(sample), expected, rtol=2e-3, atol=2e-3)
+    finally:
+        for plan in plans:
+            plan.cache_clear()

@@ -1,0 +1,452 @@
+"""Streamed diagnostics of attention: no N x N object, every pair scored on its way through registers.
+
+    squares             |x|^2 of each row: of keys for scores by distance, of values for the geometry
+    statistics          lse, entropy, and the largest weight with its key, by a walk over the keys of a tile of queries
+    key_mass            the column sums of the weights, by a walk over the queries of a tile of keys
+    statistics_grad_*   the gradients of lse and entropy in q and k
+    select              the largest scores of each query with their keys, a list of COUNT a round
+    centre              s, the weighted sum of the selected values, and how far the selected lie from it
+    separate            how near the others come: precision, recall, F
+
+A score is c * raw with c > 0, so that raw has the order of the scores. For distances, raw = SCORE(q.k, |k|^2) leaves out |q|^2,
+which is the same for all keys of a query, and c is SCALE(parameter of the head); for dot products, where k_squares and the
+parameter are None, c * raw = scale * (SIGN * q.k). All lse are those of c * raw, in nats.
+
+Entropy is ln(total) - sum(w x) / total with x = log(w) <= 0 relative to the largest weight: two terms that do not cancel, so
+that small entropies keep their digits. The geometry takes weights relative to those of the selected keys, as precision and
+recall know no normaliser, and instead of distances D it compares excess = (D^2 - |s|^2) / 2 = w (w |v|^2 / 2 - v . s): the
+order is the same, and keys of tiny weights do not drown in |s|^2.
+
+Every query sees a key; the checks of the public functions see to that.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LN2,
+    LOG2E,
+    at,
+    exp2,
+    inside,
+    load_tile,
+    load_vector,
+    program_coordinates,
+    reach,
+    row_squares,
+    store_tile,
+    tile_reach,
+    transpose_window,
+)
+
+
+@triton.jit
+def head_scale(parameter, parameter_stride, head, scale, SCALE: tl.constexpr):
+    """The positive factor c of a head's raw scores."""
+    if parameter is None:
+        return scale
+    else:
+        return SCALE(tl.load(parameter + head * parameter_stride))
+
+
+@triton.jit
+def rows_at(base, batch, head, num_heads, num_rows):
+    """Pointer to the numbers of one (batch, head) in a contiguous (B, H, N) tensor."""
+    return base + (batch.to(tl.int64) * num_heads + head) * num_rows
+
+
+@triton.jit
+def raw_scores(qk, k_squares, keys, num_keys, SCORE: tl.constexpr, SIGN: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Raw scores of a tile of products (rows, keys), or (keys, rows) when transposed."""
+    if k_squares is None:
+        return qk * SIGN
+    else:
+        norms = load_vector(k_squares, keys, num_keys, 0.0)
+        return SCORE(qk, norms[:, None] if TRANSPOSED else norms[None, :], 1.0)
+
+
+@triton.jit
+def squares(x, out, strides, num_rows, num_heads, num_tiles, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out (B, H, N) float32."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    x_tile = load_tile(at(x, strides, batch, head), rows, strides[2], num_rows, D, BLOCK_D)
+    tl.store(rows_at(out, batch, head, num_heads, num_rows) + rows, row_squares(x_tile), mask=rows < num_rows)
+
+
+@triton.jit
+def statistics(
+    q, k, k_squares, parameter, lse, entropy, max_weight, max_key,
+    q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k = at(k, k_strides, batch, head // group)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, None, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
+    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    highest_key = tl.zeros((BLOCK_M,), tl.int32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    weighted = tl.zeros((BLOCK_M,), tl.float32)  # sum of w x, x in base 2
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        partial = first < all_begin or first + BLOCK_N > all_end
+        if partial:
+            raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
+        tile_highest = tl.max(raw, 1)
+        tile_key = tl.min(tl.where(raw == tile_highest[:, None], keys[None, :], num_keys), 1)
+        highest_key = tl.where(tile_highest > highest, tile_key, highest_key)
+        new_highest = tl.maximum(highest, tile_highest)
+        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest * unit)
+        x = raw * unit - shift[:, None]
+        weight = exp2(x)
+        if partial:
+            x = tl.maximum(x, -1e30)  # as 0 * -inf is no number
+        moved = tl.where(highest == float("-inf"), 0.0, highest * unit - shift)
+        decay = exp2(moved)
+        weighted = (weighted + total * moved) * decay + tl.sum(weight * x, 1)
+        total = total * decay + tl.sum(weight, 1)
+        highest = new_highest
+
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    here = rows < num_queries
+    row_entropy = (tl.log2(total) - tl.div_rn(weighted, total)) * LN2
+    tl.store(lse + row_offset + rows, (highest * unit + tl.log2(total)) * LN2, mask=here)
+    tl.store(entropy + row_offset + rows, tl.where(row_entropy < 0, 0.0, row_entropy), mask=here)
+    tl.store(max_weight + row_offset + rows, tl.where(total < 1, 1.0, tl.div_rn(1.0, total)), mask=here)
+    tl.store(max_key + row_offset + rows, highest_key, mask=here)
+
+
+@triton.jit
+def key_mass(
+    q, k, k_squares, parameter, lse, mass,
+    q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """mass (B, Hq, M) float32."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    q = at(q, q_strides, batch, head)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(at(k, k_strides, batch, head // group), keys, k_strides[2], num_keys, D, BLOCK_D)
+    seen_by = transpose_window(window)
+    begin, end = reach(keys, None, num_keys, num_queries, seen_by)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, None, num_keys, num_queries, seen_by)
+    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile = load_tile(q, rows, q_strides[2], num_queries, D, BLOCK_D)
+        row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
+        kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        weight = exp2(raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * unit - row_lse[None, :])
+        if first < all_begin or first + BLOCK_M > all_end:
+            weight = tl.where(inside(rows, begin, end), weight, 0.0)
+        total += tl.sum(weight, 1)
+
+    tl.store(rows_at(mass, batch, head, num_heads, num_keys) + keys, total, mask=keys < num_keys)
+
+
+@triton.jit
+def statistics_grad_queries(
+    q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted,
+    q_strides, k_strides, dq_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """gain dS = P (level + slope log2(P)) with a level and a slope for each row.
+
+    With a parameter, ds_total (B, Hq, N) are the sums of gain dS, and weighted becomes those of gain dS log2(P).
+    """
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k = at(k, k_strides, batch, head // group)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, None, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
+    row_scale = head_scale(parameter, parameter_stride, head, scale, SCALE)
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
+    row_level = load_vector(level + row_offset, rows, num_queries, 0.0)
+    row_slope = load_vector(slope + row_offset, rows, num_queries, 0.0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_weighted = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        x = raw * (row_scale * LOG2E) - row_lse[:, None]
+        ds = exp2(x) * (row_level[:, None] + row_slope[:, None] * x)
+        ds_x = ds * x
+        if first < all_begin or first + BLOCK_N > all_end:
+            ds = tl.where(inside(keys, begin, end), ds, 0.0)
+            ds_x = tl.where(inside(keys, begin, end), ds_x, 0.0)
+        if weighted is not None:
+            row_weighted += tl.sum(ds_x, 1)
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+
+    if parameter is not None:
+        # |q|^2, which the raw scores leave out, counts in lse.
+        acc -= load_vector(ds_total + row_offset, rows, num_queries, 0.0)[:, None] * q_tile.to(tl.float32)
+    acc *= row_scale * SIGN / tl.load(gain)
+    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
+    if weighted is not None:
+        tl.store(weighted + row_offset + rows, row_weighted, mask=rows < num_queries)
+
+
+@triton.jit
+def statistics_grad_keys(
+    q, k, k_squares, parameter, lse, level, slope, gain, dk,
+    q_strides, k_strides, dk_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD_KEYS: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    k = at(k, k_strides, batch, kv_head)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, kv_head, num_heads // group, num_keys)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+    seen_by = transpose_window(window)
+    begin, end = reach(keys, None, num_keys, num_queries, seen_by)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, None, num_keys, num_queries, seen_by)
+
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    ds_total = tl.zeros((BLOCK_N,), tl.float32)
+    # dS enters its products unscaled, lest half precision lose or overflow it; the sums are in units of the head at hand.
+    unit = head_scale(parameter, parameter_stride, kv_head * group, scale, SCALE)
+    for member in range(group):
+        head = kv_head * group + member
+        row_scale = head_scale(parameter, parameter_stride, head, scale, SCALE)
+        dk_tile *= unit / row_scale
+        ds_total *= unit / row_scale
+        unit = row_scale
+        q_head = at(q, q_strides, batch, head)
+        row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+        for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(q_head, rows, q_strides[2], num_queries, D, BLOCK_D)
+            row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
+            row_level = load_vector(level + row_offset, rows, num_queries, 0.0)
+            row_slope = load_vector(slope + row_offset, rows, num_queries, 0.0)
+            # Transposed, (keys, queries), so that dS feeds the next product from registers.
+            kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            x = raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * (row_scale * LOG2E) - row_lse[None, :]
+            ds = exp2(x) * (row_level[None, :] + row_slope[None, :] * x)
+            if first < all_begin or first + BLOCK_M > all_end:
+                ds = tl.where(inside(rows, begin, end), ds, 0.0)
+            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+            ds_total += tl.sum(ds, 1)
+
+    if k_squares is not None:
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
+    dk_tile *= unit * SIGN / tl.load(gain)
+    store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
+
+
+@triton.jit
+def insert(scores, keys, score, key):
+    """The descending lists of each row with one more entry, their last ones dropped; of equal scores the first stays first."""
+    new_scores, new_keys = (), ()
+    carried_score, carried_key = score, key
+    for t in tl.static_range(len(scores)):
+        ahead = score > scores[t]
+        new_scores = new_scores + (tl.where(ahead, carried_score, scores[t]),)
+        new_keys = new_keys + (tl.where(ahead, carried_key, keys[t]),)
+        carried_score, carried_key = tl.where(ahead, scores[t], carried_score), tl.where(ahead, keys[t], carried_key)
+    return new_scores, new_keys
+
+
+@triton.jit
+def select(
+    q, k, k_squares, scores, chosen,
+    q_strides, k_strides, num_queries, num_keys, num_heads, group, num_tiles, window, top_n, first_rank,
+    SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, RESUMED: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Ranks first_rank to first_rank + COUNT - 1 of the raw scores of each row and of their keys, both (B, Hq, N, top_n).
+
+    Equal scores rank by key. Beyond the keys of a row the scores are -inf. A round that is RESUMED goes on after the last entry
+    of the round before it.
+    """
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k = at(k, k_strides, batch, head // group)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, None, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    entries = ((batch.to(tl.int64) * num_heads + head) * num_queries + rows) * top_n + first_rank
+    here = rows < num_queries
+    if RESUMED:
+        last_score = tl.load(scores + entries - 1, mask=here, other=0.0)
+        last_key = tl.load(chosen + entries - 1, mask=here, other=0)
+
+    best, best_keys = (), ()
+    for _ in tl.static_range(COUNT):
+        best = best + (tl.full((BLOCK_M,), float("-inf"), tl.float32),)
+        best_keys = best_keys + (tl.zeros((BLOCK_M,), tl.int32),)
+    # Triton pipelines no loop with a loop inside: the next tile of keys is on its way while this one is searched.
+    first_key = tile_begin // BLOCK_N * BLOCK_N
+    k_tile = load_tile(k, first_key + tl.arange(0, BLOCK_N), k_strides[2], num_keys, D, BLOCK_D)
+    for first in range(first_key, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        k_tile = load_tile(k, keys + BLOCK_N, k_strides[2], num_keys, D, BLOCK_D)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        if first < all_begin or first + BLOCK_N > all_end:
+            raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
+        if RESUMED:
+            raw = tl.where(follows(raw, keys, last_score, last_key), raw, float("-inf"))
+        # Few rows find anything new in a tile, and those that do find little: entries move to the lists one by one.
+        candidate = tl.max(raw, 1)
+        while tl.max((candidate > best[COUNT - 1]).to(tl.int32), 0) > 0:
+            key = tl.min(tl.where(raw == candidate[:, None], keys[None, :], num_keys), 1)
+            best, best_keys = insert(best, best_keys, candidate, key)
+            raw = tl.where(keys[None, :] == key[:, None], float("-inf"), raw)
+            candidate = tl.max(raw, 1)
+
+    for t in tl.static_range(COUNT):
+        tl.store(scores + entries + t, best[t], mask=here)
+        tl.store(chosen + entries + t, best_keys[t], mask=here)
+
+
+@triton.jit
+def follows(raw, keys, last_score, last_key):
+    """The pairs that rank behind a row's entry (last_score, last_key)."""
+    return (raw < last_score[:, None]) | ((raw == last_score[:, None]) & (keys[None, :] > last_key[:, None]))
+
+
+@triton.jit
+def load_chosen(v, stride, scores, chosen, entries, here, shift, unit, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """(weight, value) of one selected key of each row; weights are relative to 2^shift, and 0 beyond the keys of a row."""
+    score = tl.load(scores + entries, mask=here, other=float("-inf"))
+    key = tl.load(chosen + entries, mask=here, other=0)
+    column = tl.arange(0, BLOCK_DV)[None, :]
+    value = tl.load(v + key.to(tl.int64)[:, None] * stride + column, mask=column < DV, other=0.0)
+    return exp2(score * unit - shift), value.to(tl.float32)
+
+
+@triton.jit
+def centre(
+    v, parameter, scores, chosen, s, shift, excess, farthest,
+    v_strides, parameter_stride, num_queries, num_heads, group, num_tiles, top_n, scale,
+    SCALE: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """s (B, Hq, N, Dv) in the dtype of v, the excess of each selected key, and the largest of a row, farthest.
+
+    Weights are relative to the sum of those selected, 2^shift, so that s is a mean and half precision holds it. From there on s
+    counts as rounded, here and in `separate`.
+    """
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    v = at(v, v_strides, batch, head // group)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    here = rows < num_queries
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    entries = (row_offset + rows) * top_n
+    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+
+    row_shift = tl.load(scores + entries, mask=here, other=0.0) * unit
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
+    for t in range(top_n):
+        weight, value = load_chosen(v, v_strides[2], scores, chosen, entries + t, here, row_shift, unit, DV, BLOCK_DV)
+        total += weight
+        acc += weight[:, None] * value
+    row_shift += tl.log2(total)
+    mean = tl.div_rn(acc, total[:, None]).to(v.dtype.element_ty)
+    store_tile(s + row_offset * DV, rows, DV, num_queries, mean, DV, BLOCK_DV)
+    tl.store(shift + row_offset + rows, row_shift, mask=here)
+
+    mean = mean.to(tl.float32)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for t in range(top_n):
+        weight, value = load_chosen(v, v_strides[2], scores, chosen, entries + t, here, row_shift, unit, DV, BLOCK_DV)
+        row_excess = weight * (0.5 * weight * tl.sum(value * value, 1) - tl.sum(value * mean, 1))
+        absent = tl.load(scores + entries + t, mask=here, other=0.0) == float("-inf")
+        tl.store(excess + entries + t, tl.where(absent, float("inf"), row_excess), mask=here)
+        row_excess = tl.where(absent, float("-inf"), row_excess)
+        largest = tl.maximum(largest, row_excess, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(farthest + row_offset + rows, largest, mask=here)
+
+
+@triton.jit
+def separate(
+    q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score,
+    q_strides, k_strides, v_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window, top_n, scale,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Its tiles are those of `select`, so that every score has the very bits by which it was selected or not."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    v_squares = rows_at(v_squares, batch, head // group, num_heads // group, num_keys)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, None, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
+    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    entries = (row_offset + rows) * top_n
+    here = rows < num_queries
+    last_score = tl.load(scores + entries + top_n - 1, mask=here, other=0.0)
+    last_key = tl.load(chosen + entries + top_n - 1, mask=here, other=0)
+    row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
+    row_farthest = load_vector(farthest + row_offset, rows, num_queries, 0.0)
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    s_tile = load_tile(s + row_offset * DV, rows, DV, num_queries, DV, BLOCK_DV)
+
+    nearest = tl.full((BLOCK_M,), float("inf"), tl.float32)
+    intruders = tl.zeros((BLOCK_M,), tl.float32)  # exact below 2^24, and cheaper to add up than integers
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        half_squares = 0.5 * load_vector(v_squares, keys, num_keys, 0.0)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        sv = tl.dot(s_tile, tl.trans(v_tile), input_precision=PRECISION)
+        weight = exp2(raw * unit - row_shift[:, None])
+        outside = tl.where(
+            follows(raw, keys, last_score, last_key), weight * (weight * half_squares[None, :] - sv), float("inf")
+        )
+        if first < all_begin or first + BLOCK_N > all_end:
+            outside = tl.where(inside(keys, begin, end), outside, float("inf"))
+        nearest = tl.minimum(nearest, tl.min(outside, 1))
+        intruders += tl.sum(tl.where(outside <= row_farthest[:, None], 1.0, 0.0), 1)
+
+    separated = tl.zeros((BLOCK_M,), tl.float32)
+    for t in range(top_n):
+        separated += tl.where(tl.load(excess + entries + t, mask=here, other=0.0) < nearest, 1.0, 0.0)
+    selected = tl.minimum(end - begin, top_n).to(tl.float32)
+    row_precision = tl.div_rn(selected, selected + intruders)
+    row_recall = tl.where(nearest == float("inf"), 1.0, tl.div_rn(separated, selected))
+    row_f_score = tl.div_rn(2 * row_precision * row_recall, row_precision + row_recall)
+    sound = row_farthest == row_farthest
+    tl.store(precision + row_offset + rows, tl.where(sound, row_precision, float("nan")), mask=here)
+    tl.store(recall + row_offset + rows, tl.where(sound, row_recall, float("nan")), mask=here)
+    tl.store(f_score + row_offset + rows, tl.where(sound, row_f_score, float("nan")), mask=here)

@@ -1,0 +1,151 @@
+"""Launchers of the streamed diagnostics. Outputs and workspaces come from the caller.
+
+`parameter` is the sigma of scores by distance, (1,) or (Hq,), or None for dot products, which `scale` multiplies.
+"""
+
+import functools
+
+import triton
+
+from . import diagnostics
+from .krause import PAIR
+from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
+from .pairwise_launch import Signature
+
+ROWS = LaunchParameters(32, None, 4, 1)  # of kernels that see no pairs
+ROUND = 8  # entries that `select` finds at once: they stay in registers, and few calls ask for more
+
+
+def signature(q, k, v, parameter, left, right):
+    return Signature(
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
+        0 if parameter is None else parameter.numel(), False, left, right, dot_precision(q.dtype),
+    )  # fmt: skip
+
+
+def tuned(kernel, call):
+    return launch_parameters(kernel, call.widest_block, call.dtype.itemsize)
+
+
+def sign_and_size(scale):
+    """(sign, |scale|, 1 for 0): kernels take the sign into the products, so that the largest product is the largest score."""
+    return (scale > 0) - (scale < 0), abs(scale) or 1.0
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_squares(shape, strides):
+    batch, heads, length, width = shape
+    tiles = triton.cdiv(length, ROWS.block_m)
+    scalars = strides, length, heads, tiles, width, ROWS.block_m, width_block(width)
+    return Launch(diagnostics.squares, tiles * heads * batch, scalars, ROWS)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_pairs(kernel, call, scale, gradient_strides=()):
+    """A kernel of the statistics, whose programs own tiles of queries or of keys."""
+    parameters = tuned(kernel.__name__, call)
+    by_keys = kernel in (diagnostics.key_mass, diagnostics.statistics_grad_keys)
+    length, block = (call.k_shape[2], parameters.block_n) if by_keys else (call.q_shape[2], parameters.block_m)
+    heads = call.k_shape[1] if kernel is diagnostics.statistics_grad_keys else call.q_shape[1]
+    grad_keys = (PAIR.grad_keys,) if kernel is diagnostics.statistics_grad_keys else ()
+    tiles = triton.cdiv(length, block)
+    sign, size = sign_and_size(scale)
+    width = call.q_shape[3]
+    scalars = (
+        call.q_strides, call.k_strides, *gradient_strides, call.parameter_stride, *call.geometry, tiles, call.window, size,
+        PAIR.scale, PAIR.score, *grad_keys, sign, call.precision, width, parameters.block_m, parameters.block_n,
+        width_block(width),
+    )  # fmt: skip
+    return Launch(kernel, tiles * heads * call.q_shape[0], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_select(call, scale, top_n, first_rank):
+    parameters = tuned("geometry", call)
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    width = call.q_shape[3]
+    scalars = (
+        call.q_strides, call.k_strides, *call.geometry, tiles, call.window, top_n, first_rank,
+        PAIR.score, sign_and_size(scale)[0], call.precision, min(ROUND, top_n - first_rank), first_rank > 0,
+        width, parameters.block_m, parameters.block_n, width_block(width),
+    )  # fmt: skip
+    return Launch(diagnostics.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_centre(call, scale, top_n):
+    num_queries, _, num_heads, group = call.geometry
+    tiles = triton.cdiv(num_queries, ROWS.block_m)
+    width = call.v_shape[3]
+    scalars = (
+        call.v_strides, call.parameter_stride, num_queries, num_heads, group, tiles, top_n, sign_and_size(scale)[1],
+        PAIR.scale, width, ROWS.block_m, width_block(width),
+    )  # fmt: skip
+    return Launch(diagnostics.centre, tiles * call.q_shape[0] * num_heads, scalars, ROWS)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_separate(call, scale, top_n):
+    parameters = tuned("geometry", call)
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    sign, size = sign_and_size(scale)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_n, size,
+        PAIR.scale, PAIR.score, sign, call.precision, *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(diagnostics.separate, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+def squares_of(x, out):
+    """The launch that fills out (B, H, N) with |x|^2, if there is an out."""
+    return [] if out is None else [(plan_squares(x.shape, x.stride()), (x, out))]
+
+
+def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max_weight, max_key, mass):
+    """Fill lse, entropy, max_weight, max_key (B, Hq, N), mass (B, Hq, M) and, with a parameter, k_squares (B, Hkv, M).
+
+    With a parameter lse is that of the scores without their -|q|^2 / (2 sigma^2).
+    """
+    call = signature(q, k, k, parameter, left, right)
+    launch_all(
+        *squares_of(k, k_squares),
+        (plan_pairs(diagnostics.statistics, call, scale),
+         (q, k, k_squares, parameter, lse, entropy, max_weight, max_key)),
+        (plan_pairs(diagnostics.key_mass, call, scale), (q, k, k_squares, parameter, lse, mass)),
+    )  # fmt: skip
+
+
+def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, ds_total, dq, dk, weighted):
+    """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N).
+
+    lse, level, slope, ds_total: (B, Hq, N), the last three times gain, which is 0-d.
+    """
+    call = signature(q, k, k, parameter, left, right)
+    queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
+    keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
+    launch_all(
+        *squares_of(k, k_squares),
+        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted)),
+        (keys, (q, k, k_squares, parameter, lse, level, slope, gain, dk)),
+    )
+
+
+def geometry(
+    q, k, v, parameter, left, right, scale, k_squares, v_squares, scores, chosen, s, shift, excess, farthest,
+    precision, recall, f_score,
+):  # fmt: skip
+    """Fill precision, recall, f_score (B, Hq, N).
+
+    Workspaces: scores and excess (B, Hq, N, top_n) float32, chosen likewise int32, s (B, Hq, N, Dv) in the dtype of v, shift
+    and farthest (B, Hq, N), v_squares (B, Hkv, M) and, with a parameter, k_squares likewise.
+    """
+    call, top_n = signature(q, k, v, parameter, left, right), scores.shape[3]
+    rounds = [plan_select(call, scale, top_n, first_rank) for first_rank in range(0, top_n, ROUND)]
+    launch_all(
+        *squares_of(k, k_squares),
+        *squares_of(v, v_squares),
+        *((plan, (q, k, k_squares, scores, chosen)) for plan in rounds),
+        (plan_centre(call, scale, top_n), (v, parameter, scores, chosen, s, shift, excess, farthest)),
+        (plan_separate(call, scale, top_n),
+         (q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score)),
+    )  # fmt: skip

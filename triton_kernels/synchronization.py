@@ -1,0 +1,465 @@
+"""Selective synchronization attention (arXiv 2602.14445): o_i = sum_j S_ij v_j / (sum_j S_ij + EPS).
+
+    S_ij = sqrt(max(0, margin)),   margin = J^2 - c_i delta2,   J^2 = exp(-2 alpha delta2),   delta2 = |w_i - w_j|^2
+
+c_i = 1 / (K r_i)^2. There is no softmax and no running maximum: 0 <= S <= 1. A tile of tokens walks the cells of the other side
+that `locking.neighbours` lists for it; those beyond the lock radius have S = 0.
+
+    attend            o and the row sums of S
+    attend_top_k      likewise with the top_k largest S of each row, all of whose keys stay in registers
+    row_terms         1 / (sum + EPS) and dO . o / (sum + EPS) of each row, for the kernels of the backward
+    grad_queries      dw of the queries; of each row the gradients of alpha and of K r
+    grad_keys         dw and dv of the keys, summed over the query heads of a group
+    grad_tokens       all of them at once, where every token is query and key and S is symmetric: one r a head, no top_k
+
+With dS_ij = (dO_i . v_j - dO_i . o_i) / (sum_i + EPS) and slope = dS / max(S, grad_floor) where the pair locks, else 0,
+
+    dw_i = sum_j pull_ij (w_j - w_i),  pull = slope (2 alpha J^2 + c_i)          and likewise dw_j of the keys
+    dalpha = -sum slope delta2 J^2,    d(K r_i) = c_i^1.5 sum_j slope delta2
+
+The weights of w_j and their sum, the weight of w_i, are sums of the same rounded numbers: only so do they cancel for tokens
+whose frequencies nearly agree. A token is at distance 0 from itself: S_ii = 1, with no gradient but that of v.
+SELF: the keys are the queries.
+"""
+
+import triton
+import triton.language as tl
+
+from .locking import CELL, LARGEST_C
+from .polynomial import mixed_exp2
+from .selection import cut_top_k, row_maximum
+from .tiles import (
+    LOG2E,
+    WORD,
+    at,
+    load_bits,
+    load_tile,
+    load_vector,
+    program_coordinates,
+    rsqrt,
+    sqrt,
+    store_bits,
+    store_tile,
+)
+
+EPS: tl.constexpr = tl.constexpr(1e-8)
+FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of what is not there: beyond every lock radius
+SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt take what is below for 0
+EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 would drown small distances
+
+
+@triton.jit
+def similarity(delta2, alpha, POLYNOMIALS: tl.constexpr):
+    """J^2."""
+    return mixed_exp2(delta2 * (-2.0 * LOG2E * alpha), POLYNOMIALS)
+
+
+@triton.jit
+def positive(x):
+    """max(x, 0); NaN passes, or a broken input would leave no trace in the output."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def squared_distance(products, squares, other_squares):
+    return positive(squares + other_squares - 2.0 * products)
+
+
+@triton.jit
+def strength(margin):
+    """S."""
+    return sqrt(positive(margin))
+
+
+@triton.jit
+def inverse_strength(margin):
+    """1 / S where the pair locks, else 0; S is this times the positive part of the margin, without another special function."""
+    return tl.where(margin < SMALLEST_NORMAL, 0.0, rsqrt(margin))
+
+
+@triton.jit
+def cells(lists, counts, tile, head, batch, num_heads, num_tiles, num_others):
+    """(list, count) of the cells that may lock with a tile."""
+    index = (batch.to(tl.int64) * num_heads + head) * num_tiles + tile
+    return lists + index * num_others, tl.load(counts + index)
+
+
+@triton.jit
+def listed(cell_list, step, BLOCK: tl.constexpr):
+    """First token of a step, as the walk takes the listed cells by BLOCK tokens.
+
+    Walks ask one step ahead: a load whose address waits for another load costs Triton's pipeline a stage.
+    """
+    STEPS: tl.constexpr = CELL // BLOCK
+    return tl.load(cell_list + step // STEPS) * CELL + (step - step // STEPS * STEPS) * BLOCK
+
+
+@triton.jit
+def attend(
+    w, k, v, squares, k_squares, c, bandwidth, o, total, lists, counts,
+    w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    TILE: tl.constexpr = max(BLOCK_M, CELL)  # the tokens that share a list
+    cell_list, count = cells(
+        lists, counts, tile * BLOCK_M // TILE, head, batch, num_heads, tl.cdiv(num_queries, TILE), tl.cdiv(num_keys, CELL)
+    )
+    kv_index = batch.to(tl.int64) * (num_heads // group) + head // group
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    k_squares += kv_index * num_keys
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
+    row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+    row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
+
+    row_total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
+        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        if SELF or CAUSAL:
+            if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
+                delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
+        weight = strength(similarity(delta2, alpha, POLYNOMIALS) - row_c[:, None] * delta2)
+        row_total += tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        first = following
+
+    write_rows(o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV, BLOCK_DV)
+
+
+@triton.jit
+def mask_forward(delta2, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
+    """Tokens are exactly at distance 0 from themselves, and out of the reach of earlier ones when causal."""
+    if SELF:
+        delta2 = tl.where(keys == positions, 0.0, delta2)
+    if CAUSAL:
+        delta2 = tl.where(keys > positions, FAR, delta2)
+    return delta2
+
+
+@triton.jit
+def mask_backward(delta2, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
+    """As mask_forward, but a token does not see itself: its own share of dv, S_ii = 1, is added after the walk."""
+    if SELF and CAUSAL:
+        return tl.where(keys >= positions, FAR, delta2)
+    elif SELF:
+        return tl.where(keys == positions, FAR, delta2)
+    else:
+        return tl.where(keys > positions, FAR, delta2)
+
+
+@triton.jit
+def write_rows(
+    o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """Normalise and store a tile of outputs; rows without a locked key give zeros."""
+    out = acc * tl.div_rn(1.0, row_total + EPS)[:, None]
+    store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, out, DV, BLOCK_DV)
+    tl.store(total + row_offset + rows, row_total, mask=rows < num_queries)
+
+
+@triton.jit
+def attend_top_k(
+    w, k, v, squares, k_squares, c, bandwidth, o, total, bits,
+    w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
+    top_k, SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    NUM_KEY_TILES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    k_squares += (batch.to(tl.int64) * (num_heads // group) + head // group) * num_keys
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
+    row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+    row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
+
+    scores = ()
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    for t in tl.static_range(NUM_KEY_TILES):
+        keys = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
+        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
+        score = strength(similarity(delta2, alpha, POLYNOMIALS) - row_c[:, None] * delta2)
+        # What is not locked is no candidate: else its zeros would be ties.
+        count += tl.sum((score > 0.0).to(tl.int32), 1)
+        scores = scores + (tl.where(score == 0.0, float("-inf"), score),)
+
+    RING: tl.constexpr = NUM_KEY_TILES * BLOCK_N
+    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), row_maximum(scores), top_k, BLOCK_N, RING)
+
+    bits += row_offset * (RING // WORD)
+    row_total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    for t in tl.static_range(NUM_KEY_TILES):
+        chosen = (scores[t] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+        store_bits(bits, rows, num_queries, t * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
+        weight = tl.where(chosen, scores[t], 0.0)
+        row_total += tl.sum(weight, 1)
+        v_tile = load_tile(v, t * BLOCK_N + tl.arange(0, BLOCK_N), v_strides[2], num_keys, DV, BLOCK_DV)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+
+    write_rows(o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV, BLOCK_DV)
+
+
+@triton.jit
+def row_terms(
+    o, do, total, inverse, shift, o_strides, do_strides, num_queries, num_heads, num_tiles,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_tile = load_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, DV, BLOCK_DV).to(tl.float32)
+    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV).to(tl.float32)
+    row_inverse = tl.div_rn(1.0, load_vector(total + row_offset, rows, num_queries, 1.0) + EPS)
+    tl.store(inverse + row_offset + rows, row_inverse, mask=rows < num_queries)
+    tl.store(shift + row_offset + rows, tl.sum(o_tile * do_tile, 1) * row_inverse, mask=rows < num_queries)
+
+
+@triton.jit
+def grad_queries(
+    w, k, v, squares, k_squares, c, bandwidth, do, inverse, shift, bits, dw, dalpha, dradius, lists, counts,
+    w_strides, k_strides, v_strides, do_strides, dw_strides, bandwidth_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    TILE: tl.constexpr = max(BLOCK_M, CELL)
+    cell_list, count = cells(
+        lists, counts, tile * BLOCK_M // TILE, head, batch, num_heads, tl.cdiv(num_queries, TILE), tl.cdiv(num_keys, CELL)
+    )
+    kv_index = batch.to(tl.int64) * (num_heads // group) + head // group
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    k_squares += kv_index * num_keys
+    if bits is not None:
+        bits += row_offset * num_words
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
+    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
+    row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+    row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
+    row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
+    row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
+    # Pulls are taken in this unit, lest half precision overflow: c may be large.
+    unit = 2.0 * alpha + row_c
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    pulls = tl.zeros((BLOCK_M,), tl.float32)
+    row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
+    row_dradius = tl.zeros((BLOCK_M,), tl.float32)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
+        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        if SELF or CAUSAL:
+            if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
+                delta2 = mask_backward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
+        near = similarity(delta2, alpha, POLYNOMIALS)
+        ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
+        slope = ds * tl.minimum(inverse_strength(near - row_c[:, None] * delta2), steepest)
+        if bits is not None:
+            begin = tl.zeros((BLOCK_M,), tl.int32)
+            keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
+            slope = tl.where(keep, slope, 0.0)
+        pull = (slope * (near * (2.0 * alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
+        acc = tl.dot(pull, k_tile, acc, input_precision=EXACT)
+        pulls += tl.sum(pull.to(tl.float32), 1)
+        slope *= delta2
+        row_dradius += tl.sum(slope, 1)
+        row_dalpha -= tl.sum(slope * near, 1)
+        first = following
+
+    acc = (acc - pulls[:, None] * w_tile.to(tl.float32)) * unit[:, None]
+    store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_queries, acc, D, BLOCK_D)
+    store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha, row_dradius, row_c)
+
+
+@triton.jit
+def store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha, row_dradius, row_c):
+    """Gradients of alpha and of K r, row by row; a c at its bound depends on neither K nor r."""
+    row_dradius = tl.where(row_c == LARGEST_C, 0.0, row_dradius * row_c * tl.sqrt(row_c))
+    tl.store(dalpha + row_offset + rows, row_dalpha, mask=rows < num_queries)
+    tl.store(dradius + row_offset + rows, row_dradius, mask=rows < num_queries)
+
+
+@triton.jit
+def grad_keys(
+    w, k, v, squares, k_squares, c, bandwidth, do, inverse, shift, bits, dw, dk, dv, lists, counts,
+    w_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """dw: (B, H, N, D) float32, contiguous: the gradient of the tokens as queries, which is added to dk; None without SELF."""
+    tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
+    TILE: tl.constexpr = max(BLOCK_N, CELL)
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    kv_index = batch.to(tl.int64) * (num_heads // group) + kv_head
+    k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
+    v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
+    key_squares = load_vector(k_squares + kv_index * num_keys, keys, num_keys, FAR)
+
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    pulls = tl.zeros((BLOCK_N,), tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+        alpha = tl.load(bandwidth + head * bandwidth_stride)
+        w_head, do_head = at(w, w_strides, batch, head), at(do, do_strides, batch, head)
+        cell_list, count = cells(
+            lists, counts, tile * BLOCK_N // TILE, head, batch, num_heads, tl.cdiv(num_keys, TILE), tl.cdiv(num_queries, CELL)
+        )
+        steps = count * (CELL // BLOCK_M)
+        first = listed(cell_list, 0, BLOCK_M)
+        for step in range(steps):
+            following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_M)
+            rows = first + tl.arange(0, BLOCK_M)
+            w_tile = load_tile(w_head, rows, w_strides[2], num_queries, D, BLOCK_D)
+            do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
+            row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+            row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
+            row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
+            row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
+            # Transposed, (keys, queries), so that the weights feed the next product from registers.
+            products = tl.dot(k_tile, tl.trans(w_tile), input_precision=EXACT)
+            delta2 = squared_distance(products, key_squares[:, None], row_squares[None, :])
+            if SELF or CAUSAL:
+                if first + offset < (tile + 1) * BLOCK_N and (CAUSAL or first + BLOCK_M > tile * BLOCK_N):
+                    delta2 = mask_backward(delta2, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
+            near = similarity(delta2, alpha, POLYNOMIALS)
+            margin = near - row_c[None, :] * delta2
+            inverse_s = inverse_strength(margin)
+            weight = positive(margin) * inverse_s * row_inverse[None, :]
+            ds = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * row_inverse[None, :] - row_shift[None, :]
+            slope = ds * tl.minimum(inverse_s, steepest)
+            if bits is not None:
+                begin = tl.zeros((BLOCK_M,), tl.int32)
+                keep = load_bits(
+                    bits + row_offset * num_words, rows, num_queries, begin, begin + num_keys, tile * BLOCK_N, num_words,
+                    BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
+                weight = tl.where(keep, weight, 0.0)
+                slope = tl.where(keep, slope, 0.0)
+            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            # A unit for pulls as in grad_queries, that of the last row, as c may differ by row.
+            unit = 2.0 * alpha + tl.load(c + row_offset + tl.minimum(first + BLOCK_M, num_queries) - 1)
+            pull = (slope * (near * (2.0 * alpha / unit) + (row_c / unit)[None, :])).to(w_tile.dtype)
+            dk_tile += unit * tl.dot(pull, w_tile, input_precision=EXACT)
+            pulls += unit * tl.sum(pull.to(tl.float32), 1)
+            first = following
+
+    dk_tile -= pulls[:, None] * k_tile.to(tl.float32)
+    if SELF:
+        row_offset = (batch.to(tl.int64) * num_heads + kv_head) * num_queries
+        dk_tile += load_tile(dw + row_offset * D, keys, D, num_keys, D, BLOCK_D)
+        own = load_vector(inverse + row_offset, keys, num_keys, 0.0)
+        if bits is not None:
+            word = tl.load(bits + (row_offset + keys) * num_words + keys // WORD, mask=keys < num_keys, other=0)
+            own = tl.where((word >> (keys % WORD)) & 1 != 0, own, 0.0)
+        do_tile = load_tile(at(do, do_strides, batch, kv_head), keys, do_strides[2], num_keys, DV, BLOCK_DV)
+        dv_tile += own[:, None] * do_tile.to(tl.float32)
+    store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
+    store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
+
+
+@triton.jit
+def grad_tokens(
+    w, v, squares, c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
+    w_strides, v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride,
+    num_tokens, num_heads, num_tiles, steepest,
+    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """S_ij = S_ji, so that a pair of tiles gives dw and dv of one of them at once: five products and one S, not 7 and 2."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    TILE: tl.constexpr = max(BLOCK_M, CELL)
+    cell_list, count = cells(
+        lists, counts, tile * BLOCK_M // TILE, head, batch, num_heads, tl.cdiv(num_tokens, TILE), tl.cdiv(num_tokens, CELL)
+    )
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_tokens
+    w, v, do = at(w, w_strides, batch, head), at(v, v_strides, batch, head), at(do, do_strides, batch, head)
+    squares += row_offset
+    inverse += row_offset
+    shift += row_offset
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    head_c = tl.load(c + row_offset)
+    unit = 2.0 * alpha + head_c
+    w_tile = load_tile(w, rows, w_strides[2], num_tokens, D, BLOCK_D)
+    v_tile = load_tile(v, rows, v_strides[2], num_tokens, DV, BLOCK_DV)
+    do_tile = load_tile(do, rows, do_strides[2], num_tokens, DV, BLOCK_DV)
+    row_squares = load_vector(squares, rows, num_tokens, FAR)
+    row_inverse = load_vector(inverse, rows, num_tokens, 0.0)
+    row_shift = load_vector(shift, rows, num_tokens, 0.0)
+
+    dw_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    pulls = tl.zeros((BLOCK_M,), tl.float32)
+    row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
+    row_dradius = tl.zeros((BLOCK_M,), tl.float32)
+    steps = count * (CELL // BLOCK_N)
+    first = listed(cell_list, 0, BLOCK_N)
+    for step in range(steps):
+        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
+        others = first + tl.arange(0, BLOCK_N)
+        other_w = load_tile(w, others, w_strides[2], num_tokens, D, BLOCK_D)
+        other_v = load_tile(v, others, v_strides[2], num_tokens, DV, BLOCK_DV)
+        other_do = load_tile(do, others, do_strides[2], num_tokens, DV, BLOCK_DV)
+        other_inverse = load_vector(inverse, others, num_tokens, 0.0)
+        other_shift = load_vector(shift, others, num_tokens, 0.0)
+        products = tl.dot(w_tile, tl.trans(other_w), input_precision=EXACT)
+        delta2 = squared_distance(products, row_squares[:, None], load_vector(squares, others, num_tokens, FAR)[None, :])
+        if first + BLOCK_N > tile * BLOCK_M and first < (tile + 1) * BLOCK_M:
+            delta2 = mask_backward(delta2, rows[:, None], others[None, :], True, False)
+        near = similarity(delta2, alpha, POLYNOMIALS)
+        margin = near - head_c * delta2
+        inverse_s = inverse_strength(margin)
+        weight = positive(margin) * inverse_s * other_inverse[None, :]
+        dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
+        ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None]
+        ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
+        ds -= row_shift[:, None] + other_shift[None, :]
+        slope = ds * tl.minimum(inverse_s, steepest)
+        pull = (slope * (near * (2.0 * alpha / unit) + head_c / unit)).to(other_w.dtype)
+        dw_tile = tl.dot(pull, other_w, dw_tile, input_precision=EXACT)
+        pulls += tl.sum(pull.to(tl.float32), 1)
+        slope *= delta2
+        row_dradius += tl.sum(slope, 1)
+        row_dalpha -= tl.sum(slope * near, 1)
+        first = following
+
+    dw_tile = (dw_tile - pulls[:, None] * w_tile.to(tl.float32)) * unit
+    dv_tile += row_inverse[:, None] * do_tile.to(tl.float32)
+    store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_tokens, dw_tile, D, BLOCK_D)
+    store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)
+    # Every pair counts in the rows of both of its tokens.
+    row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
+    store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha, 0.5 * row_dradius, row_c)

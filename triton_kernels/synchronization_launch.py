@@ -1,0 +1,198 @@
+"""Launchers of the kernels of selective synchronization attention. Outputs and workspaces come from the caller."""
+
+import functools
+
+import triton
+
+from . import locking, synchronization
+from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
+from .locking import CELL as _CELL
+from .pairwise_launch import WORD, Signature, resident_parameters
+
+CELL = _CELL.value
+EXTENT = locking.EXTENT.value
+POLYNOMIALS = 0  # of every four exponentials of 16-bit inputs, how many by a polynomial instead of the special-function unit
+FEW_ROWS = LaunchParameters(64, None, 4, 1)
+
+
+def signature(omega, omega_k, v, causal):
+    """omega_k None: the keys are the queries."""
+    k = omega if omega_k is None else omega_k
+    return Signature(
+        omega.shape, k.shape, v.shape, omega.stride(), k.stride(), v.stride(), omega.dtype, omega.device, 0,
+        False, -1, 0 if causal else -1, dot_precision(omega.dtype),
+    )  # fmt: skip
+
+
+def stride(parameter):
+    """Of a parameter with one number a head, or one for all."""
+    return 1 if parameter.numel() > 1 else 0
+
+
+def options(call, self):
+    """SELF, CAUSAL, PRECISION, POLYNOMIALS."""
+    return self, call.right == 0, call.precision, POLYNOMIALS if call.dtype.itemsize == 2 else 0
+
+
+def own_block(call, kernel):
+    """Tokens that one program of a kernel works for."""
+    parameters = call.tuned(kernel)
+    return parameters.block_n if kernel == "sync_grad_keys" else parameters.block_m
+
+
+def lists_shapes(call, kernel):
+    """Shapes of the lists of cells for the tiles of a kernel, and of their counts."""
+    own, other = call.q_shape[2], call.k_shape[2]
+    if kernel == "sync_grad_keys":
+        own, other = other, own
+    tiles = triton.cdiv(own, max(own_block(call, kernel), CELL))
+    return (*call.q_shape[:2], tiles, triton.cdiv(other, CELL)), (*call.q_shape[:2], tiles)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_token):
+    batch, heads, length, width = shape
+    cells = triton.cdiv(length, CELL)
+    scalars = (
+        strides, coupling_stride, bandwidth_stride, length, heads, cells, order_per_token, width, width_block(width)
+    )  # fmt: skip
+    return Launch(locking.survey, cells * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_neighbours(call, kernel):
+    queries = kernel != "sync_grad_keys"
+    num_queries, num_keys, heads, group = call.geometry
+    own, other = (num_queries, num_keys) if queries else (num_keys, num_queries)
+    tiles = lists_shapes(call, kernel)[1][2]
+    width = call.q_shape[3]
+    scalars = (
+        own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
+        call.window[0], queries, call.right == 0, max(own_block(call, kernel) // CELL, 1), width, width_block(width),
+    )  # fmt: skip
+    return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_attend(call, self, o_strides, bandwidth_stride):
+    parameters = call.tuned("sync_attend")
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
+        *options(call, self), *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(synchronization.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
+    parameters = resident_parameters(call, ring)
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
+        top_k, *options(call, self), ring // parameters.block_n, *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_row_terms(shape, o_strides, do_strides):
+    batch, heads, length, width = shape
+    tiles = triton.cdiv(length, FEW_ROWS.block_m)
+    scalars = o_strides, do_strides, length, heads, tiles, width, FEW_ROWS.block_m, width_block(width)
+    return Launch(synchronization.row_terms, tiles * heads * batch, scalars, FEW_ROWS)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_words, steepest):
+    parameters = call.tuned("sync_grad_queries")
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, do_strides, dw_strides, bandwidth_stride, *call.geometry, tiles,
+        call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(synchronization.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_stride, num_words, steepest):
+    parameters = call.tuned("sync_grad_keys")
+    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride, *call.geometry,
+        tiles, call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(synchronization.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride, steepest):
+    parameters = call.tuned("sync_grad_tokens")
+    num_tokens, _, num_heads, _ = call.geometry
+    tiles = triton.cdiv(num_tokens, parameters.block_m)
+    scalars = (
+        call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
+        steepest, *options(call, True)[2:], *call.sizes(parameters),
+    )  # fmt: skip
+    return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
+
+
+def surveys(omega, omega_k, coupling, bandwidth, order, queries, keys):
+    """The launches that fill the surveys of queries and, with omega_k, of keys."""
+    strides = stride(coupling), stride(bandwidth), order.dim() == 3
+    yield plan_survey(omega.shape, omega.stride(), *strides), (omega, coupling, bandwidth, order, *queries)
+    if omega_k is not None:
+        yield plan_survey(omega_k.shape, omega_k.stride(), *strides), (omega_k, coupling, bandwidth, order, *keys)
+
+
+def neighbours(call, kernel, queries, keys, lists):
+    """The launch that fills (lists, counts) for a kernel."""
+    own, other = (keys, queries) if kernel == "sync_grad_keys" else (queries, keys)
+    return plan_neighbours(call, kernel), (own.centres, own.extents, other.centres, other.extents, *lists)
+
+
+def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, queries, keys, lists, o, total, bits):
+    """Fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words); without it, lists."""
+    call, self = signature(omega, omega_k, v, causal), omega_k is None
+    k = omega if self else omega_k
+    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
+    launches = list(surveys(omega, omega_k, coupling, bandwidth, order, queries, keys))
+    if top_k is None:
+        launches.append(neighbours(call, "sync_attend", queries, keys, lists))
+        launches.append((plan_attend(call, self, o.stride(), stride(bandwidth)), (*inputs, *lists)))
+    else:
+        plan = plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
+        launches.append((plan, (*inputs, bits)))
+    launch_all(*launches)
+
+
+def backward(
+    omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, queries, keys, query_lists, key_lists, o, total, bits,
+    do, inverse, shift, dw, dk, dv, dalpha, dradius,
+):  # fmt: skip
+    """Fill dw, dk, dv, and dalpha and dradius (B, Hq, N); key_lists None: where S is symmetric, dw is that of queries and keys.
+
+    Without omega_k, dk is the gradient of omega, and dw (B, H, N, D) float32 that of its part as queries.
+    """
+    call, self = signature(omega, omega_k, v, causal), omega_k is None
+    k = omega if self else omega_k
+    steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
+    launches = list(surveys(omega, omega_k, coupling, bandwidth, order, queries, keys))
+    launches.append((plan_row_terms(o.shape, o.stride(), do.stride()), (o, do, total, inverse, shift)))
+    if key_lists is None:
+        launches.append(neighbours(call, "sync_grad_tokens", queries, keys, query_lists))
+        plan = plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
+        tensors = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *query_lists
+        launch_all(*launches, (plan, tensors))
+        return
+    num_words = 0 if bits is None else bits.shape[-1]
+    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits
+    of_queries = plan_grad_queries(call, self, do.stride(), dw.stride(), by_head, num_words, steepest)
+    of_keys = plan_grad_keys(call, self, do.stride(), dk.stride(), dv.stride(), by_head, num_words, steepest)
+    launch_all(
+        *launches,
+        neighbours(call, "sync_grad_queries", queries, keys, query_lists),
+        (of_queries, (*inputs, dw, dalpha, dradius, *query_lists)),
+        neighbours(call, "sync_grad_keys", queries, keys, key_lists),
+        (of_keys, (*inputs, dw if self else None, dk, dv, *key_lists)),
+    )
