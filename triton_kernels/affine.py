@@ -101,15 +101,12 @@ def window_sums(
 
 @triton.jit
 def shift_and_factor(lse):
-    """2^-lse as factor * 2^-shift with a float32 shift. A float32 lse has no factor: None.
+    """2^-lse as factor * 2^-shift with a float32 shift; where lse is float32 the factor is 1, and left out.
 
     Where scores are in the thousands, float32 rounds lse to 2^-12, by which all weights of a row are off then.
     """
-    if lse.dtype == tl.float64:
-        shift = lse.to(tl.float32)
-        return shift, exp2((shift - lse).to(tl.float32))
-    else:
-        return lse, None
+    shift = lse.to(tl.float32)
+    return shift, exp2((shift - lse).to(tl.float32))
 
 
 @triton.jit
@@ -256,7 +253,7 @@ def grad_queries(
             acc, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
             scale * LOG2E, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    if rest is not None:
+    if lse.dtype.element_ty == tl.float64:
         acc *= rest[:, None]
     if alpha is not None:
         acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
@@ -292,7 +289,7 @@ def grad_keys_tiles(
         weight = exp2(product * factor - shift[None, :])
         if EDGES:
             weight = tl.where(inside(rows, begin, end), weight, 0.0)
-        if rest is not None:
+        if lse.dtype.element_ty == tl.float64:
             weight *= rest[None, :]
         if alpha is not None:
             weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
