@@ -81,7 +81,7 @@ def draw_geometry(axes, watched, means):
 
 
 def draw_sinks(figure, axes, rows):
-    image = axes.imshow(rows, vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
+    image = axes.imshow(rows.numpy(), vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
     figure.colorbar(image, ax=axes, label="share of the weight")
     label_axes(axes, *rows.shape)
     axes.set(title="mass of the sink")
@@ -92,7 +92,7 @@ def draw_regimes(axes, rows, top_n):
     from matplotlib.patches import Patch
 
     colours = [COLOURS[name] for name in REGIMES]
-    axes.imshow(rows, vmin=-0.5, vmax=2.5, cmap=ListedColormap(colours), aspect="auto")
+    axes.imshow(rows.numpy(), vmin=-0.5, vmax=2.5, cmap=ListedColormap(colours), aspect="auto")
     label_axes(axes, *rows.shape)
     counts = [int((rows == index).sum()) for index in range(len(REGIMES))]
     patches = [Patch(color=c, label=f"{name} ({count})") for c, name, count in zip(colours, REGIMES, counts, strict=True)]

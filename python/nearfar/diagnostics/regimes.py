@@ -21,8 +21,8 @@ class Thresholds(NamedTuple):
     """What makes a regime [ours: the paper's thresholds are not public].
 
     Reset: the sink has at least reset_mass of the head's weight, and a value of at most reset_norm times the others' mean norm.
-    Retriever: not Reset, precision and recall of at least separation and F above the random control, and an effective support
-    of at most support keys for each of top_n, while the sink has less than reset_mass.
+    Retriever: the sink has less than reset_mass, precision and recall are at least separation, F is at least that of the random
+    control, and the effective support is at most support keys for each of top_n.
     Mixer: every other head.
     """
 
@@ -99,7 +99,7 @@ def classify(heads, top_n, thresholds):
         ~sinks
         & (heads.precision >= thresholds.separation)
         & (heads.recall >= thresholds.separation)
-        & (heads.f_score > heads.control_f_score)
+        & (heads.f_score >= heads.control_f_score)
         & (heads.entropy.exp() <= thresholds.support * top_n)
     )
     index = torch.full(reset.shape, REGIMES.index("mixer"), device=reset.device)

@@ -190,7 +190,7 @@ def window_of(mask, query, key):
             raise ValueError("attention_mask adds a bias to the scores: its weights are no softmax of q . k alone")
         mask = ~hidden
     num_queries, num_keys = query.shape[2], key.shape[2]
-    mask = mask[..., :num_keys].expand(*mask.shape[:-2], num_queries, num_keys).flatten(0, -3)
+    mask = mask[..., :num_keys].expand(*mask.shape[:-2], num_queries, num_keys).reshape(-1, num_queries, num_keys)
     distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
     distance = distance.to(mask.device)
     shown = distance[mask[0]]
