@@ -116,9 +116,10 @@ def run(chosen, device, ceilings, console):
 
 
 def add_measures(records, room, chosen, device):
-    """Crossover lengths of sweeps, growth of the long cases, first call and host time for cases of a name with a goal."""
+    """What has a goal beside a baseline, crossover lengths, growth of the long cases, first call and host time."""
     for name, record in records.items():
         sweep = name.endswith("-length")
+        record["measures"] += suite.relative(record["rows"])
         if sweep:
             record["measures"] += crossover.measures(record["rows"])
         if name.endswith("-million") or (sweep and device.type == "cpu"):  # a CPU has no million
