@@ -117,8 +117,8 @@ def run(chosen, device, ceilings, console):
 
 
 def measures_of(name, rows, room, chosen, device):
-    """Crossover lengths of a sweep, growth of long cases, first call and host time of the first case that has a goal."""
-    measures, sweep = [], name.endswith("-length")
+    """What has a goal beside a baseline, crossover lengths of a sweep, growth of long cases, first call and host time."""
+    measures, sweep = suite.relative(rows), name.endswith("-length")
     if sweep:
         measures += crossover.measures(rows)
     long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million

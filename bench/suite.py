@@ -136,6 +136,21 @@ def scaling(rows):
     return measures
 
 
+def relative(rows):
+    """Measures of the cases that have a goal_over: the forward of ours over that of a baseline."""
+    measures = []
+    for row in rows:
+        if not (row["ours"] and row["case"]["goal_over"]):
+            continue
+        provider, goal = row["case"]["goal_over"]
+        others = [r for r in rows if r["provider"] == provider and r["title"] == row["title"]]
+        times = [r["forward"]["ms"] for r in (row, *others) if r["forward"]]
+        value, note = (times[0] / times[1], None) if len(times) == 2 else (None, "not measured")
+        what = f"forward of {row['label']} over {provider}, {row['variant']}"
+        measures.append({"what": what, "value": value, "unit": "x", "goal": goal, "note": note})
+    return measures
+
+
 def total_ms(row):
     return row["forward"]["ms"] + row["backward"]["ms"]
 

@@ -16,7 +16,7 @@ from bench import check, crossover, report, suite
 from bench.baselines import affine as affine_baselines
 from bench.baselines import krause as krause_baselines
 from bench.baselines import linear as linear_baselines
-from bench.cases import BaseCase, Provider, Work, affine, krause, linear, rooms
+from bench.cases import BaseCase, Provider, Work, affine, diagnostics, krause, linear, rooms
 from bench.environment import short_name
 from bench.formulas import Softmax, Window
 from bench.formulas.affine import Affine
@@ -36,6 +36,10 @@ HADAMARD = replace(LINEAR, factors=(8, 4))
 AFFINE = affine.Case(
     name="affine-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",)
 )
+STATISTICS = diagnostics.Case(
+    name="statistics-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
+)  # fmt: skip
+GEOMETRY = replace(STATISTICS, top_n=4)
 CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
 CPU = torch.device("cpu")
 
@@ -106,6 +110,8 @@ def test_work_counts_tensors_and_products():
         ("hadamard-full", (0.067, 0.133)),
         ("hadamard-video", (1.2, 2.4)),
         ("affine-causal", (0.40, 1.0)),
+        ("statistics", (3.1, 0.27)),
+        ("geometry", (4.7, 0.36)),
     ],
 )
 def test_floors_of_the_performance_page(name, floor):
@@ -243,6 +249,46 @@ def test_plain_linear_compiles_as_one_graph(causal):
     inputs = case.inputs(CPU, formula)
     run = linear_baselines.plain(formula)
     assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*inputs), run(*inputs))
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [STATISTICS, GEOMETRY], ids=["statistics", "geometry"])
+def test_diagnostics_agree_with_the_oracle(case, causal, dtype, provider):
+    row = suite.measure(replace(case, causal=causal, dtype=dtype), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"] is None, row["note"]
+    assert row["check"]["rows_left_out"] < row["check"]["rows"] / 2
+    assert set(row["check"]["errors"]) == {"o"}
+
+
+@pytest.mark.parametrize("case, column", [*((STATISTICS, column) for column in range(4)), *((GEOMETRY, c) for c in range(3))])
+def test_errors_of_diagnostics_are_seen_in_every_column(monkeypatch, case, column):
+    call = case.call("reference")
+
+    def wrong(case, backend):
+        def run(*inputs):
+            o = call(*inputs)
+            o[..., column] *= 1 + 1e-3
+            return o
+
+        return run
+
+    monkeypatch.setattr(diagnostics.Case, "call", wrong)
+    assert suite.measure(case, "nearfar", CPU, {}, CEILINGS)["status"] == "wrong"
+
+
+def test_times_over_a_baseline_have_goals():
+    case = replace(GEOMETRY, providers=("nearfar", "sdpa"), goal_over=("sdpa", 2.5))
+    longer = replace(case, length=400)
+    times = ((case, "nearfar", 6.0), (case, "sdpa", 3.0), (longer, "nearfar", 8.0), (longer, "sdpa", 2.0))
+    rows = [suite.new_row(c, name) | {"forward": {"ms": ms}} for c, name, ms in times]
+    measures = suite.relative(rows)
+    assert [(m["value"], report.met(m)) for m in measures] == [(2.0, True), (4.0, False)]
+    assert measures[0]["what"] == "forward of nearfar over sdpa, geometry, top_n 4, causal"
+    rows[1]["forward"] = None
+    assert [m["value"] for m in suite.relative(rows)] == [None, 4.0]
+    assert suite.relative([suite.new_row(CASE, "nearfar")]) == []
 
 
 @pytest.fixture

@@ -138,6 +138,21 @@ def test_malleability_prints_what_was_measured(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"flips.png", "influences.png"}
 
 
+def test_watch_attention_prints_and_draws_what_it_saw(tmp_path, capsys):
+    results, losses = example("watch_attention").main(
+        ["--steps", "3", "--images", "2", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    assert len(losses) == 3 and list(results) == ["untrained", "trained"]
+    printed = capsys.readouterr().out
+    for name, watched in results.items():
+        assert str(watched) in printed
+        assert (tmp_path / f"heads-{name}.png").read_bytes().startswith(b"\x89PNG")
+        rows = watched.table()
+        heads = [(f"blocks.{layer}.attention", head) for layer in range(3) for head in range(4)]
+        assert [(row["layer"], row["head"]) for row in rows] == heads
+        assert all(0 <= row["entropy"] <= math.log(64) and 0 < row["f_score"] <= 1 for row in rows)
+
+
 def test_a_page_without_its_markers_is_refused(tmp_path):
     pages, page = example("pages"), tmp_path / "page.md"
     page.write_text("nothing")

@@ -58,6 +58,7 @@ class BaseCase:
         they take too long; the last two of `-million` must scale.
     width: of the values, and of q and k where the operator has no widths of its own.
     goal_ms: (forward, backward) from the design's performance page, None where there is none.
+    goal_over: (provider, how many times its forward ours may take at most), None where there is none.
     plotted: part of the plot of time against length.
     linear_time: time grows as the length does, not as its square.
     """
@@ -72,6 +73,7 @@ class BaseCase:
     providers: tuple[str, ...]
     backward: bool = True
     goal_ms: tuple[float, float] | None = None
+    goal_over: tuple[str, float] | None = None
     plotted: bool = False
 
     linear_time: ClassVar = True

@@ -1,6 +1,7 @@
 """nearfar: fused kernels for near-field (localized) and far-field (linear) attention."""
 
-from nearfar import nn, theory
+from nearfar import diagnostics, nn, theory
+from nearfar.diagnostics import head_regimes
 from nearfar.explain import explain
 from nearfar.localities import SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
@@ -15,9 +16,11 @@ __all__ = [
     "__version__",
     "affine_attention",
     "attention_statistics",
+    "diagnostics",
     "explain",
     "hadamard_attention",
     "hadamard_attention_step",
+    "head_regimes",
     "krause_attention",
     "linear_attention",
     "linear_attention_step",

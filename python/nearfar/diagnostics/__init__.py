@@ -1,0 +1,7 @@
+"""What attention heads do, over a real text: head regimes, a watch over a model, pictures."""
+
+from nearfar.diagnostics.plot import plot
+from nearfar.diagnostics.regimes import REGIMES, HeadRegimes, Thresholds, classify, head_regimes
+from nearfar.diagnostics.watch import Watch, watch
+
+__all__ = ["REGIMES", "HeadRegimes", "Thresholds", "Watch", "classify", "head_regimes", "plot", "watch"]

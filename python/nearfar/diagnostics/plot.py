@@ -1,0 +1,114 @@
+"""Pictures of what a `Watch` has seen. Needs matplotlib."""
+
+import math
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from nearfar.diagnostics.regimes import REGIMES
+
+COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # told apart by colour-blind readers, too
+NAMES = ("precision", "recall", "F")
+
+
+def plot(watched, path=None):
+    """Draw entropy by layer, sink mass, precision, recall and F against top_n, and the map of regimes.
+
+    Args:
+        watched: a `Watch` of at least one layer.
+        path: where to save the picture, in the format that its ending names; None to save nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: nothing was watched.
+    """
+    from matplotlib.figure import Figure
+
+    if not watched.layers:
+        raise ValueError("watched has seen no attention: run the model inside the watch")
+    means, regimes = list(watched.layers.values()), watched.regimes().values()
+    figure = Figure(figsize=(12, 4 + max(4, 0.28 * len(means))), layout="constrained")
+    grid = figure.subplots(2, 2, height_ratios=(4, max(4, 0.28 * len(means))))
+    draw_by_layer(grid[0, 0], [m["entropy"] for m in means])
+    highest = max(m["entropy"].max().item() for m in means) + 0.1
+    grid[0, 0].set(title="entropy of the weights", ylabel="nats, mean over queries", ylim=(-0.04 * highest, 1.04 * highest))
+    support = grid[0, 0].secondary_yaxis("right", functions=(lambda x: x, lambda x: x))
+    support.set_ylabel("effective support, keys")
+    ticks = [2**power for power in range(int(highest / math.log(2)) + 1)]
+    support.set_yticks([math.log(keys) for keys in ticks], [f"{keys:,}" for keys in ticks])
+    draw_geometry(grid[0, 1], watched, means)
+    draw_sinks(figure, grid[1, 0], matrix([m["sink_mass"] for m in means]))
+    draw_regimes(grid[1, 1], matrix(regimes), watched.top_n)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def matrix(rows):
+    """(layers, heads), NaN where a layer has fewer heads than another."""
+    return pad_sequence([heads.double() for heads in rows], batch_first=True, padding_value=math.nan)
+
+
+def draw_by_layer(axes, values):
+    """A dot a head, a line through the means of the layers."""
+    for layer, heads in enumerate(values):
+        axes.plot([layer] * len(heads), heads.tolist(), "o", color="#0072b2", alpha=0.5, markersize=5,
+                  label=None if layer else "head")  # fmt: skip
+    axes.plot(range(len(values)), [heads.mean().item() for heads in values], "k-", linewidth=1.5, label="mean of the layer")
+    axes.set(xlabel="layer", xticks=thinned(len(values)))
+    axes.grid(True, axis="y", color="0.9")
+    axes.legend(frameon=False)
+
+
+def draw_geometry(axes, watched, means):
+    """Medians over all heads with the middle half of them, and the random control where it was made."""
+    curves = torch.cat([m["geometry"] for m in means], -1)
+    for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
+        low, middle, high = curves[index].quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), -1).tolist()
+        axes.plot(watched.sweep, middle, marker=marker, color=f"C{index}", label=name)
+        axes.fill_between(watched.sweep, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+    for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
+        control = torch.cat([m[("control_precision", "control_recall", "control_f_score")[index]] for m in means])
+        axes.plot(watched.top_n, control.median().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
+                  linestyle="none", label=f"{name}, random keys")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(watched.sweep, watched.sweep)
+    axes.set(title="selected keys told apart: median, middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))
+    axes.grid(True, axis="y", color="0.9")
+    axes.legend(frameon=False, ncols=2, fontsize=8)
+
+
+def draw_sinks(figure, axes, rows):
+    image = axes.imshow(rows.numpy(), vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
+    figure.colorbar(image, ax=axes, label="share of the weight")
+    label_axes(axes, *rows.shape)
+    axes.set(title="mass of the sink")
+
+
+def draw_regimes(axes, rows, top_n):
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = [COLOURS[name] for name in REGIMES]
+    axes.imshow(rows.numpy(), vmin=-0.5, vmax=2.5, cmap=ListedColormap(colours), aspect="auto")
+    label_axes(axes, *rows.shape)
+    counts = [int((rows == index).sum()) for index in range(len(REGIMES))]
+    patches = [Patch(color=c, label=f"{name} ({count})") for c, name, count in zip(colours, REGIMES, counts, strict=True)]
+    axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
+    axes.set(title=f"regimes, top_n = {top_n}")
+
+
+def label_axes(axes, layers, heads):
+    """Numbers of layers and heads, and lines between them."""
+    axes.set(xlabel="head", ylabel="layer", yticks=thinned(layers), xticks=thinned(heads))
+    axes.set_xticks([head + 0.5 for head in range(heads - 1)], minor=True)
+    axes.set_yticks([layer + 0.5 for layer in range(layers - 1)], minor=True)
+    axes.grid(True, which="minor", color="white", linewidth=1)
+    axes.tick_params(which="minor", length=0)
+
+
+def thinned(count, most=16):
+    """At most so many of 0 to count - 1, evenly apart."""
+    return range(0, count, -(-count // most))

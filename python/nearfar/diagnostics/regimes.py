@@ -1,0 +1,180 @@
+"""Per head: where its attention sinks, how well it tells the keys it selects apart, and the regime that makes (2602.01893)."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from nearfar.ops.diagnostics import (
+    SelectionGeometry,
+    attention_statistics,
+    prepare_selection_geometry,
+    selection_geometry,
+)
+from nearfar.reference.diagnostics import separation
+
+REGIMES = ("retriever", "mixer", "reset")
+CONTROL_ROWS = 16  # queries of the random control whose weights are in memory at once
+
+
+class Thresholds(NamedTuple):
+    """What makes a regime [ours: the paper's thresholds are not public].
+
+    Reset: the sink has at least reset_mass of the head's weight, and a value of at most reset_norm times the others' mean norm.
+    Retriever: the sink has less than reset_mass, precision and recall are at least separation, F is at least that of the random
+    control, and the effective support is at most support keys for each of top_n.
+    Mixer: every other head.
+    """
+
+    reset_mass: float = 0.5
+    reset_norm: float = 0.5
+    separation: float = 0.5
+    support: float = 4.0
+
+
+class HeadRegimes(NamedTuple):
+    """What `nearfar.head_regimes` returns; each (B, Hq). The sink of a head is the key that receives the most weight."""
+
+    entropy: torch.Tensor  # mean over queries, in nats
+    sink_key: torch.Tensor  # int64
+    sink_mass: torch.Tensor  # its share of all weight
+    sink_value_norm: torch.Tensor  # |v| of the sink
+    value_norm: torch.Tensor  # mean |v| of the other keys
+    sink_similarity: torch.Tensor  # mean cosine of the sink's value with the others
+    precision: torch.Tensor  # these three: means over the queries that see more than top_n keys
+    recall: torch.Tensor
+    f_score: torch.Tensor
+    control_precision: torch.Tensor  # the same of as many keys drawn at random, by some of these queries
+    control_recall: torch.Tensor
+    control_f_score: torch.Tensor
+    regime: torch.Tensor  # int64 index into nearfar.diagnostics.REGIMES: 0 retriever, 1 mixer, 2 reset
+
+
+def head_regimes(
+    q, k, v, *, top_n=4, causal=False, scale=None, sigma=None, locality=None, thresholds=Thresholds(),  # noqa: B008
+    control_queries=64, seed=0, backend="auto",
+):  # fmt: skip
+    """What each head does: entropy, sink, geometry of its selection beside a random control, and its regime.
+
+    Source: arXiv 2602.01893; thresholds and control are ours. Sinks and geometry come from `nearfar.attention_statistics` and
+    `nearfar.selection_geometry`; only the control computes rows of weights, CONTROL_ROWS at once. Everything is a constant.
+
+    Args:
+        q: (B, Hq, N, D), N at least 1. k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
+        top_n: how many keys a query selects, from 1 to 256.
+        causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
+        thresholds: Thresholds of the regimes.
+        control_queries: of how many queries, drawn with the seed, the random selections are.
+        seed: of that control: its queries and keys, which are those of every head.
+
+    Returns:
+        HeadRegimes.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    if not isinstance(control_queries, int) or isinstance(control_queries, bool):
+        raise TypeError(f"control_queries must be an int, got {type(control_queries).__name__}")
+    if control_queries < 1:
+        raise ValueError(f"control_queries must be at least 1, got {control_queries}")
+    keywords = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
+    with torch.no_grad():
+        call = prepare_selection_geometry(q, k, v, top_n, **keywords)
+        if not call.q.shape[2]:
+            raise ValueError("q must have at least one query")
+        found = attention_statistics(q, k, **keywords, backend=backend)
+        sink = sink_of(found.key_mass, call.v, call.q.shape[2])
+        geometry = mean_geometry(q, k, v, top_n, **keywords, backend=backend)
+        control = random_control(call, top_n, control_queries, seed)
+        heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)
+        return heads._replace(regime=classify(heads, top_n, thresholds))
+
+
+def classify(heads, top_n, thresholds):
+    """Index into REGIMES of each head, from the other fields of a HeadRegimes."""
+    sinks = heads.sink_mass >= thresholds.reset_mass
+    reset = sinks & (heads.sink_value_norm <= thresholds.reset_norm * heads.value_norm)
+    retriever = (
+        ~sinks
+        & (heads.precision >= thresholds.separation)
+        & (heads.recall >= thresholds.separation)
+        & (heads.f_score >= heads.control_f_score)
+        & (heads.entropy.exp() <= thresholds.support * top_n)
+    )
+    index = torch.full(reset.shape, REGIMES.index("mixer"), device=reset.device)
+    return index.masked_fill(retriever, REGIMES.index("retriever")).masked_fill(reset, REGIMES.index("reset"))
+
+
+def sink_of(key_mass, v, num_queries):
+    """(sink_key, sink_mass, sink_value_norm, value_norm, sink_similarity), each (B, Hq)."""
+    mass, key = key_mass.max(-1)
+    others = max(v.shape[2] - 1, 1)
+    group = key.shape[1] // v.shape[1]
+    values = v.to(torch.promote_types(v.dtype, torch.float32))
+    norms, directions = values.norm(dim=-1), normalize(values, dim=-1)
+
+    batch, head = (torch.arange(size, device=v.device) for size in key.shape)
+    index = batch[:, None], head[None, :] // group, key
+    norm, direction = norms[index], directions[index]
+    norm_of_others, of_others = ((x.sum(2).repeat_interleave(group, 1) - own) / others
+                                 for x, own in ((norms, norm), (directions, direction)))  # fmt: skip
+    return key, mass / num_queries, norm, norm_of_others, (direction * of_others).sum(-1)
+
+
+def mean_geometry(q, k, v, top_n, *, backend="auto", **keywords):
+    """SelectionGeometry of (B, Hq) means over the queries that see more than top_n keys."""
+    rows = telling_rows(prepare_selection_geometry(q, k, v, top_n, **keywords), top_n).to(q.device)
+    found = selection_geometry(q, k, v, top_n, **keywords, backend=backend)
+    return SelectionGeometry(*(part[..., rows].mean(-1) for part in found))
+
+
+def seen(call):
+    """(first, last + 1) of the keys that each query sees, both (N,)."""
+    num_queries, num_keys = call.q.shape[2], call.k.shape[2]
+    position = torch.arange(num_queries) + num_keys - num_queries
+    first = torch.zeros_like(position) if call.left < 0 else (position - call.left).clamp_min(0)
+    end = torch.full_like(position, num_keys) if call.right < 0 else (position + call.right + 1).clamp_max(num_keys)
+    return first, end
+
+
+def telling_rows(call, top_n):
+    """The queries that see more than top_n keys; all, if none does: to select everything tells nothing."""
+    first, end = seen(call)
+    rows = (end - first > top_n).nonzero().squeeze(-1)
+    return rows if len(rows) else torch.arange(call.q.shape[2])
+
+
+def random_control(call, top_n, count, seed):
+    """(precision, recall, f_score) of keys drawn at random, (B, Hq) means over at most `count` of the telling rows."""
+    generator, rows = torch.Generator().manual_seed(seed), telling_rows(call, top_n)
+    rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
+    first, end = (bound[rows] for bound in seen(call))
+    drawn = [a + torch.randperm(b - a, generator=generator)[:top_n] for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+    totals = 0
+    for start in range(0, len(rows), CONTROL_ROWS):
+        part = slice(start, start + CONTROL_ROWS)
+        key = torch.arange(call.k.shape[2])
+        visible = ((key >= first[part, None]) & (key < end[part, None])).to(call.q.device)
+        selected = torch.zeros(visible.shape, dtype=torch.bool)
+        for row, keys in zip(selected, drawn[part], strict=True):
+            row[keys] = True
+        weights = weights_of(call, rows[part].to(call.q.device), visible)
+        values = call.v.to(weights.dtype)[:, :, None]
+        found = separation(weights, selected.to(call.q.device), visible, values)
+        totals = totals + torch.stack([x.sum(-1) for x in found])
+    return tuple((totals / len(rows)).flatten(2, 3))
+
+
+def weights_of(call, rows, visible):
+    """(B, Hkv, group, rows, M) weights of some queries."""
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    q = call.q[:, :, rows].to(wide).unflatten(1, (call.k.shape[1], -1))
+    k = call.k.to(wide)[:, :, None]
+    scores = q @ k.mT
+    if call.sigma is None:
+        scores = scores * call.scale
+    else:
+        variance = call.sigma.square().expand(call.q.shape[1]).reshape(call.k.shape[1], -1, 1, 1)
+        scores = (scores - 0.5 * k.square().sum(-1)[..., None, :]) / variance
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1)
