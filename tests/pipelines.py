@@ -57,7 +57,7 @@ def pending_products(ttgir):
 
 
 def calls():
-    """(what, function, tensors), in bfloat16: the shapes that the launch parameters were measured for."""
+    """(what, function, tensors), in bfloat16 but for one: the shapes that the launch parameters were measured for."""
 
     def rows(*widths):
         return [torch.empty(1, 2, 4096, width, dtype=torch.bfloat16) for width in widths]
@@ -84,11 +84,11 @@ def calls():
             ),
             rows(*factors, *factors, width),
         )
-    for width in (64, 128):
+    for width, dtype in ((64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)):  # float32 has float64 sums
         yield (
-            f"affine {width} causal",
+            f"affine {width} causal {dtype}",
             lambda *t: nf.affine_attention(*t, causal=True, backend="triton"),
-            [*rows(width, width, width), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
+            [*(x.to(dtype) for x in rows(width, width, width)), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
         )
     for width in (64, 128):
         for causal in (False, True):

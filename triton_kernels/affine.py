@@ -18,7 +18,6 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
-    add_product,
     at,
     exp2,
     inside,
@@ -79,10 +78,10 @@ def window_sums(
     """
     chunks = tile_ranges(tile_begin, all_begin, all_end, tile_end, CHUNK)
     start, stop = steps(chunks, False)
-    seen_by_all = tl.zeros((BLOCK_WIDTH,), tl.float32)
+    seen_by_all = tl.zeros((BLOCK_WIDTH,), total.dtype)
     for step in range(start // CHUNK, stop // CHUNK, CHUNKS_AT_ONCE):
         chunk = step + tl.arange(0, CHUNKS_AT_ONCE)
-        seen_by_all += tl.sum(load_tile(sums, chunk, WIDTH, stop // CHUNK, WIDTH, BLOCK_WIDTH), 0)
+        seen_by_all += tl.sum(load_tile(sums, chunk, WIDTH, stop // CHUNK, WIDTH, BLOCK_WIDTH).to(total.dtype), 0)
     total += seen_by_all[None, :]
     start, stop = steps(chunks, True)
     for step in range(start, stop, CHUNK):
@@ -110,6 +109,15 @@ def shift_and_factor(lse):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b. float32 inputs have float64 sums: over the tiles of 64k tokens float32 is off by a dozen roundings."""
+    if acc.dtype == tl.float64:
+        return acc + tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def attend_tiles(
     highest, norm, acc, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
     NEGATIVE: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -117,8 +125,8 @@ def attend_tiles(
 ):  # fmt: skip
     """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc).
 
-    Products are scaled where they enter the exponent, by one fused multiply-add; highest is of bare products. That takes a
-    positive factor: NEGATIVE says that its sign has to go to them.
+    Products are scaled where they enter the exponent, by one fused multiply-add. That takes a positive factor: NEGATIVE says
+    that its sign has to go to them. highest is scaled and rounded once: what is added up is relative to this very number.
     """
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_N):
@@ -130,12 +138,12 @@ def attend_tiles(
             product = -product
         if EDGES:
             product = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), product, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(product, 1))
-        shift = new_highest * factor
+        new_highest = tl.maximum(highest, tl.max(product, 1) * factor)
+        shift = new_highest
         if EDGES:  # rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf
-            shift = tl.where(new_highest == float("-inf"), 0.0, shift)
+            shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weight = exp2(product * factor - shift[:, None])
-        decay = exp2(highest * factor - shift)
+        decay = exp2(highest - shift)
         norm = norm * decay + tl.sum(weight, 1)
         acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
         highest = new_highest
@@ -164,8 +172,9 @@ def attend(
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    norm = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    SUM: tl.constexpr = lse.dtype.element_ty
+    norm = tl.zeros((BLOCK_M,), SUM)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), SUM)
     for EDGES in tl.static_range(2):
         highest, norm, acc = attend_tiles(
             highest, norm, acc, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
@@ -173,15 +182,16 @@ def attend(
         )  # fmt: skip
 
     sees_a_key = begin < end
-    top = tl.where(sees_a_key, highest * factor, 0.0)
+    top = tl.where(sees_a_key, highest, 0.0)
     if sink is not None:
         logit = tl.load(sink + head) * LOG2E
         highest_score, top = top, tl.maximum(top, logit)
         decay = exp2(highest_score - top)
         norm = norm * decay + exp2(logit - top)
         acc *= decay[:, None]
+    norm = norm.to(tl.float32)
     acc *= tl.where(sees_a_key, tl.div_rn(1.0, norm), 0.0)[:, None]
-    level = tl.where(sees_a_key, top.to(lse.dtype.element_ty) + tl.log2(norm), 0.0)
+    level = tl.where(sees_a_key, top.to(SUM) + tl.log2(norm), 0.0)
     tl.store(lse + row_offset + rows, level, mask=rows < num_queries)
     if u is not None:
         u += row_offset * DV
@@ -191,7 +201,7 @@ def attend(
     if beta is not None:
         sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
         bias = window_sums(
-            tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), v, v_strides[2], None, sums, begin, end,
+            tl.zeros((BLOCK_M, BLOCK_DV), SUM), v, v_strides[2], None, sums, begin, end,
             tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
         )  # fmt: skip
         acc += load_vector(beta + row_offset, rows, num_queries, 0.0)[:, None] * bias
@@ -247,7 +257,8 @@ def grad_queries(
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     shift, rest = shift_and_factor(load_vector(lse + row_offset, rows, num_queries, 0.0))
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    SUM: tl.constexpr = lse.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     for EDGES in tl.static_range(2):
         acc = grad_queries_tiles(
             acc, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
@@ -262,7 +273,7 @@ def grad_queries(
     if dbeta is not None:
         sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
         bias = window_sums(
-            tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), v, v_strides[2], None, sums, begin, end,
+            tl.zeros((BLOCK_M, BLOCK_DV), SUM), v, v_strides[2], None, sums, begin, end,
             tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
         )  # fmt: skip
         do_tile = load_tile(do, rows, do_strides[2], num_queries, DV, BLOCK_DV)
@@ -319,8 +330,9 @@ def grad_keys(
     )
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_M)
 
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    SUM: tl.constexpr = lse.dtype.element_ty
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), SUM)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), SUM)
     for member in range(group):
         head = kv_head * group + member
         q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)

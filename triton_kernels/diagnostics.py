@@ -92,6 +92,8 @@ def statistics(
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # highest * unit, rounded once: what is added up is relative to this very number, not to what a fused multiply-add makes.
+    level = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     highest_key = tl.zeros((BLOCK_M,), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M,), tl.float32)  # sum of w x, x in base 2
@@ -107,22 +109,23 @@ def statistics(
         tile_key = tl.min(tl.where(raw == tile_highest[:, None], keys[None, :], num_keys), 1)
         highest_key = tl.where(tile_highest > highest, tile_key, highest_key)
         new_highest = tl.maximum(highest, tile_highest)
+        new_level = new_highest * unit
         # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest * unit)
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_level)
         x = raw * unit - shift[:, None]
         weight = exp2(x)
         if partial:
             x = tl.maximum(x, -1e30)  # as 0 * -inf is no number
-        moved = tl.where(highest == float("-inf"), 0.0, highest * unit - shift)
+        moved = tl.where(highest == float("-inf"), 0.0, level - shift)
         decay = exp2(moved)
         weighted = (weighted + total * moved) * decay + tl.sum(weight * x, 1)
         total = total * decay + tl.sum(weight, 1)
-        highest = new_highest
+        highest, level = new_highest, new_level
 
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     here = rows < num_queries
     row_entropy = (tl.log2(total) - tl.div_rn(weighted, total)) * LN2
-    tl.store(lse + row_offset + rows, (highest * unit + tl.log2(total)) * LN2, mask=here)
+    tl.store(lse + row_offset + rows, (level + tl.log2(total)) * LN2, mask=here)
     tl.store(entropy + row_offset + rows, tl.where(row_entropy < 0, 0.0, row_entropy), mask=here)
     tl.store(max_weight + row_offset + rows, tl.where(total < 1, 1.0, tl.div_rn(1.0, total)), mask=here)
     tl.store(max_key + row_offset + rows, highest_key, mask=here)

@@ -24,7 +24,6 @@ from .tiles import (
     LN2,
     LOG2E,
     WORD,
-    add_product,
     at,
     exp2,
     inside,
@@ -79,7 +78,7 @@ def attend(
         weight = exp2(score - shift[:, None])
         decay = exp2(highest - shift)
         total = total * decay + tl.sum(weight, 1)
-        acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         highest = new_highest
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
@@ -265,10 +264,10 @@ def grad_keys(
             elif first < all_begin or first + BLOCK_M > all_end:
                 begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
                 weight = tl.where(inside(keys, begin, end, True), weight, 0.0)
-            dv_tile = add_product(dv_tile, weight.to(do_tile.dtype), do_tile, PRECISION)
+            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             ds = weight * (dp - row_delta[None, :])
-            dk_tile = add_product(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
+            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
             ds_total += tl.sum(ds, 1)
 
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)

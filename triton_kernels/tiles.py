@@ -113,20 +113,6 @@ def row_squares(tile):
 
 
 @triton.jit
-def add_product(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b, where acc gathers the products of many tiles.
-
-    Exact float32 products are chains of additions. Each tile gets one of its own: a single chain over all keys would round,
-    always at the size of the whole sum, as often as there are keys.
-    """
-    if a.dtype == tl.float32 and PRECISION == "ieee":
-        # A limit on imprecise additions means nothing here, except that the compiler does not merge the sum into the product.
-        return acc + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def reach(index, token_bounds, num_tokens, num_targets, window):
     """Half-open interval of targets that a token reaches. window: (offset, back, ahead) in positions.
 
