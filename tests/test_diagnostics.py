@@ -229,9 +229,9 @@ def check_geometry(sample, top_n, found, exactly=0.9):
     y = weights[..., None] * values[:, :, None]
     s = (y * selected[..., None]).sum(-2)
     squares = (y - s[:, :, :, None]).square().sum(-1)
-    # A half-precision s is rounded as such, weights and products as float32.
+    # A half-precision s is rounded as such, by half an eps, which makes a quarter of eps * size; weights are float32.
     size = weights * (weights * values.square().sum(-1)[:, :, None] + 2 * (values.abs() @ s.abs().mT).mT)
-    error = (2 * torch.finfo(dtype).eps + 2 * single * exponent) * size + 1e-15 * squares
+    error = (0.5 * torch.finfo(dtype).eps + 2 * single * exponent) * size + 1e-15 * squares
     infinity, bounds = float("inf"), []
     for sign in (-1, 1):
         farthest = (squares + sign * error).masked_fill(~selected, -infinity).amax(-1, keepdim=True)

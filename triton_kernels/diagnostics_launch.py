@@ -12,7 +12,7 @@ from .krause import PAIR
 from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
 from .pairwise_launch import Signature
 
-ROWS = LaunchParameters(32, None, 4, 1)  # of kernels that see no pairs
+ROWS = LaunchParameters(16, None, 4, 1)  # of kernels that see no pairs
 ROUND = 8  # entries that `select` finds at once: they stay in registers, and few calls ask for more
 
 
