@@ -24,9 +24,15 @@ HOST_GOAL_US = 30.0
 
 
 def first_call_here(case, device):
-    """Seconds of the first forward + backward, in a process that has called nothing but CUDA's initialisation."""
+    """Seconds of the first forward + backward, in a process that has called nothing but torch's own first backward.
+
+    That one, of any operator, imports another part of torch: 3.4 of 7.6 seconds where it was first looked at
+    (bench/results/h100/development/11/first-call.log).
+    """
     inputs = case.inputs(device, case.formula("nearfar"))
     do = torch.randn(case.output_shape, device=device, dtype=inputs[0].dtype)
+    leaf = torch.ones(1, device=device, requires_grad=True)
+    torch.autograd.grad(2 * leaf, leaf, torch.ones_like(leaf))
     torch.cuda.synchronize()
     start = time.perf_counter()
     torch.autograd.grad(case.call()(*inputs), inputs, do)

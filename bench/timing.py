@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+SPINS_PER_SECOND = 2e9  # clock ticks; a clock that is slower spins longer
+L2_FLUSH_BYTES = 2**28
+
 
 class Time(NamedTuple):
     ms: float
@@ -13,14 +16,42 @@ class Time(NamedTuple):
 
 
 def median_time(fn, device):
-    """Median time of a call: CUDA events around each call with a cold L2 cache, or the wall clock on a CPU."""
-    if device.type == "cuda":
-        from triton import testing
-
-        samples = testing.do_bench(fn, return_mode="all")
-    else:
-        samples = wall_times(fn)
+    """Median time of a call: of the GPU's work between CUDA events, with a cold L2 cache, or by the wall clock on a CPU."""
+    samples = gpu_times(fn) if device.type == "cuda" else wall_times(fn)
     return Time(statistics.median(samples), len(samples))
+
+
+def gpu_times(fn, seconds=0.1, least=10, most=200):
+    """Milliseconds of the GPU's work in each call, after three that do not count.
+
+    The GPU spins before each call for longer than the host takes to enqueue it: else a host that is slower than the kernels
+    would be in the times, which are those of kernels (bench/overhead.py has the host's).
+    """
+    fn()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    spin = int(min(2 * host + 1e-4, 5e-3) * SPINS_PER_SECOND)
+    l2 = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def enqueue():
+        l2.zero_()
+        torch.cuda._sleep(spin)
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        fn()
+        events[1].record()
+        return events
+
+    def milliseconds(events):
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    (estimate,) = milliseconds([enqueue()])
+    count = int(min(max(1e3 * seconds / max(estimate, 1e-3), least), most))
+    return milliseconds([enqueue() for _ in range(count)])
 
 
 def wall_times(fn, seconds=0.15, least=3, most=100):

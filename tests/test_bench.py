@@ -4,11 +4,13 @@ import functools
 import json
 import math
 import sys
+import time
 import types
 from dataclasses import replace
 
 import pytest
 import torch
+from harness import needs_gpu
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
@@ -22,6 +24,7 @@ from bench.formulas import Softmax, Window
 from bench.formulas.affine import Affine
 from bench.formulas.krause import Rbf
 from bench.formulas.linear import Hadamard
+from bench.timing import median_time
 from nearfar import registry
 
 CASE = krause.Case(
@@ -475,6 +478,17 @@ def test_the_last_crossing_counts():
     ours = swept("nearfar", {n: (1.0, 1.0) for n in (1, 2, 4, 8)})
     theirs = swept("sdpa", {n: (ms, ms) for n, ms in zip((1, 2, 4, 8), (2.0, 0.5, 0.5, 2.0), strict=True)})
     assert [c.length for c in crossover.crossings(ours + theirs)] == pytest.approx([32**0.5, 32**0.5])
+
+
+@needs_gpu
+def test_times_of_a_gpu_leave_the_host_out():
+    x = torch.zeros(1, device="cuda")
+
+    def slow():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    assert median_time(slow, x.device).ms < 0.5
 
 
 def test_command_line_on_a_tiny_case(out, capsys):
