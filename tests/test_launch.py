@@ -1,9 +1,22 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from nearfar.triton_kernels import launch as launch_module
 from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
 from triton import knobs
+
+STAGE_BYTES = 1024
+
+
+class Compiled(dict):
+    """{grid: function}, with the shared memory that a stage of the pipeline takes times its stages."""
+
+    def __init__(self, grid, function, stages):
+        super().__init__({grid: function})
+        self.metadata = SimpleNamespace(shared=STAGE_BYTES * stages)
 
 
 class Kernel:
@@ -15,7 +28,7 @@ class Kernel:
     def warmup(self, *arguments, grid, **options):
         self.compiled.append((arguments, options))
         variant = len(self.compiled) - 1
-        return {grid: lambda *arguments: self.calls.append((variant, arguments))}
+        return Compiled(grid, lambda *arguments: self.calls.append((variant, arguments)), options["num_stages"])
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.slow_calls.append(arguments)
@@ -24,6 +37,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch_module, "shared_memory", lambda: 4 * STAGE_BYTES)
     return Kernel()
 
 
@@ -72,6 +86,17 @@ def test_unaligned_tensors_take_the_way_of_triton(kernel, nested):
     assert not launch.is_new((argument,))
     launch(argument)
     assert not kernel.compiled and kernel.slow_calls == [(argument, 7, 0.5)]
+
+
+@pytest.mark.parametrize("room, stages", [(2, [2]), (1, [2, 1]), (0, [2, 1])])
+def test_a_small_shared_memory_gets_fewer_stages(kernel, monkeypatch, room, stages):
+    """With none at all the last try stands, and Triton says what is missing when it loads it."""
+    monkeypatch.setattr(launch_module, "shared_memory", lambda: room * STAGE_BYTES)
+    launch, tensor = launch_of(kernel), torch.zeros(4)
+    launch(tensor)
+    launch(tensor)
+    assert [options["num_stages"] for _, options in kernel.compiled] == stages
+    assert [variant for variant, _ in kernel.calls] == 2 * [len(stages) - 1]
 
 
 def test_no_programs_are_no_launch(kernel):

@@ -94,10 +94,23 @@ class Launch:
         return self._grid[0] > 0 and aligned and kinds not in self._compiled
 
     def compile(self, *tensors):
-        """Compile and load the kernel for tensors like these, all of them aligned."""
-        compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **self._options)
+        """Compile and load the kernel for tensors like these, all of them aligned.
+
+        The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
+        """
+        room = shared_memory()
+        for stages in range(self._options["num_stages"], 0, -1):
+            options = {**self._options, "num_stages": stages}
+            compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **options)
+            if compiled.metadata.shared <= room:
+                break
         run = self._compiled[survey(tensors)[1]] = compiled[self._grid]
         return run
+
+
+def shared_memory():
+    """Bytes of shared memory that a block may have on the current device."""
+    return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
 def survey(tensors):
