@@ -45,31 +45,70 @@ def test_every_element_of_every_gradient(length, width, top_k):
             assert torch.equal(got, want), f"{name} differs in repeat {repeat}"
 
 
-@needs_gpu
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("factors, width", [((64,), 64), ((128,), 128), ((16, 16), 64), ((64, 64), 128)], ids=str)
-def test_every_element_of_linear_attention(factors, width, causal):
-    """bfloat16 against the float32 kernels, whose products and pipelines are others; the reference is tested with those."""
-    generator = torch.Generator("cuda").manual_seed(width)
-    shapes = [(1, 4, 4096, d) for d in (*factors, *factors, width, width)]
-    *tensors, do = (torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    count = len(factors)
+def bfloat16_as_float32(call, tensors, rows):
+    """Every row in bfloat16 against the float32 kernels, whose products and pipelines are others, and 20 times the same bits.
+
+    tensors: the first `rows` and the gradient of the output, the last, are rounded to bfloat16.
+    """
+    tensors = [tensor.bfloat16() if i < rows or tensor is tensors[-1] else tensor for i, tensor in enumerate(tensors)]
 
     def run(dtype):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
-        o = nf.hadamard_attention(leaves[:count], leaves[count:-1], leaves[-1], causal=causal, backend="triton")
-        return o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))
+        leaves = [tensor.to(dtype if i < rows else tensor.dtype).requires_grad_() for i, tensor in enumerate(tensors[:-1])]
+        o = call(*leaves)
+        return o.detach(), *torch.autograd.grad(o, leaves, tensors[-1].to(dtype))
 
     exact, first = run(torch.float32), run(torch.bfloat16)
-    for index, (got, want) in enumerate(zip(first, exact, strict=True)):
+    for index, (got, want) in enumerate(zip(first[: rows + 1], exact, strict=False)):
         # Rows of a causal sequence differ in size by orders of magnitude: the largest element near a row is its measure. The
-        # plain formula in bfloat16 is off by up to 0.038 of it (dq), and a kernel may be by twice that.
+        # plain formulas in bfloat16 are off by up to 0.038 of it (linear attention, dq), and a kernel may be by twice that.
         largest = torch.nn.functional.max_pool1d(want.abs().amax(-1)[0], 129, stride=1, padding=64)
         wrong = int(((got.float() - want).abs().amax(-1)[0] > 0.08 * largest).sum())
         assert wrong == 0, f"{wrong} rows of result {index} are wrong"
     for repeat in range(20):
         for index, (got, want) in enumerate(zip(run(torch.bfloat16), first, strict=True)):
             assert torch.equal(got, want), f"result {index} differs in repeat {repeat}"
+
+
+def randn(seed, *shapes):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+
+
+@needs_gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("factors, width", [((64,), 64), ((128,), 128), ((16, 16), 64), ((64, 64), 128)], ids=str)
+def test_every_element_of_linear_attention(factors, width, causal):
+    tensors, count = randn(width, *((1, 4, 4096, d) for d in (*factors, *factors, width, width))), len(factors)
+
+    def call(*leaves):
+        return nf.hadamard_attention(leaves[:count], leaves[count:-1], leaves[-1], causal=causal, backend="triton")
+
+    bfloat16_as_float32(call, tensors, rows=2 * count + 1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_element_of_affine_attention(width, causal):
+    q, k, v, do, alpha, beta = randn(width, *4 * [(1, 4, 4096, width)], *2 * [(1, 4, 4096)])
+    bfloat16_as_float32(
+        lambda *leaves: nf.affine_attention(*leaves, causal=causal, backend="triton"), [q, k, v, alpha, beta / 64, do], rows=3
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_every_element_of_synchronization_attention(width, causal):
+    """Frequencies so close that every pair locks, well within the lock radius."""
+    omega, v, do = randn(width, *3 * [(1, 4, 4096, width)])
+    coupling, bandwidth = torch.full((1,), 2.0, device="cuda"), torch.full((4,), 0.2, device="cuda")
+    order = torch.ones((1, 4, 4096) if causal else (1, 4), device="cuda")
+
+    def call(omega, v, coupling, bandwidth, order):
+        return nf.synchronization_attention(omega, v, coupling[0], bandwidth, order, causal=causal, backend="triton")
+
+    bfloat16_as_float32(call, [omega * 0.3 * width**-0.5, v, coupling, bandwidth, order, do], rows=2)
 
 
 def test_pending_products_have_buffers_to_spare():
