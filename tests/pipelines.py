@@ -1,4 +1,4 @@
-"""Compiles the kernels of the operators for sm_90 without a GPU and prints, as JSON, what their products read.
+"""Compiles the kernels of an operator, its argument, for sm_90 without a GPU and prints, as JSON, what their products read.
 
 Run as a script by test_races.py: in the process of the tests Triton may be interpreting, and then compiles nothing.
 """
@@ -119,7 +119,7 @@ if __name__ == "__main__":
     # The public functions refuse CPU tensors where Triton does not interpret; here nothing is launched.
     nf.dispatch.triton_device_reason = lambda tensor: None
     found = []
-    for what, function, tensors in calls():
+    for what, function, tensors in (call for call in calls() if call[0].startswith(sys.argv[1])):
         for launch, arguments in captured(function, tensors):
             compiled = compile_launch(launch, arguments)
             products, buffers = pending_products(compiled.asm["ttgir"])

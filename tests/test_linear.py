@@ -133,6 +133,7 @@ def calls(draw):
     return sample, draw(st.sampled_from(list(GRADIENTS))), draw(st.booleans())
 
 
+@hypothesis.settings(max_examples=-(-hypothesis.settings.default.max_examples // 2))  # the slowest to interpret
 @hypothesis.given(calls())
 def test_fuzz(case):
     sample, layout, direct = case

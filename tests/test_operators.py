@@ -36,18 +36,18 @@ def op(operator, suffix=""):
 @each_sample
 def test_kernels_against_the_oracle(operator, name, dtype):
     sample = make(operator, name, dtype)
-    do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
-    samples.of(operator).check(sample, do, *run(public(operator), sample, do))
+    o, gradients = run(public(operator), sample)
+    samples.of(operator).check(sample, like(o), o, gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @each_sample
 def test_reference_against_the_oracle(operator, name, dtype):
     sample = make(operator, name, dtype, device="cpu")
-    do = like(public(operator)(**sample.tensors, **sample.options, backend="reference"))
+    o, gradients = run(public(operator), sample, backend="reference")
     module = samples.of(operator)
     selected = {"selected": module.reference_selection(sample)} if hasattr(module, "reference_selection") else {}
-    module.check(sample, do, *run(public(operator), sample, do, "reference"), **selected)
+    module.check(sample, like(o), o, gradients, **selected)
 
 
 @each_sample
@@ -97,11 +97,11 @@ def test_poison_reaches_every_way_of_allocation():
 def test_every_element_of_outputs_and_workspaces_is_written(operator, name):
     for length in (75, 3):
         sample = make(operator, name, HALF, length=length)
-        do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
-        outputs, gradients = run_op(operator, sample, do)
         with poison():
+            eager = run(public(operator), sample)
+            do = like(eager[0])
             poisoned = run_op(operator, sample, do)
-            eager = run(public(operator), sample, do)
+        outputs, gradients = run_op(operator, sample, do)
         for index, (a, b) in enumerate(zip(outputs + gradients, sum(poisoned, []), strict=True)):
             assert not torch.isnan(b).any(), f"result {index} holds NaN"
             assert torch.equal(a, b), f"result {index} depends on what its memory held"
@@ -119,7 +119,7 @@ def shaped(sample, gradients):
 def test_the_same_bits_every_time(operator, name):
     sample = make(operator, name, HALF)
     first = run(public(operator), sample)
-    for repeat in range(100 if DEVICE == "cuda" else 2):
+    for repeat in range(100 if DEVICE == "cuda" else 1):
         assert_same(first, run(public(operator), sample), f"at repeat {repeat}")
 
 
@@ -176,9 +176,8 @@ def test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes(operator, name):
 def test_compile_without_graph_break(operator, name):
     torch._dynamo.reset()
     sample = make(operator, name, torch.float32, length=19)
-    do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
     compiled = torch.compile(public(operator), fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    assert_same(run(public(operator), sample, do), run(compiled, sample, do), "when compiled")
+    assert_same(run(public(operator), sample), run(compiled, sample), "when compiled")
 
 
 @each_sample
@@ -187,12 +186,12 @@ def test_compile_once_for_all_lengths(operator, name):
     compiled = torch.compile(
         public(operator), fullgraph=True, dynamic=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
     )
-    for index, length in enumerate(samples.of(operator).compile_lengths(name)):
+    lengths = samples.of(operator).compile_lengths(name)
+    for index, length in enumerate(lengths if DEVICE == "cuda" else lengths[:2]):
         sample = make(operator, name, torch.float32, length=length)
-        do = like(public(operator)(**sample.tensors, **sample.options, backend="triton"))
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
-            result = run(compiled, sample, do)
-        assert_same(run(public(operator), sample, do), result, f"when compiled, at length {length}")
+            result = run(compiled, sample)
+        assert_same(run(public(operator), sample), result, f"when compiled, at length {length}")
 
 
 @each_sample
