@@ -9,7 +9,7 @@ from nearfar import checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
 from nearfar.ops.affine import finite_scale
-from nearfar.ops.pairwise import unit_stride
+from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
 
 MAX_TOP_N = 256

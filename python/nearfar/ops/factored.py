@@ -10,7 +10,7 @@ import math
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
 # A multiply-add of a pair computed directly takes as long as two of those that go through the state, forward and backward
 # together, as measured on an H100 for one, two and three factors (docs/linear.md).
@@ -347,16 +347,10 @@ class _Eager(torch.autograd.Function):
         return *dqs, *dks, dv, dinitial, *[None] * 6
 
 
-def _register():
-    name = "nearfar::hadamard_attention"
-    torch.library.define(name, _FORWARD)
-    torch.library.define(f"{name}_backward", _BACKWARD)
-    torch.library.impl(name, ("CPU", "CUDA"), _dispatched_forward)
-    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _dispatched_backward)
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
-    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
-
-
-_register()
+register(
+    "hadamard_attention",
+    (_FORWARD, _dispatched_forward, _fake_forward),
+    (_BACKWARD, _dispatched_backward, _fake_backward),
+    _autograd_backward,
+    _save,
+)

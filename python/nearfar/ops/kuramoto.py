@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, selection_words, unit_stride
+from nearfar.ops.pairwise import selection_words
+from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
 _FORWARD = (
     "(Tensor omega, Tensor? omega_k, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order, bool causal, int? top_k,"
@@ -183,16 +184,10 @@ class _Eager(torch.autograd.Function):
         return _given(saved[1], backward(do, *saved, *ctx.options))
 
 
-def _register():
-    name = "nearfar::synchronization_attention"
-    torch.library.define(name, _FORWARD)
-    torch.library.define(f"{name}_backward", _BACKWARD)
-    torch.library.impl(name, ("CPU", "CUDA"), forward)
-    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _dispatched_backward)
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
-    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
-
-
-_register()
+register(
+    "synchronization_attention",
+    (_FORWARD, forward, _fake_forward),
+    (_BACKWARD, _dispatched_backward, _fake_backward),
+    _autograd_backward,
+    _save,
+)

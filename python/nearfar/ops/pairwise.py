@@ -2,13 +2,13 @@
 
 import functools
 import importlib
-from contextlib import nullcontext
 
 import torch
 
 from nearfar import _cuda
 from nearfar.checks import is_plain
 from nearfar.localities import keys_in_window
+from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
 MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
 
@@ -36,15 +36,13 @@ class PairwiseOp:
 
     def __init__(self, name, kernels):
         self._kernels = kernels
-        forward, backward = f"nearfar::{name}", f"nearfar::{name}_backward"
-        torch.library.define(forward, _FORWARD)
-        torch.library.define(backward, _BACKWARD)
-        torch.library.impl(forward, ("CPU", "CUDA"), self._dispatched_forward)
-        torch.library.impl(backward, ("CPU", "CUDA"), self.backward)
-        torch.library.register_fake(forward, _fake_forward)
-        torch.library.register_fake(backward, _fake_backward)
-        torch.library.register_autograd(forward, self._dispatched_backward, setup_context=_save)
-        torch.library.register_autograd(backward, refuse_double_backward)
+        register(
+            name,
+            (_FORWARD, self._dispatched_forward, _fake_forward),
+            (_BACKWARD, self.backward, _fake_backward),
+            self._dispatched_backward,
+            _save,
+        )
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
@@ -121,27 +119,11 @@ def _save(ctx, inputs, output):
     ctx.window_and_top_k = left, right, top_k
 
 
-def refuse_double_backward(ctx, *gradients):
-    raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
-
-
 def _key_squares(k, left, right):
     """|k|^2 by the CUDA kernel where one more pass over k was measured to pay (docs/krause.md), else None."""
     many = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
     pays = k.is_cuda and k.shape[3] >= SQUARES_AHEAD_WIDTH and many
     return _cuda.row_sumsq(k) if pays and _cuda.extension is not None else None
-
-
-def device_of(tensor):
-    """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def unit_stride(tensor):
-    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def empty_outputs(q, v, left, right, num_keys, top_k):
@@ -176,13 +158,3 @@ def selection_words(left, right, num_keys):
     window = num_keys if left < 0 or right < 0 else min(left + right + 1, MAX_CANDIDATES)
     step = 64 if window <= 256 else 128
     return (window + step - 1) // step * (step // 32)
-
-
-def empty_rows(like, width):
-    """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
-    batch, heads, length, like_width = like.shape
-    if width == like_width:
-        return torch.empty_like(like)
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty(batch, length, heads, width).transpose(1, 2)
-    return like.new_empty(batch, heads, length, width)

@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
 
 def order_parameter(theta, causal):
@@ -78,16 +78,14 @@ def _autograd_backward(ctx, dr):
     return torch.ops.nearfar.order_parameter_backward(dr, *ctx.saved_tensors, ctx.causal), None
 
 
-def _register():
-    name = "nearfar::order_parameter"
-    torch.library.define(name, "(Tensor theta, bool causal) -> Tensor")
-    torch.library.define(f"{name}_backward", "(Tensor dr, Tensor theta, bool causal) -> Tensor")
-    torch.library.impl(name, ("CPU", "CUDA"), _forward)
-    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _backward)
-    torch.library.register_fake(name, _empty_order)
-    torch.library.register_fake(f"{name}_backward", lambda dr, theta, causal: empty_rows(theta, theta.shape[3]))
-    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
-    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
-
-
-_register()
+register(
+    "order_parameter",
+    ("(Tensor theta, bool causal) -> Tensor", _forward, _empty_order),
+    (
+        "(Tensor dr, Tensor theta, bool causal) -> Tensor",
+        _backward,
+        lambda dr, theta, causal: empty_rows(theta, theta.shape[3]),
+    ),
+    _autograd_backward,
+    _save,
+)

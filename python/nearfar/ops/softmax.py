@@ -9,7 +9,7 @@ import math
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward, unit_stride
+from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, int left, int right,"
@@ -146,16 +146,10 @@ class _Eager(torch.autograd.Function):
         return _given(inputs[:6], results)
 
 
-def _register():
-    name = "nearfar::affine_attention"
-    torch.library.define(name, _FORWARD)
-    torch.library.define(f"{name}_backward", _BACKWARD)
-    torch.library.impl(name, ("CPU", "CUDA"), _dispatched_forward)
-    torch.library.impl(f"{name}_backward", ("CPU", "CUDA"), _dispatched_backward)
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
-    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
-
-
-_register()
+register(
+    "affine_attention",
+    (_FORWARD, _dispatched_forward, _fake_forward),
+    (_BACKWARD, _dispatched_backward, _fake_backward),
+    _autograd_backward,
+    _save,
+)

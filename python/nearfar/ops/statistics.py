@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from nearfar.ops.pairwise import device_of, empty_rows, refuse_double_backward
+from nearfar.ops.torch_operator import define, device_of, empty_rows, register
 
 _STATISTICS = (
     "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -120,18 +120,11 @@ def _autograd_backward(ctx, dlse, dentropy, *_):
     return dq, dk, None if saved[2] is None else dsigma, None, None, None
 
 
-def _register():
-    name = "nearfar::attention_statistics"
-    for operator, schema, function, fake in (
-        (name, _STATISTICS, statistics, _empty_statistics),
-        (f"{name}_backward", _STATISTICS_BACKWARD, statistics_backward, _fake_backward),
-        ("nearfar::selection_geometry", _GEOMETRY, geometry, lambda q, *_: _per_query(q, 3)),
-    ):
-        torch.library.define(operator, schema)
-        torch.library.impl(operator, ("CPU", "CUDA"), function)
-        torch.library.register_fake(operator, fake)
-    torch.library.register_autograd(name, _autograd_backward, setup_context=_save)
-    torch.library.register_autograd(f"{name}_backward", refuse_double_backward)
-
-
-_register()
+register(
+    "attention_statistics",
+    (_STATISTICS, statistics, _empty_statistics),
+    (_STATISTICS_BACKWARD, statistics_backward, _fake_backward),
+    _autograd_backward,
+    _save,
+)
+define("selection_geometry", _GEOMETRY, geometry, lambda q, *_: _per_query(q, 3))
