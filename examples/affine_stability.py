@@ -1,10 +1,11 @@
 """Is training steadier with affine-scaled attention (arXiv 2602.23057)? Loss and gradient norm of 500 steps.
 
 Trains the transformer of train_digits.py with softmax attention, with softmax attention and a learnable sink, and with
-affine-scaled attention. For each seed they start from the same values, see the same batches and drop the same activations.
+affine-scaled attention; if asked to, also with a sigmoid in place of the clip, and with softmax attention that is only halved.
+For each seed they start from the same values, see the same batches and drop the same activations.
 
     python examples/affine_stability.py
-    python examples/affine_stability.py --models softmax affine sigmoid --seeds 4
+    python examples/affine_stability.py --models sink halved affine sigmoid --seeds 4
 
 Needs `pip install '.[examples]'`. The default run takes about five minutes on two CPU cores. A plot, and the losses and norms
 of every step as JSON, go to examples/out/; `--page docs/affine.md` writes the table into that page.
@@ -46,13 +47,27 @@ class SinkAttention(train_digits.SoftmaxAttention):
         return nf.softmax_attention(q, k, v, causal=True, sink=self.sink)
 
 
+class HalvedAttention(train_digits.SoftmaxAttention):
+    """Half of softmax attention: what the affine scales are at first, and nothing else of them."""
+
+    def attend(self, q, k, v):
+        return 0.5 * super().attend(q, k, v)
+
+
 MODELS = {
     "softmax": train_digits.SoftmaxAttention,
     "sink": SinkAttention,
+    "halved": HalvedAttention,
     "affine": train_digits.affine_attention,
     "sigmoid": functools.partial(train_digits.affine_attention, phi="sigmoid"),
 }
-TITLES = {"softmax": "softmax", "sink": "softmax, sink", "affine": "affine, clip (paper)", "sigmoid": "affine, sigmoid"}
+TITLES = {
+    "softmax": "softmax",
+    "sink": "softmax, sink",
+    "halved": "softmax / 2",
+    "affine": "affine",
+    "sigmoid": "affine, sigmoid",
+}
 
 
 def measure(models, seeds, steps, device, progress):
@@ -81,44 +96,64 @@ def tabulate(results):
     (first, *_) = results.values()
     seeds, steps = over_steps(first, "losses").shape
     table = Table(
-        title=f"Bits per pixel and gradient norms of {steps} steps; mean over {seeds} seeds ± the largest deviation from it",
-        caption=f"Training: mean of the last {LAST} steps. Ratios are to softmax, with the same seed.",
+        title=f"Bits per pixel and gradient norms of {steps} steps: mean over {seeds} seeds ± the largest deviation",
+        caption=f"Training: last {LAST} steps. Variance: of the gradient norm. Ratio: to softmax with the same seed.",
     )
     table.add_column("", no_wrap=True)
     for name in results:
         table.add_column(TITLES[name], justify="right", no_wrap=True)
-    norms = {name: over_steps(runs, "gradient_norms") for name, runs in results.items()}
-    variances = {name: values.var(1) for name, values in norms.items()}
-    rows = {
-        "held out": lambda name: spread(torch.tensor([run["held_out"] for run in results[name]]), 3),
-        "training": lambda name: spread(over_steps(results[name], "losses")[:, -LAST:].mean(1), 3),
-        "gradient norm, mean": lambda name: spread(norms[name].mean(1), 3),
-        "gradient norm, variance": lambda name: spread(variances[name], 3),
-        "ratio of variances": lambda name: spread(variances[name] / variances["softmax"], 2),
-        "paper, variance": lambda name: f"{PAPER_VARIANCE[name]:.2f}" if name in PAPER_VARIANCE else "",
-        "paper, ratio": lambda name: (
-            f"{PAPER_VARIANCE[name] / PAPER_VARIANCE['softmax']:.2f}" if name in PAPER_VARIANCE else ""
-        ),
-    }
-    for row, cell in rows.items():
-        table.add_row(row, *map(cell, results))
+
+    def row(title, digits, values):
+        table.add_row(title, *(spread(values(runs), digits) for runs in results.values()))
+
+    row("held out", 3, lambda runs: torch.tensor([run["held_out"] for run in runs]))
+    row("training", 3, lambda runs: over_steps(runs, "losses")[:, -LAST:].mean(1))
+    row("gradient norm, mean", 3, lambda runs: over_steps(runs, "gradient_norms").mean(1))
+    for title, first in (("all steps", 0), ("after warm-up", train_digits.WARMUP)):
+        variances = functools.partial(variance, first=first)
+        row(f"variance, {title}", 4, variances)
+        row("ratio", 2, lambda runs, of=variances: of(runs) / of(results["softmax"]))
+    paper = {name: PAPER_VARIANCE.get(name) for name in results}
+    table.add_row("paper, variance", *("" if value is None else f"{value:.2f}" for value in paper.values()))
+    table.add_row("paper, ratio", *("" if value is None else f"{value / paper['softmax']:.2f}" for value in paper.values()))
     return table
 
 
+def variance(runs, first):
+    """Of the gradient norm over the steps from `first` on, (seeds,)."""
+    return over_steps(runs, "gradient_norms")[:, first:].var(1)
+
+
+def smoothed(values, window):
+    """Running means of (seeds, steps), and the step at which each ends."""
+    window = min(window, values.shape[1])
+    return range(window, values.shape[1] + 1), values.unfold(1, window, 1).mean(2)
+
+
+def band(axes, steps, values, name):
+    """Mean line and range of (seeds, steps); a model has one colour in all panels."""
+    color = f"C{list(MODELS).index(name)}"
+    axes.plot(steps, values.mean(0), color=color, label=TITLES[name], linewidth=1.2)
+    axes.fill_between(steps, values.amin(0), values.amax(0), color=color, alpha=0.15, linewidth=0)
+
+
 def plot(results, path):
-    figure, (losses, norms) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, key in ((losses, "losses"), (norms, "gradient_norms")):
-        for name, runs in results.items():
-            values = over_steps(runs, key)
-            window = min(10, values.shape[1])
-            smooth = values.unfold(1, window, 1).mean(2)
-            steps = range(window, values.shape[1] + 1)
-            (line,) = axes.plot(steps, smooth.mean(0), label=TITLES[name], linewidth=1.2)
-            axes.fill_between(steps, smooth.amin(0), smooth.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(xlabel="step")
-    losses.set(title="training loss, bits per pixel")
-    norms.set(title="gradient norm before clipping", yscale="log")
-    losses.legend(title=f"means of {window} steps;\nrange over {len(runs)} seeds shaded")
+    figure, (losses, norms) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    difference = losses.inset_axes((0.36, 0.4, 0.62, 0.5))
+    reference = over_steps(results["softmax"], "losses")
+    for name, runs in results.items():
+        loss = over_steps(runs, "losses")
+        band(losses, *smoothed(loss, 10), name)
+        band(difference, *smoothed(loss - reference, 50), name)
+        band(norms, *smoothed(over_steps(runs, "gradient_norms"), 10), name)
+    losses.set(title="training loss, bits per pixel", xlabel="step")
+    difference.set_title("minus that of softmax, means of 50 steps", fontsize=9)
+    difference.tick_params(labelsize=8)
+    norms.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
+    norms.yaxis.set_major_formatter("{x:g}")
+    norms.yaxis.set_minor_formatter("{x:g}")
+    legend = f"means of 10 steps and of {len(reference)} seeds, whose range is shaded"
+    figure.legend(*norms.get_legend_handles_labels(), title=legend, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

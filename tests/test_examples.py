@@ -164,30 +164,40 @@ def affine_stability():
     return example("affine_stability")
 
 
-def test_affine_stability_prints_and_saves_what_it_measured(affine_stability, tmp_path, capsys):
+def test_affine_stability_prints_and_saves_what_it_measured(affine_stability, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(affine_stability.train_digits, "WARMUP", 1)
     page = page_with("affine_stability", tmp_path / "page.md")
     options = ["--models", "affine", "--steps", "3", "--seeds", "2", "--device", "cpu", "--page", str(page)]
     results = affine_stability.main([*options, "--out", str(tmp_path / "out")])
     assert list(results) == ["softmax", "affine"]  # softmax, which the ratios are to, is always there
     assert json.loads((tmp_path / "out/affine_stability.json").read_text()) == results
     assert (tmp_path / "out/affine_stability.png").read_bytes().startswith(b"\x89PNG")
-    rows = dict(rows_of(page))
+    rows = rows_of(page)
     norms = {name: numpy.array([run["gradient_norms"] for run in runs]) for name, runs in results.items()}
     assert norms["affine"].shape == (2, 3)
-    variances = {name: values.var(1, ddof=1) for name, values in norms.items()}
-    ratios = {name: value / variances["softmax"] for name, value in variances.items()}
     held_out = {name: numpy.array([run["held_out"] for run in runs]) for name, runs in results.items()}
-    for row, values in (("held out", held_out), ("gradient norm, variance", variances), ("ratio of variances", ratios)):
-        for cell, seeds in zip(rows[row], values.values(), strict=True):
-            mean, deviation = (float(number) for number in cell.split(" ± "))
-            assert mean == pytest.approx(seeds.mean(), abs=0.006), row
-            assert deviation == pytest.approx(abs(seeds - seeds.mean()).max(), abs=0.006), row
-    assert rows["paper, variance"] == ["3.93", "2.90"] and rows["paper, ratio"] == ["1.00", "0.74"]
+    expected = {"held out": held_out}
+    for title, first in (("variance, all steps", 0), ("variance, after warm-up", 1)):
+        expected[title] = {name: values[:, first:].var(1, ddof=1) for name, values in norms.items()}
+    for title, values in expected.items():
+        row = [name for name, _ in rows].index(title)
+        assert_spread(rows[row][1], values.values())
+        if title != "held out":
+            assert_spread(rows[row + 1][1], [variance / values["softmax"] for variance in values.values()])
+    assert rows[-2:] == [("paper, variance", ["3.93", "2.90"]), ("paper, ratio", ["1.00", "0.74"])]
     assert "gradient norm" in capsys.readouterr().out
 
 
+def assert_spread(cells, values):
+    """Each cell has the mean over the seeds and the largest deviation from it."""
+    for cell, seeds in zip(cells, values, strict=True):
+        mean, deviation = (float(number) for number in cell.split(" ± "))
+        assert mean == pytest.approx(seeds.mean(), abs=0.006)
+        assert deviation == pytest.approx(abs(seeds - seeds.mean()).max(), abs=0.006)
+
+
 def test_models_of_affine_stability_start_alike_and_read_the_past_only(affine_stability):
-    states, own = {}, {"softmax": set(), "sink": {"sink"}, "affine": {"alpha_proj.weight", "alpha_average"}}
+    states, own = {}, {"softmax": set(), "halved": set(), "sink": {"sink"}, "affine": {"alpha_proj.weight", "alpha_average"}}
     own["sigmoid"] = own["affine"]
     for name, attention in affine_stability.MODELS.items():
         torch.manual_seed(0)
