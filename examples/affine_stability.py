@@ -150,8 +150,9 @@ def plot(results, path):
     difference.set_title("minus that of softmax, means of 50 steps", fontsize=9)
     difference.tick_params(labelsize=8)
     norms.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
+    norms.set_yticks((0.2, 0.3, 0.5, 1, 2), minor=False)
+    norms.minorticks_off()
     norms.yaxis.set_major_formatter("{x:g}")
-    norms.yaxis.set_minor_formatter("{x:g}")
     legend = f"means of 10 steps and of {len(reference)} seeds, whose range is shaded"
     figure.legend(*norms.get_legend_handles_labels(), title=legend, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
