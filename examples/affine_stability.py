@@ -7,8 +7,8 @@ For each seed they start from the same values, see the same batches and drop the
     python examples/affine_stability.py
     python examples/affine_stability.py --models sink halved affine sigmoid --seeds 4
 
-Needs `pip install '.[examples]'`. The default run takes about five minutes on two CPU cores. A plot, and the losses and norms
-of every step as JSON, go to examples/out/; `--page docs/affine.md` writes the table into that page.
+Needs `pip install '.[examples]'`. The default run takes five to seven minutes on two CPU cores. A plot, and the losses and
+norms of every step as JSON, go to examples/out/; `--page docs/affine.md` writes the table into that page.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def tabulate(results):
     (first, *_) = results.values()
     seeds, steps = over_steps(first, "losses").shape
     table = Table(
-        title=f"Bits per pixel and gradient norms of {steps} steps: mean over {seeds} seeds ± the largest deviation",
-        caption=f"Training: last {LAST} steps. Variance: of the gradient norm. Ratio: to softmax with the same seed.",
+        title=f"{steps} steps: means over {seeds} seeds ± the largest deviation",
+        caption=f"Bits per pixel held out, and in the last {LAST} steps of training. Ratios: to softmax with the same seed.",
     )
     table.add_column("", no_wrap=True)
     for name in results:
@@ -108,10 +108,10 @@ def tabulate(results):
 
     row("held out", 3, lambda runs: torch.tensor([run["held_out"] for run in runs]))
     row("training", 3, lambda runs: over_steps(runs, "losses")[:, -LAST:].mean(1))
-    row("gradient norm, mean", 3, lambda runs: over_steps(runs, "gradient_norms").mean(1))
-    for title, first in (("all steps", 0), ("after warm-up", train_digits.WARMUP)):
+    row("gradient norm", 3, lambda runs: over_steps(runs, "gradient_norms").mean(1))
+    for title, first in (("its variance", 0), ("variance after warm-up", train_digits.WARMUP)):
         variances = functools.partial(variance, first=first)
-        row(f"variance, {title}", 4, variances)
+        row(title, 4, variances)
         row("ratio", 2, lambda runs, of=variances: of(runs) / of(results["softmax"]))
     paper = {name: PAPER_VARIANCE.get(name) for name in results}
     table.add_row("paper, variance", *("" if value is None else f"{value:.2f}" for value in paper.values()))

@@ -177,7 +177,7 @@ def test_affine_stability_prints_and_saves_what_it_measured(affine_stability, tm
     assert norms["affine"].shape == (2, 3)
     held_out = {name: numpy.array([run["held_out"] for run in runs]) for name, runs in results.items()}
     expected = {"held out": held_out}
-    for title, first in (("variance, all steps", 0), ("variance, after warm-up", 1)):
+    for title, first in (("its variance", 0), ("variance after warm-up", 1)):
         expected[title] = {name: values[:, first:].var(1, ddof=1) for name, values in norms.items()}
     for title, values in expected.items():
         row = [name for name, _ in rows].index(title)
