@@ -1,20 +1,21 @@
 """Train autoregressive pixel transformers on scikit-learn's digits, alike but for their attention.
 
-Softmax, Krause, linear, Hadamard linear and selective synchronization attention. Real data, no download: 1,797 handwritten
-digits of 8x8 pixels with 17 grey levels, read pixel by pixel in raster order. The models have the same parameters (but for
-bandwidths and a coupling), start from the same values and see the same batches.
+Softmax, Krause, linear, Hadamard linear, selective synchronization and affine-scaled attention. Real data, no download: 1,797
+handwritten digits of 8x8 pixels with 17 grey levels, read pixel by pixel in raster order. The models have the same parameters
+(but for bandwidths, a coupling and the scale of affine attention), start from the same values and see the same batches.
 
     python examples/train_digits.py
     python examples/train_digits.py --models softmax hadamard --steps 400
 
-Needs `pip install '.[examples]'`. The default run takes about three minutes on two CPU cores: layers of nearfar run there as
-their PyTorch references. Loss curves and sampled images go to examples/out/.
+Needs `pip install '.[examples]'`. The default run takes three to four minutes on two CPU cores: layers of nearfar run there
+as their PyTorch references. Loss curves and sampled images go to examples/out/.
 """
 
 import argparse
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -61,6 +62,15 @@ def synchronization_attention():
     return nf.nn.SynchronizationAttention(DIM, HEADS, causal=True, frequency_scale=0.5 * (DIM / HEADS) ** -0.5, bias=False)
 
 
+def affine_attention(**options):
+    """Every earlier pixel, by softmax weights that each pixel and head scales and shifts."""
+    # The weight of the scale is drawn aside, so that all that is drawn later is what the other models draw.
+    with torch.random.fork_rng(devices=[]):
+        layer = nf.nn.AffineScaledAttention(DIM, HEADS, **options)
+    SoftmaxAttention()  # draws as much as every other layer
+    return layer
+
+
 class SoftmaxAttention(nn.Module):
     """Causal softmax attention over every earlier pixel, with the projections of the layers of nf.nn."""
 
@@ -72,7 +82,10 @@ class SoftmaxAttention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.out_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 MODELS = {
@@ -81,6 +94,7 @@ MODELS = {
     "linear": linear_attention,
     "hadamard": hadamard_attention,
     "synchronization": synchronization_attention,
+    "affine": affine_attention,
 }
 
 
@@ -127,6 +141,12 @@ def bits_per_pixel(model, images):
     return F.cross_entropy(model(tokens).flatten(0, 1), images.flatten()) / math.log(2)
 
 
+@torch.no_grad()
+def held_out_bits(model, images):
+    """Bits per pixel of a trained model, from here on in eval mode."""
+    return bits_per_pixel(model.eval(), images).item()
+
+
 def histogram_bits_per_pixel(train, held_out, per_position):
     """Held-out bits per pixel of the grey-level frequencies of the training images, counts started at 1."""
     counts = F.one_hot(train, LEVELS).sum(0) + 1
@@ -135,8 +155,16 @@ def histogram_bits_per_pixel(train, held_out, per_position):
     return bits[torch.arange(PIXELS, device=held_out.device), held_out].mean().item()
 
 
+class Run(NamedTuple):
+    """A training: the model, and of every step its loss in bits per pixel and the norm of the loss's gradient, unclipped."""
+
+    model: nn.Module
+    losses: list[float]
+    gradient_norms: list[float]
+    seconds: float
+
+
 def train(attention, images, steps, seed, progress, name):
-    """Train a model; returns it, its loss at every step in bits per pixel, and the seconds of training."""
     torch.manual_seed(seed)
     model = PixelTransformer(attention).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -150,12 +178,12 @@ def train(attention, images, steps, seed, progress, name):
     optimizer.zero_grad()
     synchronize(images.device)
     started = time.perf_counter()
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         batch = images[torch.randint(len(images), (BATCH,), generator=batches).to(images.device)]
         loss = bits_per_pixel(model, batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -164,7 +192,8 @@ def train(attention, images, steps, seed, progress, name):
             progress.update(task, loss=loss.item())
         progress.advance(task)
     synchronize(images.device)
-    return model, torch.stack(losses).tolist(), time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return Run(model, torch.stack(losses).tolist(), torch.stack(norms).tolist(), seconds)
 
 
 def synchronize(device):
@@ -236,10 +265,8 @@ def main(arguments=None):
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
         for name in options.models:
-            model, losses, seconds = train(MODELS[name], images, options.steps, options.seed, progress, name)
-            model.eval()
-            with torch.no_grad():
-                bits = bits_per_pixel(model, held_out).item()
+            model, losses, _, seconds = train(MODELS[name], images, options.steps, options.seed, progress, name)
+            bits = held_out_bits(model, held_out)
             curves[name] = losses, bits
             pictures[f"sampled from {name}"] = sample(model, 10, options.seed, device)
             parameters = sum(parameter.numel() for parameter in model.parameters())

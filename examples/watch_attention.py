@@ -49,7 +49,7 @@ def main(arguments=None):
     results = {"untrained": watched(untrained, held_out, options.top_n)}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
-        model, losses, _ = train_digits.train(
+        model, losses, *_ = train_digits.train(
             train_digits.SoftmaxAttention, images, options.steps, options.seed, progress, "softmax"
         )
     results["trained"] = watched(model, held_out, options.top_n)

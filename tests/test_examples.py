@@ -1,10 +1,12 @@
 """The examples run and learn; the README lists every operator of the registry."""
 
 import importlib.util
+import json
 import math
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from rich.table import Table
@@ -63,18 +65,22 @@ def test_models_of_train_digits_start_alike(train_digits):
         torch.manual_seed(0)
         states[name] = train_digits.PixelTransformer(attention).state_dict()
     softmax = states.pop("softmax")
-    assert states.keys() == {"krause", "linear", "hadamard", "synchronization"}
+    assert states.keys() == {"krause", "linear", "hadamard", "synchronization", "affine"}
     # Frequencies and phases start as queries and keys do.
     renamed = {"omega_proj": "q_proj", "theta_proj": "k_proj"}
-    parameters = {"krause": {"log_sigma"}, "synchronization": {"raw_coupling", "raw_bandwidth"}}
+    parameters = {
+        "krause": {"log_sigma"},
+        "synchronization": {"raw_coupling", "raw_bandwidth"},
+        "affine": {"alpha_proj.weight", "alpha_average"},
+    }
     for name, state in states.items():
         state = {".".join(renamed.get(part, part) for part in key.split(".")): value for key, value in state.items()}
-        own = {parameter.split(".")[-1] for parameter in state.keys() - softmax.keys()}
+        own = {parameter.split(".attention.")[-1] for parameter in state.keys() - softmax.keys()}
         assert own == parameters.get(name, set()), name
         assert all(torch.equal(softmax[parameter], state[parameter]) for parameter in softmax), name
 
 
-@pytest.mark.parametrize("name", ["softmax", "krause", "linear", "hadamard", "synchronization"])
+@pytest.mark.parametrize("name", ["softmax", "krause", "linear", "hadamard", "synchronization", "affine"])
 def test_models_of_train_digits_predict_from_earlier_pixels_only(train_digits, name):
     model = train_digits.PixelTransformer(train_digits.MODELS[name]).eval()
     tokens = torch.randint(train_digits.LEVELS, (2, train_digits.PIXELS))
@@ -151,6 +157,66 @@ def test_watch_attention_prints_and_draws_what_it_saw(tmp_path, capsys):
         heads = [(f"blocks.{layer}.attention", head) for layer in range(3) for head in range(4)]
         assert [(row["layer"], row["head"]) for row in rows] == heads
         assert all(0 <= row["entropy"] <= math.log(64) and 0 < row["f_score"] <= 1 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def affine_stability():
+    return example("affine_stability")
+
+
+def test_affine_stability_prints_and_saves_what_it_measured(affine_stability, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(affine_stability.train_digits, "WARMUP", 1)
+    page = page_with("affine_stability", tmp_path / "page.md")
+    options = ["--models", "affine", "--steps", "3", "--seeds", "2", "--device", "cpu", "--page", str(page)]
+    results = affine_stability.main([*options, "--out", str(tmp_path / "out")])
+    assert list(results) == ["softmax", "affine"]  # softmax, which the ratios are to, is always there
+    assert json.loads((tmp_path / "out/affine_stability.json").read_text()) == results
+    assert (tmp_path / "out/affine_stability.png").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(page)
+    norms = {name: numpy.array([run["gradient_norms"] for run in runs]) for name, runs in results.items()}
+    assert norms["affine"].shape == (2, 3)
+    held_out = {name: numpy.array([run["held_out"] for run in runs]) for name, runs in results.items()}
+    expected = {"held out": held_out}
+    for title, first in (("its variance", 0), ("variance after warm-up", 1)):
+        expected[title] = {name: values[:, first:].var(1, ddof=1) for name, values in norms.items()}
+    for title, values in expected.items():
+        row = [name for name, _ in rows].index(title)
+        assert_spread(rows[row][1], values.values())
+        if title != "held out":
+            assert_spread(rows[row + 1][1], [variance / values["softmax"] for variance in values.values()])
+    assert rows[-2:] == [("paper, variance", ["3.93", "2.90"]), ("paper, ratio", ["1.00", "0.74"])]
+    assert "gradient norm" in capsys.readouterr().out
+
+
+def assert_spread(cells, values):
+    """Each cell has the mean over the seeds and the largest deviation from it."""
+    for cell, seeds in zip(cells, values, strict=True):
+        mean, deviation = (float(number) for number in cell.split(" ± "))
+        assert mean == pytest.approx(seeds.mean(), abs=0.006)
+        assert deviation == pytest.approx(abs(seeds - seeds.mean()).max(), abs=0.006)
+
+
+def test_models_of_affine_stability_start_alike_and_read_the_past_only(affine_stability):
+    states, own = {}, {"softmax": set(), "halved": set(), "sink": {"sink"}, "affine": {"alpha_proj.weight", "alpha_average"}}
+    own["sigmoid"] = own["affine"]
+    for name, attention in affine_stability.MODELS.items():
+        torch.manual_seed(0)
+        model = affine_stability.train_digits.PixelTransformer(attention).eval()
+        states[name] = model.state_dict()
+        assert {key.split(".attention.")[-1] for key in states[name].keys() - states["softmax"].keys()} == own[name]
+        assert all(torch.equal(states["softmax"][key], states[name][key]) for key in states["softmax"]), name
+        tokens = torch.zeros(1, 64, dtype=torch.int64)
+        changed = tokens.index_fill(1, torch.tensor(40), 1)
+        difference = (model(changed) - model(tokens)).abs().amax((0, 2))
+        assert difference[:40].max() == 0 and difference[41:].max() > 0, name
+
+
+def test_a_sink_takes_weight_from_the_pixels(affine_stability):
+    q, k, v = torch.randn(3, 1, affine_stability.train_digits.HEADS, 5, 8)
+    layer = affine_stability.SinkAttention()
+    weights = layer.attend(q, k, torch.ones_like(v))[..., 0]
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf)
+    torch.testing.assert_close(weights, 1 - 1 / (1 + scores.exp().sum(-1)))
 
 
 def test_a_page_without_its_markers_is_refused(tmp_path):
