@@ -124,9 +124,9 @@ def measures_of(name, rows, room, chosen, device):
     long = name.endswith("-million") or (sweep and device.type == "cpu")  # a CPU has no million
     if long and all(case.linear_time for case in chosen):
         measures += suite.scaling(rows)
-    if device.type == "cuda":
-        for case in [case for case in chosen if case.goal_ms][:1]:
-            measures += overhead.measures(room, case, device)
+    timed = [case for case in chosen if case.goal_ms]
+    if device.type == "cuda" and timed:
+        measures += overhead.measures(room, timed[0], device)
     return measures
 
 

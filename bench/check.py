@@ -103,7 +103,7 @@ def compared(formula, length, pairs):
     return rows, min(length, rows + formula.left)
 
 
-def forward(expected, o, ours=True):
+def forward(expected, o, ours):
     """{"o": (error, allowed)} of a provider's output."""
     return {"o": compare(expected, "o", o.detach()[expected.parts["o"]] * expected.clear[..., None], ours)}
 

@@ -163,7 +163,7 @@ def test_check_approves_the_plain_formula_and_sees_a_small_error(case, formula):
     keep, _ = formula.selection(*every_head([t.detach() for t in inputs]))
 
     def errors(output):
-        return {**check.forward(expected, output), **check.backward(expected, output, inputs, ours=True)}
+        return {**check.forward(expected, output, ours=True), **check.backward(expected, output, inputs, ours=True)}
 
     output = formula.plain(*every_head(inputs), keep=keep)
     right = errors(output)
@@ -199,7 +199,7 @@ def test_check_refuses_nan_and_a_missing_gradient():
     inputs = CASE.inputs(CPU, Rbf(31, 5))
     expected = check.expect(Rbf(31, 5), CASE, inputs)
     output = CASE.call()(*inputs)
-    broken = check.Check(check.forward(expected, output * float("nan")), rows=1, rows_left_out=0)
+    broken = check.Check(check.forward(expected, output * float("nan"), ours=True), rows=1, rows_left_out=0)
     assert not broken.passed and broken.worst[0] == "o"
     constant_sigma = CASE.call()(*inputs[:3], inputs[3].detach())
     with pytest.raises(RuntimeError, match="not have been used"):
@@ -225,7 +225,7 @@ def test_flex_agrees_with_the_oracle(formula):
     inputs = case.inputs(CPU, formula)
     expected = check.expect(formula, case, inputs)
     run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
-    error, allowed = check.forward(expected, run(*inputs))["o"]
+    error, allowed = check.forward(expected, run(*inputs), ours=True)["o"]
     assert error <= allowed
 
 

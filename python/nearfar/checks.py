@@ -1,5 +1,6 @@
 """Checks of public arguments: each raises one ValueError or TypeError that names the argument and says what is accepted."""
 
+import math
 import numbers
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -181,3 +182,14 @@ def kernel_width_reason(name, width, smallest=16):
     if width % 8 == 0 and smallest <= width <= 256:
         return None
     return f"{name} is {width} wide; kernels take multiples of 8 from {smallest} to 256"
+
+
+def finite_scale(scale, width):
+    """The scale of dot products as a float; None is width^-0.5."""
+    if scale is None:
+        return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not abs(scale) < math.inf:  # math.isfinite takes no traced number
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)

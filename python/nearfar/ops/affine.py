@@ -1,8 +1,6 @@
 """Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
 
 import functools
-import math
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -131,7 +129,7 @@ def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_se
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    return Call(q, k, v, alpha, beta, sink, left, right, finite_scale(scale, q.shape[3]), cu_seqlens, reasons)
+    return Call(q, k, v, alpha, beta, sink, left, right, checks.finite_scale(scale, q.shape[3]), cu_seqlens, reasons)
 
 
 def _check(q, k, v):
@@ -158,16 +156,6 @@ def _window(window_size, causal):
     if right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
     return left, 0
-
-
-def finite_scale(scale, width):
-    if scale is None:
-        return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
-    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not abs(scale) < math.inf:  # math.isfinite takes no traced number
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
 
 
 def _numbers(name, tensor, shape, meaning, q):

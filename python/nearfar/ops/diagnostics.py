@@ -8,7 +8,6 @@ import torch
 from nearfar import checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
-from nearfar.ops.affine import finite_scale
 from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
 
@@ -150,7 +149,7 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
     if sigma is not None:
         checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
-    scale = finite_scale(scale, q.shape[3])
+    scale = checks.finite_scale(scale, q.shape[3])
     reasons = {
         "cuda": f"there is no CUDA kernel of {name} yet",
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
