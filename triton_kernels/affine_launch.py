@@ -6,18 +6,11 @@ import math
 import triton
 
 from . import affine
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
-from .pairwise_launch import Signature
+from .launch import Launch, LaunchParameters, launch_all, width_block
+from .pairwise_launch import signature
 
 SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
 SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
-
-
-def signature(q, k, v, token_bounds, left, right):
-    return Signature(
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, 0,
-        token_bounds is not None, left, right, dot_precision(q.dtype),
-    )  # fmt: skip
 
 
 def num_chunks(length):
@@ -80,7 +73,7 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
 
 def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, o, u, lse):
     """Fill o (B, Hq, N, Dv), u likewise but contiguous, or None where o is u, lse (B, Hq, N), and with beta the sums of v."""
-    call = signature(q, k, v, token_bounds, left, right)
+    call = signature(q, k, v, None, token_bounds, left, right)
     launches = []
     if beta is not None:
         launches.append((plan_sums(v.shape, v.stride()), (v, None, sums)))
@@ -92,7 +85,7 @@ def backward(
     q, k, v, alpha, beta, token_bounds, left, right, scale, value_sums, do_sums, u, do, lse, dq, dk, dv, dbeta, m
 ):  # fmt: skip
     """Fill dq, dk, dv, m (B, Hq, N) and with beta dbeta, the sums of v and those of beta dO."""
-    call = signature(q, k, v, token_bounds, left, right)
+    call = signature(q, k, v, None, token_bounds, left, right)
     launches = []
     if beta is not None:
         launches.append((plan_sums(v.shape, v.stride()), (v, None, value_sums)))

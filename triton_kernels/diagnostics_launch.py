@@ -9,22 +9,11 @@ import triton
 
 from . import diagnostics
 from .krause import PAIR
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
-from .pairwise_launch import Signature
+from .launch import Launch, LaunchParameters, launch_all, width_block
+from .pairwise_launch import signature
 
 ROWS = LaunchParameters(16, None, 4, 1)  # of kernels that see no pairs
 ROUND = 8  # entries that `select` finds at once: they stay in registers, and few calls ask for more
-
-
-def signature(q, k, v, parameter, left, right):
-    return Signature(
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
-        0 if parameter is None else parameter.numel(), False, left, right, dot_precision(q.dtype),
-    )  # fmt: skip
-
-
-def tuned(kernel, call):
-    return launch_parameters(kernel, call.widest_block, call.dtype.itemsize)
 
 
 def sign_and_size(scale):
@@ -43,7 +32,7 @@ def plan_squares(shape, strides):
 @functools.lru_cache(maxsize=1024)
 def plan_pairs(kernel, call, scale, gradient_strides=()):
     """A kernel of the statistics, whose programs own tiles of queries or of keys."""
-    parameters = tuned(kernel.__name__, call)
+    parameters = call.tuned(kernel.__name__)
     by_keys = kernel in (diagnostics.key_mass, diagnostics.statistics_grad_keys)
     length, block = (call.k_shape[2], parameters.block_n) if by_keys else (call.q_shape[2], parameters.block_m)
     heads = call.k_shape[1] if kernel is diagnostics.statistics_grad_keys else call.q_shape[1]
@@ -61,7 +50,7 @@ def plan_pairs(kernel, call, scale, gradient_strides=()):
 
 @functools.lru_cache(maxsize=1024)
 def plan_select(call, scale, top_n, first_rank):
-    parameters = tuned("geometry", call)
+    parameters = call.tuned("geometry")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     width = call.q_shape[3]
     scalars = (
@@ -86,7 +75,7 @@ def plan_centre(call, scale, top_n):
 
 @functools.lru_cache(maxsize=1024)
 def plan_separate(call, scale, top_n):
-    parameters = tuned("geometry", call)
+    parameters = call.tuned("geometry")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     sign, size = sign_and_size(scale)
     scalars = (
@@ -106,7 +95,7 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
 
     With a parameter lse is that of the scores without their -|q|^2 / (2 sigma^2).
     """
-    call = signature(q, k, k, parameter, left, right)
+    call = signature(q, k, k, parameter, None, left, right)
     launch_all(
         *squares_of(k, k_squares),
         (plan_pairs(diagnostics.statistics, call, scale),
@@ -120,7 +109,7 @@ def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, lev
 
     lse, level, slope, ds_total: (B, Hq, N), the last three times gain, which is 0-d.
     """
-    call = signature(q, k, k, parameter, left, right)
+    call = signature(q, k, k, parameter, None, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
     keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
     launch_all(
@@ -139,7 +128,7 @@ def geometry(
     Workspaces: scores and excess (B, Hq, N, top_n) float32, chosen likewise int32, s (B, Hq, N, Dv) in the dtype of v, shift
     and farthest (B, Hq, N), v_squares (B, Hkv, M) and, with a parameter, k_squares likewise.
     """
-    call, top_n = signature(q, k, v, parameter, left, right), scores.shape[3]
+    call, top_n = signature(q, k, v, parameter, None, left, right), scores.shape[3]
     rounds = [plan_select(call, scale, top_n, first_rank) for first_rank in range(0, top_n, ROUND)]
     launch_all(
         *squares_of(k, k_squares),

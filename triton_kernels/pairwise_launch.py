@@ -77,9 +77,10 @@ class Signature(NamedTuple):
 
 
 def signature(q, k, v, parameter, token_bounds, left, right):
+    """parameter, of heads, and token_bounds: None where there are none."""
     return Signature(
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device, parameter.numel(),
-        token_bounds is not None, left, right, dot_precision(q.dtype),
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
+        0 if parameter is None else parameter.numel(), token_bounds is not None, left, right, dot_precision(q.dtype),
     )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ import functools
 
 import triton
 
-from . import locking, synchronization
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, width_block
+from . import locking, pairwise_launch, synchronization
+from .launch import Launch, LaunchParameters, launch_all, width_block
 from .locking import CELL as _CELL
-from .pairwise_launch import WORD, Signature, resident_parameters
+from .pairwise_launch import WORD, resident_parameters
 
 CELL = _CELL.value
 EXTENT = locking.EXTENT.value
@@ -18,10 +18,7 @@ FEW_ROWS = LaunchParameters(64, None, 4, 1)
 def signature(omega, omega_k, v, causal):
     """omega_k None: the keys are the queries."""
     k = omega if omega_k is None else omega_k
-    return Signature(
-        omega.shape, k.shape, v.shape, omega.stride(), k.stride(), v.stride(), omega.dtype, omega.device, 0,
-        False, -1, 0 if causal else -1, dot_precision(omega.dtype),
-    )  # fmt: skip
+    return pairwise_launch.signature(omega, k, v, None, None, -1, 0 if causal else -1)
 
 
 def stride(parameter):
