@@ -2,17 +2,21 @@
 
     python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
 
-For each kernel, head width and element size every candidate is compiled and timed inside a forward and a backward of an
-operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or Hadamard attention,
-synchronization attention of which every pair locks, or the diagnostics of causal softmax attention.
+For each kernel, head width and element size every candidate is compiled, in one process a core, and then timed inside a forward
+and a backward of an operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or
+Hadamard attention, synchronization attention of which every pair locks, or the diagnostics of causal softmax attention.
 The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
 gradient differs from that with the present parameters by more than rounding. Needs rich (the `bench` extra) and a source tree
 or an editable install.
 """
 
 import argparse
+import functools
 import itertools
-from contextlib import contextmanager
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from unittest.mock import patch
 
 import torch
@@ -49,6 +53,7 @@ TILES = {
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
     "grad": ((64, 128), (32, 64), (1, 2, 3, 4)),
 }
+WARP_SHARE = (256, 2048)  # elements of a tile that a warp holds
 REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128)}  # limits a thread worth trying for narrow heads
 
 
@@ -69,7 +74,7 @@ def family(kernel):
 
 
 def candidates(kernel, bits, width):
-    """Parameter sets worth compiling: tiles that fit shared memory and registers without drowning in them."""
+    """Parameter sets worth compiling: tiles that fit shared memory, and registers without drowning or idling in them."""
     rows, columns, stages = TILES[family(kernel)]
     near = family(kernel) == "near"
     limits = REGISTERS.get(family(kernel), (None,)) if width <= 64 and bits == 16 else (None,)
@@ -79,6 +84,8 @@ def candidates(kernel, bits, width):
         rows, columns = columns, rows
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
         if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
+            continue
+        if not near and None not in (block_m, block_n) and not WARP_SHARE[0] <= block_m * block_n / warps <= WARP_SHARE[1]:
             continue
         for registers in limits:
             yield launch.LaunchParameters(block_m, block_n, warps, depth, registers)
@@ -166,6 +173,33 @@ def forget_plans():
                 plan.cache_clear()
 
 
+@functools.cache
+def cached_call(kernel, width, bits):
+    return make_call(kernel, width, bits)
+
+
+def compile_candidate(kernel, width, bits, parameters):
+    """Compile a kernel with these parameters into Triton's cache, without launching anything."""
+
+    def compile_only(self, *tensors):
+        if self._kernel.__name__ in function_names(kernel):
+            with suppress(CompilationError, OutOfResources):
+                self.compile(*tensors)
+
+    launch.table()[kernel][f"{bits}-bit"][str(width)] = list(parameters)
+    forget_plans()
+    with patch.object(launch.Launch, "__call__", compile_only), patch.object(launch.Launch, "is_new", lambda *_: False):
+        cached_call(kernel, width, bits)()
+
+
+def compile_ahead(jobs):
+    """compile_candidate for each of these argument lists, in one process a core."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compile_candidate, *job) for job in jobs]
+        for future in track(futures, "compiling"):
+            future.result()
+
+
 def measure(run, kernel):
     """(milliseconds in this kernel, results) with the parameters now in the table, None if the kernel does not build."""
     forget_plans()
@@ -211,17 +245,21 @@ def main():
     parser.add_argument("--widths", nargs="+", type=int, choices=(64, 128, 256), default=(64, 128, 256))
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
     arguments = parser.parse_args()
-    for kernel, bits, width in itertools.product(arguments.kernels, arguments.bits, arguments.widths):
+    chosen = [
+        (kernel, width, bits)
+        for kernel, bits, width in itertools.product(arguments.kernels, arguments.bits, arguments.widths)
+        if str(width) in table[kernel][f"{bits}-bit"]
+    ]
+    compile_ahead([(*each, parameters) for each in chosen for parameters in candidates(each[0], each[2], each[1])])
+    for kernel, width, bits in chosen:
         entry, key = table[kernel][f"{bits}-bit"], str(width)
-        if key not in entry:
-            continue
         before, run = entry[key], make_call(kernel, width, bits)
         trials = track(list(candidates(kernel, bits, width)), f"{kernel} {bits}-bit {width}")
         milliseconds, refused = choose(entry, key, trials, lambda r=run, k=kernel: measure(r, k), ROUNDING[bits])
         print(f"{kernel} {bits}-bit {width}: {before} -> {entry[key]}, {milliseconds:.4f} ms")
         for parameters in refused:
             print(f"  refused {list(parameters)}: its results differ by more than rounding")
-    launch.write_table(table)
+        launch.write_table(table)
 
 
 if __name__ == "__main__":
