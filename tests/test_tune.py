@@ -62,7 +62,7 @@ def test_calls_launch_the_kernels_with_the_parameters_of_the_table(kernels):
         launched.append((self._kernel.__name__, self._options["num_warps"]))
         call(self, *tensors)
 
-    sizes = {"NEAR": (1, 1, 70), "FAR": (1, 1, 140), "INNER_WIDTHS": (8, 8)}
+    sizes = {"NEAR": (1, 1, 70), "FAR": (1, 1, 140), "NARROW": ((1, 1, 140), (8, 8))}
     with patch.multiple(tune, do_bench=lambda run, **_: run() or 0.5, **sizes), patch.object(launch.Launch, "__call__", spy):
         run = tune.make_call(min(kernels), 64, 32, device="cpu")
         changed = copy.deepcopy({kernel: launch.table()[kernel] for kernel in kernels})

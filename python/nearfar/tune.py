@@ -40,7 +40,7 @@ DTYPES = {16: torch.bfloat16, 32: torch.float32}
 # or a wrong tile spoils is off by as much as the result itself.
 ROUNDING = {16: 2.0**-6, 32: 2.0**-13}
 NEAR, FAR = (1, 16, 8192), (4, 32, 4096)  # batch, heads, tokens
-INNER_WIDTHS = (16, 16)  # of the factors of Hadamard attention
+NARROW, WIDE = ((4, 32, 4096), (16, 16)), ((1, 12, 32768), (64, 64))  # shapes and factors of Hadamard attention by width of v
 DIAGNOSTICS = ("statistics", "key_mass", "statistics_grad_queries", "statistics_grad_keys", "geometry")
 # Rows, columns and stages of the tiles worth compiling at 16 bits.
 TILES = {
@@ -114,8 +114,9 @@ def make_call(kernel, width, bits, device="cuda"):
     if kernel in DIAGNOSTICS:
         return make_diagnostics(kernel, width, bits, device)
     factored = family(kernel) not in ("near", "softmax")
-    shape = FAR if factored else NEAR
-    widths = INNER_WIDTHS if factored and family(kernel) != "walk" and not kernel.endswith("_one") else (width,)
+    shape, widths = (FAR if factored else NEAR), (width,)
+    if factored and family(kernel) != "walk" and not kernel.endswith("_one"):
+        shape, widths = NARROW if width <= 64 else WIDE
     inputs = [
         torch.randn(*shape, size, device=device, dtype=DTYPES[bits]).requires_grad_() for size in (*widths, *widths, width)
     ]
