@@ -8,7 +8,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, needs_gpu, randn, run
+from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, randn, run
 from hypothesis import strategies as st
 from samples.synchronization import check, differences, parameters
 
@@ -546,21 +546,3 @@ def test_explain():
     sample = random_sample(length=1100, top_k=3)
     text = nf.explain("synchronization_attention", **sample.tensors, top_k=3, backend="triton")
     assert "top_k over 1100 candidate keys" in text
-
-
-@needs_gpu
-@pytest.mark.parametrize("polynomials", [1, 2, 4])
-def test_exponentials_by_polynomial(polynomials, monkeypatch):
-    """Of every four exponentials as many as told are right to 4e-6; only a GPU has the assembly."""
-    launch = kuramoto._launchers()
-    plans = [plan for name, plan in vars(launch).items() if name.startswith("plan_")]
-    sample = random_sample(torch.float16, length=200, scale=0.1)
-    expected = run_sample(sample)
-    monkeypatch.setattr(launch, "POLYNOMIALS", polynomials)
-    for plan in plans:
-        plan.cache_clear()
-    try:
-        torch.testing.assert_close(run_sample(sample), expected, rtol=2e-3, atol=2e-3)
-    finally:
-        for plan in plans:
-            plan.cache_clear()

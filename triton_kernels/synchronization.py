@@ -26,12 +26,12 @@ import triton
 import triton.language as tl
 
 from .locking import CELL, LARGEST_C
-from .polynomial import mixed_exp2
 from .selection import cut_top_k, row_maximum
 from .tiles import (
     LOG2E,
     WORD,
     at,
+    exp2,
     load_bits,
     load_tile,
     load_vector,
@@ -49,9 +49,9 @@ EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 woul
 
 
 @triton.jit
-def similarity(delta2, alpha, POLYNOMIALS: tl.constexpr):
+def similarity(delta2, alpha):
     """J^2."""
-    return mixed_exp2(delta2 * (-2.0 * LOG2E * alpha), POLYNOMIALS)
+    return exp2(delta2 * (-2.0 * LOG2E * alpha))
 
 
 @triton.jit
@@ -98,8 +98,7 @@ def listed(cell_list, step, BLOCK: tl.constexpr):
 def attend(
     w, k, v, squares, k_squares, c, bandwidth, o, total, lists, counts,
     w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
-    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -131,7 +130,7 @@ def attend(
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
                 delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        weight = strength(similarity(delta2, alpha, POLYNOMIALS) - row_c[:, None] * delta2)
+        weight = strength(similarity(delta2, alpha) - row_c[:, None] * delta2)
         row_total += tl.sum(weight, 1)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         first = following
@@ -174,7 +173,7 @@ def write_rows(
 def attend_top_k(
     w, k, v, squares, k_squares, c, bandwidth, o, total, bits,
     w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
-    top_k, SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    top_k, SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     NUM_KEY_TILES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +195,7 @@ def attend_top_k(
         products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
         delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
         delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        score = strength(similarity(delta2, alpha, POLYNOMIALS) - row_c[:, None] * delta2)
+        score = strength(similarity(delta2, alpha) - row_c[:, None] * delta2)
         # What is not locked is no candidate: else its zeros would be ties.
         count += tl.sum((score > 0.0).to(tl.int32), 1)
         scores = scores + (tl.where(score == 0.0, float("-inf"), score),)
@@ -238,8 +237,7 @@ def grad_queries(
     w, k, v, squares, k_squares, c, bandwidth, do, inverse, shift, bits, dw, dalpha, dradius, lists, counts,
     w_strides, k_strides, v_strides, do_strides, dw_strides, bandwidth_stride,
     num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
-    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -280,7 +278,7 @@ def grad_queries(
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
                 delta2 = mask_backward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        near = similarity(delta2, alpha, POLYNOMIALS)
+        near = similarity(delta2, alpha)
         ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
         slope = ds * tl.minimum(inverse_strength(near - row_c[:, None] * delta2), steepest)
         if bits is not None:
@@ -313,8 +311,7 @@ def grad_keys(
     w, k, v, squares, k_squares, c, bandwidth, do, inverse, shift, bits, dw, dk, dv, lists, counts,
     w_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride,
     num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
-    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr,
+    SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """dw: (B, H, N, D) float32, contiguous: the gradient of the tokens as queries, which is added to dk; None without SELF."""
@@ -354,7 +351,7 @@ def grad_keys(
             if SELF or CAUSAL:
                 if first + offset < (tile + 1) * BLOCK_N and (CAUSAL or first + BLOCK_M > tile * BLOCK_N):
                     delta2 = mask_backward(delta2, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
-            near = similarity(delta2, alpha, POLYNOMIALS)
+            near = similarity(delta2, alpha)
             margin = near - row_c[None, :] * delta2
             inverse_s = inverse_strength(margin)
             weight = positive(margin) * inverse_s * row_inverse[None, :]
@@ -395,7 +392,7 @@ def grad_tokens(
     w, v, squares, c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
     w_strides, v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride,
     num_tokens, num_heads, num_tiles, steepest,
-    PRECISION: tl.constexpr, POLYNOMIALS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """S_ij = S_ji, so that a pair of tiles gives dw and dv of one of them at once: five products and one S, not 7 and 2."""
@@ -439,7 +436,7 @@ def grad_tokens(
         delta2 = squared_distance(products, row_squares[:, None], load_vector(squares, others, num_tokens, FAR)[None, :])
         if first + BLOCK_N > tile * BLOCK_M and first < (tile + 1) * BLOCK_M:
             delta2 = mask_backward(delta2, rows[:, None], others[None, :], True, False)
-        near = similarity(delta2, alpha, POLYNOMIALS)
+        near = similarity(delta2, alpha)
         margin = near - head_c * delta2
         inverse_s = inverse_strength(margin)
         weight = positive(margin) * inverse_s * other_inverse[None, :]

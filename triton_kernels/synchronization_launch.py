@@ -11,7 +11,6 @@ from .pairwise_launch import WORD, resident_parameters
 
 CELL = _CELL.value
 EXTENT = locking.EXTENT.value
-POLYNOMIALS = 0  # of every four exponentials of 16-bit inputs, how many by a polynomial instead of the special-function unit
 FEW_ROWS = LaunchParameters(64, None, 4, 1)
 
 
@@ -27,8 +26,8 @@ def stride(parameter):
 
 
 def options(call, self):
-    """SELF, CAUSAL, PRECISION, POLYNOMIALS."""
-    return self, call.right == 0, call.precision, POLYNOMIALS if call.dtype.itemsize == 2 else 0
+    """SELF, CAUSAL, PRECISION."""
+    return self, call.right == 0, call.precision
 
 
 def own_block(call, kernel):
@@ -129,7 +128,7 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     tiles = triton.cdiv(num_tokens, parameters.block_m)
     scalars = (
         call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
-        steepest, *options(call, True)[2:], *call.sizes(parameters),
+        steepest, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 

@@ -13,12 +13,13 @@ from bench.formulas.synchronization import Synchronization
 from nearfar.ops.synchronization import prepare
 
 PROVIDERS = (*OURS, *SDPA, "eager")
-SPREAD, APART = 0.3, 4.0  # of the frequencies of a cluster, over sqrt(width), and of the centres
+SPREAD, APART = 0.3, 0.5  # of the frequencies of a cluster, over sqrt(width), and of the centres
+CELL = 64  # tokens: where runs may begin, so that a share of pairs is that share of block pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case(BaseCase):
-    """clusters: equally long runs of tokens; pairs lock inside a run, all of them, and none between runs."""
+    """clusters: about equally long runs of tokens; pairs lock inside a run, all of them, and none between runs."""
 
     causal: bool = False
     clusters: int = 1
@@ -42,7 +43,9 @@ class Case(BaseCase):
             with torch.no_grad():
                 omega = tensors[0]
                 centres = APART * torch.randn(self.clusters, self.width, generator=generator, device=device)
-                run = torch.arange(self.length, device=device) * self.clusters // self.length
+                cell = min(CELL, max(1, self.length // self.clusters))
+                cells = torch.arange(self.length, device=device) // cell
+                run = cells * self.clusters // (cells[-1] + 1)
                 omega.mul_(SPREAD * self.width**-0.5).add_(centres[run] if self.clusters > 1 else 0.0)
         return tensors
 

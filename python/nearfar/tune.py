@@ -54,7 +54,8 @@ TILES = {
     "grad": ((64, 128), (32, 64), (1, 2, 3, 4)),
 }
 WARP_SHARE = (256, 2048)  # elements of a tile that a warp holds
-REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128)}  # limits a thread worth trying for narrow heads
+# Limits a thread worth trying for narrow heads.
+REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128, 168), "sync": (None, 128, 168)}
 
 
 def function_names(kernel):

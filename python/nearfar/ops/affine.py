@@ -37,8 +37,8 @@ def affine_attention(
     product makes. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than
     queries, the queries are the last N positions; with fewer, the first N - M stand before every key. A query that sees no
     key returns zeros, with a sink too. Under autocast q, k and v are cast to the autocast dtype, as
-    scaled_dot_product_attention does. What a query cannot see changes no bit of its row, as long as it is finite and its
-    products are finite in float32.
+    scaled_dot_product_attention does. What a query cannot see changes no bit of its row, as long as it is finite and no
+    score exceeds 2^29 in size: there float32 rounds scores by 32, and beyond it the kernels' weights may overflow into NaN.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
