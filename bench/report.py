@@ -14,6 +14,7 @@ from bench import crossover
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+OVERVIEW = "overview"
 DIRECTIONS = ("forward", "backward")
 STYLES = {"ok": "", "skipped": "dim", "unavailable": "yellow", "wrong": "bold red", "failed": "bold red"}
 
@@ -203,15 +204,44 @@ def token_count(n):
 
 
 def markdown(room, results):
-    """The tables of a room from all recorded files, one for each run: only figures of one run compare."""
+    """The tables of a room from all recorded files, one for each run, as only figures of one run compare; or the overview."""
+    files = [(path.parent.name, json.loads(path.read_text())) for path in sorted(results.glob("*/*.json"))]
     sections = {}
-    for path in sorted(results.glob("*/*.json")):
-        record = json.loads(path.read_text())
-        if record["room"] != room:
-            continue
-        sections.setdefault((path.parent.name, record["environment"]["date"]), []).append(record)
+    for gpu, record in files:
+        if room == OVERVIEW:
+            sections.setdefault(gpu, []).append(record)
+        elif record["room"] == room:
+            sections.setdefault((gpu, record["environment"]["date"]), []).append(record)
+    write = overview if room == OVERVIEW else section
     nothing = "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
-    return "\n".join(section(records) for records in sections.values()) or nothing
+    return "\n".join(write(records) for records in sections.values()) or nothing
+
+
+def overview(records):
+    """A line for each case of a GPU that has a goal: ours, and the fastest other provider of the same run."""
+    lines = [
+        f"{records[0]['environment']['device']}, forward / backward in ms:\n",
+        "| case | shape | nearfar | goal | fastest other | |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for record in records:
+        for row in record["rows"]:
+            case = row["case"]
+            if not (row["ours"] and row["forward"] and (case["goal_ms"] or case.get("goal_over"))):
+                continue
+            others = [r for r in record["rows"] if r["title"] == row["title"] and not r["ours"] and r["forward"]]
+            best = min(others, key=lambda r: sum(r[d]["ms"] for d in DIRECTIONS if r[d]), default=None)
+            other = (both(best, "ms", 3), best["label"]) if best else ("", "")
+            cells = (case["name"], row["title"], both(row, "ms", 3), goal_times(case), *other)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def goal_times(case):
+    if case["goal_ms"]:
+        return " / ".join(f"{goal:.2f}" for goal in case["goal_ms"])
+    provider, ratio = case["goal_over"]
+    return f"{ratio:g} x {provider}"
 
 
 def section(records):
@@ -222,16 +252,14 @@ def section(records):
         f"{env['date'][:10]}. Medians in ms; floors follow from the copy and matmul rates measured in the same run, "
         f"{ceilings['bytes_per_s'] / 1e12:.2f} TB/s and {ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s.\n"
     )
-    lines = [
-        "| case | shape | provider | forward | backward | floor | % of floor | goal |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+    heading = "| case | shape | provider | forward | backward | floor | % of floor | goal |"
+    lines = [heading, "|---|---|---|---:|---:|---:|---:|---:|"] if rows else []
     previous = None
     for row in rows:
         case = row["case"]
         names = (case["name"], row["title"]) if (case["name"], row["title"]) != previous else ("", "")
         previous = case["name"], row["title"]
-        goal = " / ".join(f"{g:.2f}" for g in case["goal_ms"]) if case["goal_ms"] and row["ours"] else ""
+        goal = goal_times(case) if case["goal_ms"] and row["ours"] else ""
         cells = (part(row, "forward", "ms", 3), part(row, "backward", "ms", 3), both(row, "floor_ms", 2),
                  both(row, "percent_of_floor", 2))  # fmt: skip
         label = f"**{row['label']}**" if row["ours"] else row["label"]

@@ -529,7 +529,8 @@ def test_bad_arguments_are_refused(arguments, capsys):
 
 
 def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
-    rows = [suite.measure(CASE, name, CPU, {}, CEILINGS) for name in ("nearfar", "sdpa")]
+    aimed = replace(CASE, goal_ms=(1.0, 2.0))
+    rows = [suite.measure(case, name, CPU, {}, CEILINGS) for case in (CASE, aimed) for name in ("nearfar", "sdpa")]
     environment = dict(device="GPU", torch="2", triton="3", cuda="13", nearfar="0", date="2026-01-01T00:00")
     measures = [
         {"what": "first call", "value": 3.2, "unit": "s", "goal": 5.0, "note": None},
@@ -540,7 +541,8 @@ def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
     report.write_json(results / "h100", {**head, "rows": rows, "measures": measures})
     report.write_json(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
     readme = tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\nThe end.\n")
+    readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\n"
+                      "<!-- bench:overview -->\n<!-- /bench:overview -->\nThe end.\n")  # fmt: skip
 
     assert report.main(["--check"], tmp_path, results) == 1
     assert "old" in readme.read_text() and "out of date" in capsys.readouterr().out
@@ -549,6 +551,12 @@ def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
     assert "old" not in text and text.startswith("# Title\n") and text.endswith("The end.\n")
     assert "| **nearfar reference** |" in text and "| first call | 3.20 s | ≤ 5 s |" in text
     assert "| crossover | faster at every length |  |" in text
+    (line,) = [line for line in text.partition("<!-- bench:overview -->")[2].splitlines() if line.startswith("| krause")]
+    _, name, shape, ours, goal, other, label, _ = map(str.strip, line.split("|"))
+    assert (name, shape, goal, label) == (aimed.name, aimed.title, "1.00 / 2.00", rows[1]["label"])
+    times = [[row[part]["ms"] for part in ("forward", "backward")] for row in rows]  # two cases of one title, two providers
+    for cell, expected in ((ours, times[2]), (other, min(times[1], times[3], key=sum))):
+        assert [float(number) for number in cell.split("/")] == pytest.approx(expected, rel=0.01)
     assert report.main(["--check"], tmp_path, results) == 0
 
 
