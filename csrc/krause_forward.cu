@@ -1,0 +1,372 @@
+// Krause attention over a window of at most 128 keys: softmax of (q.k - |k|^2 / 2) / sigma^2 over the top_k best of them.
+//
+// A warp has 16 queries and the 16 + window - 1 keys that they reach; their scores stay in its registers from the first
+// product to the second, so selection needs no other warp. (A warpgroup, the unit of wgmma, would hold 64 queries and a third
+// more scores.) Four warps walk a strip of consecutive tiles of 64 queries. The keys and values within their reach lie in
+// a ring of rows in shared memory: each is fetched once a strip, the next ones while a tile is computed.
+#include "krause_forward.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+#include "common/check.h"
+#include "common/reduce.cuh"
+#include "common/select.cuh"
+#include "common/tile.cuh"
+#include "common/window.cuh"
+
+namespace nearfar {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRows = 16;                    // queries of a warp
+constexpr int kTileRows = kWarps * kRows;    // queries, and keys, of a tile
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Strides {
+    int64_t batch, head, row;
+};
+
+template <typename T>
+struct Arguments {
+    const T *q, *k, *v;
+    const float* sigma;
+    T* o;
+    float* lse;
+    int32_t* bits;
+    Strides q_strides, k_strides, v_strides, o_strides;
+    int64_t sigma_stride;
+    Window window;
+    int heads, group, num_tiles, num_strips, top_k;
+};
+
+// What a strip keeps in shared memory. Blocks: blocks of 16 keys that the queries of a warp reach.
+template <int Width, int Blocks>
+struct Ring {
+    static constexpr int kTiles = (kTileRows - kRows + 16 * Blocks + kTileRows - 1) / kTileRows;  // that a query tile reaches
+    static constexpr bool kSpare = kTiles * Width < 384;  // one tile more, unless that leaves a multiprocessor one block
+    static constexpr int kRingRows = (kTiles + kSpare) * kTileRows;
+    static constexpr int kRowBytes = Tile<Width>::kRowBytes;
+    static constexpr int kBytes = (2 * kRingRows + kTileRows) * kRowBytes + kRingRows * static_cast<int>(sizeof(float));
+    static constexpr int kBlocksPerMultiprocessor = std::min(4, 228 * 1024 / (kBytes + 1024));
+
+    __device__ static int wrap(int row) { return row < kRingRows ? row : row - kRingRows; }
+};
+
+// -|x|^2 / 2 of the rows of a tile, by the threads that copied it, each from its own chunks: no barrier is needed.
+template <typename T, int Width>
+__device__ __forceinline__ void half_squares(const uint4* tile, float* squares) {
+    constexpr int kChunks = Tile<Width>::kChunks;
+#pragma unroll
+    for (int pass = 0; pass < kTileRows * kChunks / kThreads; ++pass) {
+        const int row = pass * (kThreads / kChunks) + threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+        const uint4 words = tile[Tile<Width>::offset(row, chunk) / 16];
+        float sum = 0;
+        for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+            const float2 x = unpack<T>(word);
+            sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
+        }
+        sum = group_sum<kChunks>(sum);
+        if (chunk == 0) squares[row] = -0.5f * sum;
+    }
+}
+
+// The bits of a row's selection: kept columns of block i are bits 16 i on, modulo the ring. Products with powers of two add
+// them up to 16 bits a block, the lanes of a quad get 32 each. The ring then turns until bit j stands for key j.
+template <int Blocks>
+__device__ __forceinline__ void store_selection(const TopK<Blocks>& selection, int first_key, int lane, int rows_left,
+                                                int32_t* bits) {
+    constexpr int kPieces = Blocks - 1, kWords = kPieces / 2;
+    const int quad = lane / 4, pair = lane % 4;
+    float pieces[4] = {};
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+        // 2^i in row i of the column of this block, as halves.
+        const uint32_t low = (15 + 2 * pair) << 10 | (16 + 2 * pair) << 26, high = low + (8 << 10 | 8 << 26);
+        const bool mine = quad == block % kPieces;
+        mma<__half>(pieces, selection.kept(block), mine ? low : 0, mine ? high : 0);
+    }
+    const int shift = first_key & 31, turn = first_key >> 5;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t word = static_cast<uint32_t>(pieces[2 * r]) | static_cast<uint32_t>(pieces[2 * r + 1]) << 16;
+        const uint32_t previous = __shfl_sync(kWholeWarp, word, (pair + kWords - 1) % kWords, 4);
+        const int row = quad + 8 * r;
+        if (pair < kWords && row < rows_left)
+            bits[row * kWords + (pair + turn & kWords - 1)] = static_cast<int32_t>(__funnelshift_l(previous, word, shift));
+    }
+}
+
+// Rows quad and quad + 8 of a warp's output: neighbouring lanes swap words, so that each stores 8 bytes, a quad 32.
+template <typename T, int Width>
+__device__ __forceinline__ void store_output(const float (&acc)[Width / 8][4], const float (&inverse)[2], int lane, int rows_left,
+                                             int64_t stride, T* o) {
+    const int quad = lane / 4, pair = lane % 4, odd = lane % 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = quad + 8 * r;
+        T* to = o + row * stride + 8 * odd + 2 * (pair - odd);
+#pragma unroll
+        for (int tile = 0; tile < Width / 8; tile += 2) {
+            const uint32_t left = pack<T>(acc[tile][2 * r] * inverse[r], acc[tile][2 * r + 1] * inverse[r]);
+            const uint32_t right = pack<T>(acc[tile + 1][2 * r] * inverse[r], acc[tile + 1][2 * r + 1] * inverse[r]);
+            const uint32_t received = __shfl_xor_sync(kWholeWarp, odd ? left : right, 1);
+            if (row < rows_left)
+                *reinterpret_cast<uint2*>(to + 8 * tile) = odd ? make_uint2(received, right) : make_uint2(left, received);
+        }
+    }
+}
+
+template <typename T, int Width, int Blocks, bool Select>
+__global__ void __launch_bounds__(kThreads, Ring<Width, Blocks>::kBlocksPerMultiprocessor)
+krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
+    using Ring = Ring<Width, Blocks>;
+    using Layout = Tile<Width>;
+    extern __shared__ uint4 memory[];
+    uint4* const key_rows = memory;
+    uint4* const value_rows = key_rows + Ring::kRingRows * Layout::kChunks;
+    uint4* const query_rows = value_rows + Ring::kRingRows * Layout::kChunks;
+    float* const squares = reinterpret_cast<float*>(query_rows + kTileRows * Layout::kChunks);
+
+    const Window& window = arguments.window;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, pair = lane % 4;
+    const int strip = blockIdx.x % arguments.num_strips, outer = blockIdx.x / arguments.num_strips;
+    const int head = outer % arguments.heads, batch = outer / arguments.heads, kv_head = head / arguments.group;
+    const auto at = [&](auto* base, const Strides& strides, int h) { return base + batch * strides.batch + h * strides.head; };
+    const T* const q = at(arguments.q, arguments.q_strides, head);
+    const T* const k = at(arguments.k, arguments.k_strides, kv_head);
+    const T* const v = at(arguments.v, arguments.v_strides, kv_head);
+    T* const o = at(arguments.o, arguments.o_strides, head);
+    const int64_t row_offset = static_cast<int64_t>(outer) * window.num_queries;
+
+    const float sigma = arguments.sigma[head * arguments.sigma_stride];
+    // One that is not positive poisons its head. A scale of 0 would turn the -infinity of masked scores into NaN.
+    const float scale = sigma > 0 ? fmaxf(1.0f / (sigma * sigma), FLT_MIN) * kLog2e : NAN;
+
+    const int64_t tiles = arguments.num_tiles;
+    const int first_tile = static_cast<int>(tiles * strip / arguments.num_strips);
+    const int end_tile = static_cast<int>(tiles * (strip + 1) / arguments.num_strips);
+
+    const auto fetch_keys = [&](int tile, int ring_row) {  // those that query tile `tile` is the first to reach
+        const int first = tile * kTileRows + window.offset - window.back;
+        const uint32_t offset = ring_row * Layout::kRowBytes;
+        copy_rows<Width, kTileRows, kThreads>(shared_address(key_rows) + offset, k, arguments.k_strides.row, first,
+                                              window.num_keys, threadIdx.x);
+        copy_rows<Width, kTileRows, kThreads>(shared_address(value_rows) + offset, v, arguments.v_strides.row, first,
+                                              window.num_keys, threadIdx.x);
+    };
+    const uint32_t my_queries = shared_address(query_rows) + warp * kRows * Layout::kRowBytes;
+    const auto fetch_queries = [&](int tile) {
+        copy_rows<Width, kRows, 32>(my_queries, q, arguments.q_strides.row, tile * kTileRows + warp * kRows,
+                                    window.num_queries, lane);
+    };
+
+    fetch_queries(first_tile);
+    for (int tile = 0; tile < Ring::kTiles; ++tile) fetch_keys(first_tile + tile, tile * kTileRows);
+    wait_for_copies();
+    for (int tile = 0; tile < Ring::kTiles - 1; ++tile)
+        half_squares<T, Width>(key_rows + tile * kTileRows * Layout::kChunks, squares + tile * kTileRows);
+
+    int ring_row = 0;  // of the first key that the tile reaches
+    for (int tile = first_tile; tile < end_tile; ++tile, ring_row = Ring::wrap(ring_row + kTileRows)) {
+        const int newest = Ring::wrap(ring_row + (Ring::kTiles - 1) * kTileRows);
+        const int next = Ring::wrap(newest + kTileRows);
+        wait_for_copies();
+        half_squares<T, Width>(key_rows + newest * Layout::kChunks, squares + newest);
+        __syncthreads();
+        const bool more = tile + 1 < end_tile;
+        if (Ring::kSpare && more) fetch_keys(tile + Ring::kTiles, next);
+
+        const int first_row = tile * kTileRows + warp * kRows;
+        const int first_key = first_row + window.offset - window.back;
+        const int first_ring_row = ring_row + warp * kRows;
+        const auto block_row = [&](int block) { return Ring::wrap(first_ring_row + 16 * block); };
+        int begin[2], count[2];  // the columns of each row, relative to first_key
+        bool whole = true;       // every row of the warp reaches its whole window
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const Reach row_reach = reach(window, first_row + quad + 8 * r);
+            begin[r] = row_reach.begin - first_key;
+            count[r] = row_reach.count();
+            whole = whole && begin[r] == quad + 8 * r && count[r] == window.size();
+        }
+        whole = __all_sync(kWholeWarp, whole);
+
+        // score = q.k - |k|^2 / 2. It is scaled last, within the exponent, so that equal distances give equal scores.
+        uint32_t query[Width / 16][4];
+#pragma unroll
+        for (int step = 0; step < Width / 16; ++step)
+            load_matrices(query[step],
+                          my_queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+        float score[2 * Blocks][4];
+        float lowest[2] = {INFINITY, INFINITY}, highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int block = 0; block < Blocks; ++block) {
+            const int row = block_row(block);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 square = reinterpret_cast<const float2*>(squares + row)[4 * half + pair];
+                float(&tile_score)[4] = score[2 * block + half];
+                tile_score[0] = tile_score[2] = square.x;
+                tile_score[1] = tile_score[3] = square.y;
+            }
+#pragma unroll
+            for (int step = 0; step < Width / 16; ++step) {
+                uint32_t key[4];
+                load_matrices(key, shared_address(key_rows) + row * Layout::kRowBytes +
+                                       Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
+                mma<T>(score[2 * block], query[step], key[0], key[1]);
+                mma<T>(score[2 * block + 1], query[step], key[2], key[3]);
+            }
+        }
+#pragma unroll
+        for (int column = 0; column < 16 * Blocks; column += 8) {
+            float(&tile_score)[4] = score[column / 8];
+            const bool inner = column >= kRows && column + 8 <= window.size();  // of every row's window
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = i / 2;
+                const unsigned rank = column + 2 * pair + i % 2 - begin[r];
+                const bool visible = (whole && inner) || rank < static_cast<unsigned>(count[r]);
+                if (Select) lowest[r] = fminf(lowest[r], visible ? tile_score[i] : INFINITY);
+                if (!visible) tile_score[i] = -INFINITY;
+                highest[r] = fmaxf(highest[r], tile_score[i]);
+            }
+        }
+        __syncwarp();  // all lanes have their queries
+        if (more) fetch_queries(tile + 1);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            highest[r] = quad_max(highest[r]);
+            if (Select) lowest[r] = quad_min(lowest[r]);
+        }
+        const int rows_left = window.num_queries - first_row;
+
+        if constexpr (Select) {
+            const TopK<Blocks> selection(score, count, lowest, highest, arguments.top_k);
+            store_selection(selection, first_key, lane, rows_left,
+                            arguments.bits + (row_offset + first_row) * ((Blocks - 1) / 2));
+        }
+
+        // Rows without keys keep -infinity, and are shifted by 0 lest it meets another.
+        float shift[2], total[2] = {}, acc[Width / 8][4] = {};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) shift[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * scale;
+#pragma unroll
+        for (int block = 0; block < Blocks; ++block) {
+            uint32_t weight[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = i % 2;
+                const float(&tile_score)[4] = score[2 * block + i / 2];
+                const float first = exp2_approximate(fmaf(tile_score[2 * r], scale, -shift[r]));
+                const float second = exp2_approximate(fmaf(tile_score[2 * r + 1], scale, -shift[r]));
+                total[r] += first + second;
+                weight[i] = pack<T>(first, second);
+            }
+            const uint32_t from = shared_address(value_rows) + block_row(block) * Layout::kRowBytes;
+#pragma unroll
+            for (int step = 0; step < Width / 16; ++step) {
+                uint32_t value[4];
+                load_matrices_transposed(
+                    value, from + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+                mma<T>(acc[2 * step], weight, value[0], value[1]);
+                mma<T>(acc[2 * step + 1], weight, value[2], value[3]);
+            }
+        }
+        float inverse[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            total[r] = quad_sum(total[r]);
+            inverse[r] = count[r] > 0 ? 1.0f / total[r] : 0.0f;
+            const int row = quad + 8 * r;
+            if (pair == 0 && row < rows_left)
+                arguments.lse[row_offset + first_row + row] = count[r] > 0 ? shift[r] + log2f(total[r]) : 0.0f;
+        }
+        store_output<T, Width>(acc, inverse, lane, rows_left, arguments.o_strides.row,
+                               o + first_row * arguments.o_strides.row);
+
+        if (!Ring::kSpare && more) {
+            __syncthreads();  // every warp is done with the tile that the next one replaces
+            fetch_keys(tile + Ring::kTiles, next);
+        }
+    }
+}
+
+// Strips of a head, so that all multiprocessors are busy to the end: whole waves of blocks, few tiles fetched in vain.
+int64_t strips(int64_t tiles, int64_t outer, int64_t resident, int64_t warm_up) {
+    int64_t best = 1, best_time = INT64_MAX;
+    for (int64_t waves = 1; waves <= 4; ++waves) {
+        const int64_t count = std::clamp<int64_t>(waves * resident / outer, 1, tiles);
+        const int64_t time = (count * outer + resident - 1) / resident * ((tiles + count - 1) / count + warm_up);
+        if (time < best_time) best = count, best_time = time;
+    }
+    return best;
+}
+
+template <typename T, int Width, int Blocks, bool Select>
+void launch(const KrauseForward& call, cudaStream_t stream) {
+    using Ring = Ring<Width, Blocks>;
+    const auto kernel = krause_forward_kernel<T, Width, Blocks, Select>;
+    // Blocks that the device holds at once; asked once for each device.
+    static std::array<int, 64> resident_on{};
+    int device = 0;
+    NEARFAR_CHECK(cudaGetDevice(&device));
+    int& resident = resident_on.at(device);
+    if (resident == 0) {
+        int blocks = 0, multiprocessors = 0;
+        NEARFAR_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring::kBytes));
+        NEARFAR_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, Ring::kBytes));
+        NEARFAR_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        resident = std::max(1, blocks * multiprocessors);
+    }
+    const auto strides = [](const std::array<int64_t, 3>& s) { return Strides{s[0], s[1], s[2]}; };
+    const int64_t outer = call.batches * call.heads, tiles = (call.num_queries + kTileRows - 1) / kTileRows;
+    const int64_t num_strips = strips(tiles, outer, resident, Ring::kTiles - 1);
+    const Window window{static_cast<int>(call.num_keys - call.num_queries), static_cast<int>(call.back),
+                        static_cast<int>(call.ahead), call.token_bounds,
+                        static_cast<int>(call.num_queries), static_cast<int>(call.num_keys)};
+    Arguments<T> arguments{static_cast<const T*>(call.q), static_cast<const T*>(call.k), static_cast<const T*>(call.v),
+                           call.sigma, static_cast<T*>(call.o), call.lse, call.bits,
+                           strides(call.q_strides), strides(call.k_strides), strides(call.v_strides),
+                           strides(call.o_strides), call.sigma_stride, window,
+                           static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
+                           static_cast<int>(tiles), static_cast<int>(num_strips), static_cast<int>(call.top_k)};
+    void* parameters[] = {&arguments};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(outer * num_strips)),
+                           dim3(kThreads), parameters, Ring::kBytes, stream),
+          "krause_forward launch");
+}
+
+template <typename T, int Width>
+void launch_window(const KrauseForward& call, cudaStream_t stream) {
+    const bool narrow = call.back + call.ahead + 1 <= 64;
+    if (call.top_k > 0) narrow ? launch<T, Width, 5, true>(call, stream) : launch<T, Width, 9, true>(call, stream);
+    else narrow ? launch<T, Width, 5, false>(call, stream) : launch<T, Width, 9, false>(call, stream);
+}
+
+template <typename T>
+void launch_width(const KrauseForward& call, cudaStream_t stream) {
+    switch (call.width) {
+        case 32: return launch_window<T, 32>(call, stream);
+        case 64: return launch_window<T, 64>(call, stream);
+        case 128: return launch_window<T, 128>(call, stream);
+        default: throw std::invalid_argument("width must be 32, 64 or 128");
+    }
+}
+
+}  // namespace
+
+void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream) {
+    if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)
+        throw std::invalid_argument("a window of 1 to 128 keys is served, back and ahead not negative");
+    switch (dtype) {
+        case DType::kFloat16: return launch_width<__half>(call, stream);
+        case DType::kBFloat16: return launch_width<__nv_bfloat16>(call, stream);
+        default: throw std::invalid_argument("dtype must be float16 or bfloat16");
+    }
+}
+
+}  // namespace nearfar
