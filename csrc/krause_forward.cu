@@ -11,7 +11,6 @@
 #include <stdexcept>
 
 #include "common/check.h"
-#include "common/reduce.cuh"
 #include "common/select.cuh"
 #include "common/tile.cuh"
 #include "common/window.cuh"
@@ -55,21 +54,23 @@ struct Ring {
     __device__ static int wrap(int row) { return row < kRingRows ? row : row - kRingRows; }
 };
 
-// -|x|^2 / 2 of the rows of a tile, by the threads that copied it, each from its own chunks: no barrier is needed.
+// -|x|^2 / 2 of 16 rows of a tile: half the diagonal of their products with themselves.
 template <typename T, int Width>
-__device__ __forceinline__ void half_squares(const uint4* tile, float* squares) {
-    constexpr int kChunks = Tile<Width>::kChunks;
+__device__ __forceinline__ void half_squares(uint32_t rows, int lane, float* squares) {
+    using Layout = Tile<Width>;
+    float first[4] = {}, last[4] = {};  // rows 0-7 by rows 0-7; rows 8-15 by rows 8-15, in its lower half
 #pragma unroll
-    for (int pass = 0; pass < kTileRows * kChunks / kThreads; ++pass) {
-        const int row = pass * (kThreads / kChunks) + threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-        const uint4 words = tile[Tile<Width>::offset(row, chunk) / 16];
-        float sum = 0;
-        for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-            const float2 x = unpack<T>(word);
-            sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
-        }
-        sum = group_sum<kChunks>(sum);
-        if (chunk == 0) squares[row] = -0.5f * sum;
+    for (int step = 0; step < Width / 16; ++step) {
+        uint32_t x[4];
+        load_matrices(x, rows + Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
+        const uint32_t a[4] = {x[0], x[2], x[1], x[3]};
+        mma<T>(first, a, x[0], x[1]);
+        mma<T>(last, a, x[2], x[3]);
+    }
+    const int quad = lane / 4, odd = quad % 2;
+    if (lane % 4 == quad / 2) {
+        squares[quad] = -0.5f * (odd ? first[1] : first[0]);
+        squares[quad + 8] = -0.5f * (odd ? last[3] : last[2]);
     }
 }
 
@@ -149,32 +150,37 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
     const int first_tile = static_cast<int>(tiles * strip / arguments.num_strips);
     const int end_tile = static_cast<int>(tiles * (strip + 1) / arguments.num_strips);
 
+    // A warp copies the same 16 rows of every tile, and computes their squares without waiting for the others.
+    const uint32_t keys = shared_address(key_rows), values = shared_address(value_rows);
+    const uint32_t queries = shared_address(query_rows) + warp * kRows * Layout::kRowBytes;
     const auto fetch_keys = [&](int tile, int ring_row) {  // those that query tile `tile` is the first to reach
-        const int first = tile * kTileRows + window.offset - window.back;
-        const uint32_t offset = ring_row * Layout::kRowBytes;
-        copy_rows<Width, kTileRows, kThreads>(shared_address(key_rows) + offset, k, arguments.k_strides.row, first,
-                                              window.num_keys, threadIdx.x);
-        copy_rows<Width, kTileRows, kThreads>(shared_address(value_rows) + offset, v, arguments.v_strides.row, first,
-                                              window.num_keys, threadIdx.x);
+        const int first = tile * kTileRows + warp * kRows + window.offset - window.back;
+        const uint32_t offset = (ring_row + warp * kRows) * Layout::kRowBytes;
+        copy_rows<Width, kRows, 32>(keys + offset, k, arguments.k_strides.row, first, window.num_keys, lane);
+        copy_rows<Width, kRows, 32>(values + offset, v, arguments.v_strides.row, first, window.num_keys, lane);
     };
-    const uint32_t my_queries = shared_address(query_rows) + warp * kRows * Layout::kRowBytes;
     const auto fetch_queries = [&](int tile) {
-        copy_rows<Width, kRows, 32>(my_queries, q, arguments.q_strides.row, tile * kTileRows + warp * kRows,
-                                    window.num_queries, lane);
+        const int first = tile * kTileRows + warp * kRows;
+        copy_rows<Width, kRows, 32>(queries, q, arguments.q_strides.row, first, window.num_queries, lane);
+    };
+    const auto square_keys = [&](int ring_row) {
+        const int row = ring_row + warp * kRows;
+        half_squares<T, Width>(keys + row * Layout::kRowBytes, lane, squares + row);
     };
 
     fetch_queries(first_tile);
     for (int tile = 0; tile < Ring::kTiles; ++tile) fetch_keys(first_tile + tile, tile * kTileRows);
     wait_for_copies();
-    for (int tile = 0; tile < Ring::kTiles - 1; ++tile)
-        half_squares<T, Width>(key_rows + tile * kTileRows * Layout::kChunks, squares + tile * kTileRows);
+    __syncwarp();
+    for (int tile = 0; tile < Ring::kTiles - 1; ++tile) square_keys(tile * kTileRows);
 
     int ring_row = 0;  // of the first key that the tile reaches
     for (int tile = first_tile; tile < end_tile; ++tile, ring_row = Ring::wrap(ring_row + kTileRows)) {
         const int newest = Ring::wrap(ring_row + (Ring::kTiles - 1) * kTileRows);
         const int next = Ring::wrap(newest + kTileRows);
         wait_for_copies();
-        half_squares<T, Width>(key_rows + newest * Layout::kChunks, squares + newest);
+        __syncwarp();
+        square_keys(newest);
         __syncthreads();
         const bool more = tile + 1 < end_tile;
         if (Ring::kSpare && more) fetch_keys(tile + Ring::kTiles, next);
@@ -184,13 +190,13 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
         const int first_ring_row = ring_row + warp * kRows;
         const auto block_row = [&](int block) { return Ring::wrap(first_ring_row + 16 * block); };
         int begin[2], count[2];  // the columns of each row, relative to first_key
-        bool whole = true;       // every row of the warp reaches its whole window
+        bool whole = window.size() == 16 * (Blocks - 1);  // and so is what every row of the warp reaches
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const Reach row_reach = reach(window, first_row + quad + 8 * r);
             begin[r] = row_reach.begin - first_key;
             count[r] = row_reach.count();
-            whole = whole && begin[r] == quad + 8 * r && count[r] == window.size();
+            whole = whole && begin[r] == quad + 8 * r && count[r] == 16 * (Blocks - 1);
         }
         whole = __all_sync(kWholeWarp, whole);
 
@@ -199,7 +205,7 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
 #pragma unroll
         for (int step = 0; step < Width / 16; ++step)
             load_matrices(query[step],
-                          my_queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+                          queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
         float score[2 * Blocks][4];
         float lowest[2] = {INFINITY, INFINITY}, highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -215,25 +221,33 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
 #pragma unroll
             for (int step = 0; step < Width / 16; ++step) {
                 uint32_t key[4];
-                load_matrices(key, shared_address(key_rows) + row * Layout::kRowBytes +
+                load_matrices(key, keys + row * Layout::kRowBytes +
                                        Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
                 mma<T>(score[2 * block], query[step], key[0], key[1]);
                 mma<T>(score[2 * block + 1], query[step], key[2], key[3]);
             }
         }
-#pragma unroll
-        for (int column = 0; column < 16 * Blocks; column += 8) {
-            float(&tile_score)[4] = score[column / 8];
-            const bool inner = column >= kRows && column + 8 <= window.size();  // of every row's window
+        const auto survey = [&](int tile, bool masked) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i / 2;
-                const unsigned rank = column + 2 * pair + i % 2 - begin[r];
-                const bool visible = (whole && inner) || rank < static_cast<unsigned>(count[r]);
-                if (Select) lowest[r] = fminf(lowest[r], visible ? tile_score[i] : INFINITY);
-                if (!visible) tile_score[i] = -INFINITY;
-                highest[r] = fmaxf(highest[r], tile_score[i]);
+                float& x = score[tile][i];
+                const unsigned rank = 8 * tile + 2 * pair + i % 2 - begin[r];
+                const bool visible = !masked || rank < static_cast<unsigned>(count[r]);
+                if (Select) lowest[r] = fminf(lowest[r], visible ? x : INFINITY);
+                if (!visible) x = -INFINITY;
+                highest[r] = fmaxf(highest[r], x);
             }
+        };
+        // Of whole windows as wide as the ring, only the first and the last 16 columns are not in reach of every row.
+#pragma unroll
+        for (int tile : {0, 1, 2 * Blocks - 2, 2 * Blocks - 1}) survey(tile, true);
+        if (whole) {
+#pragma unroll
+            for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, false);
+        } else {
+#pragma unroll
+            for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, true);
         }
         __syncwarp();  // all lanes have their queries
         if (more) fetch_queries(tile + 1);
@@ -250,10 +264,17 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
                             arguments.bits + (row_offset + first_row) * ((Blocks - 1) / 2));
         }
 
-        // Rows without keys keep -infinity, and are shifted by 0 lest it meets another.
-        float shift[2], total[2] = {}, acc[Width / 8][4] = {};
+        // Weights are exp2(score * scale - shift). Rows without keys, all -infinity, are shifted by 0.
+        float shift[2], top[2], total[2] = {}, acc[Width / 8][4] = {};
 #pragma unroll
-        for (int r = 0; r < 2; ++r) shift[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * scale;
+        for (int r = 0; r < 2; ++r) top[r] = shift[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * scale;
+        // The rounding of shift is that of every weight of the row and cancels, unless it exceeds the range of exp2.
+        if (__any_sync(kWholeWarp, fmaxf(fabsf(shift[0]), fabsf(shift[1])) > 0x1p20f)) {
+#pragma unroll
+            for (int i = 0; i < 8 * Blocks; ++i)
+                if (shift[i / 2 % 2] != 0) score[i / 4][i % 4] -= highest[i / 2 % 2];
+            shift[0] = shift[1] = 0;
+        }
 #pragma unroll
         for (int block = 0; block < Blocks; ++block) {
             uint32_t weight[4];
@@ -266,7 +287,7 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
                 total[r] += first + second;
                 weight[i] = pack<T>(first, second);
             }
-            const uint32_t from = shared_address(value_rows) + block_row(block) * Layout::kRowBytes;
+            const uint32_t from = values + block_row(block) * Layout::kRowBytes;
 #pragma unroll
             for (int step = 0; step < Width / 16; ++step) {
                 uint32_t value[4];
@@ -280,10 +301,10 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             total[r] = quad_sum(total[r]);
-            inverse[r] = count[r] > 0 ? 1.0f / total[r] : 0.0f;
+            inverse[r] = count[r] > 0 ? reciprocal(total[r]) : 0.0f;
             const int row = quad + 8 * r;
             if (pair == 0 && row < rows_left)
-                arguments.lse[row_offset + first_row + row] = count[r] > 0 ? shift[r] + log2f(total[r]) : 0.0f;
+                arguments.lse[row_offset + first_row + row] = count[r] > 0 ? top[r] + __log2f(total[r]) : 0.0f;
         }
         store_output<T, Width>(acc, inverse, lane, rows_left, arguments.o_strides.row,
                                o + first_row * arguments.o_strides.row);

@@ -77,6 +77,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return result;
 }
 
+// 1 / x of a normal number, correctly rounded but for one case in millions; the operator `/` branches to serve all others.
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return fmaf(fmaf(-x, result, 1.0f), result, result);
+}
+
 // The sum (maximum, minimum) over the four lanes that share a row of c.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(kWholeWarp, x, 1);

@@ -17,9 +17,8 @@
 
 namespace nearfar {
 
-constexpr int kZooms = 3;        // maps tried before the scores themselves
-constexpr int kCoarseSteps = 5;  // of the first map, whose halves are coarse
-constexpr int kFineSteps = 14;   // of the later ones
+constexpr int kZooms = 3;   // maps tried before the scores themselves
+constexpr int kSteps = 14;  // of the bisection in one map
 
 // Integers in the order of the floats they come from, -0 and 0 apart, and back.
 __device__ __forceinline__ int ordered(float x) {
@@ -29,24 +28,22 @@ __device__ __forceinline__ int ordered(float x) {
 __device__ __forceinline__ float unordered(int key) { return __int_as_float(key ^ (key >> 31 & 0x7fffffff)); }
 
 // half(x * factor + shift): monotone in x, and -infinity for -infinity. It takes the middle of [low, high] to 0 and its ends
-// to at most 2^15; factor is a power of two, so that only the last operation rounds.
+// to +-reach, less than 2^15. factor is a power of two, so that only the last operation rounds.
 struct HalfMap {
-    float factor, shift, center;
+    float factor, shift, center, reach;
 
     __device__ static HalfMap over(float low, float high) {
         const float center = low <= high ? 0.5f * low + 0.5f * high : 0.0f;
-        const int exponent = __float_as_int(0.5f * high - 0.5f * low) & 0x7f800000;
-        const float factor = __int_as_float(((254 + 14) << 23) - max(exponent, 27 << 23));
-        return {factor, -center * factor, center};
+        const float radius = 0.5f * high - 0.5f * low;
+        const int exponent = max(__float_as_int(radius) & 0x7f800000, 27 << 23);
+        const float factor = __int_as_float(((254 + 14) << 23) - exponent);
+        return {factor, -center * factor, center, radius * factor};
     }
     __device__ float operator()(float x) const { return fmaf(x, factor, shift); }
     // A number that x exceeds if its half exceeds `half`, and one that x does not exceed unless its half exceeds `half`.
     __device__ float below(float half) const { return __fadd_rd(center, half * inverse()); }
-    __device__ float above(float half) const { return __fadd_ru(center, next(half) * inverse()); }
+    __device__ float above(float half) const { return __fadd_ru(center, (half + fabsf(half) * 0x1p-10f + 0x1p-24f) * inverse()); }
     __device__ float inverse() const { return __int_as_float((254 << 23) - __float_as_int(factor)); }
-    // At least the next half above (below) any number that rounds to the half of x.
-    __device__ static float next(float x) { return x + fabsf(x) * 0x1p-10f + 0x1p-24f; }
-    __device__ static float previous(float x) { return x - fabsf(x) * 0x1p-10f - 0x1p-24f; }
 };
 
 // Keeps the top_k largest scores of each row, of equal ones the first columns, and sets the others to -infinity. A lane has
@@ -60,33 +57,12 @@ class TopK {
         : score_(score), top_k_(top_k) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            cut_[r] = kHalfLowest;  // keeps everything
             open_[r] = count[r] > top_k;
             low_[r] = lowest[r] - fabsf(lowest[r]) * 0x1p-22f - FLT_MIN;
             high_[r] = highest[r];
-            map_[r] = HalfMap::over(low_[r], high_[r]);
         }
-        const HalfMap whole[2] = {map_[0], map_[1]};
-        to_halves();
-        for (int zoom = 0; zoom < kZooms && any_open(); ++zoom) {
-            if (zoom > 0) {
-#pragma unroll
-                for (int r = 0; r < 2; ++r)
-                    if (open_[r]) map_[r] = HalfMap::over(low_[r], high_[r]);
-                to_halves();
-            }
-            bisect_halves(zoom > 0 ? kFineSteps : kCoarseSteps);
-        }
-        if (any_open()) {
-            cut_exactly();
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                if (!open_[r]) continue;
-                map_[r] = whole[r];
-                cut_[r] = kHalfLowest;
-            }
-            to_halves();
-        }
+        zoom(true, true);
+        if (any_open()) search();
         drop_losers();
     }
 
@@ -96,64 +72,83 @@ class TopK {
    private:
     __device__ bool any_open() const { return __any_sync(kWholeWarp, open_[0] || open_[1]); }
 
+    __device__ __forceinline__ void search() {
+        const HalfMap whole[2] = {map_[0], map_[1]};
+        bisect_halves();
+        for (int i = 1; i < kZooms && any_open(); ++i) {
+            zoom(open_[0], open_[1]);
+            bisect_halves();
+        }
+        if (!any_open()) return;
+        cut_exactly();
+        keep_all(open_[0], open_[1]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            if (open_[r]) map_[r] = whole[r];
+        to_halves();
+    }
+
+    // Maps what is left of the brackets of some rows to halves, with brackets of halves around it. A row that has its cut,
+    // or needs none, keeps low = high there.
+    __device__ __forceinline__ void zoom(bool first, bool second) {
+        const uint32_t rows = (first ? 0xffff : 0) | (second ? 0xffff0000 : 0);
+        if (first) map_[0] = HalfMap::over(low_[0], high_[0]);
+        if (second) map_[1] = HalfMap::over(low_[1], high_[1]);
+        const uint32_t edge = pack<__half>(map_[0].reach * (1 + 0x1p-9f), map_[1].reach * (1 + 0x1p-9f));
+        low_halves_ = select(rows, edge ^ 0x80008000, low_halves_);
+        high_halves_ = select(rows, edge, high_halves_);
+        keep_all(!open_[0] && first, !open_[1] && second);
+        to_halves();
+    }
+
+    __device__ void keep_all(bool first, bool second) {
+        const uint32_t rows = (first ? 0xffff : 0) | (second ? 0xffff0000 : 0);
+        low_halves_ = select(rows, kHalfLowest, low_halves_);
+        high_halves_ = select(rows, kHalfLowest, high_halves_);
+    }
+
     __device__ void to_halves() {
 #pragma unroll
         for (int i = 0; i < 4 * Blocks; ++i) {
             const int tile = i / 2, r = i % 2;
-            half_[i / 4][i % 4] =
-                pack<__half>(map_[r](score_[tile][2 * r]), map_[r](score_[tile][2 * r + 1]));
+            half_[i / 4][i % 4] = pack<__half>(map_[r](score_[tile][2 * r]), map_[r](score_[tile][2 * r + 1]));
         }
     }
 
-    // How many halves of each row exceed its cut. Three sums run side by side, as each waits for its last product.
-    __device__ void count_halves(float (&above)[2]) const {
+    // How many halves of each row exceed its cut, as halves. Three sums run side by side, as each waits for its last product.
+    __device__ uint32_t count_halves(uint32_t cuts) const {
+        const uint32_t cut[2] = {lower_twice(cuts), upper_twice(cuts)};
         float sum[3][4] = {};
 #pragma unroll
         for (int block = 0; block < Blocks; ++block) {
-            const uint32_t mask[4] = {exceeds(half_[block][0], cut_[0]), exceeds(half_[block][1], cut_[1]),
-                                      exceeds(half_[block][2], cut_[0]), exceeds(half_[block][3], cut_[1])};
+            const uint32_t mask[4] = {exceeds(half_[block][0], cut[0]), exceeds(half_[block][1], cut[1]),
+                                      exceeds(half_[block][2], cut[0]), exceeds(half_[block][3], cut[1])};
             mma<__half>(sum[block % 3], mask, kHalfOnes, kHalfOnes);
         }
-        above[0] = sum[0][0] + sum[1][0] + sum[2][0];
-        above[1] = sum[0][2] + sum[1][2] + sum[2][2];
+        return pack<__half>(sum[0][0] + sum[1][0] + sum[2][0], sum[0][2] + sum[1][2] + sum[2][2]);
     }
 
-    // Keeps: at least k halves exceed low, fewer than k exceed high. Ends with a cut, or with a narrower bracket of scores.
-    __device__ void bisect_halves(int steps) {
+    // Keeps: at least top_k halves exceed low, fewer exceed high, or exactly top_k exceed both, which are equal then.
+    __device__ __forceinline__ void bisect_halves() {
         const float k = static_cast<float>(top_k_);
-        float low[2], high[2];
-        bool searching[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            low[r] = HalfMap::previous(map_[r](low_[r]));
-            high[r] = HalfMap::next(map_[r](high_[r]));
-            searching[r] = open_[r];
+        const uint32_t wanted = pack<__half>(k, k);
+        for (int step = 0; step < kSteps; ++step) {
+            const uint32_t middle = half_way(low_halves_, high_halves_);
+            const uint32_t inside = where_greater(middle, low_halves_) & where_less(middle, high_halves_);
+            if (!__any_sync(kWholeWarp, inside)) break;
+            const uint32_t count = count_halves(middle);
+            low_halves_ = select(inside & ~where_less(count, wanted), middle, low_halves_);
+            high_halves_ = select(inside & ~where_greater(count, wanted), middle, high_halves_);
         }
-        for (int step = 0; step < steps; ++step) {
-            float middle[2], above[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float mean = 0.5f * (low[r] + high[r]);
-                const uint32_t word = pack<__half>(mean, mean);
-                middle[r] = unpack<__half>(word).x;
-                searching[r] = searching[r] && middle[r] > low[r] && middle[r] < high[r];
-                if (searching[r]) cut_[r] = word;
-            }
-            if (!__any_sync(kWholeWarp, searching[0] || searching[1])) break;
-            count_halves(above);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                if (!searching[r]) continue;
-                if (above[r] >= k) low[r] = middle[r];
-                else high[r] = middle[r];
-                if (above[r] == k) open_[r] = searching[r] = false;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            low_[r] = fmaxf(low_[r], map_[r].below(low[r]));
-            high_[r] = fminf(high_[r], map_[r].above(high[r]));
-        }
+        const float2 low = unpack<__half>(low_halves_), high = unpack<__half>(high_halves_);
+        narrow(0, low.x, high.x);
+        narrow(1, low.y, high.y);
+    }
+
+    __device__ void narrow(int r, float low, float high) {
+        open_[r] = open_[r] && low != high;
+        low_[r] = fmaxf(low_[r], map_[r].below(low));
+        high_[r] = fminf(high_[r], map_[r].above(high));
     }
 
     // How many scores of each row exceed its threshold.
@@ -222,22 +217,23 @@ class TopK {
     }
 
     __device__ void drop_losers() {
+        const uint32_t cut[2] = {lower_twice(low_halves_), upper_twice(low_halves_)};
 #pragma unroll
         for (int i = 0; i < 4 * Blocks; ++i) {
             const int tile = i / 2, r = i % 2;
             uint32_t& half = half_[i / 4][i % 4];
-            keep_exceeding(score_[tile][2 * r], score_[tile][2 * r + 1], half, cut_[r]);
-            half = exceeds_or_nan(half, cut_[r]);
+            keep_exceeding(score_[tile][2 * r], score_[tile][2 * r + 1], half, cut[r]);
+            half = exceeds_or_nan(half, cut[r]);
         }
     }
 
     float (&score_)[2 * Blocks][4];
     const int top_k_;
-    uint32_t half_[Blocks][4];  // of the scores, as a fragments; in the end the mask
+    uint32_t half_[Blocks][4];           // of the scores, as a fragments; in the end the mask
     HalfMap map_[2];
-    uint32_t cut_[2];           // what is kept exceeds it, as halves
-    float low_[2], high_[2];    // at least k scores exceed low, fewer than k exceed high
-    bool open_[2];
+    uint32_t low_halves_ = 0, high_halves_ = 0;  // brackets of the cuts of rows 0 and 1, in the lower and the upper half
+    float low_[2], high_[2];             // at least top_k scores exceed low, fewer exceed high
+    bool open_[2];                       // the row has no cut yet and needs one
 };
 
 }  // namespace nearfar

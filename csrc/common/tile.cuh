@@ -51,13 +51,13 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const T* matrix, int64_t 
     using Layout = Tile<Width>;
     constexpr int kRowsAtOnce = Threads / Layout::kChunks;
     static_assert(Rows % kRowsAtOnce == 0 && kRowsAtOnce % 2 == 0, "every thread copies the same number of chunks");
-    const int chunk = thread % Layout::kChunks;
+    const int row = thread / Layout::kChunks, chunk = thread % Layout::kChunks;
+    const T* source = matrix + static_cast<int64_t>(first + row) * stride + chunk * 8;
 #pragma unroll
-    for (int pass = 0; pass < Rows / kRowsAtOnce; ++pass) {
-        const int row = pass * kRowsAtOnce + thread / Layout::kChunks;
-        const bool inside = static_cast<unsigned>(first + row) < static_cast<unsigned>(num_rows);
-        const T* source = matrix + static_cast<int64_t>(inside ? first + row : 0) * stride + chunk * 8;
-        copy_async(to + Layout::offset(row, chunk), source, inside);
+    for (int pass = 0; pass < Rows / kRowsAtOnce; ++pass, source += kRowsAtOnce * stride) {
+        const int ahead = pass * kRowsAtOnce;
+        const bool inside = static_cast<unsigned>(first + row + ahead) < static_cast<unsigned>(num_rows);
+        copy_async(to + Layout::offset(row + ahead, chunk), source, inside);
     }
 }
 
