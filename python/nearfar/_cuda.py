@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from nearfar.checks import is_plain
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -89,7 +90,7 @@ def _rows_aligned(x):
     """Whether every row of 16-bit numbers starts at a multiple of 16 bytes, once its last dimension is contiguous."""
     if x.stride(3) != 1:
         return True  # the operator will copy it
-    offset = x.storage_offset() * 2 if torch.compiler.is_compiling() else x.data_ptr()
+    offset = x.data_ptr() if is_plain(x) else x.storage_offset() * 2  # what is traced has no address yet
     return offset % 16 == 0 and all(x.shape[i] <= 1 or x.stride(i) % 8 == 0 for i in range(3))
 
 
