@@ -111,5 +111,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bits"), py::arg("dtype"), py::arg("sizes"), py::arg("q_strides"), py::arg("k_strides"),
         py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         py::arg("top_k"), py::arg("device"), py::arg("stream"),
-        "Krause attention: fills o, lse and, with top_k > 0, bits; sizes: B, Hq, Hkv, N, M, D. csrc/krause_forward.h has more.");
+        "Krause attention: fills o, lse and, with top_k > 0, bits. sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
 }

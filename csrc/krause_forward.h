@@ -19,8 +19,8 @@ constexpr int64_t kKrauseWindow = 128;
 // number a query head `sigma_stride` apart. lse: (B, Hq, N) float32, contiguous, to base 2. token_bounds: (2, N) int32, or
 // null. Query i reaches the keys from i + M - N - back to i + M - N + ahead, at most kKrauseWindow.
 //
-// top_k = 0: all of them. Otherwise the selection is written to bits, (B, Hq, N, words) int32, contiguous: key j is bit j modulo
-// 32 * words, with 2 words for a window of up to 64 keys and 4 for wider ones.
+// top_k = 0: all of them. Otherwise the selection is written to bits, (B, Hq, N, words) int32, contiguous: key j is bit j
+// modulo 32 * words, with 2 words for a window of up to 64 keys and 4 for wider ones.
 struct KrauseForward {
     const void *q, *k, *v;
     const float* sigma;
