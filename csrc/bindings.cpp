@@ -90,6 +90,8 @@ PYBIND11_MODULE(_C, m) {
         "Writes the float32 sum of squares of each row of x (B, H, N, D), last stride 1, to contiguous out (B, H, N).");
 
     m.attr("KRAUSE_WINDOW") = kKrauseWindow;
+    m.def("krause_forward_shared_bytes", &krause_forward_shared_bytes, py::arg("width"), py::arg("window"),
+          "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
         "krause_forward",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds, uintptr_t o, uintptr_t lse,

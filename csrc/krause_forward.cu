@@ -390,6 +390,11 @@ void launch_window(const KrauseForward& call, cudaStream_t stream) {
     else narrow ? launch<T, Width, 5, false>(call, stream) : launch<T, Width, 9, false>(call, stream);
 }
 
+template <int Width>
+int64_t shared_bytes(int64_t window) {
+    return window <= 64 ? Ring<Width, 5>::kBytes : Ring<Width, 9>::kBytes;
+}
+
 template <typename T>
 void launch_width(const KrauseForward& call, cudaStream_t stream) {
     switch (call.width) {
@@ -401,6 +406,10 @@ void launch_width(const KrauseForward& call, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t krause_forward_shared_bytes(int64_t width, int64_t window) {
+    return width <= 32 ? shared_bytes<32>(window) : width <= 64 ? shared_bytes<64>(window) : shared_bytes<128>(window);
+}
 
 void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream) {
     if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)

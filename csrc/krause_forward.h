@@ -32,6 +32,9 @@ struct KrauseForward {
     int64_t sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, back, ahead, top_k;
 };
 
+// Shared memory that a block takes for a head width and a window: more than some devices of compute capability 8 have.
+int64_t krause_forward_shared_bytes(int64_t width, int64_t window);
+
 void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream);
 
 }  // namespace nearfar

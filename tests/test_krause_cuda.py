@@ -28,6 +28,8 @@ class Extension:
 
     def __init__(self, *architectures):
         self.architectures = lambda: list(architectures)
+        self.devices = lambda: [{"shared_memory_per_block_optin": 99 * 1024}]
+        self.krause_forward_shared_bytes = lambda width, window: width * 1024
 
 
 class Claimed:
@@ -62,7 +64,7 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension("90a"))
-    monkeypatch.setattr(_cuda, "_device_reason", lambda index: None)
+    monkeypatch.setattr(_cuda, "_device_reason", lambda *arguments: None)
     found = _cuda.krause_reason(*REASONS[reason]())
     assert found is None if reason is None else reason in found
 
@@ -74,8 +76,10 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 def test_which_devices_are_served(built, capability, served, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension(built))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = _cuda._device_reason.__wrapped__(0)
+    reason = _cuda._device_reason.__wrapped__(0, 64, 128)
     assert (reason is None) == served and (served or f"{capability[0]}.{capability[1]}" in reason)
+    if served:
+        assert "128 takes 131072 bytes of shared memory" in _cuda._device_reason.__wrapped__(0, 128, 128)
 
 
 def test_without_an_extension_the_reason_is_why(monkeypatch):
@@ -83,6 +87,15 @@ def test_without_an_extension_the_reason_is_why(monkeypatch):
     monkeypatch.setattr(_cuda, "unavailable_reason", "it was left out")
     with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: it was left out"):
         nf.krause_attention(*[randn(1, 1, 4, 32, dtype=torch.float16)] * 3, 2.0, nf.SlidingWindow(3), backend="cuda")
+
+
+@needs_extension
+def test_shared_memory_fits():
+    """32 wide heads fit every device from 8.0 on; a multiprocessor of an H100 holds three blocks of 64, two of 128 wide ones."""
+    assert _cuda.extension.KRAUSE_WINDOW == 128
+    for width, limit in ((32, 99 * 1024), (64, 228 * 1024 // 3 - 1024), (128, 228 * 1024 // 2 - 1024)):
+        for window in (1, 64, 65, 128):
+            assert 2 * 128 * width * 2 < _cuda.extension.krause_forward_shared_bytes(width, window) <= limit
 
 
 @needs_extension

@@ -83,7 +83,7 @@ def krause_reason(q, k, v, left, right):
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not _rows_aligned(tensor):
             return f"rows of {name} do not start at multiples of 16 bytes, as the CUDA kernels need: pass {name}.contiguous()"
-    return None if torch.compiler.is_compiling() else _device_reason(q.device.index)
+    return None if torch.compiler.is_compiling() else _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
 
 
 def _rows_aligned(x):
@@ -95,15 +95,22 @@ def _rows_aligned(x):
 
 
 @functools.cache
-def _device_reason(index):
-    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
+def _device_reason(index, width, window):
+    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone; and a block has to fit."""
     major, minor = torch.cuda.get_device_capability(index)
-    for name in extension.architectures():
-        built_major, built_minor = divmod(int(name.rstrip("af")), 10)
-        if major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit())):
-            return None
-    built = ", ".join(extension.architectures())
-    return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    if not any(_runs_on(name, major, minor) for name in extension.architectures()):
+        built = ", ".join(extension.architectures())
+        return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    needed = extension.krause_forward_shared_bytes(width, window)
+    available = extension.devices()[index]["shared_memory_per_block_optin"]
+    if needed > available:
+        return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
+    return None
+
+
+def _runs_on(name, major, minor):
+    built_major, built_minor = divmod(int(name.rstrip("af")), 10)
+    return major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit()))
 
 
 def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
