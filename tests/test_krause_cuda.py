@@ -91,7 +91,7 @@ def test_without_an_extension_the_reason_is_why(monkeypatch):
 
 @needs_extension
 def test_shared_memory_fits():
-    """32 wide heads fit every device from 8.0 on; a multiprocessor of an H100 holds three blocks of 64, two of 128 wide ones."""
+    """32 wide heads fit every device since 8.0; a multiprocessor of an H100 holds three blocks of 64, two of 128 wide ones."""
     assert _cuda.extension.KRAUSE_WINDOW == 128
     for width, limit in ((32, 99 * 1024), (64, 228 * 1024 // 3 - 1024), (128, 228 * 1024 // 2 - 1024)):
         for window in (1, 64, 65, 128):
