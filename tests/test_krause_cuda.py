@@ -56,7 +56,7 @@ REASONS = {
     "64 and 32 wide": lambda: (tensor(), tensor(), tensor(32), 127, 0),
     "windows of up to 128 keys": lambda: (tensor(), tensor(), tensor(), 100, 28),
     "windows of up to 128 keys, ": lambda: (tensor(), tensor(), tensor(), -1, 0),
-    "rows of k do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
+    "rows of q, k or v do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
     "rows of v do not start": lambda: (tensor(), tensor(), tensor(row=68), 127, 0),
 }
 
