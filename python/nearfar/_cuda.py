@@ -1,7 +1,10 @@
 """The CUDA extension ``nearfar._C``, where it was built, behind functions that take tensors."""
 
+import functools
+
 import torch
 
+from nearfar.checks import is_plain
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -56,3 +59,81 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     stream = torch.cuda.current_stream(x.device).cuda_stream
     extension.row_sumsq(x.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], x.shape, strides, x.device.index, stream)
     return out
+
+
+KRAUSE_WIDTHS = (32, 64, 128)
+
+# Calls of krause_attention whose forward was measured faster than Triton's, so that backend="auto" takes it:
+# (head width, words of a row's selection, whether it selects), with the milliseconds of both and where they are from.
+KRAUSE_FASTER = {}
+
+
+def krause_reason(q, k, v, left, right):
+    """Why the CUDA kernels cannot serve this call of krause_attention, or None."""
+    if extension is None:
+        return unavailable_reason
+    if not q.is_cuda:
+        return f"q is on {q.device}; the CUDA kernels need a CUDA device"
+    plain = is_plain(q, k, v)
+    layouts = [(x.shape, x.stride()) for x in (q, k, v)]
+    reason = (_layout_reason_once if plain else _layout_reason)(q.dtype, left, right, *layouts)
+    if reason is None:
+        # What is traced has no address yet. A tensor whose last dimension is not contiguous will be copied.
+        starts = [x.data_ptr() if plain else x.storage_offset() * 2 for x in (q, k, v) if x.stride(3) == 1]
+        if any(start % 16 for start in starts):
+            reason = ROWS_REASON.format("q, k or v")
+    if reason is None and not torch.compiler.is_compiling():
+        reason = _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
+    return reason
+
+
+ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
+
+
+def _layout_reason(dtype, left, right, *layouts):
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {dtype}; the CUDA kernels take float16 and bfloat16"
+    width, value_width = layouts[0][0][3], layouts[2][0][3]
+    if width != value_width or width not in KRAUSE_WIDTHS:
+        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
+    if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
+        return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
+    for name, (shape, strides) in zip("qkv", layouts, strict=True):
+        if strides[3] == 1 and any(shape[i] > 1 and strides[i] % 8 for i in range(3)):
+            return ROWS_REASON.format(name)
+    return None
+
+
+_layout_reason_once = functools.lru_cache(maxsize=1024)(_layout_reason)
+
+
+@functools.cache
+def _device_reason(index, width, window):
+    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone; and a block has to fit."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if not any(_runs_on(name, major, minor) for name in extension.architectures()):
+        built = ", ".join(extension.architectures())
+        return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    needed = extension.krause_forward_shared_bytes(width, window)
+    available = extension.devices()[index]["shared_memory_per_block_optin"]
+    if needed > available:
+        return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
+    return None
+
+
+def _runs_on(name, major, minor):
+    built_major, built_minor = divmod(int(name.rstrip("af")), 10)
+    return major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit()))
+
+
+def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
+    """Fill o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words), for a call without krause_reason."""
+    extension.krause_forward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), sigma.data_ptr(),
+        0 if token_bounds is None else token_bounds.data_ptr(),
+        o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
+        left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
