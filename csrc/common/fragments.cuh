@@ -1,0 +1,53 @@
+// Whole rows as fragments of mma.cuh: from shared memory, to global memory, and their products row by row.
+#pragma once
+
+#include <cstdint>
+
+#include "mma.cuh"
+#include "tile.cuh"
+
+namespace nearfar {
+
+// 16 rows of a tile as the a fragments of their columns, 16 at a time.
+template <int Width>
+__device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32_t rows, int lane) {
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step)
+        load_matrices(row[step], rows + Tile<Width>::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+}
+
+// x_i.y_i of rows quad and quad + 8, in every lane of the quad: the diagonal of the product of x with y transposed.
+template <typename T, int Steps>
+__device__ __forceinline__ float2 row_products(const uint32_t (&x)[Steps][4], const uint32_t (&y)[Steps][4], int lane) {
+    float first[4] = {}, last[4] = {};  // rows 0-7 of y, in the upper half; its rows 8-15, in the lower half
+#pragma unroll
+    for (int step = 0; step < Steps; ++step) {
+        mma<T>(first, x[step], y[step][0], y[step][2]);
+        mma<T>(last, x[step], y[step][1], y[step][3]);
+    }
+    const bool odd = lane / 4 % 2;
+    return {__shfl_sync(kWholeWarp, odd ? first[1] : first[0], lane / 8, 4),
+            __shfl_sync(kWholeWarp, odd ? last[3] : last[2], lane / 8, 4)};
+}
+
+// Rounds the first rows_left of 16 rows, times `factor`, to T. Neighbouring lanes swap words, so that each stores 8 bytes.
+template <typename T, int Width>
+__device__ __forceinline__ void store_rows(const float (&c)[Width / 8][4], float factor, int lane, int rows_left,
+                                           int64_t stride, T* to) {
+    const int quad = lane / 4, pair = lane % 4, odd = lane % 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = quad + 8 * r;
+        T* const at = to + row * stride + 8 * odd + 2 * (pair - odd);
+#pragma unroll
+        for (int tile = 0; tile < Width / 8; tile += 2) {
+            const uint32_t left = pack<T>(c[tile][2 * r] * factor, c[tile][2 * r + 1] * factor);
+            const uint32_t right = pack<T>(c[tile + 1][2 * r] * factor, c[tile + 1][2 * r + 1] * factor);
+            const uint32_t received = __shfl_xor_sync(kWholeWarp, odd ? left : right, 1);
+            if (row < rows_left)
+                *reinterpret_cast<uint2*>(at + 8 * tile) = odd ? make_uint2(received, right) : make_uint2(left, received);
+        }
+    }
+}
+
+}  // namespace nearfar
