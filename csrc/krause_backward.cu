@@ -36,7 +36,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;                          // of a warp, and of a block of the ring
 constexpr int kTileRows = kWarps * kRows;
 constexpr int kTileBlocks = kTileRows / kRows;
-constexpr int kMaxRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;
+constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // that a tile reaches at most
+constexpr int kRingRows = kRingTiles * kTileRows;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <typename T>
@@ -59,7 +60,7 @@ struct Arguments {
     int heads, group, query_tiles, key_tiles;
     int num_strips;  // of a query head; of a key head for each of its query heads
     int num_words;   // of a row's bits
-    int ring_tiles, num_blocks;  // tiles that a tile reaches; blocks of the ring that a warp may reach, or more
+    int num_blocks;  // of the ring that a warp may reach, or more
 };
 
 // What a block keeps in shared memory: a ring of rows of two matrices, with two numbers a row, and three tiles of its own.
@@ -67,25 +68,27 @@ template <int Width>
 struct Memory {
     static constexpr int kRowBytes = Tile<Width>::kRowBytes;
     static constexpr int kTileBytes = kTileRows * kRowBytes;
+    static constexpr int kSecond = kRingRows * kRowBytes;  // from a row of the first matrix to that of the second
+    static constexpr int kNumbers = (2 * kRingTiles + 3) * kTileBytes;
+    static constexpr int kBytes = kNumbers + kRingRows * 3 * static_cast<int>(sizeof(float));
 
-    static constexpr int bytes(int ring_tiles) {
-        return (2 * ring_tiles + 3) * kTileBytes + 2 * ring_tiles * kTileRows * static_cast<int>(sizeof(float));
+    uint32_t ring, own;
+    float4* pairs;   // a number for each row, as it enters fragments c: those of rows 2 i and 2 i + 1, twice
+    float* numbers;  // another one
+
+    __device__ explicit Memory(uint4* memory)
+        : ring(shared_address(memory)), own(ring + 2 * kRingTiles * kTileBytes),
+          pairs(reinterpret_cast<float4*>(memory + kNumbers / 16)), numbers(reinterpret_cast<float*>(pairs + kRingRows / 2)) {}
+
+    // Stores x for ring row `row` + quad and y for the one 8 further.
+    __device__ void store_pairs(int row, int lane, float x, float y) const {
+        const int quad = lane / 4, pair = lane % 4;
+        float* const at = reinterpret_cast<float*>(pairs + (row + quad + 8 * pair) / 2) + quad % 2;
+        if (pair < 2) at[0] = at[2] = pair == 0 ? x : y;
     }
-
-    int ring_rows;
-    uint32_t ring[2], own[3];
-    float* numbers[2];
-
-    __device__ Memory(uint4* memory, int ring_tiles) : ring_rows(ring_tiles * kTileRows) {
-        const uint32_t start = shared_address(memory);
-        ring[0] = start;
-        ring[1] = start + ring_tiles * kTileBytes;
-        for (int i = 0; i < 3; ++i) own[i] = start + (2 * ring_tiles + i) * kTileBytes;
-        numbers[0] = reinterpret_cast<float*>(memory + (2 * ring_tiles + 3) * (kTileBytes / 16));
-        numbers[1] = numbers[0] + ring_rows;
-    }
-    __device__ int wrap(int row) const { return row < ring_rows ? row : row - ring_rows; }
 };
+
+__device__ __forceinline__ int wrap(int ring_row) { return ring_row < kRingRows ? ring_row : ring_row - kRingRows; }
 
 // What the 16 rows of a warp reach, as columns: targets from the first that a whole window of the first row has.
 struct WarpReach {
@@ -123,39 +126,13 @@ struct WarpReach {
 // 1 / sigma^2. One that is not positive poisons its head; none is 0, because the sums of a group change their unit.
 __device__ __forceinline__ float rbf_scale(float sigma) { return sigma > 0 ? fmaxf(1.0f / (sigma * sigma), FLT_MIN) : NAN; }
 
-// c = own rows by 16 rows of the ring, transposed, added to c.
-template <typename T, int Width>
-__device__ __forceinline__ void multiply_across(float (&c)[2][4], const uint32_t (&own)[Width / 16][4], uint32_t rows, int lane) {
-#pragma unroll
-    for (int step = 0; step < Width / 16; ++step) {
-        uint32_t b[4];
-        load_matrices(b, rows + Tile<Width>::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
-        mma<T>(c[0], own[step], b[0], b[1]);
-        mma<T>(c[1], own[step], b[2], b[3]);
-    }
-}
-
-// sum += weights (own rows by 16 rows of the ring), rounded to T, by the rows of the ring.
-template <typename T, int Width>
-__device__ __forceinline__ void accumulate(float (&sum)[Width / 8][4], const float (&weight)[2][4], uint32_t rows, int lane) {
-    uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = pack<T>(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-    for (int step = 0; step < Width / 16; ++step) {
-        uint32_t b[4];
-        load_matrices_transposed(b, rows + Tile<Width>::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
-        mma<T>(sum[2 * step], a, b[0], b[1]);
-        mma<T>(sum[2 * step + 1], a, b[2], b[3]);
-    }
-}
-
 // dq and the gradient of log(scale), over one strip of queries.
 template <typename T, int Width>
 __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>& memory, int outer, int strip) {
-    constexpr int kRowBytes = Tile<Width>::kRowBytes;
+    constexpr int kRowBytes = Tile<Width>::kRowBytes, kTileBytes = Memory<Width>::kTileBytes, kSecond = Memory<Width>::kSecond;
     const Window& window = arguments.window;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, pair = lane % 4;
+    const LaneOffsets<Width> offsets(lane);
     const int head = outer % arguments.heads, batch = outer / arguments.heads, kv_head = head / arguments.group;
     const T* const q = arguments.q.at(batch, head);
     const T* const k = arguments.k.at(batch, kv_head);
@@ -167,16 +144,16 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const int num_words = arguments.num_words;
     const int32_t* const bits = arguments.bits + static_cast<int64_t>(outer) * window.num_queries * num_words;
     const bool selected = arguments.bits != nullptr;
-    const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]);
+    const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2e;
 
     const uint32_t my_rows = warp * kRows * kRowBytes;
     float row_lse[2];
     uint32_t word[2];  // `pair` of the selection of rows quad and quad + 8, from the first column on
     const auto fetch_queries = [&](int tile) {
         const int first = tile * kTileRows + warp * kRows;
-        copy_rows<Width, kRows, 32>(memory.own[0] + my_rows, q, arguments.q.row, first, window.num_queries, lane);
-        copy_rows<Width, kRows, 32>(memory.own[1] + my_rows, grad_o, arguments.grad_o.row, first, window.num_queries, lane);
-        copy_rows<Width, kRows, 32>(memory.own[2] + my_rows, o, arguments.o.row, first, window.num_queries, lane);
+        copy_rows<Width, kRows, 32>(memory.own + my_rows, q, arguments.q.row, first, window.num_queries, lane);
+        copy_rows<Width, kRows, 32>(memory.own + kTileBytes + my_rows, grad_o, arguments.grad_o.row, first, window.num_queries, lane);
+        copy_rows<Width, kRows, 32>(memory.own + 2 * kTileBytes + my_rows, o, arguments.o.row, first, window.num_queries, lane);
     };
     const auto fetch_numbers = [&](int tile) {
         const int first = tile * kTileRows + warp * kRows;
@@ -192,16 +169,14 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const auto fetch_keys = [&](int tile, int ring_row) {  // those that query tile `tile` is the first to reach
         const int first = tile * kTileRows + window.offset - window.back + warp * kRows;
         const uint32_t offset = ring_row * kRowBytes + my_rows;
-        copy_rows<Width, kRows, 32>(memory.ring[0] + offset, k, arguments.k.row, first, window.num_keys, lane);
-        copy_rows<Width, kRows, 32>(memory.ring[1] + offset, v, arguments.v.row, first, window.num_keys, lane);
+        copy_rows<Width, kRows, 32>(memory.ring + offset, k, arguments.k.row, first, window.num_keys, lane);
+        copy_rows<Width, kRows, 32>(memory.ring + kSecond + offset, v, arguments.v.row, first, window.num_keys, lane);
     };
-    float* const squares = memory.numbers[0];
     const auto half_squares = [&](int ring_row) {  // of the keys that this warp has fetched
         uint32_t key[Width / 16][4];
-        load_rows<Width>(key, memory.ring[0] + ring_row * kRowBytes + my_rows, lane);
+        load_rows<Width>(key, memory.ring + ring_row * kRowBytes + my_rows, offsets);
         const float2 square = row_products<T>(key, key, lane);
-        float* const to = squares + ring_row + warp * kRows;
-        if (pair == 0) to[quad] = -0.5f * square.x, to[quad + 8] = -0.5f * square.y;
+        memory.store_pairs(ring_row + warp * kRows, lane, -0.5f * square.x, -0.5f * square.y);
     };
 
     const int64_t tiles = arguments.query_tiles;
@@ -211,23 +186,24 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     if (first_tile < end_tile) {
         fetch_queries(first_tile);
         fetch_numbers(first_tile);
-        for (int t = 0; t < arguments.ring_tiles; ++t) fetch_keys(first_tile + t, t * kTileRows);
+        for (int t = 0; t < kRingTiles; ++t) fetch_keys(first_tile + t, t * kTileRows);
     }
     int ring_row = 0;  // of the first key that the tile reaches
 #pragma unroll 1
-    for (int tile = first_tile; tile < end_tile; ++tile, ring_row = memory.wrap(ring_row + kTileRows)) {
+    for (int tile = first_tile; tile < end_tile; ++tile, ring_row = wrap(ring_row + kTileRows)) {
         const bool more = tile + 1 < end_tile;
         const int first_row = tile * kTileRows + warp * kRows;
         const WarpReach mine(window, first_row, lane);
         wait_for_copies();
         __syncwarp();
-        for (int t = tile == first_tile ? 0 : arguments.ring_tiles - 1; t < arguments.ring_tiles; ++t)
-            half_squares(memory.wrap(ring_row + t * kTileRows));
+        for (int t = tile == first_tile ? 0 : kRingTiles - 1; t < kRingTiles; ++t)
+            half_squares(wrap(ring_row + t * kTileRows));
         uint32_t query[Width / 16][4], grad[Width / 16][4], out[Width / 16][4];
-        load_rows<Width>(query, memory.own[0] + my_rows, lane);
-        load_rows<Width>(grad, memory.own[1] + my_rows, lane);
-        load_rows<Width>(out, memory.own[2] + my_rows, lane);
+        load_rows<Width>(query, memory.own + my_rows, offsets);
+        load_rows<Width>(grad, memory.own + kTileBytes + my_rows, offsets);
+        load_rows<Width>(out, memory.own + 2 * kTileBytes + my_rows, offsets);
         const float2 delta = row_products<T>(grad, out, lane);
+        const float minus_delta[4] = {-delta.x, -delta.x, -delta.y, -delta.y};
         const float shift[2] = {row_lse[0], row_lse[1]};
         uint32_t chosen[2];
 #pragma unroll
@@ -246,27 +222,25 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
         for (int block = 0; block < arguments.num_blocks; ++block) {
             if (block == kTileBlocks && more) {  // No warp reaches the oldest keys any more: the next ones take their place.
                 __syncthreads();
-                fetch_keys(tile + arguments.ring_tiles, ring_row);
+                fetch_keys(tile + kRingTiles, ring_row);
             }
             if (!mine.reaches(block)) continue;
-            const int row = memory.wrap(ring_row + (warp + block) * kRows);
-            const uint32_t keys = memory.ring[0] + row * kRowBytes, values = memory.ring[1] + row * kRowBytes;
+            const int row = wrap(ring_row + (warp + block) * kRows);
+            const uint32_t keys = memory.ring + row * kRowBytes;
             float score[2][4], ds[2][4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 square = reinterpret_cast<const float2*>(squares + row)[4 * half + pair];
-                score[half][0] = score[half][2] = square.x;
-                score[half][1] = score[half][3] = square.y;
-                ds[half][0] = ds[half][1] = -delta.x;
-                ds[half][2] = ds[half][3] = -delta.y;
+                const float4 square = memory.pairs[row / 2 + 4 * half + pair];
+                score[half][0] = square.x, score[half][1] = square.y, score[half][2] = square.z, score[half][3] = square.w;
+                for (int i = 0; i < 4; ++i) ds[half][i] = minus_delta[i];
             }
-            multiply_across<T, Width>(score, query, keys, lane);
-            multiply_across<T, Width>(ds, grad, values, lane);
+            multiply_transposed<T, Width>(score, query, keys, offsets);
+            multiply_transposed<T, Width>(ds, grad, keys + kSecond, offsets);
             float weight[2][4];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 float& log_weight = score[i / 4][i % 4];
-                log_weight = fmaf(log_weight, scale * kLog2e, -shift[i / 2 % 2]);
+                log_weight = fmaf(log_weight, scale2, -shift[i / 2 % 2]);
                 weight[i / 4][i % 4] = exp2_approximate(log_weight);
             }
             if (selected || !mine.entirely(block)) {
@@ -287,7 +261,9 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
                 // d log(scale) = sum dS s; as dS sums to zero in a row, s - lse serves and cancels less.
                 weighted = fmaf(ds[i / 4][i % 4], score[i / 4][i % 4], weighted);
             }
-            accumulate<T, Width>(sum, ds, keys, lane);
+            uint32_t a[4];
+            round_to_fragment<T>(a, ds);
+            multiply<T, Width>(sum, a, keys, offsets);
         }
         dlog_scale += weighted;
         // dS entered its products unscaled, lest half precision lose or overflow it.
@@ -297,11 +273,11 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
 
     dlog_scale = group_sum<32>(dlog_scale) * kLn2;
     __syncthreads();
-    if (lane == 0) memory.numbers[0][warp] = dlog_scale;
+    if (lane == 0) memory.numbers[warp] = dlog_scale;
     __syncthreads();
     if (threadIdx.x == 0) {
         float total = 0;
-        for (int w = 0; w < kWarps; ++w) total += memory.numbers[0][w];
+        for (int w = 0; w < kWarps; ++w) total += memory.numbers[w];
         arguments.partials[static_cast<int64_t>(outer) * arguments.num_strips + strip] = total;
     }
 }
@@ -309,31 +285,33 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
 // dk and dv over one strip of keys. Scores are transposed, keys by queries, so that the weights feed the next product.
 template <typename T, int Width>
 __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& memory, int outer, int strip, int num_strips) {
-    constexpr int kRowBytes = Tile<Width>::kRowBytes;
+    constexpr int kRowBytes = Tile<Width>::kRowBytes, kTileBytes = Memory<Width>::kTileBytes, kSecond = Memory<Width>::kSecond;
     const Window& window = arguments.seen_by;  // its queries are keys, and its keys queries
     const int num_keys = window.num_queries, num_queries = window.num_keys;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, pair = lane % 4;
+    const LaneOffsets<Width> offsets(lane);
     const int group = arguments.group, kv_heads = arguments.heads / group;
     const int kv_head = outer % kv_heads, batch = outer / kv_heads;
     const T* const k = arguments.k.at(batch, kv_head);
     const T* const v = arguments.v.at(batch, kv_head);
     const int num_words = arguments.num_words;
     const bool selected = arguments.bits != nullptr;
+    const uint32_t ones = pack<T>(1.0f, 1.0f);
 
     const uint32_t my_rows = warp * kRows * kRowBytes;
     const auto fetch_keys = [&](int tile) {
         const int first = tile * kTileRows + warp * kRows;
-        copy_rows<Width, kRows, 32>(memory.own[0] + my_rows, k, arguments.k.row, first, num_keys, lane);
-        copy_rows<Width, kRows, 32>(memory.own[1] + my_rows, v, arguments.v.row, first, num_keys, lane);
+        copy_rows<Width, kRows, 32>(memory.own + my_rows, k, arguments.k.row, first, num_keys, lane);
+        copy_rows<Width, kRows, 32>(memory.own + kTileBytes + my_rows, v, arguments.v.row, first, num_keys, lane);
     };
     // Of the queries that key tile `tile` is the first to reach, this warp's: they, their dO, and o, of which delta remains.
     const auto first_query = [&](int tile) { return tile * kTileRows + window.offset - window.back + warp * kRows; };
     const auto fetch_queries = [&](int tile, int ring_row, int head, uint32_t o_rows) {
         const int first = first_query(tile);
         const uint32_t offset = ring_row * kRowBytes + my_rows;
-        copy_rows<Width, kRows, 32>(memory.ring[0] + offset, arguments.q.at(batch, head), arguments.q.row, first, num_queries,
+        copy_rows<Width, kRows, 32>(memory.ring + offset, arguments.q.at(batch, head), arguments.q.row, first, num_queries,
                                     lane);
-        copy_rows<Width, kRows, 32>(memory.ring[1] + offset, arguments.grad_o.at(batch, head), arguments.grad_o.row, first,
+        copy_rows<Width, kRows, 32>(memory.ring + kSecond + offset, arguments.grad_o.at(batch, head), arguments.grad_o.row, first,
                                     num_queries, lane);
         copy_rows<Width, kRows, 32>(o_rows + my_rows, arguments.o.at(batch, head), arguments.o.row, first, num_queries, lane);
     };
@@ -345,63 +323,62 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
     };
     const auto fill_numbers = [&](int ring_row, uint32_t o_rows, float lse) {
         uint32_t grad[Width / 16][4], out[Width / 16][4];
-        load_rows<Width>(grad, memory.ring[1] + ring_row * kRowBytes + my_rows, lane);
-        load_rows<Width>(out, o_rows + my_rows, lane);
+        load_rows<Width>(grad, memory.ring + kSecond + ring_row * kRowBytes + my_rows, offsets);
+        load_rows<Width>(out, o_rows + my_rows, offsets);
         const float2 delta = row_products<T>(grad, out, lane);
         const int row = ring_row + warp * kRows;
-        if (lane < kRows) memory.numbers[0][row + lane] = lse;
-        if (pair == 0) memory.numbers[1][row + quad] = -delta.x, memory.numbers[1][row + quad + 8] = -delta.y;
+        memory.store_pairs(row, lane, -delta.x, -delta.y);
+        if (lane < kRows) memory.numbers[row + lane] = lse;
     };
 
     const int64_t tiles = arguments.key_tiles;
     const int first_tile = static_cast<int>(tiles * strip / num_strips);
     const int end_tile = static_cast<int>(tiles * (strip + 1) / num_strips);
-    const int newest = arguments.ring_tiles - 1;
     float next_lse = 0;
     int ring_row = 0;  // of the first query that sees the tile
     if (first_tile < end_tile) fetch_keys(first_tile);
 #pragma unroll 1
-    for (int tile = first_tile; tile < end_tile; ++tile, ring_row = memory.wrap(ring_row + kTileRows)) {
+    for (int tile = first_tile; tile < end_tile; ++tile, ring_row = wrap(ring_row + kTileRows)) {
         const bool more = tile + 1 < end_tile;
         const int first_row = tile * kTileRows + warp * kRows;
         const WarpReach mine(window, first_row, lane);
         wait_for_copies();
         __syncwarp();
         uint32_t key[Width / 16][4], value[Width / 16][4];
-        load_rows<Width>(key, memory.own[0] + my_rows, lane);
-        load_rows<Width>(value, memory.own[1] + my_rows, lane);
+        load_rows<Width>(key, memory.own + my_rows, offsets);
+        load_rows<Width>(value, memory.own + kTileBytes + my_rows, offsets);
         const float2 square = row_products<T>(key, key, lane);
+        const float half_square[4] = {-0.5f * square.x, -0.5f * square.x, -0.5f * square.y, -0.5f * square.y};
 
-        float dk[Width / 8][4] = {}, dv[Width / 8][4] = {}, ds_total[2] = {};
+        float dk[Width / 8][4] = {}, dv[Width / 8][4] = {};
+        float ds_total[4] = {};  // of each row, in every column: the sum of what enters dk, with its rounding
         float unit = 1;  // of dk and ds_total: the scale of the head at hand
 #pragma unroll 1
         for (int member = 0; member < group; ++member) {
             const int head = kv_head * group + member;
-            const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]);
+            const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2e;
             if (member > 0) {
 #pragma unroll
                 for (int i = 0; i < Width / 2; ++i) dk[i / 4][i % 4] *= unit / scale;
-                ds_total[0] *= unit / scale;
-                ds_total[1] *= unit / scale;
+                for (float& total : ds_total) total *= unit / scale;
             }
             unit = scale;
             // The ring goes on from tile to tile, unless heads take turns in it.
             if (group == 1 && tile > first_tile) {
-                fill_numbers(memory.wrap(ring_row + newest * kTileRows), memory.own[2], next_lse);
+                fill_numbers(wrap(ring_row + (kRingTiles - 1) * kTileRows), memory.own + 2 * kTileBytes, next_lse);
             } else {
                 __syncthreads();  // every warp is done with the ring
-                float lse[kMaxRingTiles];
+                float lse[kRingTiles];
 #pragma unroll
-                for (int t = 0; t < kMaxRingTiles; ++t)
-                    if (t <= newest) {
-                        fetch_queries(tile + t, memory.wrap(ring_row + t * kTileRows), head, memory.own[t]);
-                        lse[t] = fetch_lse(tile + t, head);
-                    }
+                for (int t = 0; t < kRingTiles; ++t) {
+                    fetch_queries(tile + t, wrap(ring_row + t * kTileRows), head, memory.own + t * kTileBytes);
+                    lse[t] = fetch_lse(tile + t, head);
+                }
                 wait_for_copies();
                 __syncwarp();
 #pragma unroll
-                for (int t = 0; t < kMaxRingTiles; ++t)
-                    if (t <= newest) fill_numbers(memory.wrap(ring_row + t * kTileRows), memory.own[t], lse[t]);
+                for (int t = 0; t < kRingTiles; ++t)
+                    fill_numbers(wrap(ring_row + t * kTileRows), memory.own + t * kTileBytes, lse[t]);
             }
             __syncthreads();
             if (more && member == group - 1) fetch_keys(tile + 1);
@@ -420,31 +397,29 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
             for (int block = 0; block < arguments.num_blocks; ++block) {
                 if (block == kTileBlocks && more && group == 1) {  // No warp needs the oldest queries any more.
                     __syncthreads();
-                    fetch_queries(tile + arguments.ring_tiles, ring_row, head, memory.own[2]);
-                    next_lse = fetch_lse(tile + arguments.ring_tiles, head);
+                    fetch_queries(tile + kRingTiles, ring_row, head, memory.own + 2 * kTileBytes);
+                    next_lse = fetch_lse(tile + kRingTiles, head);
                 }
                 const uint32_t piece = next_piece;
                 next_piece = fetch_piece(block + 1);
                 if (!mine.reaches(block)) continue;
-                const int row = memory.wrap(ring_row + (warp + block) * kRows);
-                const uint32_t queries = memory.ring[0] + row * kRowBytes, grads = memory.ring[1] + row * kRowBytes;
+                const int row = wrap(ring_row + (warp + block) * kRows);
+                const uint32_t queries = memory.ring + row * kRowBytes;
                 float weight[2][4], ds[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float2 delta = reinterpret_cast<const float2*>(memory.numbers[1] + row)[4 * half + pair];
-                    ds[half][0] = ds[half][2] = delta.x;
-                    ds[half][1] = ds[half][3] = delta.y;
-                    weight[half][0] = weight[half][1] = -0.5f * square.x;
-                    weight[half][2] = weight[half][3] = -0.5f * square.y;
+                    const float4 delta = memory.pairs[row / 2 + 4 * half + pair];
+                    ds[half][0] = delta.x, ds[half][1] = delta.y, ds[half][2] = delta.z, ds[half][3] = delta.w;
+                    for (int i = 0; i < 4; ++i) weight[half][i] = half_square[i];
                 }
-                multiply_across<T, Width>(weight, key, queries, lane);
-                multiply_across<T, Width>(ds, value, grads, lane);
+                multiply_transposed<T, Width>(weight, key, queries, offsets);
+                multiply_transposed<T, Width>(ds, value, queries + kSecond, offsets);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float2 lse = reinterpret_cast<const float2*>(memory.numbers[0] + row)[4 * half + pair];
+                    const float2 lse = reinterpret_cast<const float2*>(memory.numbers + row)[4 * half + pair];
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        weight[half][i] = exp2_approximate(fmaf(weight[half][i], scale * kLog2e, i % 2 ? -lse.y : -lse.x));
+                        weight[half][i] = exp2_approximate(fmaf(weight[half][i], scale2, i % 2 ? -lse.y : -lse.x));
                 }
                 if (!mine.entirely(block)) {
 #pragma unroll
@@ -463,25 +438,24 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                         if (!(keep & 0x100)) weight[i / 2][2 + i % 2] = 0;
                     }
                 }
-                accumulate<T, Width>(dv, weight, grads, lane);
+                uint32_t a[4];
+                round_to_fragment<T>(a, weight);
+                multiply<T, Width>(dv, a, queries + kSecond, offsets);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    ds[i / 4][i % 4] *= weight[i / 4][i % 4];
-                    ds_total[i / 2 % 2] += ds[i / 4][i % 4];
-                }
-                accumulate<T, Width>(dk, ds, queries, lane);
+                for (int i = 0; i < 8; ++i) ds[i / 4][i % 4] *= weight[i / 4][i % 4];
+                round_to_fragment<T>(a, ds);
+                multiply<T, Width>(dk, a, queries, offsets);
+                mma<T>(ds_total, a, ones, ones);
             }
         }
 
-#pragma unroll
-        for (int r = 0; r < 2; ++r) ds_total[r] = quad_sum(ds_total[r]);
 #pragma unroll
         for (int i = 0; i < Width / 4; ++i) {  // word i % 4 of a fragment of keys is row quad + i % 2 * 8 of these columns
             const float2 x = unpack<T>(key[i / 4][i % 4]);
             float(&at)[4] = dk[i / 4 * 2 + i % 4 / 2];
             const int r = i % 2;
-            at[2 * r] -= ds_total[r] * x.x;
-            at[2 * r + 1] -= ds_total[r] * x.y;
+            at[2 * r] -= ds_total[2 * r] * x.x;
+            at[2 * r + 1] -= ds_total[2 * r] * x.y;
         }
         store_rows<T, Width>(dk, unit, lane, num_keys - first_row, arguments.dk.row,
                              arguments.dk.at(batch, kv_head) + first_row * arguments.dk.row);
@@ -494,7 +468,7 @@ template <typename T, int Width>
 __global__ void __launch_bounds__(kThreads, Width <= 64 ? 3 : 1)
 krause_backward_kernel(const __grid_constant__ Arguments<T> arguments) {
     extern __shared__ uint4 memory[];
-    const Memory<Width> shared(memory, arguments.ring_tiles);
+    const Memory<Width> shared(memory);
     const int index = blockIdx.x / 2;
     if (blockIdx.x % 2 == 0) {
         grad_queries<T, Width>(arguments, shared, index / arguments.num_strips, index % arguments.num_strips);
@@ -538,20 +512,19 @@ int64_t strips(int64_t tiles, int64_t heads, int64_t resident, int64_t warm_up) 
     return best;
 }
 
-// Blocks of the kernel that the current device holds at once; asked once for each device and size of the ring.
+// Blocks of the kernel that the current device holds at once; asked once for each device.
 template <typename T, int Width>
-int resident_blocks(int ring_tiles) {
-    static std::array<std::array<int, kMaxRingTiles + 1>, 64> known{};
+int resident_blocks() {
+    static std::array<int, 64> known{};
     const auto kernel = krause_backward_kernel<T, Width>;
+    constexpr int kBytes = Memory<Width>::kBytes;
     int device = 0;
     NEARFAR_CHECK(cudaGetDevice(&device));
-    int& resident = known.at(device)[ring_tiles];
+    int& resident = known.at(device);
     if (resident == 0) {
         int blocks = 0, multiprocessors = 0;
-        NEARFAR_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Memory<Width>::bytes(kMaxRingTiles)));
-        NEARFAR_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads,
-                                                                    Memory<Width>::bytes(ring_tiles)));
+        NEARFAR_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+        NEARFAR_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kBytes));
         NEARFAR_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
         resident = std::max(1, blocks * multiprocessors);
     }
@@ -562,11 +535,10 @@ template <typename T, int Width>
 void launch(const KrauseBackward& call, cudaStream_t stream) {
     const int back = static_cast<int>(call.back), ahead = static_cast<int>(call.ahead), size = back + ahead + 1;
     const int num_queries = static_cast<int>(call.num_queries), num_keys = static_cast<int>(call.num_keys);
-    const int ring_tiles = (kTileRows + size - 2) / kTileRows + 1;
     const int num_blocks = std::max<int>(ceil_div(kRows + size - 1, kRows), kTileBlocks + 1);
     const int64_t heads = call.batches * call.heads;
     const int64_t tiles = ceil_div(std::max(num_queries, num_keys), kTileRows);
-    const int64_t num_strips = strips(tiles, heads, resident_blocks<T, Width>(ring_tiles), ring_tiles - 1);
+    const int64_t num_strips = strips(tiles, heads, resident_blocks<T, Width>(), kRingTiles - 1);
 
     const auto input = [](const void* data, const std::array<int64_t, 3>& s) {
         return Tensor<const T>{static_cast<const T*>(data), s[0], s[1], s[2]};
@@ -583,11 +555,11 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
         Window{num_queries - num_keys, ahead, back, call.token_bounds, num_keys, num_queries},
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
         static_cast<int>(ceil_div(num_queries, kTileRows)), static_cast<int>(ceil_div(num_keys, kTileRows)),
-        static_cast<int>(num_strips), size <= 64 ? 2 : 4, ring_tiles, num_blocks};
+        static_cast<int>(num_strips), size <= 64 ? 2 : 4, num_blocks};
     void* parameters[] = {&arguments};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(krause_backward_kernel<T, Width>),
                            dim3(static_cast<unsigned>(2 * heads * num_strips)), dim3(kThreads), parameters,
-                           Memory<Width>::bytes(ring_tiles), stream),
+                           Memory<Width>::kBytes, stream),
           "krause_backward launch");
 
     const int64_t numbers = call.sigma_stride == 0 ? 1 : call.heads;

@@ -8,12 +8,61 @@
 
 namespace nearfar {
 
+// Where the lane's part of 16 rows of a tile begins, for each 16 columns: LaneAcross, from the start of the rows. One set of
+// addresses serves them as fragments a and b, and transposed.
+template <int Width>
+struct LaneOffsets {
+    uint32_t at[Width / 16];
+
+    __device__ explicit LaneOffsets(int lane) {
+#pragma unroll
+        for (int step = 0; step < Width / 16; ++step)
+            at[step] = Tile<Width>::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane));
+    }
+};
+
 // 16 rows of a tile as the a fragments of their columns, 16 at a time.
 template <int Width>
-__device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32_t rows, int lane) {
+__device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32_t rows, const LaneOffsets<Width>& lane) {
 #pragma unroll
-    for (int step = 0; step < Width / 16; ++step)
-        load_matrices(row[step], rows + Tile<Width>::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+    for (int step = 0; step < Width / 16; ++step) {
+        uint32_t word[4];
+        load_matrices(word, rows + lane.at[step]);
+        row[step][0] = word[0], row[step][1] = word[2], row[step][2] = word[1], row[step][3] = word[3];
+    }
+}
+
+// c += a rows^T, with 16 rows of a tile.
+template <typename T, int Width>
+__device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint32_t (&a)[Width / 16][4], uint32_t rows,
+                                                    const LaneOffsets<Width>& lane) {
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step) {
+        uint32_t b[4];
+        load_matrices(b, rows + lane.at[step]);
+        mma<T>(c[0], a[step], b[0], b[1]);
+        mma<T>(c[1], a[step], b[2], b[3]);
+    }
+}
+
+// c += a rows, with 16 rows of a tile.
+template <typename T, int Width>
+__device__ __forceinline__ void multiply(float (&c)[Width / 8][4], const uint32_t (&a)[4], uint32_t rows,
+                                         const LaneOffsets<Width>& lane) {
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step) {
+        uint32_t b[4];
+        load_matrices_transposed(b, rows + lane.at[step]);
+        mma<T>(c[2 * step], a, b[0], b[2]);
+        mma<T>(c[2 * step + 1], a, b[1], b[3]);
+    }
+}
+
+// 16 x 16 results, rounded to T, as a fragment a.
+template <typename T>
+__device__ __forceinline__ void round_to_fragment(uint32_t (&a)[4], const float (&c)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = pack<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
 // x_i.y_i of rows quad and quad + 8, in every lane of the quad: the diagonal of the product of x with y transposed.
