@@ -230,7 +230,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
             float score[2][4], ds[2][4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float4 square = memory.pairs[row / 2 + 4 * half + pair];
+                const float4 square = memory.pairs[(row >> 1) + 4 * half + pair];
                 score[half][0] = square.x, score[half][1] = square.y, score[half][2] = square.z, score[half][3] = square.w;
                 for (int i = 0; i < 4; ++i) ds[half][i] = minus_delta[i];
             }
@@ -383,16 +383,19 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
             __syncthreads();
             if (more && member == group - 1) fetch_keys(tile + 1);
 
-            // 16 bits of each query's selection are those of this warp's keys.
-            const uint16_t* const pieces =
-                reinterpret_cast<const uint16_t*>(arguments.bits + row_offset(head) * num_words) +
+            // 16 bits of each query's selection are those of this warp's keys; lane i has those of query i of the next block.
+            int query = first_row + window.offset - window.back + lane;
+            const uint16_t* pieces =
+                reinterpret_cast<const uint16_t*>(arguments.bits + (row_offset(head) + query) * num_words) +
                 ((first_row / kRows) & (2 * num_words - 1));
-            const auto fetch_piece = [&](int block) -> uint32_t {  // in lane i, of query i
-                const int query = first_row + window.offset - window.back + block * kRows + lane;
+            const auto fetch_piece = [&]() -> uint32_t {
                 const bool inside = lane < kRows && static_cast<unsigned>(query) < static_cast<unsigned>(num_queries);
-                return selected && inside ? pieces[static_cast<int64_t>(query) * 2 * num_words] : 0;
+                const uint32_t piece = inside ? *pieces : 0;
+                query += kRows;
+                pieces += kRows * 2 * num_words;
+                return piece;
             };
-            uint32_t next_piece = fetch_piece(0);
+            uint32_t next_piece = selected ? fetch_piece() : 0;
 #pragma unroll 1
             for (int block = 0; block < arguments.num_blocks; ++block) {
                 if (block == kTileBlocks && more && group == 1) {  // No warp needs the oldest queries any more.
@@ -401,14 +404,14 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                     next_lse = fetch_lse(tile + kRingTiles, head);
                 }
                 const uint32_t piece = next_piece;
-                next_piece = fetch_piece(block + 1);
+                if (selected) next_piece = fetch_piece();
                 if (!mine.reaches(block)) continue;
                 const int row = wrap(ring_row + (warp + block) * kRows);
                 const uint32_t queries = memory.ring + row * kRowBytes;
                 float weight[2][4], ds[2][4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float4 delta = memory.pairs[row / 2 + 4 * half + pair];
+                    const float4 delta = memory.pairs[(row >> 1) + 4 * half + pair];
                     ds[half][0] = delta.x, ds[half][1] = delta.y, ds[half][2] = delta.z, ds[half][3] = delta.w;
                     for (int i = 0; i < 4; ++i) weight[half][i] = half_square[i];
                 }

@@ -8,16 +8,17 @@
 
 namespace nearfar {
 
-// Where the lane's part of 16 rows of a tile begins, for each 16 columns: LaneAcross, from the start of the rows. One set of
-// addresses serves them as fragments a and b, and transposed.
+// What a lane names to load_matrices for 16 rows of a tile, for each 16 of their columns: bytes from the start of the rows.
 template <int Width>
 struct LaneOffsets {
-    uint32_t at[Width / 16];
+    uint32_t normal[Width / 16], across[Width / 16];
 
     __device__ explicit LaneOffsets(int lane) {
 #pragma unroll
-        for (int step = 0; step < Width / 16; ++step)
-            at[step] = Tile<Width>::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane));
+        for (int step = 0; step < Width / 16; ++step) {
+            normal[step] = Tile<Width>::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane));
+            across[step] = Tile<Width>::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane));
+        }
     }
 };
 
@@ -25,11 +26,7 @@ struct LaneOffsets {
 template <int Width>
 __device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32_t rows, const LaneOffsets<Width>& lane) {
 #pragma unroll
-    for (int step = 0; step < Width / 16; ++step) {
-        uint32_t word[4];
-        load_matrices(word, rows + lane.at[step]);
-        row[step][0] = word[0], row[step][1] = word[2], row[step][2] = word[1], row[step][3] = word[3];
-    }
+    for (int step = 0; step < Width / 16; ++step) load_matrices(row[step], rows + lane.normal[step]);
 }
 
 // c += a rows^T, with 16 rows of a tile.
@@ -39,7 +36,7 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
         uint32_t b[4];
-        load_matrices(b, rows + lane.at[step]);
+        load_matrices(b, rows + lane.across[step]);
         mma<T>(c[0], a[step], b[0], b[1]);
         mma<T>(c[1], a[step], b[2], b[3]);
     }
@@ -52,9 +49,9 @@ __device__ __forceinline__ void multiply(float (&c)[Width / 8][4], const uint32_
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
         uint32_t b[4];
-        load_matrices_transposed(b, rows + lane.at[step]);
-        mma<T>(c[2 * step], a, b[0], b[2]);
-        mma<T>(c[2 * step + 1], a, b[1], b[3]);
+        load_matrices_transposed(b, rows + lane.normal[step]);
+        mma<T>(c[2 * step], a, b[0], b[1]);
+        mma<T>(c[2 * step + 1], a, b[2], b[3]);
     }
 }
 
