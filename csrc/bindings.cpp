@@ -13,6 +13,7 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/dtype.h"
+#include "krause_forward.h"
 #include "row_sumsq.h"
 
 namespace py = pybind11;
@@ -87,4 +88,28 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x"), py::arg("out"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("device"),
         py::arg("stream"),
         "Writes the float32 sum of squares of each row of x (B, H, N, D), last stride 1, to contiguous out (B, H, N).");
+
+    m.attr("KRAUSE_WINDOW") = kKrauseWindow;
+    m.def(
+        "krause_forward",
+        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds, uintptr_t o, uintptr_t lse,
+           uintptr_t bits, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<int64_t, 3>& q_strides, const std::array<int64_t, 3>& k_strides,
+           const std::array<int64_t, 3>& v_strides, const std::array<int64_t, 3>& o_strides, int64_t sigma_stride,
+           int64_t left, int64_t right, int64_t top_k, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                               reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
+                               reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
+                               reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
+                               q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                               batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
+            krause_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("sigma"), py::arg("token_bounds"), py::arg("o"), py::arg("lse"),
+        py::arg("bits"), py::arg("dtype"), py::arg("sizes"), py::arg("q_strides"), py::arg("k_strides"),
+        py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
+        py::arg("top_k"), py::arg("device"), py::arg("stream"),
+        "Krause attention: fills o, lse and, with top_k > 0, bits; sizes: B, Hq, Hkv, N, M, D. csrc/krause_forward.h has more.");
 }

@@ -49,7 +49,7 @@ struct Ring {
     static constexpr int kRingRows = (kTiles + kSpare) * kTileRows;
     static constexpr int kRowBytes = Tile<Width>::kRowBytes;
     static constexpr int kBytes = (2 * kRingRows + kTileRows) * kRowBytes + kRingRows * static_cast<int>(sizeof(float));
-    static constexpr int kBlocksPerMultiprocessor = std::min(4, 228 * 1024 / (kBytes + 1024));
+    static constexpr int kBlocksPerMultiprocessor = std::min(3, 228 * 1024 / (kBytes + 1024));
 
     __device__ static int wrap(int row) { return row < kRingRows ? row : row - kRingRows; }
 };

@@ -51,7 +51,7 @@ def test_unknown_backend():
 
 def test_cuda_backend_says_that_it_is_missing():
     with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: there is no CUDA kernel"):
-        nf.krause_attention(*qkv(), 2.0, backend="cuda")
+        nf.linear_attention(*qkv(), backend="cuda")
 
 
 def test_triton_refuses_cpu_tensors_outside_the_interpreter():
@@ -101,7 +101,7 @@ def test_explain():
     chosen = "triton" if DEVICE == "cuda" else "reference"
     head, cuda, triton, reference = nf.explain(nf.krause_attention, q, k, v, 2.0).split("\n")
     assert head == f"krause_attention: served by {chosen} (backend='auto', device={q.device})"
-    assert cuda.split()[0] == "cuda" and "no CUDA kernel of krause_attention" in cuda
+    assert cuda.split()[0] == "cuda" and "can serve" not in cuda  # float32, and often no extension or no GPU either
     assert triton.split() == ["triton", *"can serve this call".split()]
     assert reference.split() == ["reference", *"can serve this call".split()]
     assert "served by triton (backend='triton'" in nf.explain("krause_attention", q, k, v, 2.0, backend="triton")

@@ -27,22 +27,27 @@ __device__ __forceinline__ int ordered(float x) {
 }
 __device__ __forceinline__ float unordered(int key) { return __int_as_float(key ^ (key >> 31 & 0x7fffffff)); }
 
-// half(x * factor + shift): monotone in x, and -infinity for -infinity. It takes the middle of [low, high] to 0 and its ends
-// to +-reach, less than 2^15. factor is a power of two, so that only the last operation rounds.
+// half(x * factor + shift): monotone in x, and -infinity for -infinity. factor is a power of two, so that only the last
+// operation rounds.
 struct HalfMap {
-    float factor, shift, center, reach;
+    float factor, shift;
 
-    __device__ static HalfMap over(float low, float high) {
+    // Takes the middle of [low, high] to 0, and its ends to +-reach, between 2^14 and 2^15.
+    __device__ static HalfMap over(float low, float high, float& reach) {
         const float center = low <= high ? 0.5f * low + 0.5f * high : 0.0f;
         const float radius = 0.5f * high - 0.5f * low;
         const int exponent = max(__float_as_int(radius) & 0x7f800000, 27 << 23);
         const float factor = __int_as_float(((254 + 14) << 23) - exponent);
-        return {factor, -center * factor, center, radius * factor};
+        reach = radius * factor;
+        return {factor, -center * factor};
     }
     __device__ float operator()(float x) const { return fmaf(x, factor, shift); }
     // A number that x exceeds if its half exceeds `half`, and one that x does not exceed unless its half exceeds `half`.
-    __device__ float below(float half) const { return __fadd_rd(center, half * inverse()); }
-    __device__ float above(float half) const { return __fadd_ru(center, (half + fabsf(half) * 0x1p-10f + 0x1p-24f) * inverse()); }
+    __device__ float below(float half) const { return __fadd_rd(-shift * inverse(), half * inverse()); }
+    __device__ float above(float half) const {
+        const float next = half + fabsf(half) * 0x1p-10f + 0x1p-24f;  // or beyond
+        return __fadd_ru(-shift * inverse(), next * inverse());
+    }
     __device__ float inverse() const { return __int_as_float((254 << 23) - __float_as_int(factor)); }
 };
 
@@ -92,9 +97,10 @@ class TopK {
     // or needs none, keeps low = high there.
     __device__ __forceinline__ void zoom(bool first, bool second) {
         const uint32_t rows = (first ? 0xffff : 0) | (second ? 0xffff0000 : 0);
-        if (first) map_[0] = HalfMap::over(low_[0], high_[0]);
-        if (second) map_[1] = HalfMap::over(low_[1], high_[1]);
-        const uint32_t edge = pack<__half>(map_[0].reach * (1 + 0x1p-9f), map_[1].reach * (1 + 0x1p-9f));
+        float reach[2] = {};
+        if (first) map_[0] = HalfMap::over(low_[0], high_[0], reach[0]);
+        if (second) map_[1] = HalfMap::over(low_[1], high_[1], reach[1]);
+        const uint32_t edge = pack<__half>(reach[0] * (1 + 0x1p-9f), reach[1] * (1 + 0x1p-9f));
         low_halves_ = select(rows, edge ^ 0x80008000, low_halves_);
         high_halves_ = select(rows, edge, high_halves_);
         keep_all(!open_[0] && first, !open_[1] && second);

@@ -1,7 +1,10 @@
 """The CUDA extension ``nearfar._C``, where it was built, behind functions that take tensors."""
 
+import functools
+
 import torch
 
+from nearfar.checks import is_plain
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -56,3 +59,61 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     stream = torch.cuda.current_stream(x.device).cuda_stream
     extension.row_sumsq(x.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], x.shape, strides, x.device.index, stream)
     return out
+
+
+KRAUSE_WIDTHS = (32, 64, 128)
+
+# Calls of krause_attention whose forward was measured faster than Triton's, so that backend="auto" takes it:
+# (head width, words of a row's selection, whether it selects), with the milliseconds of both and where they are from.
+KRAUSE_FASTER = {}
+
+
+def krause_reason(q, k, v, left, right):
+    """Why the CUDA kernels cannot serve this call of krause_attention, or None."""
+    if extension is None:
+        return unavailable_reason
+    if not q.is_cuda:
+        return f"q is on {q.device}; the CUDA kernels need a CUDA device"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
+    if q.shape[3] != v.shape[3] or q.shape[3] not in KRAUSE_WIDTHS:
+        return f"q and v are {q.shape[3]} and {v.shape[3]} wide; the CUDA kernels take one width of 32, 64 or 128"
+    if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
+        return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not _rows_aligned(tensor):
+            return f"rows of {name} do not start at multiples of 16 bytes, as the CUDA kernels need: pass {name}.contiguous()"
+    return None if torch.compiler.is_compiling() else _device_reason(q.device.index)
+
+
+def _rows_aligned(x):
+    """Whether every row of 16-bit numbers starts at a multiple of 16 bytes, once its last dimension is contiguous."""
+    if x.stride(3) != 1:
+        return True  # the operator will copy it
+    offset = x.data_ptr() if is_plain(x) else x.storage_offset() * 2  # what is traced has no address yet
+    return offset % 16 == 0 and all(x.shape[i] <= 1 or x.stride(i) % 8 == 0 for i in range(3))
+
+
+@functools.cache
+def _device_reason(index):
+    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
+    major, minor = torch.cuda.get_device_capability(index)
+    for name in extension.architectures():
+        built_major, built_minor = divmod(int(name.rstrip("af")), 10)
+        if major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit())):
+            return None
+    built = ", ".join(extension.architectures())
+    return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+
+
+def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
+    """Fill o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words), for a call without krause_reason."""
+    extension.krause_forward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), sigma.data_ptr(),
+        0 if token_bounds is None else token_bounds.data_ptr(),
+        o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
+        left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip

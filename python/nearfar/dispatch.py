@@ -1,7 +1,8 @@
 """Which backend serves a call. Every operator states why a backend cannot serve it; the rest is one rule.
 
-"auto" takes the first of cuda, triton that serves a CUDA tensor, and the reference for a CPU tensor. It never changes the
-mathematics silently: a CUDA call that no kernel serves raises, unless NEARFAR_ALLOW_REFERENCE=1.
+"auto" takes the first of cuda, triton that serves a CUDA tensor, in the order that an operator may have measured, and the
+reference for a CPU tensor. It never changes the mathematics silently: a CUDA call that no kernel serves raises, unless
+NEARFAR_ALLOW_REFERENCE=1.
 """
 
 import functools
@@ -10,6 +11,7 @@ import os
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")
+KERNELS = ("cuda", "triton")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,7 +39,8 @@ def choose(backend, reasons, device):
 
     Args:
         backend: what the user asked for, "auto" or one of BACKENDS.
-        reasons: for each backend why it cannot serve the call, None where it can.
+        reasons: for each backend why it cannot serve the call, None where it can; optionally, as "order", in which order
+            "auto" asks those of KERNELS.
         device: device of the call's tensors.
 
     Raises:
@@ -46,7 +49,7 @@ def choose(backend, reasons, device):
     if backend == "auto":
         if device.type != "cuda":
             return "reference"
-        for name in ("cuda", "triton"):
+        for name in reasons.get("order", KERNELS):
             if reasons[name] is None:
                 return name
         if os.environ.get("NEARFAR_ALLOW_REFERENCE") == "1":

@@ -17,25 +17,28 @@ SQUARES_AHEAD_WIDTH = 128
 SQUARES_AHEAD_KEYS = 512
 
 _FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k)"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k,"
+    ' str backend="triton") -> (Tensor, Tensor, Tensor)'
 )
 _BACKWARD = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, Tensor o, Tensor lse, Tensor? bits,"
-    " int left, int right, int? top_k) -> (Tensor, Tensor, Tensor, Tensor)"
+    ' int left, int right, int? top_k, str backend="triton") -> (Tensor, Tensor, Tensor, Tensor)'
 )
 
 
 class PairwiseOp:
     """`torch.ops.nearfar.<name>` and its backward, over the Triton kernels of a module that defines PAIR.
 
+    cuda_forward: the forward of backend="cuda", with the arguments of the Triton launcher; it saves the same tensors.
+
     The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
     dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
     dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
     """
 
-    def __init__(self, name, kernels):
+    def __init__(self, name, kernels, cuda_forward):
         self._kernels = kernels
+        self._cuda_forward = cuda_forward
         register(
             name,
             (_FORWARD, self._dispatched_forward, _fake_forward),
@@ -46,8 +49,8 @@ class PairwiseOp:
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
-    def __call__(self, q, k, v, parameter, token_bounds, left, right, top_k):
-        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, left, right, top_k)
+    def __call__(self, q, k, v, parameter, token_bounds, left, right, top_k, backend):
+        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, left, right, top_k, backend)
         if not is_plain(q, k, v, parameter):
             return self.forward_op(*arguments)[0]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
@@ -61,22 +64,26 @@ class PairwiseOp:
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
+    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend):
         """(o, lse, bits), bits None without top_k."""
         o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
         if not o.numel() or not k.shape[2]:
             return o.zero_(), lse.zero_(), bits
+        if backend == "cuda":
+            self._cuda_forward(q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits)
+            return o, lse, bits
         launch, pair = self._modules
         with device_of(q):
             k_squares = _key_squares(k, left, right) if top_k is None else None
             launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
 
-    def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k):
-        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k)
+    def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend="triton"):
+        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k, backend)
         return o, lse, _no_bits(q) if bits is None else bits
 
-    def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k):
+    def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
+        # Triton's kernels serve every backend: what the forwards save is the same.
         dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
         if not o.numel() or not k.shape[2]:
             return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
@@ -92,7 +99,7 @@ class PairwiseOp:
         return dq, dk, dv, dparameter
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
-        return *self.backward_op(do, *ctx.saved_tensors, *ctx.window_and_top_k), None, None, None, None
+        return *self.backward_op(do, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 class _Eager(torch.autograd.Function):
@@ -109,14 +116,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         # With create_graph the torch operator runs, because it refuses to be differentiated again.
         backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
-        return None, *backward(do, *ctx.saved_tensors, *ctx.window_and_top_k), None, None, None, None
+        return None, *backward(do, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 def _save(ctx, inputs, output):
-    *tensors, left, right, top_k = inputs
+    *tensors, left, right, top_k, backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.window_and_top_k = left, right, top_k
+    ctx.options = left, right, top_k, backend
 
 
 def _key_squares(k, left, right):
@@ -140,7 +147,7 @@ def _no_bits(q):
     return torch.empty((0,), dtype=torch.int32, device=q.device)
 
 
-def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k):
+def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k, backend="triton"):
     o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
     return o, lse, _no_bits(q) if bits is None else bits
 

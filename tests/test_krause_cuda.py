@@ -1,0 +1,306 @@
+"""Krause attention in CUDA C++: what its forward serves, and the same promises as of Triton's, which test_krause.py tests.
+
+The backward runs Triton's kernels on what the forward saved, so gradients test that, too.
+"""
+
+import math
+
+import pytest
+import torch
+from harness import DEVICE, Sample, assert_same, leaves, like, needs_gpu, randn, run
+from samples.krause import best, check, decode, op_arguments, visible
+
+import nearfar as nf
+from nearfar import _cuda
+
+needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+CAUSAL = nf.SlidingWindow(127)
+
+
+# ---------------------------------------------------------------------------------------------------- what it serves
+
+
+class Extension:
+    """Stands for nearfar._C where it was not built."""
+
+    KRAUSE_WINDOW = 128
+
+    def __init__(self, *architectures):
+        self.architectures = lambda: list(architectures)
+
+
+class Claimed:
+    """A meta tensor that claims to be on a CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, tensor):
+        self.shape, self.dtype, self.stride, self.storage_offset = (
+            tensor.shape, tensor.dtype, tensor.stride, tensor.storage_offset
+        )  # fmt: skip
+
+
+def tensor(width=64, dtype=torch.float16, row=None, start=0):
+    row = width if row is None else row
+    return Claimed(torch.empty(2, 4, 9, row + 8, dtype=dtype, device="meta")[..., start : start + width])
+
+
+REASONS = {
+    None: lambda: (tensor(), tensor(), tensor(), 127, 0),
+    "q is on cpu": lambda: (*[torch.empty(2, 4, 9, 64, dtype=torch.float16)] * 3, 127, 0),
+    "float32": lambda: (*[tensor(dtype=torch.float32)] * 3, 127, 0),
+    "48 and 48 wide": lambda: (*[tensor(48)] * 3, 127, 0),
+    "64 and 32 wide": lambda: (tensor(), tensor(), tensor(32), 127, 0),
+    "windows of up to 128 keys": lambda: (tensor(), tensor(), tensor(), 100, 28),
+    "windows of up to 128 keys, ": lambda: (tensor(), tensor(), tensor(), -1, 0),
+    "rows of k do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
+    "rows of v do not start": lambda: (tensor(), tensor(), tensor(row=68), 127, 0),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_a_call_is_not_served(reason, monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", Extension("90a"))
+    monkeypatch.setattr(_cuda, "_device_reason", lambda index: None)
+    found = _cuda.krause_reason(*REASONS[reason]())
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "built, capability, served",
+    [("90a", (9, 0), True), ("90a", (10, 0), False), ("80", (8, 6), True), ("86", (8, 0), False), ("80", (9, 0), False)],
+)
+def test_which_devices_are_served(built, capability, served, monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", Extension(built))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = _cuda._device_reason.__wrapped__(0)
+    assert (reason is None) == served and (served or f"{capability[0]}.{capability[1]}" in reason)
+
+
+def test_without_an_extension_the_reason_is_why(monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", None)
+    monkeypatch.setattr(_cuda, "unavailable_reason", "it was left out")
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: it was left out"):
+        nf.krause_attention(*[randn(1, 1, 4, 32, dtype=torch.float16)] * 3, 2.0, nf.SlidingWindow(3), backend="cuda")
+
+
+@needs_extension
+def test_errors_of_the_extension_raise():
+    arguments = [0] * 8 + ["float16", (1, 1, 1, 1, 1, 64), *[(64, 64, 64)] * 4, 0, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="cudaError"):
+        _cuda.extension.krause_forward(*arguments, 4096, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cuda.extension.krause_forward(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- forward
+
+
+def cuda_sample(dtype, width=64, heads=(2, 1), length=333, keys=None, batch=1, seed=0, **options):
+    keys = length if keys is None else keys
+    tensors = {
+        "q": randn(batch, heads[0], length, width, dtype=dtype, seed=seed + 1),
+        "k": randn(batch, heads[1], keys, width, dtype=dtype, seed=seed + 2),
+        "v": randn(batch, heads[1], keys, width, dtype=dtype, seed=seed + 3),
+        "sigma": torch.linspace(0.6, 1.2, heads[0], device=DEVICE) * width**0.5,
+    }
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device=DEVICE)
+    return Sample(tensors, options)
+
+
+SAMPLES = {
+    "causal": dict(locality=CAUSAL, top_k=96),
+    "whole window": dict(locality=CAUSAL),
+    "narrow": dict(width=32, locality=nf.SlidingWindow(40, 20), top_k=9),
+    "narrow whole": dict(width=32, locality=nf.SlidingWindow(0, 63)),
+    "wide": dict(width=128, locality=nf.SlidingWindow(64, 63), top_k=64),
+    "wide whole": dict(width=128, locality=nf.SlidingWindow(31)),
+    "heads share keys": dict(heads=(6, 2), batch=2, length=150, locality=nf.SlidingWindow(100), top_k=1),
+    "packed": dict(cu_seqlens=[0, 0, 21, 22, 90, 90, 333], locality=nf.SlidingWindow(60, 40), top_k=20),
+    "more keys": dict(length=70, keys=391, locality=nf.SlidingWindow(80, 9), top_k=33),
+    "fewer keys": dict(length=300, keys=130, locality=nf.SlidingWindow(29), top_k=7),
+    "one query": dict(batch=3, length=1, keys=200, locality=CAUSAL, top_k=50),
+    "its own key only": dict(length=65, locality=nf.SlidingWindow(0), top_k=1),
+}
+
+
+def krause(sample, backend="cuda"):
+    return nf.krause_attention(**sample.tensors, **sample.options, backend=backend)
+
+
+def saved(sample):
+    """(o, lse, bits) of the registered operator."""
+    return torch.ops.nearfar.krause_attention(*op_arguments(sample), "cuda")
+
+
+def selection(sample):
+    mask = visible(sample)
+    return decode(saved(sample)[2], mask.shape[1]) & mask
+
+
+on_gpu = [pytest.mark.gpu, needs_gpu, needs_extension]
+
+
+def gpu(test):
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+@gpu
+@each_dtype
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(name, dtype):
+    sample = cuda_sample(dtype, **SAMPLES[name])
+    o, gradients = run(nf.krause_attention, sample, backend="cuda")
+    selected = best(sample) if sample.options.get("top_k") is None else selection(sample)
+    check(sample, like(o), o, gradients, selected)
+    for repeat in range(20):
+        assert_same((o, gradients), run(nf.krause_attention, sample, backend="cuda"), f"at repeat {repeat}")
+
+
+@gpu
+@each_dtype
+@pytest.mark.parametrize("name", SAMPLES)
+def test_saves_what_triton_saves(name, dtype):
+    sample = cuda_sample(dtype, **SAMPLES[name])
+    ours, tritons = saved(sample), torch.ops.nearfar.krause_attention(*op_arguments(sample))
+    for a, b in zip(ours, tritons, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+    torch.testing.assert_close(ours[1], tritons[1], rtol=1e-6, atol=1e-5)
+
+
+def keys_like(kind, k):
+    if kind == "equal":
+        return k[:, :, :1].expand(k.shape).contiguous()
+    if kind == "outliers":
+        k = k.clone()
+        k[:, :, ::37] *= 64
+        return k
+    if kind == "close":  # apart by an eps, with some far off that take up the range of the scores
+        k = torch.zeros_like(k)
+        order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(5)).to(k)
+        k[..., 0] = 1 + torch.finfo(k.dtype).eps * (order % 128)
+        k[:, :, ::8, 0] = 30
+        return k
+    high = {"signs": 1, "integers": 3}[kind]
+    return (k * high).round().clamp(-high, high)
+
+
+@gpu
+@each_dtype
+@pytest.mark.parametrize("top_k", [1, 50, 127])
+@pytest.mark.parametrize("kind", ["equal", "outliers", "close", "signs", "integers"])
+def test_selection_is_exact(kind, top_k, dtype):
+    """Scores that float32 holds exactly, most of them many times over, so that no rounding excuses another set."""
+    sample = cuda_sample(dtype, locality=CAUSAL, top_k=top_k)
+    high = 0 if kind == "close" else 3
+    sample.tensors["q"].copy_((sample.tensors["q"] * high).round().clamp(-high, high))
+    exact = keys_like("integers", sample.tensors["k"]) if kind in ("equal", "outliers") else sample.tensors["k"]
+    sample.tensors["k"].copy_(keys_like(kind, exact))
+    assert torch.equal(selection(sample), best(sample))
+
+
+@gpu
+@each_dtype
+@pytest.mark.parametrize("exponent", [-8, 8])
+def test_tiny_and_huge_bandwidths_select_alike(exponent, dtype):
+    sample = cuda_sample(dtype, locality=CAUSAL, top_k=50)
+    expected = selection(sample)
+    sample.tensors["sigma"].mul_(2.0**exponent)
+    assert torch.equal(selection(sample), expected)
+    assert torch.isfinite(krause(sample)).all()
+
+
+@gpu
+def test_huge_scores():
+    """Squares near 1e25 beside those near 64: the count is right, and the weights stay finite."""
+    sample = cuda_sample(torch.bfloat16, locality=CAUSAL, top_k=50)
+    sample.tensors["k"][:, :, ::37] *= 1e12
+    assert torch.equal(selection(sample).sum(-1), best(sample).sum(-1))
+    assert torch.isfinite(krause(sample)).all()
+
+
+@gpu
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_not_a_number_reaches_its_rows_only(top_k):
+    sample = cuda_sample(torch.float16, length=200, locality=nf.SlidingWindow(20), top_k=top_k)
+    good = krause(sample)
+    for name, rows in (("q", [70]), ("k", range(70, 91))):
+        bad = Sample({**sample.tensors, name: sample.tensors[name].clone()}, sample.options)
+        bad.tensors[name][:, :, 70, 3] = math.nan
+        hit = torch.zeros(200, dtype=torch.bool, device=DEVICE)
+        hit[list(rows)] = True
+        o = krause(bad)
+        assert torch.isnan(o[:, :, hit]).all(-1).all()
+        assert torch.equal(o[:, :, ~hit], good[:, :, ~hit])
+
+
+@gpu
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_sigma_that_is_not_positive_poisons_its_head(top_k):
+    sample = cuda_sample(torch.float16, locality=CAUSAL, top_k=top_k)
+    good = krause(sample)
+    for value in (0.0, -1.0, math.nan):
+        sample.tensors["sigma"][0] = value
+        o = krause(sample)
+        assert torch.isnan(o[:, 0]).all() and torch.equal(o[:, 1], good[:, 1])
+
+
+@gpu
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_queries_without_keys_give_zeros(top_k):
+    sample = cuda_sample(torch.float16, length=100, keys=30, locality=nf.SlidingWindow(9), top_k=top_k)
+    o, lse, _ = saved(sample)
+    assert not o[:, :, :70].any() and not lse[:, :, :70].any()
+    assert o[:, :, 70:].any(-1).all()
+
+
+LAYOUTS = {
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
+    "slice of wider rows": lambda x: torch.cat((x + 1, x, x - 1), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
+    "width before rows": lambda x: x.mT.contiguous().mT,
+}
+
+
+@gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    sample = cuda_sample(torch.float16, heads=(2, 2), batch=2, locality=nf.SlidingWindow(100), top_k=30)
+    strided = {name: x if name == "sigma" else LAYOUTS[layout](x) for name, x in sample.tensors.items()}
+    dense = {name: x.contiguous() for name, x in strided.items()}
+    assert torch.equal(krause(Sample(strided, sample.options)), krause(Sample(dense, sample.options)))
+
+
+@gpu
+@pytest.mark.parametrize("top_k", [None, 96])
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher(top_k):
+    sample = cuda_sample(torch.bfloat16, locality=CAUSAL, top_k=top_k)
+    expected = run(nf.krause_attention, sample, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # capture fails if the launch goes to any other stream
+        o = krause(sample)
+    o.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(o, expected[0])
+    torch.library.opcheck(
+        torch.ops.nearfar.krause_attention.default, (*op_arguments(Sample(leaves(sample), sample.options)), "cuda")
+    )
+    compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
+    assert_same(expected, run(compiled, sample, backend="cuda"))
+
+
+@gpu
+def test_auto_takes_what_was_measured_faster(monkeypatch):
+    sample = cuda_sample(torch.bfloat16, locality=CAUSAL)
+    arguments = (*sample.tensors.values(), CAUSAL)
+    monkeypatch.setattr(_cuda, "KRAUSE_FASTER", {})
+    assert "served by triton" in nf.explain(nf.krause_attention, *arguments)
+    monkeypatch.setattr(_cuda, "KRAUSE_FASTER", {(64, 4, False): (1.0, 2.0, "a test")})
+    assert "served by cuda" in nf.explain(nf.krause_attention, *arguments)
+    assert "served by triton" in nf.explain(nf.krause_attention, *arguments, top_k=5)
