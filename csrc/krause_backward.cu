@@ -35,6 +35,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;                          // of a warp, and of a block of the ring
 constexpr int kTileRows = kWarps * kRows;
+static_assert(kTileRows == kKrauseTile);
 constexpr int kTileBlocks = kTileRows / kRows;
 constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // that a tile reaches at most
 constexpr int kRingRows = kRingTiles * kTileRows;

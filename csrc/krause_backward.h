@@ -9,11 +9,14 @@
 
 namespace nearfar {
 
+// Tokens of a tile of the kernels.
+constexpr int64_t kKrauseTile = 64;
+
 // Gradients of krause_forward (krause_forward.h says what its tensors are), on the current device.
 //
 // o and lse are those of the forward, bits too, or null if it did not select. dO has the shape of o; dq, dk, dv are filled,
 // each with strides of its own, and rows that start at multiples of 16 bytes. dsigma: float32, contiguous, of one number for
-// each query head, or one in all if sigma_stride is 0. partials: workspace of B Hq ceil(max(N, M) / 64) float32.
+// each query head, or one in all if sigma_stride is 0. partials: workspace of B Hq ceil(max(N, M) / kKrauseTile) float32.
 struct KrauseBackward {
     const void *q, *k, *v, *o, *grad_o;
     const float *sigma, *lse;

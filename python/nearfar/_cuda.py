@@ -117,3 +117,18 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
         left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
         q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip
+
+
+def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
+    """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
+    if not _rows_aligned(do):
+        do = do.contiguous()
+    strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
+    partials = lse.new_empty(*q.shape[:2], strips)
+    addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
+    extension.krause_backward(
+        [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
+        left, right, q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
