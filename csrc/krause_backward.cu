@@ -39,6 +39,7 @@ static_assert(kTileRows == kKrauseTile);
 constexpr int kTileBlocks = kTileRows / kRows;
 constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // that a tile reaches at most
 constexpr int kRingRows = kRingTiles * kTileRows;
+constexpr int kStripTiles = 11;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <typename T>
@@ -322,14 +323,15 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
         const bool inside = lane < kRows && static_cast<unsigned>(query) < static_cast<unsigned>(num_queries);
         return inside ? arguments.lse[row_offset(head) + query] : 0.0f;
     };
-    const auto fill_numbers = [&](int ring_row, uint32_t o_rows, float lse) {
+    const auto store_lse = [&](int ring_row, float lse) {
+        if (lane < kRows) memory.numbers[ring_row + warp * kRows + lane] = lse;
+    };
+    const auto store_delta = [&](int ring_row, uint32_t o_rows) {  // of the queries that have arrived
         uint32_t grad[Width / 16][4], out[Width / 16][4];
         load_rows<Width>(grad, memory.ring + kSecond + ring_row * kRowBytes + my_rows, offsets);
         load_rows<Width>(out, o_rows + my_rows, offsets);
         const float2 delta = row_products<T>(grad, out, lane);
-        const int row = ring_row + warp * kRows;
-        memory.store_pairs(row, lane, -delta.x, -delta.y);
-        if (lane < kRows) memory.numbers[row + lane] = lse;
+        memory.store_pairs(ring_row + warp * kRows, lane, -delta.x, -delta.y);
     };
 
     const int64_t tiles = arguments.key_tiles;
@@ -366,20 +368,21 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
             unit = scale;
             // The ring goes on from tile to tile, unless heads take turns in it.
             if (group == 1 && tile > first_tile) {
-                fill_numbers(wrap(ring_row + (kRingTiles - 1) * kTileRows), memory.own + 2 * kTileBytes, next_lse);
+                const int newest = wrap(ring_row + (kRingTiles - 1) * kTileRows);
+                store_lse(newest, next_lse);
+                store_delta(newest, memory.own + 2 * kTileBytes);
             } else {
                 __syncthreads();  // every warp is done with the ring
-                float lse[kRingTiles];
-#pragma unroll
+#pragma unroll 1
                 for (int t = 0; t < kRingTiles; ++t) {
                     fetch_queries(tile + t, wrap(ring_row + t * kTileRows), head, memory.own + t * kTileBytes);
-                    lse[t] = fetch_lse(tile + t, head);
+                    store_lse(wrap(ring_row + t * kTileRows), fetch_lse(tile + t, head));
                 }
                 wait_for_copies();
                 __syncwarp();
-#pragma unroll
+#pragma unroll 1
                 for (int t = 0; t < kRingTiles; ++t)
-                    fill_numbers(wrap(ring_row + t * kTileRows), memory.own + t * kTileBytes, lse[t]);
+                    store_delta(wrap(ring_row + t * kTileRows), memory.own + t * kTileBytes);
             }
             __syncthreads();
             if (more && member == group - 1) fetch_keys(tile + 1);
@@ -505,15 +508,10 @@ grad_sigma_kernel(const float* partials, const float* sigma, float* dsigma, int 
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Strips of a query head: whole waves of the blocks that the device holds at once, and few tiles fetched in vain.
-int64_t strips(int64_t tiles, int64_t heads, int64_t resident, int64_t warm_up) {
-    int64_t best = 1, best_time = INT64_MAX;
-    for (int64_t waves = 1; waves <= 4; ++waves) {
-        const int64_t count = std::clamp<int64_t>(waves * resident / (2 * heads), 1, tiles);
-        const int64_t time = ceil_div(2 * heads * count, resident) * (ceil_div(tiles, count) + warm_up);
-        if (time < best_time) best = count, best_time = time;
-    }
-    return best;
+// Strips of a query head. Short ones keep the two kinds of blocks at the same tokens, though each has to fill its ring first;
+// yet shorter ones where the device would not be full otherwise.
+int64_t strips(int64_t tiles, int64_t heads, int64_t resident) {
+    return std::max(ceil_div(tiles, kStripTiles), std::clamp<int64_t>(resident / (2 * heads), 1, tiles));
 }
 
 // Blocks of the kernel that the current device holds at once; asked once for each device.
@@ -542,7 +540,7 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
     const int num_blocks = std::max<int>(ceil_div(kRows + size - 1, kRows), kTileBlocks + 1);
     const int64_t heads = call.batches * call.heads;
     const int64_t tiles = ceil_div(std::max(num_queries, num_keys), kTileRows);
-    const int64_t num_strips = strips(tiles, heads, resident_blocks<T, Width>(), kRingTiles - 1);
+    const int64_t num_strips = strips(tiles, heads, resident_blocks<T, Width>());
 
     const auto input = [](const void* data, const std::array<int64_t, 3>& s) {
         return Tensor<const T>{static_cast<const T*>(data), s[0], s[1], s[2]};
