@@ -236,8 +236,8 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
                 score[half][0] = square.x, score[half][1] = square.y, score[half][2] = square.z, score[half][3] = square.w;
                 for (int i = 0; i < 4; ++i) ds[half][i] = minus_delta[i];
             }
-            multiply_transposed<T, Width>(score, query, keys, offsets);
-            multiply_transposed<T, Width>(ds, grad, keys + kSecond, offsets);
+            multiply_transposed<T, Width>(score, query, keys, 0, offsets);
+            multiply_transposed<T, Width>(ds, grad, keys, kSecond, offsets);
             float weight[2][4];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
@@ -265,7 +265,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
             }
             uint32_t a[4];
             round_to_fragment<T>(a, ds);
-            multiply<T, Width>(sum, a, keys, offsets);
+            multiply<T, Width>(sum, a, keys, 0, offsets);
         }
         dlog_scale += weighted;
         // dS entered its products unscaled, lest half precision lose or overflow it.
@@ -419,8 +419,8 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                     ds[half][0] = delta.x, ds[half][1] = delta.y, ds[half][2] = delta.z, ds[half][3] = delta.w;
                     for (int i = 0; i < 4; ++i) weight[half][i] = half_square[i];
                 }
-                multiply_transposed<T, Width>(weight, key, queries, offsets);
-                multiply_transposed<T, Width>(ds, value, queries + kSecond, offsets);
+                multiply_transposed<T, Width>(weight, key, queries, 0, offsets);
+                multiply_transposed<T, Width>(ds, value, queries, kSecond, offsets);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float2 lse = reinterpret_cast<const float2*>(memory.numbers + row)[4 * half + pair];
@@ -447,11 +447,11 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                 }
                 uint32_t a[4];
                 round_to_fragment<T>(a, weight);
-                multiply<T, Width>(dv, a, queries + kSecond, offsets);
+                multiply<T, Width>(dv, a, queries, kSecond, offsets);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) ds[i / 4][i % 4] *= weight[i / 4][i % 4];
                 round_to_fragment<T>(a, ds);
-                multiply<T, Width>(dk, a, queries, offsets);
+                multiply<T, Width>(dk, a, queries, 0, offsets);
                 mma<T>(ds_total, a, ones, ones);
             }
         }
@@ -474,7 +474,7 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
 template <typename T, int Width>
 __global__ void __launch_bounds__(kThreads, Width <= 64 ? 3 : 1)
 krause_backward_kernel(const __grid_constant__ Arguments<T> arguments) {
-    extern __shared__ uint4 memory[];
+    extern __shared__ __align__(128) uint4 memory[];
     const Memory<Width> shared(memory);
     const int index = blockIdx.x / 2;
     if (blockIdx.x % 2 == 0) {

@@ -8,48 +8,49 @@
 
 namespace nearfar {
 
-// What a lane names to load_matrices for 16 rows of a tile, for each 16 of their columns: bytes from the start of the rows.
+// Where a lane's part of 16 rows of a tile begins: bytes from the start of the rows, which lies at a multiple of 128. The
+// permutation of chunks is an exclusive or, so the parts of the following columns differ in a few bits of the address.
 template <int Width>
 struct LaneOffsets {
-    uint32_t normal[Width / 16], across[Width / 16];
+    uint32_t normal, across;
 
-    __device__ explicit LaneOffsets(int lane) {
-#pragma unroll
-        for (int step = 0; step < Width / 16; ++step) {
-            normal[step] = Tile<Width>::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane));
-            across[step] = Tile<Width>::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane));
-        }
-    }
+    __device__ explicit LaneOffsets(int lane)
+        : normal(Tile<Width>::offset(LaneNormal::row(lane), LaneNormal::chunk(lane))),
+          across(Tile<Width>::offset(LaneAcross::row(lane), LaneAcross::chunk(lane))) {}
+
+    // The part in columns 16 step on, of the rows that start at `rows`.
+    __device__ uint32_t normal_at(uint32_t rows, int step) const { return (rows + normal) ^ static_cast<uint32_t>(32 * step); }
+    __device__ uint32_t across_at(uint32_t rows, int step) const { return (rows + across) ^ static_cast<uint32_t>(32 * step); }
 };
 
 // 16 rows of a tile as the a fragments of their columns, 16 at a time.
 template <int Width>
 __device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32_t rows, const LaneOffsets<Width>& lane) {
 #pragma unroll
-    for (int step = 0; step < Width / 16; ++step) load_matrices(row[step], rows + lane.normal[step]);
+    for (int step = 0; step < Width / 16; ++step) load_matrices(row[step], lane.normal_at(rows, step));
 }
 
-// c += a rows^T, with 16 rows of a tile.
+// c += a x^T, where x are the 16 rows of a tile that start `further` bytes behind `rows`: so that several tiles share addresses.
 template <typename T, int Width>
 __device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint32_t (&a)[Width / 16][4], uint32_t rows,
-                                                    const LaneOffsets<Width>& lane) {
+                                                    uint32_t further, const LaneOffsets<Width>& lane) {
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
         uint32_t b[4];
-        load_matrices(b, rows + lane.across[step]);
+        load_matrices(b, lane.across_at(rows, step) + further);
         mma<T>(c[0], a[step], b[0], b[1]);
         mma<T>(c[1], a[step], b[2], b[3]);
     }
 }
 
-// c += a rows, with 16 rows of a tile.
+// c += a x, likewise.
 template <typename T, int Width>
-__device__ __forceinline__ void multiply(float (&c)[Width / 8][4], const uint32_t (&a)[4], uint32_t rows,
+__device__ __forceinline__ void multiply(float (&c)[Width / 8][4], const uint32_t (&a)[4], uint32_t rows, uint32_t further,
                                          const LaneOffsets<Width>& lane) {
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
         uint32_t b[4];
-        load_matrices_transposed(b, rows + lane.normal[step]);
+        load_matrices_transposed(b, lane.normal_at(rows, step) + further);
         mma<T>(c[2 * step], a, b[0], b[1]);
         mma<T>(c[2 * step + 1], a, b[2], b[3]);
     }
