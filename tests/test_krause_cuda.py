@@ -1,7 +1,4 @@
-"""Krause attention in CUDA C++: what its forward serves, and the same promises as of Triton's, which test_krause.py tests.
-
-The backward runs Triton's kernels on what the forward saved, so gradients test that, too.
-"""
+"""Krause attention in CUDA C++: what it serves, and the same promises as of Triton's kernels, which test_krause.py tests."""
 
 import math
 
