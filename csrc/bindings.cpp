@@ -92,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.attr("KRAUSE_WINDOW") = kKrauseWindow;
     m.attr("KRAUSE_TILE") = kKrauseTile;
+    m.def("krause_forward_shared_bytes", &krause_forward_shared_bytes, py::arg("width"), py::arg("window"),
+          "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
         "krause_forward",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds, uintptr_t o, uintptr_t lse,
@@ -113,8 +115,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bits"), py::arg("dtype"), py::arg("sizes"), py::arg("q_strides"), py::arg("k_strides"),
         py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         py::arg("top_k"), py::arg("device"), py::arg("stream"),
-        "Krause attention: fills o, lse and, with top_k > 0, bits; sizes: B, Hq, Hkv, N, M, D. csrc/krause_forward.h has more.");
+        "Krause attention: fills o, lse and, with top_k > 0, bits. sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
 
+    m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
+          "Bytes of shared memory that a block of krause_backward takes.");
     m.def(
         "krause_backward",
         [](const std::array<uintptr_t, 14>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
@@ -139,5 +143,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"),
         py::arg("right"), py::arg("device"), py::arg("stream"),
         "Gradients of krause_forward. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, workspace; "
-        "strides: of q, k, v, o, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. csrc/krause_backward.h has more.");
+        "strides: of q, k, v, o, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_backward.h.");
 }

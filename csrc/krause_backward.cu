@@ -154,7 +154,8 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const auto fetch_queries = [&](int tile) {
         const int first = tile * kTileRows + warp * kRows;
         copy_rows<Width, kRows, 32>(memory.own + my_rows, q, arguments.q.row, first, window.num_queries, lane);
-        copy_rows<Width, kRows, 32>(memory.own + kTileBytes + my_rows, grad_o, arguments.grad_o.row, first, window.num_queries, lane);
+        copy_rows<Width, kRows, 32>(memory.own + kTileBytes + my_rows, grad_o, arguments.grad_o.row, first, window.num_queries,
+                                    lane);
         copy_rows<Width, kRows, 32>(memory.own + 2 * kTileBytes + my_rows, o, arguments.o.row, first, window.num_queries, lane);
     };
     const auto fetch_numbers = [&](int tile) {
@@ -311,11 +312,12 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
     const auto fetch_queries = [&](int tile, int ring_row, int head, uint32_t o_rows) {
         const int first = first_query(tile);
         const uint32_t offset = ring_row * kRowBytes + my_rows;
-        copy_rows<Width, kRows, 32>(memory.ring + offset, arguments.q.at(batch, head), arguments.q.row, first, num_queries,
-                                    lane);
-        copy_rows<Width, kRows, 32>(memory.ring + kSecond + offset, arguments.grad_o.at(batch, head), arguments.grad_o.row, first,
-                                    num_queries, lane);
-        copy_rows<Width, kRows, 32>(o_rows + my_rows, arguments.o.at(batch, head), arguments.o.row, first, num_queries, lane);
+        const auto fetch = [&](uint32_t to, const Tensor<const T>& rows) {
+            copy_rows<Width, kRows, 32>(to, rows.at(batch, head), rows.row, first, num_queries, lane);
+        };
+        fetch(memory.ring + offset, arguments.q);
+        fetch(memory.ring + kSecond + offset, arguments.grad_o);
+        fetch(o_rows + my_rows, arguments.o);
     };
     const auto row_offset = [&](int head) { return (static_cast<int64_t>(batch) * arguments.heads + head) * num_queries; };
     const auto fetch_lse = [&](int tile, int head) {  // in lane i, of query i
@@ -585,6 +587,10 @@ void launch_width(const KrauseBackward& call, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t krause_backward_shared_bytes(int64_t width) {
+    return width == 32 ? Memory<32>::kBytes : width == 64 ? Memory<64>::kBytes : Memory<128>::kBytes;
+}
 
 void krause_backward(const KrauseBackward& call, DType dtype, cudaStream_t stream) {
     if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)

@@ -29,4 +29,7 @@ struct KrauseBackward {
 
 void krause_backward(const KrauseBackward& call, DType dtype, cudaStream_t stream);
 
+// Bytes of shared memory that a block takes.
+int64_t krause_backward_shared_bytes(int64_t width);
+
 }  // namespace nearfar

@@ -52,6 +52,8 @@ struct Ring {
     static constexpr int kBlocksPerMultiprocessor = std::min(3, 228 * 1024 / (kBytes + 1024));
 
     __device__ static int wrap(int row) { return row < kRingRows ? row : row - kRingRows; }
+    // Bytes from the start of the ring to a block of keys; no block lies across its end.
+    __device__ static uint32_t offset(int row) { return wrap(row) * kRowBytes; }
 };
 
 // -|x|^2 / 2 of 16 rows of a tile: half the diagonal of their products with themselves.
@@ -71,6 +73,99 @@ __device__ __forceinline__ void half_squares(uint32_t rows, int lane, float* squ
     if (lane % 4 == quad / 2) {
         squares[quad] = -0.5f * (odd ? first[1] : first[0]);
         squares[quad + 8] = -0.5f * (odd ? last[3] : last[2]);
+    }
+}
+
+// score = q.k - |k|^2 / 2 of a warp's queries and the keys from ring row `first` on. It is scaled last, within the exponent, so
+// that equal distances give equal scores.
+template <typename T, int Width, int Blocks>
+__device__ __forceinline__ void score_keys(uint32_t queries, uint32_t keys, const float* squares, int first, int lane,
+                                           float (&score)[2 * Blocks][4]) {
+    using Layout = Tile<Width>;
+    using Ring = Ring<Width, Blocks>;
+    uint32_t query[Width / 16][4];
+#pragma unroll
+    for (int step = 0; step < Width / 16; ++step)
+        load_matrices(query[step], queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+        float(&left)[4] = score[2 * block], (&right)[4] = score[2 * block + 1];
+        const float2* square = reinterpret_cast<const float2*>(squares + Ring::wrap(first + 16 * block)) + lane % 4;
+        left[0] = left[2] = square[0].x, left[1] = left[3] = square[0].y;
+        right[0] = right[2] = square[4].x, right[1] = right[3] = square[4].y;
+        const uint32_t from = keys + Ring::offset(first + 16 * block);
+#pragma unroll
+        for (int step = 0; step < Width / 16; ++step) {
+            uint32_t key[4];
+            load_matrices(key, from + Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
+            mma<T>(left, query[step], key[0], key[1]);
+            mma<T>(right, query[step], key[2], key[3]);
+        }
+    }
+}
+
+// Sets scores outside the columns [begin, begin + count) of their rows to -infinity, and finds the extremes of the others.
+// whole: every row r of 16 has the 16 (Blocks - 1) columns from r on, so that only the outer blocks need the mask.
+template <int Blocks, bool Lowest>
+__device__ __forceinline__ void mask_scores(float (&score)[2 * Blocks][4], const int (&begin)[2], const int (&count)[2],
+                                            bool whole, int lane, float (&lowest)[2], float (&highest)[2]) {
+    const auto survey = [&](int tile, bool masked) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = i / 2;
+            float& x = score[tile][i];
+            const unsigned rank = 8 * tile + 2 * (lane % 4) + i % 2 - begin[r];
+            const bool visible = !masked || rank < static_cast<unsigned>(count[r]);
+            if (Lowest) lowest[r] = fminf(lowest[r], visible ? x : INFINITY);
+            if (!visible) x = -INFINITY;
+            highest[r] = fmaxf(highest[r], x);
+        }
+    };
+    lowest[0] = lowest[1] = INFINITY;
+    highest[0] = highest[1] = -INFINITY;
+#pragma unroll
+    for (int tile : {0, 1, 2 * Blocks - 2, 2 * Blocks - 1}) survey(tile, true);
+    if (whole) {
+#pragma unroll
+        for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, false);
+    } else {
+#pragma unroll
+        for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, true);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        highest[r] = quad_max(highest[r]);
+        if (Lowest) lowest[r] = quad_min(lowest[r]);
+    }
+}
+
+// acc += weights V and total += weights, for weights exp2(score * scale - shift) in the precision of V.
+template <typename T, int Width, int Blocks>
+__device__ __forceinline__ void add_values(const float (&score)[2 * Blocks][4], float scale, const float (&shift)[2],
+                                           uint32_t values, int first, int lane, float (&total)[2],
+                                           float (&acc)[Width / 8][4]) {
+    using Layout = Tile<Width>;
+#pragma unroll
+    for (int block = 0; block < Blocks; ++block) {
+        uint32_t weight[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = i % 2;
+            const float(&pair)[4] = score[2 * block + i / 2];
+            const float left = exp2_approximate(fmaf(pair[2 * r], scale, -shift[r]));
+            const float right = exp2_approximate(fmaf(pair[2 * r + 1], scale, -shift[r]));
+            total[r] += left + right;
+            weight[i] = pack<T>(left, right);
+        }
+        const uint32_t from = values + Ring<Width, Blocks>::offset(first + 16 * block);
+#pragma unroll
+        for (int step = 0; step < Width / 16; ++step) {
+            uint32_t value[4];
+            load_matrices_transposed(
+                value, from + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+            mma<T>(acc[2 * step], weight, value[0], value[1]);
+            mma<T>(acc[2 * step + 1], weight, value[2], value[3]);
+        }
     }
 }
 
@@ -102,8 +197,8 @@ __device__ __forceinline__ void store_selection(const TopK<Blocks>& selection, i
 
 // Rows quad and quad + 8 of a warp's output: neighbouring lanes swap words, so that each stores 8 bytes, a quad 32.
 template <typename T, int Width>
-__device__ __forceinline__ void store_output(const float (&acc)[Width / 8][4], const float (&inverse)[2], int lane, int rows_left,
-                                             int64_t stride, T* o) {
+__device__ __forceinline__ void store_output(const float (&acc)[Width / 8][4], const float (&inverse)[2], int lane,
+                                             int rows_left, int64_t stride, T* o) {
     const int quad = lane / 4, pair = lane % 4, odd = lane % 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -188,9 +283,8 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
         const int first_row = tile * kTileRows + warp * kRows;
         const int first_key = first_row + window.offset - window.back;
         const int first_ring_row = ring_row + warp * kRows;
-        const auto block_row = [&](int block) { return Ring::wrap(first_ring_row + 16 * block); };
         int begin[2], count[2];  // the columns of each row, relative to first_key
-        bool whole = window.size() == 16 * (Blocks - 1);  // and so is what every row of the warp reaches
+        bool whole = true;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const Reach row_reach = reach(window, first_row + quad + 8 * r);
@@ -200,103 +294,31 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
         }
         whole = __all_sync(kWholeWarp, whole);
 
-        // score = q.k - |k|^2 / 2. It is scaled last, within the exponent, so that equal distances give equal scores.
-        uint32_t query[Width / 16][4];
-#pragma unroll
-        for (int step = 0; step < Width / 16; ++step)
-            load_matrices(query[step],
-                          queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
-        float score[2 * Blocks][4];
-        float lowest[2] = {INFINITY, INFINITY}, highest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int block = 0; block < Blocks; ++block) {
-            const int row = block_row(block);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 square = reinterpret_cast<const float2*>(squares + row)[4 * half + pair];
-                float(&tile_score)[4] = score[2 * block + half];
-                tile_score[0] = tile_score[2] = square.x;
-                tile_score[1] = tile_score[3] = square.y;
-            }
-#pragma unroll
-            for (int step = 0; step < Width / 16; ++step) {
-                uint32_t key[4];
-                load_matrices(key, keys + row * Layout::kRowBytes +
-                                       Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
-                mma<T>(score[2 * block], query[step], key[0], key[1]);
-                mma<T>(score[2 * block + 1], query[step], key[2], key[3]);
-            }
-        }
-        const auto survey = [&](int tile, bool masked) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int r = i / 2;
-                float& x = score[tile][i];
-                const unsigned rank = 8 * tile + 2 * pair + i % 2 - begin[r];
-                const bool visible = !masked || rank < static_cast<unsigned>(count[r]);
-                if (Select) lowest[r] = fminf(lowest[r], visible ? x : INFINITY);
-                if (!visible) x = -INFINITY;
-                highest[r] = fmaxf(highest[r], x);
-            }
-        };
-        // Of whole windows as wide as the ring, only the first and the last 16 columns are not in reach of every row.
-#pragma unroll
-        for (int tile : {0, 1, 2 * Blocks - 2, 2 * Blocks - 1}) survey(tile, true);
-        if (whole) {
-#pragma unroll
-            for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, false);
-        } else {
-#pragma unroll
-            for (int tile = 2; tile < 2 * Blocks - 2; ++tile) survey(tile, true);
-        }
+        float score[2 * Blocks][4], lowest[2], highest[2];
+        score_keys<T, Width, Blocks>(queries, keys, squares, first_ring_row, lane, score);
         __syncwarp();  // all lanes have their queries
         if (more) fetch_queries(tile + 1);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            highest[r] = quad_max(highest[r]);
-            if (Select) lowest[r] = quad_min(lowest[r]);
-        }
+        mask_scores<Blocks, Select>(score, begin, count, whole, lane, lowest, highest);
         const int rows_left = window.num_queries - first_row;
-
         if constexpr (Select) {
             const TopK<Blocks> selection(score, count, lowest, highest, arguments.top_k);
             store_selection(selection, first_key, lane, rows_left,
                             arguments.bits + (row_offset + first_row) * ((Blocks - 1) / 2));
         }
 
-        // Weights are exp2(score * scale - shift). Rows without keys, all -infinity, are shifted by 0.
+        // Rows without keys, all -infinity, are shifted by 0. The rounding of a shift is that of every weight of its row and
+        // cancels, unless it leaves the range of exp2: then the highest score is taken off first.
         float shift[2], top[2], total[2] = {}, acc[Width / 8][4] = {};
 #pragma unroll
         for (int r = 0; r < 2; ++r) top[r] = shift[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * scale;
-        // The rounding of shift is that of every weight of the row and cancels, unless it exceeds the range of exp2.
         if (__any_sync(kWholeWarp, fmaxf(fabsf(shift[0]), fabsf(shift[1])) > 0x1p20f)) {
 #pragma unroll
             for (int i = 0; i < 8 * Blocks; ++i)
                 if (shift[i / 2 % 2] != 0) score[i / 4][i % 4] -= highest[i / 2 % 2];
             shift[0] = shift[1] = 0;
         }
-#pragma unroll
-        for (int block = 0; block < Blocks; ++block) {
-            uint32_t weight[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int r = i % 2;
-                const float(&tile_score)[4] = score[2 * block + i / 2];
-                const float first = exp2_approximate(fmaf(tile_score[2 * r], scale, -shift[r]));
-                const float second = exp2_approximate(fmaf(tile_score[2 * r + 1], scale, -shift[r]));
-                total[r] += first + second;
-                weight[i] = pack<T>(first, second);
-            }
-            const uint32_t from = values + block_row(block) * Layout::kRowBytes;
-#pragma unroll
-            for (int step = 0; step < Width / 16; ++step) {
-                uint32_t value[4];
-                load_matrices_transposed(
-                    value, from + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
-                mma<T>(acc[2 * step], weight, value[0], value[1]);
-                mma<T>(acc[2 * step + 1], weight, value[2], value[3]);
-            }
-        }
+        add_values<T, Width, Blocks>(score, scale, shift, values, first_ring_row, lane, total, acc);
+
         float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -368,6 +390,11 @@ void launch_window(const KrauseForward& call, cudaStream_t stream) {
     else narrow ? launch<T, Width, 5, false>(call, stream) : launch<T, Width, 9, false>(call, stream);
 }
 
+template <int Width>
+int64_t shared_bytes(int64_t window) {
+    return window <= 64 ? Ring<Width, 5>::kBytes : Ring<Width, 9>::kBytes;
+}
+
 template <typename T>
 void launch_width(const KrauseForward& call, cudaStream_t stream) {
     switch (call.width) {
@@ -379,6 +406,10 @@ void launch_width(const KrauseForward& call, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int64_t krause_forward_shared_bytes(int64_t width, int64_t window) {
+    return width <= 32 ? shared_bytes<32>(window) : width <= 64 ? shared_bytes<64>(window) : shared_bytes<128>(window);
+}
 
 void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream) {
     if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)

@@ -19,8 +19,8 @@ constexpr int64_t kKrauseWindow = 128;
 // number a query head `sigma_stride` apart. lse: (B, Hq, N) float32, contiguous, to base 2. token_bounds: (2, N) int32, or
 // null. Query i reaches the keys from i + M - N - back to i + M - N + ahead, at most kKrauseWindow.
 //
-// top_k = 0: all of them. Otherwise the selection is written to bits, (B, Hq, N, words) int32, contiguous: key j is bit j modulo
-// 32 * words, with 2 words for a window of up to 64 keys and 4 for wider ones.
+// top_k = 0: all of them. Otherwise the selection is written to bits, (B, Hq, N, words) int32, contiguous: key j is bit j
+// modulo 32 * words, with 2 words for a window of up to 64 keys and 4 for wider ones.
 struct KrauseForward {
     const void *q, *k, *v;
     const float* sigma;
@@ -31,6 +31,9 @@ struct KrauseForward {
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides;
     int64_t sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, back, ahead, top_k;
 };
+
+// Shared memory that a block takes for a head width and a window: more than some devices of compute capability 8 have.
+int64_t krause_forward_shared_bytes(int64_t width, int64_t window);
 
 void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream);
 

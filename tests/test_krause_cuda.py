@@ -25,6 +25,9 @@ class Extension:
 
     def __init__(self, *architectures):
         self.architectures = lambda: list(architectures)
+        self.devices = lambda: [{"shared_memory_per_block_optin": 99 * 1024}]
+        self.krause_forward_shared_bytes = lambda width, window: width * 1024
+        self.krause_backward_shared_bytes = lambda width: width * 1000
 
 
 class Claimed:
@@ -51,7 +54,7 @@ REASONS = {
     "64 and 32 wide": lambda: (tensor(), tensor(), tensor(32), 127, 0),
     "windows of up to 128 keys": lambda: (tensor(), tensor(), tensor(), 100, 28),
     "windows of up to 128 keys, ": lambda: (tensor(), tensor(), tensor(), -1, 0),
-    "rows of k do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
+    "rows of q, k or v do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
     "rows of v do not start": lambda: (tensor(), tensor(), tensor(row=68), 127, 0),
 }
 
@@ -59,7 +62,7 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension("90a"))
-    monkeypatch.setattr(_cuda, "_device_reason", lambda index: None)
+    monkeypatch.setattr(_cuda, "_device_reason", lambda *arguments: None)
     found = _cuda.krause_reason(*REASONS[reason]())
     assert found is None if reason is None else reason in found
 
@@ -71,8 +74,10 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 def test_which_devices_are_served(built, capability, served, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension(built))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = _cuda._device_reason.__wrapped__(0)
+    reason = _cuda._device_reason.__wrapped__(0, 64, 128)
     assert (reason is None) == served and (served or f"{capability[0]}.{capability[1]}" in reason)
+    if served:
+        assert "128 takes 131072 bytes of shared memory" in _cuda._device_reason.__wrapped__(0, 128, 128)
 
 
 def test_without_an_extension_the_reason_is_why(monkeypatch):
@@ -80,6 +85,15 @@ def test_without_an_extension_the_reason_is_why(monkeypatch):
     monkeypatch.setattr(_cuda, "unavailable_reason", "it was left out")
     with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: it was left out"):
         nf.krause_attention(*[randn(1, 1, 4, 32, dtype=torch.float16)] * 3, 2.0, nf.SlidingWindow(3), backend="cuda")
+
+
+@needs_extension
+def test_shared_memory_fits():
+    """32 wide heads fit every device since 8.0; a multiprocessor of an H100 holds three blocks of 64, two of 128 wide ones."""
+    assert _cuda.extension.KRAUSE_WINDOW == 128
+    for width, limit in ((32, 99 * 1024), (64, 228 * 1024 // 3 - 1024), (128, 228 * 1024 // 2 - 1024)):
+        for window in (1, 64, 65, 128):
+            assert 2 * 128 * width * 2 < _cuda.extension.krause_forward_shared_bytes(width, window) <= limit
 
 
 @needs_extension
@@ -167,6 +181,24 @@ def test_saves_what_triton_saves(name, dtype):
     for a, b in zip(ours, tritons, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
     torch.testing.assert_close(ours[1], tritons[1], rtol=1e-6, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("layout", ["expanded", "shifted", "transposed"])
+def test_upstream_gradients_of_any_layout(layout):
+    sample = cuda_sample(torch.float16, locality=CAUSAL, top_k=96)
+    tensors = [x.requires_grad_() for x in sample.tensors.values()]
+    o = krause(sample)
+    do = randn(*o.shape, dtype=o.dtype, seed=9)
+    if layout == "expanded":
+        do = do[:, :, :1].expand(o.shape)
+    elif layout == "shifted":
+        do = torch.nn.functional.pad(do, (4, 0))[..., 4:]
+    else:
+        do = do.mT.contiguous().mT
+    expected = torch.autograd.grad(o, tensors, do.contiguous(), retain_graph=True)
+    for name, got, gradient in zip(sample.tensors, torch.autograd.grad(o, tensors, do), expected, strict=True):
+        assert torch.equal(got, gradient), name
 
 
 def keys_like(kind, k):

@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_rows(uint32_t (&row)[Width / 16][4], uint32
     for (int step = 0; step < Width / 16; ++step) load_matrices(row[step], lane.normal_at(rows, step));
 }
 
-// c += a x^T, where x are the 16 rows of a tile that start `further` bytes behind `rows`: so that several tiles share addresses.
+// c += a x^T, where x are 16 rows of a tile, `further` bytes behind `rows`: tiles at fixed distances share addresses.
 template <typename T, int Width>
 __device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint32_t (&a)[Width / 16][4], uint32_t rows,
                                                     uint32_t further, const LaneOffsets<Width>& lane) {

@@ -74,36 +74,56 @@ def krause_reason(q, k, v, left, right):
         return unavailable_reason
     if not q.is_cuda:
         return f"q is on {q.device}; the CUDA kernels need a CUDA device"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
-    if q.shape[3] != v.shape[3] or q.shape[3] not in KRAUSE_WIDTHS:
-        return f"q and v are {q.shape[3]} and {v.shape[3]} wide; the CUDA kernels take one width of 32, 64 or 128"
+    plain = is_plain(q, k, v)
+    layouts = [(x.shape, x.stride()) for x in (q, k, v)]
+    reason = (_layout_reason_once if plain else _layout_reason)(q.dtype, left, right, *layouts)
+    if reason is None:
+        # What is traced has no address yet. A tensor whose last dimension is not contiguous will be copied.
+        starts = [x.data_ptr() if plain else x.storage_offset() * 2 for x in (q, k, v) if x.stride(3) == 1]
+        if any(start % 16 for start in starts):
+            reason = ROWS_REASON.format("q, k or v")
+    if reason is None and not torch.compiler.is_compiling():
+        reason = _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
+    return reason
+
+
+ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
+
+
+def _layout_reason(dtype, left, right, *layouts):
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {dtype}; the CUDA kernels take float16 and bfloat16"
+    width, value_width = layouts[0][0][3], layouts[2][0][3]
+    if width != value_width or width not in KRAUSE_WIDTHS:
+        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
     if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
         return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not _rows_aligned(tensor):
-            return f"rows of {name} do not start at multiples of 16 bytes, as the CUDA kernels need: pass {name}.contiguous()"
-    return None if torch.compiler.is_compiling() else _device_reason(q.device.index)
+    for name, (shape, strides) in zip("qkv", layouts, strict=True):
+        if strides[3] == 1 and any(shape[i] > 1 and strides[i] % 8 for i in range(3)):
+            return ROWS_REASON.format(name)
+    return None
 
 
-def _rows_aligned(x):
-    """Whether every row of 16-bit numbers starts at a multiple of 16 bytes, once its last dimension is contiguous."""
-    if x.stride(3) != 1:
-        return True  # the operator will copy it
-    offset = x.data_ptr() if is_plain(x) else x.storage_offset() * 2  # what is traced has no address yet
-    return offset % 16 == 0 and all(x.shape[i] <= 1 or x.stride(i) % 8 == 0 for i in range(3))
+_layout_reason_once = functools.lru_cache(maxsize=1024)(_layout_reason)
 
 
 @functools.cache
-def _device_reason(index):
-    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
+def _device_reason(index, width, window):
+    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone; and a block has to fit."""
     major, minor = torch.cuda.get_device_capability(index)
-    for name in extension.architectures():
-        built_major, built_minor = divmod(int(name.rstrip("af")), 10)
-        if major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit())):
-            return None
-    built = ", ".join(extension.architectures())
-    return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    if not any(_runs_on(name, major, minor) for name in extension.architectures()):
+        built = ", ".join(extension.architectures())
+        return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
+    available = extension.devices()[index]["shared_memory_per_block_optin"]
+    if needed > available:
+        return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
+    return None
+
+
+def _runs_on(name, major, minor):
+    built_major, built_minor = divmod(int(name.rstrip("af")), 10)
+    return major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit()))
 
 
 def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
@@ -121,8 +141,8 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
 
 def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
     """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
-    if not _rows_aligned(do):
-        do = do.contiguous()
+    if do.data_ptr() % 16 or any(do.stride(i) % 8 for i in range(3)):  # autograd hands over whatever layout it has
+        do = do.clone(memory_format=torch.contiguous_format)
     strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
     partials = lse.new_empty(*q.shape[:2], strips)
     addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
