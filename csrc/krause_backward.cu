@@ -128,6 +128,14 @@ struct WarpReach {
 // 1 / sigma^2. One that is not positive poisons its head; none is 0, because the sums of a group change their unit.
 __device__ __forceinline__ float rbf_scale(float sigma) { return sigma > 0 ? fmaxf(1.0f / (sigma * sigma), FLT_MIN) : NAN; }
 
+// Sets the weights of row quad + 8 r to 0 in the columns of a block whose bit is not set.
+__device__ __forceinline__ void keep_columns(float (&weight)[2][4], int r, uint32_t bits, int pair) {
+    const uint32_t mine = bits >> 2 * pair;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (!(mine >> (i / 2 * 8 + i % 2) & 1)) weight[i / 2][2 * r + i % 2] = 0;
+}
+
 // dq and the gradient of log(scale), over one strip of queries.
 template <typename T, int Width>
 __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>& memory, int outer, int strip) {
@@ -252,10 +260,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
                     uint32_t keep = mine.columns(r, block);
                     if (selected)
                         keep &= __shfl_sync(kWholeWarp, chosen[r], (block / 2) & (num_words - 1), 4) >> block % 2 * kRows;
-                    keep >>= 2 * pair;
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (!(keep >> (i / 2 * 8 + i % 2) & 1)) weight[i / 2][2 * r + i % 2] = 0;
+                    keep_columns(weight, r, keep, pair);
                 }
             }
 #pragma unroll
@@ -432,12 +437,7 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                 }
                 if (!mine.entirely(block)) {
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const uint32_t keep = mine.columns(r, block) >> 2 * pair;
-#pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            if (!(keep >> (i / 2 * 8 + i % 2) & 1)) weight[i / 2][2 * r + i % 2] = 0;
-                    }
+                    for (int r = 0; r < 2; ++r) keep_columns(weight, r, mine.columns(r, block), pair);
                 }
                 if (selected) {
 #pragma unroll
