@@ -13,6 +13,7 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/dtype.h"
+#include "krause_backward.h"
 #include "krause_forward.h"
 #include "row_sumsq.h"
 
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
         "Writes the float32 sum of squares of each row of x (B, H, N, D), last stride 1, to contiguous out (B, H, N).");
 
     m.attr("KRAUSE_WINDOW") = kKrauseWindow;
+    m.attr("KRAUSE_TILE") = kKrauseTile;
     m.def("krause_forward_shared_bytes", &krause_forward_shared_bytes, py::arg("width"), py::arg("window"),
           "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
@@ -114,4 +116,32 @@ PYBIND11_MODULE(_C, m) {
         py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         py::arg("top_k"), py::arg("device"), py::arg("stream"),
         "Krause attention: fills o, lse and, with top_k > 0, bits. sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
+
+    m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
+          "Bytes of shared memory that a block of krause_backward takes.");
+    m.def(
+        "krause_backward",
+        [](const std::array<uintptr_t, 14>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 8>& strides, int64_t sigma_stride, int64_t left, int64_t right, int device,
+           uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, o, grad_o, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
+                strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            KrauseBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(o),
+                                reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(sigma),
+                                reinterpret_cast<const float*>(lse), reinterpret_cast<const int32_t*>(bits),
+                                reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(dq),
+                                reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(dsigma),
+                                reinterpret_cast<float*>(partials),
+                                q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides,
+                                sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, left, right};
+            krause_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"),
+        py::arg("right"), py::arg("device"), py::arg("stream"),
+        "Gradients of krause_forward. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, workspace; "
+        "strides: of q, k, v, o, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_backward.h.");
 }

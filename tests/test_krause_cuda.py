@@ -1,7 +1,4 @@
-"""Krause attention in CUDA C++: what its forward serves, and the same promises as of Triton's, which test_krause.py tests.
-
-The backward runs Triton's kernels on what the forward saved, so gradients test that, too.
-"""
+"""Krause attention in CUDA C++: what it serves, and the same promises as of Triton's kernels, which test_krause.py tests."""
 
 import math
 
@@ -30,6 +27,7 @@ class Extension:
         self.architectures = lambda: list(architectures)
         self.devices = lambda: [{"shared_memory_per_block_optin": 99 * 1024}]
         self.krause_forward_shared_bytes = lambda width, window: width * 1024
+        self.krause_backward_shared_bytes = lambda width: width * 1000
 
 
 class Claimed:
@@ -183,6 +181,24 @@ def test_saves_what_triton_saves(name, dtype):
     for a, b in zip(ours, tritons, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
     torch.testing.assert_close(ours[1], tritons[1], rtol=1e-6, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("layout", ["expanded", "shifted", "transposed"])
+def test_upstream_gradients_of_any_layout(layout):
+    sample = cuda_sample(torch.float16, locality=CAUSAL, top_k=96)
+    tensors = [x.requires_grad_() for x in sample.tensors.values()]
+    o = krause(sample)
+    do = randn(*o.shape, dtype=o.dtype, seed=9)
+    if layout == "expanded":
+        do = do[:, :, :1].expand(o.shape)
+    elif layout == "shifted":
+        do = torch.nn.functional.pad(do, (4, 0))[..., 4:]
+    else:
+        do = do.mT.contiguous().mT
+    expected = torch.autograd.grad(o, tensors, do.contiguous(), retain_graph=True)
+    for name, got, gradient in zip(sample.tensors, torch.autograd.grad(o, tensors, do), expected, strict=True):
+        assert torch.equal(got, gradient), name
 
 
 def keys_like(kind, k):

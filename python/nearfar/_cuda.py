@@ -114,7 +114,7 @@ def _device_reason(index, width, window):
     if not any(_runs_on(name, major, minor) for name in extension.architectures()):
         built = ", ".join(extension.architectures())
         return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
-    needed = extension.krause_forward_shared_bytes(width, window)
+    needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
     available = extension.devices()[index]["shared_memory_per_block_optin"]
     if needed > available:
         return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
@@ -136,4 +136,19 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
         q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
         left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
         q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+
+
+def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
+    """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
+    if do.data_ptr() % 16 or any(do.stride(i) % 8 for i in range(3)):  # autograd hands over whatever layout it has
+        do = do.clone(memory_format=torch.contiguous_format)
+    strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
+    partials = lse.new_empty(*q.shape[:2], strips)
+    addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
+    extension.krause_backward(
+        [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+        [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
+        left, right, q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip

@@ -11,7 +11,9 @@ from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 
-_op = PairwiseOp("krause_attention", kernels="nearfar.triton_kernels.krause", cuda_forward=_cuda.krause_forward)
+_op = PairwiseOp(
+    "krause_attention", "nearfar.triton_kernels.krause", cuda_forward=_cuda.krause_forward, cuda_backward=_cuda.krause_backward
+)
 
 
 class Call(NamedTuple):

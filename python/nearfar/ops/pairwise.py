@@ -29,16 +29,16 @@ _BACKWARD = (
 class PairwiseOp:
     """`torch.ops.nearfar.<name>` and its backward, over the Triton kernels of a module that defines PAIR.
 
-    cuda_forward: the forward of backend="cuda", with the arguments of the Triton launcher; it saves the same tensors.
+    cuda_forward, cuda_backward: those of backend="cuda"; the forward saves the same tensors as Triton's.
 
     The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
     dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
     dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
     """
 
-    def __init__(self, name, kernels, cuda_forward):
+    def __init__(self, name, kernels, cuda_forward, cuda_backward):
         self._kernels = kernels
-        self._cuda_forward = cuda_forward
+        self._cuda_forward, self._cuda_backward = cuda_forward, cuda_backward
         register(
             name,
             (_FORWARD, self._dispatched_forward, _fake_forward),
@@ -83,17 +83,22 @@ class PairwiseOp:
         return o, lse, _no_bits(q) if bits is None else bits
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
-        # Triton's kernels serve every backend: what the forwards save is the same.
         dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
         if not o.numel() or not k.shape[2]:
             return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
+        do, bits, dparameter = unit_stride(do), None if top_k is None else bits, torch.empty_like(parameter)
+        if backend == "cuda":
+            self._cuda_backward(
+                q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dparameter
+            )  # fmt: skip
+            return dq, dk, dv, dparameter
         launch, pair = self._modules
         call = launch.signature(q, k, v, parameter, token_bounds, left, right)
-        delta, dparameter = torch.empty_like(lse), torch.empty_like(parameter)
+        delta = torch.empty_like(lse)
         dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(call))
         with device_of(q):
             launch.backward(
-                pair, call, q, k, v, parameter, token_bounds, o, unit_stride(do), lse, None if top_k is None else bits,
+                pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits,
                 dq, dk, dv, dparameter, delta, dlog_scale,
             )  # fmt: skip
         return dq, dk, dv, dparameter
