@@ -96,8 +96,8 @@ class BaseCase:
 
     def ours(self, name, inputs):
         """The Provider that is nearfar on the backend that `name` stands for."""
-        backend = dispatch.choose(OURS[name], self.prepared(inputs).reasons, inputs[0].device)
-        return Provider(f"nearfar {backend}", self.call(backend))
+        served = dispatch.served(self.prepared(inputs), OURS[name])
+        return Provider(f"nearfar {' and '.join(dict.fromkeys(served))}", self.call(OURS[name]))
 
     def inputs(self, device, formula):
         """The formula's tensors and rows, random, and its parameters; they require gradients where the backward is measured."""

@@ -63,10 +63,6 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
 
 KRAUSE_WIDTHS = (32, 64, 128)
 
-# Calls of krause_attention whose forward was measured faster than Triton's, so that backend="auto" takes it:
-# (head width, words of a row's selection, whether it selects), with the milliseconds of both and where they are from.
-KRAUSE_FASTER = {}
-
 
 def krause_reason(q, k, v, left, right):
     """Why the CUDA kernels cannot serve this call of krause_attention, or None."""

@@ -1,8 +1,8 @@
 """Which backend serves a call. Every operator states why a backend cannot serve it; the rest is one rule.
 
-"auto" takes the first of cuda, triton that serves a CUDA tensor, in the order that an operator may have measured, and the
-reference for a CPU tensor. It never changes the mathematics silently: a CUDA call that no kernel serves raises, unless
-NEARFAR_ALLOW_REFERENCE=1.
+"auto" takes the first of cuda, triton that serves a CUDA tensor, or asks them in the order in which an operator has measured
+them, and the reference for a CPU tensor. It never changes the mathematics silently: a CUDA call that no kernel serves raises,
+unless NEARFAR_ALLOW_REFERENCE=1.
 """
 
 import functools
@@ -34,14 +34,14 @@ def _capability_reason(device_index):
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def choose(backend, reasons, device):
+def choose(backend, reasons, device, order=KERNELS):
     """Name of the backend that serves a call.
 
     Args:
         backend: what the user asked for, "auto" or one of BACKENDS.
-        reasons: for each backend why it cannot serve the call, None where it can; optionally, as "order", in which order
-            "auto" asks those of KERNELS.
+        reasons: for each backend why it cannot serve the call, None where it can.
         device: device of the call's tensors.
+        order: the kernels as "auto" asks them.
 
     Raises:
         ValueError: backend is unknown, or cannot serve the call.
@@ -49,7 +49,7 @@ def choose(backend, reasons, device):
     if backend == "auto":
         if device.type != "cuda":
             return "reference"
-        for name in reasons.get("order", KERNELS):
+        for name in order:
             if reasons[name] is None:
                 return name
         if os.environ.get("NEARFAR_ALLOW_REFERENCE") == "1":
@@ -65,12 +65,22 @@ def choose(backend, reasons, device):
     return backend
 
 
-def report(name, backend, reasons, device):
+def served(call, backend):
+    """Names of the backends that serve the forward and the backward of a prepared call; see `choose`.
+
+    call: with q and reasons, and where an operator has measured its kernels the two orders in which "auto" asks them.
+    """
+    orders = getattr(call, "orders", (KERNELS, KERNELS))
+    return tuple(choose(backend, call.reasons, call.q.device, order) for order in orders)
+
+
+def report(name, backend, call):
     """Text of `nearfar.explain`: one line for each backend."""
     try:
-        chosen = choose(backend, reasons, device)
-        head = f"{name}: served by {chosen} (backend={backend!r}, device={device})"
+        forward, backward = served(call, backend)
+        chosen = forward if forward == backward else f"{forward}, its gradients by {backward}"
+        head = f"{name}: served by {chosen} (backend={backend!r}, device={call.q.device})"
     except ValueError as error:
         head = f"{name}: refused: {error}"
-    lines = [f"  {candidate:9}  {reasons[candidate] or 'can serve this call'}" for candidate in BACKENDS]
+    lines = [f"  {candidate:9}  {call.reasons[candidate] or 'can serve this call'}" for candidate in BACKENDS]
     return "\n".join([head, *lines])

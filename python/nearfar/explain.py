@@ -19,4 +19,4 @@ def explain(op, *args, backend="auto", **kwargs):
     """
     operator = registry.find(op)
     call = operator.prepare(*args, **kwargs)
-    return dispatch.report(operator.function.__name__, backend, call.reasons, call.q.device)
+    return dispatch.report(operator.function.__name__, backend, call)

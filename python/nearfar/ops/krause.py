@@ -16,8 +16,28 @@ _op = PairwiseOp(
 )
 
 
+# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head, words of a row's selection and
+# whether it selects: bfloat16, B1 H32 N16384 on an H100, windows of 128 keys with a top_k of 96 and of 64 with 48
+# (bench/results/h100/development/12/krause-cuda-*.log). "auto" takes the faster, and Triton for what is not listed and on GPUs
+# of another architecture.
+MEASURED = {
+    (32, 4, False): ((0.0710, 0.1097), (0.2300, 0.3093)),
+    (32, 4, True): ((0.1827, 0.2726), (0.2741, 0.3347)),
+    (64, 2, False): ((0.1002, 0.1180), (0.2764, 0.3364)),
+    (64, 2, True): ((0.1400, 0.2107), (0.3083, 0.3590)),
+    (64, 4, False): ((0.1065, 0.1427), (0.3498, 0.4020)),
+    (64, 4, True): ((0.2132, 0.3256), (0.3925, 0.4494)),
+    (128, 4, False): ((0.2044, 0.2631), (1.1299, 0.7941)),
+    (128, 4, True): ((0.2905, 0.5348), (1.2708, 1.0110)),
+}
+CUDA_FIRST, TRITON_FIRST = ("cuda", "triton"), ("triton", "cuda")
+
+
 class Call(NamedTuple):
-    """A checked call: the tensors every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: the tensors every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -26,6 +46,7 @@ class Call(NamedTuple):
     left: int
     right: int
     reasons: dict
+    orders: tuple
 
 
 def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None, backend="auto"):
@@ -56,12 +77,12 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
-    backend = dispatch.choose(backend, call.reasons, q.device)
-    if backend == "reference":
+    forward, backward = dispatch.served(call, backend)
+    if forward == "reference":
         with checks.no_autocast(call.q):
-            return reference_krause_attention(*call[:-1], top_k, cu_seqlens)
+            return reference_krause_attention(*call[:6], top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(*call[:4], bounds, call.left, call.right, top_k, backend)
+    return _op(*call[:4], bounds, call.left, call.right, top_k, forward, backward)
 
 
 def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
@@ -79,9 +100,8 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
         "cuda": kernel_reason or _cuda.krause_reason(q, k, v, left, right),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
-        "order": _order(q, left, right, top_k),
     }
-    return Call(q, k, v, sigma, left, right, reasons)
+    return Call(q, k, v, sigma, left, right, reasons, _orders(q, left, right, top_k))
 
 
 def _check(q, k, v, locality, top_k):
@@ -97,10 +117,19 @@ def _check(q, k, v, locality, top_k):
 _check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
-def _order(q, left, right, top_k):
-    """The kernels that "auto" asks, in their order: CUDA first where it was measured faster."""
-    faster = (q.shape[3], selection_words(left, right, MAX_CANDIDATES), top_k is not None) in _cuda.KRAUSE_FASTER
-    return ("cuda", "triton") if faster else ("triton", "cuda")
+def _orders(q, left, right, top_k):
+    """In which "auto" asks the kernels, in the forward and in the backward."""
+    times = MEASURED.get((int(q.shape[3]), selection_words(left, right, MAX_CANDIDATES), top_k is not None))
+    if times is None or not q.is_cuda or not (_is_hopper_once if checks.is_plain(q) else _is_hopper)(q.device.index):
+        return TRITON_FIRST, TRITON_FIRST
+    return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
+
+
+def _is_hopper(index):
+    return torch.cuda.get_device_properties(index).major == 9
+
+
+_is_hopper_once = functools.cache(_is_hopper)
 
 
 def _candidates_reason(left, right, num_keys):

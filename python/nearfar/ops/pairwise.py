@@ -18,7 +18,7 @@ SQUARES_AHEAD_KEYS = 512
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, int left, int right, int? top_k,"
-    ' str backend="triton") -> (Tensor, Tensor, Tensor)'
+    ' str backend="triton", str backward_backend="triton") -> (Tensor, Tensor, Tensor)'
 )
 _BACKWARD = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor parameter, Tensor? token_bounds, Tensor o, Tensor lse, Tensor? bits,"
@@ -49,8 +49,9 @@ class PairwiseOp:
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
-    def __call__(self, q, k, v, parameter, token_bounds, left, right, top_k, backend):
-        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, left, right, top_k, backend)
+    def __call__(self, q, k, v, parameter, token_bounds, *options):
+        """options: left, right, top_k, and the backends of the forward and of the backward, which save and read the same."""
+        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, *options)
         if not is_plain(q, k, v, parameter):
             return self.forward_op(*arguments)[0]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
@@ -64,7 +65,7 @@ class PairwiseOp:
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend):
+    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend, _backward_backend):
         """(o, lse, bits), bits None without top_k."""
         o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
         if not o.numel() or not k.shape[2]:
@@ -78,8 +79,10 @@ class PairwiseOp:
             launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
         return o, lse, bits
 
-    def _dispatched_forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend="triton"):
-        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k, backend)
+    def _dispatched_forward(
+        self, q, k, v, parameter, token_bounds, left, right, top_k, backend="triton", backward_backend="triton"
+    ):
+        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend)
         return o, lse, _no_bits(q) if bits is None else bits
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
@@ -104,7 +107,7 @@ class PairwiseOp:
         return dq, dk, dv, dparameter
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
-        return *self.backward_op(do, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return *self.backward_op(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 class _Eager(torch.autograd.Function):
@@ -121,14 +124,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         # With create_graph the torch operator runs, because it refuses to be differentiated again.
         backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
-        return None, *backward(do, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return None, *backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 def _save(ctx, inputs, output):
-    *tensors, left, right, top_k, backend = inputs
+    *tensors, left, right, top_k, _, backward_backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.options = left, right, top_k, backend
+    ctx.options = left, right, top_k, backward_backend
 
 
 def _key_squares(k, left, right):
@@ -152,7 +155,7 @@ def _no_bits(q):
     return torch.empty((0,), dtype=torch.int32, device=q.device)
 
 
-def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k, backend="triton"):
+def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k, backend="triton", backward_backend="triton"):
     o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
     return o, lse, _no_bits(q) if bits is None else bits
 
