@@ -49,7 +49,9 @@ struct Ring {
     static constexpr int kRingRows = (kTiles + kSpare) * kTileRows;
     static constexpr int kRowBytes = Tile<Width>::kRowBytes;
     static constexpr int kBytes = (2 * kRingRows + kTileRows) * kRowBytes + kRingRows * static_cast<int>(sizeof(float));
-    static constexpr int kBlocksPerMultiprocessor = std::min(3, 228 * 1024 / (kBytes + 1024));
+    // Three blocks hide more latency than two, but not the spills that scores of 144 keys beside 64 numbers of a row then cost.
+    static constexpr bool kCrowded = Width == 64 && Blocks == 9;
+    static constexpr int kBlocksPerMultiprocessor = std::min(kCrowded ? 2 : 3, 228 * 1024 / (kBytes + 1024));
 
     __device__ static int wrap(int row) { return row < kRingRows ? row : row - kRingRows; }
     // Bytes from the start of the ring to a block of keys; no block lies across its end.
