@@ -29,12 +29,17 @@ from .tiles import (
     at,
     exp2,
     inside,
+    load_numbers,
+    load_rows,
     load_tile,
     load_vector,
+    position,
     program_coordinates,
     reach,
     row_squares,
+    steps,
     store_tile,
+    tile_ranges,
     tile_reach,
     transpose_window,
 )
@@ -75,6 +80,44 @@ def squares(x, out, strides, num_rows, num_heads, num_tiles, D: tl.constexpr, BL
 
 
 @triton.jit
+def statistics_tiles(
+    highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_stride, num_keys, tiles, begin, end, unit,
+    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(highest, level, highest_key, total, weighted) after the whole tiles of keys, or after their edges."""
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_N):
+        first = position(step, tiles, EDGES)
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        if EDGES:
+            raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
+        tile_highest = tl.max(raw, 1)
+        tile_key = tl.min(tl.where(raw == tile_highest[:, None], keys[None, :], num_keys), 1)
+        # Edges before the whole tiles come after them.
+        ahead = (tile_highest > highest) | ((tile_highest == highest) & (tile_key < highest_key))
+        highest_key = tl.where(ahead, tile_key, highest_key)
+        new_highest = tl.maximum(highest, tile_highest)
+        new_level = new_highest * unit
+        shift = new_level
+        if EDGES:  # rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf
+            shift = tl.where(new_highest == float("-inf"), 0.0, new_level)
+        x = raw * unit - shift[:, None]
+        weight = exp2(x)
+        if EDGES:
+            x = tl.maximum(x, -1e30)  # as 0 * -inf is no number
+        moved = tl.where(highest == float("-inf"), 0.0, level - shift)
+        decay = exp2(moved)
+        weighted = (weighted + total * moved) * decay + tl.sum(weight * x, 1)
+        total = total * decay + tl.sum(weight, 1)
+        highest, level = new_highest, new_level
+    return highest, level, highest_key, total, weighted
+
+
+@triton.jit
 def statistics(
     q, k, k_squares, parameter, lse, entropy, max_weight, max_key,
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
@@ -97,30 +140,12 @@ def statistics(
     highest_key = tl.zeros((BLOCK_M,), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M,), tl.float32)  # sum of w x, x in base 2
-    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
-        partial = first < all_begin or first + BLOCK_N > all_end
-        if partial:
-            raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
-        tile_highest = tl.max(raw, 1)
-        tile_key = tl.min(tl.where(raw == tile_highest[:, None], keys[None, :], num_keys), 1)
-        highest_key = tl.where(tile_highest > highest, tile_key, highest_key)
-        new_highest = tl.maximum(highest, tile_highest)
-        new_level = new_highest * unit
-        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_level)
-        x = raw * unit - shift[:, None]
-        weight = exp2(x)
-        if partial:
-            x = tl.maximum(x, -1e30)  # as 0 * -inf is no number
-        moved = tl.where(highest == float("-inf"), 0.0, level - shift)
-        decay = exp2(moved)
-        weighted = (weighted + total * moved) * decay + tl.sum(weight * x, 1)
-        total = total * decay + tl.sum(weight, 1)
-        highest, level = new_highest, new_level
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
+    for EDGES in tl.static_range(2):
+        highest, level, highest_key, total, weighted = statistics_tiles(
+            highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_strides[2], num_keys, tiles, begin, end,
+            unit, SCORE, SIGN, EDGES, PRECISION, D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
 
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     here = rows < num_queries
@@ -129,6 +154,27 @@ def statistics(
     tl.store(entropy + row_offset + rows, tl.where(row_entropy < 0, 0.0, row_entropy), mask=here)
     tl.store(max_weight + row_offset + rows, tl.where(total < 1, 1.0, tl.div_rn(1.0, total)), mask=here)
     tl.store(max_key + row_offset + rows, highest_key, mask=here)
+
+
+@triton.jit
+def key_mass_tiles(
+    total, k_tile, keys, k_squares, num_keys, q, lse, q_stride, num_queries, tiles, begin, end, unit,
+    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """total plus the weights of the whole tiles of queries, or of their edges."""
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_M):
+        first = position(step, tiles, EDGES)
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile = load_rows(q, first, BLOCK_M, q_stride, num_queries, EDGES, D, BLOCK_D)
+        row_lse = load_numbers(lse, rows, num_queries, EDGES) * LOG2E
+        kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        weight = exp2(raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * unit - row_lse[None, :])
+        if EDGES:
+            weight = tl.where(inside(rows, begin, end), weight, 0.0)
+        total += tl.sum(weight, 1)
+    return total
 
 
 @triton.jit
@@ -152,16 +198,12 @@ def key_mass(
     unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
 
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(tile_begin // BLOCK_M * BLOCK_M, tile_end, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        q_tile = load_tile(q, rows, q_strides[2], num_queries, D, BLOCK_D)
-        row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
-        kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weight = exp2(raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * unit - row_lse[None, :])
-        if first < all_begin or first + BLOCK_M > all_end:
-            weight = tl.where(inside(rows, begin, end), weight, 0.0)
-        total += tl.sum(weight, 1)
-
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_M)
+    for EDGES in tl.static_range(2):
+        total = key_mass_tiles(
+            total, k_tile, keys, k_squares, num_keys, q, lse + row_offset, q_strides[2], num_queries, tiles, begin, end,
+            unit, SCORE, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     tl.store(rows_at(mass, batch, head, num_heads, num_keys) + keys, total, mask=keys < num_keys)
 
 
@@ -395,6 +437,35 @@ def centre(
 
 
 @triton.jit
+def separate_tiles(
+    nearest, intruders, q_tile, s_tile, row_shift, row_farthest, last_score, last_key, k, v, k_squares, v_squares,
+    k_stride, v_stride, num_keys, tiles, begin, end, unit,
+    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(nearest, intruders) after the whole tiles of keys, or after their edges."""
+    start, stop = steps(tiles, EDGES)
+    for step in range(start, stop, BLOCK_N):
+        first = position(step, tiles, EDGES)
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
+        v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
+        half_squares = 0.5 * load_numbers(v_squares, keys, num_keys, EDGES)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        sv = tl.dot(s_tile, tl.trans(v_tile), input_precision=PRECISION)
+        weight = exp2(raw * unit - row_shift[:, None])
+        outside = tl.where(
+            follows(raw, keys, last_score, last_key), weight * (weight * half_squares[None, :] - sv), float("inf")
+        )
+        if EDGES:
+            outside = tl.where(inside(keys, begin, end), outside, float("inf"))
+        nearest = tl.minimum(nearest, tl.min(outside, 1))
+        intruders += tl.sum(tl.where(outside <= row_farthest[:, None], 1.0, 0.0), 1)
+    return nearest, intruders
+
+
+@triton.jit
 def separate(
     q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score,
     q_strides, k_strides, v_strides, parameter_stride,
@@ -425,22 +496,13 @@ def separate(
 
     nearest = tl.full((BLOCK_M,), float("inf"), tl.float32)
     intruders = tl.zeros((BLOCK_M,), tl.float32)  # exact below 2^24, and cheaper to add up than integers
-    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        half_squares = 0.5 * load_vector(v_squares, keys, num_keys, 0.0)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
-        sv = tl.dot(s_tile, tl.trans(v_tile), input_precision=PRECISION)
-        weight = exp2(raw * unit - row_shift[:, None])
-        outside = tl.where(
-            follows(raw, keys, last_score, last_key), weight * (weight * half_squares[None, :] - sv), float("inf")
-        )
-        if first < all_begin or first + BLOCK_N > all_end:
-            outside = tl.where(inside(keys, begin, end), outside, float("inf"))
-        nearest = tl.minimum(nearest, tl.min(outside, 1))
-        intruders += tl.sum(tl.where(outside <= row_farthest[:, None], 1.0, 0.0), 1)
+    tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
+    for EDGES in tl.static_range(2):
+        nearest, intruders = separate_tiles(
+            nearest, intruders, q_tile, s_tile, row_shift, row_farthest, last_score, last_key, k, v, k_squares, v_squares,
+            k_strides[2], v_strides[2], num_keys, tiles, begin, end, unit,
+            SCORE, SIGN, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
     separated = tl.zeros((BLOCK_M,), tl.float32)
     for t in range(top_n):
