@@ -874,3 +874,16 @@ def test_the_second_device():
     moved_outputs, moved_gradients = run(flat, moved, do)
     home = tuple(t.to(outputs[0].device) for t in moved_outputs)
     assert_same((outputs, gradients), (home, {n: t.to(outputs[0].device) for n, t in moved_gradients.items()}))
+
+
+def test_long_causal_calls_keep_half_of_the_states():
+    """A million tokens of 16 x 16 features: states (float32 partial sums, rounded for the forward and for the backward) within
+    half of the bytes of q, k, v, o and their gradients."""
+
+    def pieces(length):
+        qs = [torch.empty(1, 8, length, 16, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+        return factored.piece_length_of(qs, torch.empty(1, 8, length, 64, dtype=torch.bfloat16, device="meta"), True)
+
+    assert (pieces(4096), pieces(2**20)) == (256, 512)
+    states, tensors = (4 + 2 + 2) * 256 * 65 / pieces(2**20), 2 * 2 * (32 + 32 + 64 + 64)
+    assert states <= 0.5 * tensors

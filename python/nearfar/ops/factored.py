@@ -24,6 +24,9 @@ PROGRAMS = 528
 WALK_PROGRAMS = 128
 WALK_WIDTH = 128
 TILE_OF_STATE = 16384  # elements of a state that one program accumulates
+# Bytes of the states of causal attention in float32 beyond which there is one for twice as many tokens: that takes about a
+# seventh more time (docs/linear.md), and a million tokens of 16 x 16 features stay within 1.5 times their own memory.
+LARGE_STATES = 2**30
 
 _FORWARD = (
     "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
@@ -92,7 +95,9 @@ def piece_length_of(qs, v, causal):
     """Tokens of the pieces that sequences are cut into."""
     widths, value_width = tuple(q.shape[3] for q in qs), v.shape[3]
     if causal and not walks(widths, value_width):
-        return causal_piece_length(widths, value_width)
+        length = causal_piece_length(widths, value_width)
+        states = v.shape[0] * v.shape[1] * v.shape[2] // length * math.prod(widths) * (value_width + 1) * 4
+        return 2 * length if states > LARGE_STATES else length
     if causal:
         # Every piece but the first costs a pass over the keys, so there are no more than fill the GPU.
         pieces = WALK_PROGRAMS // max(1, qs[0].shape[0] * qs[0].shape[1])
