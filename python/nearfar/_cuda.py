@@ -152,3 +152,8 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
         [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
         left, right, q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip
+
+
+def krause_step_reason(q, k, v, cache):
+    """Why the CUDA kernel cannot serve this call of krause_attention_step, or None."""
+    return "there is no CUDA kernel of krause_attention_step yet"
