@@ -30,12 +30,14 @@ def decode(
     oldest = tl.where(count == WINDOW, (slot + 1) % WINDOW, 0)
     cached_k += program.to(tl.int64) * WINDOW * D
     cached_v += program.to(tl.int64) * WINDOW * DV
-    new_k = load_row(at(k, k_strides, batch, head), D, BLOCK_D)
-    new_v = load_row(at(v, v_strides, batch, head), DV, BLOCK_DV)
-    # Written here and never read: the threads of a program do not wait for each other's stores.
-    store_row(cached_k + slot * D, new_k, D, BLOCK_D)
-    store_row(cached_v + slot * DV, new_v, DV, BLOCK_DV)
+    k, v = at(k, k_strides, batch, head), at(v, v_strides, batch, head)
+    # Slots are written here and not read again, as the threads of a program do not wait for each other's stores.
+    copy_row(cached_k + slot * D, k, D, BLOCK_D)
+    copy_row(cached_v + slot * DV, v, DV, BLOCK_DV)
 
+    # All scores of a row stay in registers, by tile: loops instead of one unrolled tile after another, which spills.
+    tile = tl.arange(0, NUM_TILES)[None, :, None]
+    num_tiles = tl.cdiv(count, BLOCK_N)
     for first in range(0, group, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         member = tl.minimum(rows, group - 1)  # rows beyond the group repeat its last head, and search no longer than it does
@@ -43,51 +45,46 @@ def decode(
         q_tile = tl.load(q_pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
         scale = rbf_scale(tl.load(sigma + (head * group + member) * sigma_stride)) * LOG2E
 
-        scores = ()
-        for t in tl.static_range(NUM_TILES):
+        scores = tl.full((BLOCK_M, NUM_TILES, BLOCK_N), float("-inf"), tl.float32)
+        for t in range(num_tiles):
             slots = t * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_tile = load_slots(cached_k, slots, slot, count, new_k, D, BLOCK_D)
+            k_tile = load_slots(cached_k, slots, slot, count, k, D, BLOCK_D)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             score = rbf_score(qk, row_squares(k_tile)[None, :], scale[:, None])
-            scores = scores + (tl.where((slots < count)[None, :], score, float("-inf")),)
+            score = tl.where((slots < count)[None, :], score, float("-inf"))
+            scores = tl.where(tile == t, score[:, None, :], scores)
+        scores = (tl.reshape(scores, (BLOCK_M, NUM_TILES * BLOCK_N)),)
         highest = row_maximum(scores)
         cut = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         if SELECT:
             counts, starts = tl.zeros_like(member) + count, tl.zeros_like(member) + oldest
-            scores, cut = cut_top_k(scores, counts, starts, highest, top_k, BLOCK_N, WINDOW)
+            scores, cut = cut_top_k(scores, counts, starts, highest, top_k, NUM_TILES * BLOCK_N, WINDOW)
 
-        total = tl.zeros((BLOCK_M,), tl.float32)
+        chosen = (scores[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+        weights = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))
+        total = tl.sum(weights, 1)
+        weights = tl.reshape(weights, (BLOCK_M, NUM_TILES, BLOCK_N))
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-        for t in tl.static_range(NUM_TILES):
-            chosen = (scores[t] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
-            weight = exp2(tl.where(chosen, scores[t] - highest[:, None], float("-inf")))
-            total += tl.sum(weight, 1)
-            v_tile = load_slots(cached_v, t * BLOCK_N + tl.arange(0, BLOCK_N), slot, count, new_v, DV, BLOCK_DV)
+        for t in range(num_tiles):
+            v_tile = load_slots(cached_v, t * BLOCK_N + tl.arange(0, BLOCK_N), slot, count, v, DV, BLOCK_DV)
+            weight = tl.sum(tl.where(tile == t, weights, 0.0), 1)
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         acc *= tl.div_rn(1.0, total)[:, None]
         store_tile(at(out, out_strides, batch, head * group), rows, out_strides[1], group, acc, DV, BLOCK_DV)
 
 
 @triton.jit
-def load_row(row, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def copy_row(to, row, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     column = tl.arange(0, BLOCK_WIDTH)
-    return tl.load(row + column, mask=column < WIDTH, other=0.0)
+    tl.store(to + column, tl.load(row + column, mask=column < WIDTH), mask=column < WIDTH)
 
 
 @triton.jit
-def store_row(row, numbers, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    column = tl.arange(0, BLOCK_WIDTH)
-    tl.store(row + column, numbers, mask=column < WIDTH)
-
-
-@triton.jit
-def load_slots(base, slots, new_slot, count, new_row, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows of a contiguous cache as a tile, with new_row in its slot; slots from `count` on are zero."""
+def load_slots(cached, slots, new_slot, count, new_row, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Rows of a contiguous cache as a tile, with new_row for new_slot; slots from `count` on are zero."""
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
-    is_new = (slots == new_slot)[:, None]
-    mask = (slots < count)[:, None] & (is_new == 0) & (column < WIDTH)
-    other = tl.where(is_new, new_row[None, :], tl.zeros((1, BLOCK_WIDTH), new_row.dtype))
-    return tl.load(tile_pointers(base, slots, WIDTH, BLOCK_WIDTH), mask=mask, other=other)
+    rows = tl.where(slots == new_slot, new_row, cached + slots * WIDTH)
+    return tl.load(rows[:, None] + column, mask=(slots < count)[:, None] & (column < WIDTH), other=0.0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -97,10 +94,10 @@ def plan(q_shape, cache_shape, value_width, itemsize, strides, sigma_stride, top
     block_n = max(16, min(triton.next_power_of_2(window), 128, TILE_BYTES // (max(blocks) * itemsize)))
     scalars = (
         *strides, sigma_stride, heads, q_shape[1] // heads, 0 if top_k is None else top_k,
-        precision, top_k is not None, window, triton.cdiv(window, block_n), width, value_width, ROWS, block_n, *blocks,
+        precision, top_k is not None, window, triton.next_power_of_2(window) // block_n or 1, width, value_width, ROWS, block_n, *blocks,
     )  # fmt: skip
     warps = 8 if window > 256 else 4  # lest the scores of wide windows spill
-    return Launch(decode, batch * heads, scalars, LaunchParameters(ROWS, block_n, num_warps=warps, num_stages=1))
+    return Launch(decode, batch * heads, scalars, LaunchParameters(ROWS, block_n, num_warps=warps, num_stages=3))
 
 
 def step(q, k, v, cache, sigma, top_k, out):
