@@ -92,9 +92,10 @@ def plan(q_shape, cache_shape, value_width, itemsize, strides, sigma_stride, top
     batch, heads, window, width = cache_shape
     blocks = width_block(width), width_block(value_width)
     block_n = max(16, min(triton.next_power_of_2(window), 128, TILE_BYTES // (max(blocks) * itemsize)))
+    num_tiles = triton.cdiv(triton.next_power_of_2(window), block_n)
     scalars = (
         *strides, sigma_stride, heads, q_shape[1] // heads, 0 if top_k is None else top_k,
-        precision, top_k is not None, window, triton.next_power_of_2(window) // block_n or 1, width, value_width, ROWS, block_n, *blocks,
+        precision, top_k is not None, window, num_tiles, width, value_width, ROWS, block_n, *blocks,
     )  # fmt: skip
     warps = 8 if window > 256 else 4  # lest the scores of wide windows spill
     return Launch(decode, batch * heads, scalars, LaunchParameters(ROWS, block_n, num_warps=warps, num_stages=3))

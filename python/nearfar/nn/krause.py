@@ -100,8 +100,8 @@ class KrauseAttention(SelfAttention):
 
         Raises:
             TypeError: cache is no KrauseCache, or of another dtype.
-            ValueError: the locality is no causal SlidingWindow that is limited to the left, x is longer than one token, or cache
-                does not fit.
+            ValueError: the locality is no causal SlidingWindow that is limited to the left, x is longer than one token, or
+                cache does not fit.
         """
         window = self._causal_window()
         q, k, v = self.split_heads(x)
