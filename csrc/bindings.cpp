@@ -166,6 +166,6 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("top_k"),
         py::arg("device"), py::arg("stream"),
-        "A decoding step of Krause attention: fills o and a slot of the cache. tensors: q, k, v, cached k and v, length, sigma, "
-        "o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
+        "A decoding step of Krause attention: fills o and a slot of the cache. tensors: q, k, v, cached k and v, length, "
+        "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
 }

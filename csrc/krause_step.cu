@@ -280,7 +280,8 @@ void launch(const KrauseStep& call, cudaStream_t stream) {
     void* parameters[] = {&arguments};
     const size_t bytes = shared_bytes<Width, Heads>(arguments.window);
     check(cudaLaunchKernel(reinterpret_cast<const void*>(krause_step_kernel<T, Width, Heads>),
-                           dim3(static_cast<unsigned>(call.batches * call.kv_heads)), dim3(kThreads), parameters, bytes, stream),
+                           dim3(static_cast<unsigned>(call.batches * call.kv_heads)), dim3(kThreads), parameters, bytes,
+                           stream),
           "krause_step launch");
 }
 

@@ -15,11 +15,11 @@ constexpr int64_t kKrauseStepWindow = 1024;  // the most slots of a cache that t
 //
 // q (B, Hq, D), k (B, Hkv, D), v (B, Hkv, D), o (B, Hq, D): float16 or bfloat16, strides in numbers for the first two
 // dimensions, 1 for the last. cached_k, cached_v (B, Hkv, W, D): contiguous. Every row starts at a multiple of 16 bytes; D is
-// 32, 64 or 128. length: (B,) int32, how many tokens each sequence has had; it is not changed. sigma: float32, one number a query
-// head `sigma_stride` apart.
+// 32, 64 or 128. length: (B,) int32, how many tokens each sequence has had; it is not changed. sigma: float32, one number a
+// query head `sigma_stride` apart.
 //
-// The token at position p = length[b] is written to slot p mod W of the cache. Its queries attend to the last min(p + 1, W) keys
-// or, with top_k > 0, to the top_k best of them, of equal ones those at the smallest positions.
+// The token at position p = length[b] is written to slot p mod W of the cache. Its queries attend to the last min(p + 1, W)
+// keys or, with top_k > 0, to the top_k best of them, of equal ones those at the smallest positions.
 struct KrauseStep {
     const void *q, *k, *v;
     void *cached_k, *cached_v;

@@ -286,6 +286,52 @@ def test_a_graph_replays_steps(backend):
     assert cache.length.tolist() == [50, 50]
 
 
+# -------------------------------------------------------------------------------------------- what the CUDA kernel serves
+
+
+class Claimed:
+    """A meta tensor that claims to be on a CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, width=64, dtype=torch.float16, row=72, start=0):
+        tensor = torch.empty(2, 4, 1, row, dtype=dtype, device="meta")[..., start : start + width]
+        self.shape, self.dtype, self.stride = tensor.shape, tensor.dtype, tensor.stride
+        self.data_ptr = lambda: 4096 + 2 * start
+
+
+REASONS = {
+    None: lambda: (Claimed(), Claimed(), Claimed()),
+    "q is on cpu": lambda: [torch.empty(2, 4, 1, 64, dtype=torch.float16)] * 3,
+    "q has dtype torch.float32": lambda: [Claimed(dtype=torch.float32)] * 3,
+    "48 and 48 wide": lambda: [Claimed(48)] * 3,
+    "64 and 32 wide": lambda: (Claimed(), Claimed(), Claimed(32)),
+    "rows of k do not start": lambda: (Claimed(), Claimed(start=4), Claimed()),
+    "rows of v do not start": lambda: (Claimed(), Claimed(), Claimed(row=68)),
+    "rows of cache.k or cache.v do not start": lambda: (Claimed(), Claimed(), Claimed(), Claimed(start=4)),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_the_cuda_kernel_does_not_serve_a_call(reason, monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", object())
+    monkeypatch.setattr(_cuda, "_step_device_reason", lambda index: None)
+    q, k, v, *rest = REASONS[reason]()
+    cached = rest[0] if rest else Claimed()
+    found = _cuda.krause_step_reason(q, k, v, nf.KrauseCache(Claimed(), cached, None))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
+def test_errors_of_the_extension_raise():
+    assert _cuda.extension.KRAUSE_STEP_WINDOW == 1024
+    arguments = [[0] * 8, "float16", (1, 1, 1, 8, 64), [(64, 64)] * 4, 0, 0]
+    with pytest.raises(RuntimeError, match="cudaError"):
+        _cuda.extension.krause_step(*arguments, 4096, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cuda.extension.krause_step(*arguments)
+
+
 @pytest.mark.gpu
 @needs_extension
 @each_dtype
