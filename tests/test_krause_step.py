@@ -7,6 +7,7 @@ from samples.krause import best, dense, plain, scales
 
 import nearfar as nf
 from nearfar import _cuda
+from nearfar.ops.pairwise import MAX_CANDIDATES
 
 needs_extension = pytest.mark.skipif(
     DEVICE != "cuda" or _cuda.extension is None, reason=f"needs a CUDA device and nearfar._C ({_cuda.unavailable_reason})"
@@ -324,7 +325,7 @@ def test_why_the_cuda_kernel_does_not_serve_a_call(reason, monkeypatch):
 
 @pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
 def test_errors_of_the_extension_raise():
-    assert _cuda.extension.KRAUSE_STEP_WINDOW == 1024
+    assert _cuda.extension.KRAUSE_STEP_WINDOW == MAX_CANDIDATES  # which is what the public function checks
     arguments = [[0] * 8, "float16", (1, 1, 1, 8, 64), [(64, 64)] * 4, 0, 0]
     with pytest.raises(RuntimeError, match="cudaError"):
         _cuda.extension.krause_step(*arguments, 4096, 0)
