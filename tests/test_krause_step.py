@@ -410,6 +410,24 @@ def test_a_cache_has_a_slot(window):
         nf.KrauseCache.empty(1, 1, window, 16)
 
 
+@pytest.mark.parametrize("length, given", [(0, 0), (4, 4), (7, 7), (16, 16), (16, 7), (16, 11)])
+def test_the_cache_after_a_prompt_is_that_of_its_tokens(length, given):
+    sample = sample_of(7, 20, torch.float16, value_width=24)
+    _, k, v, _ = (x[:, :, length - given : length] if x.dim() == 4 else x for x in sample.tensors.values())
+    made = nf.KrauseCache.after(k, v, 7, length=length)
+    for x, y in zip(made, cache_before(sample, [length, length]), strict=True):
+        assert torch.equal(x, y.nan_to_num(0)) and x.dtype == y.dtype and x.is_contiguous()
+
+
+@pytest.mark.parametrize("length", [3, 16])
+def test_a_prompt_must_be_whole_or_fill_the_window(length):
+    k = randn(1, 1, 6, 16)
+    with pytest.raises(ValueError, match=f"^k and v must be those of all {length} tokens or of the last 7 or more, got 6"):
+        nf.KrauseCache.after(k, k, 7, length=length)
+    with pytest.raises(ValueError, match=r"^v must have the heads and length of k, \(1, 6\), got \(1, 5\)"):
+        nf.KrauseCache.after(k, k[:, :, :5], 7)
+
+
 def test_an_empty_cache():
     made = nf.KrauseCache.empty(3, 2, 7, 16, device=DEVICE, dtype=torch.float16)
     assert made.k.shape == made.v.shape == (3, 2, 7, 16) and made.k.dtype == made.v.dtype == torch.float16

@@ -181,6 +181,15 @@ def test_krause_decodes_token_by_token_what_the_forward_computes(options, backen
     assert [part.data_ptr() for part in cache] == addresses and cache.length.tolist() == [19, 19]
 
 
+@pytest.mark.parametrize("prompt", [0, 3, 8, 21])
+def test_krause_goes_on_from_a_prompt(prompt):
+    layer, x = krause(), tokens()[:, :30]
+    cache = layer.cache_after(x[:, :prompt])
+    assert cache.length.tolist() == [prompt] * 2
+    y = torch.cat([layer.step(token, cache) for token in x[:, prompt:].split(1, 1)], 1)
+    assert_close(y, layer(x)[:, prompt:], atol=1e-5, rtol=1e-4)
+
+
 def test_krause_decodes_in_the_autocast_dtype():
     layer, x = krause(top_k=None), tokens()[:, :19]
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -193,7 +202,8 @@ def test_krause_decodes_in_the_autocast_dtype():
 @pytest.mark.parametrize("locality", [None, nf.SlidingWindow(7, 1), nf.SlidingWindow(-1, 0)], ids=str)
 def test_krause_decodes_only_with_a_causal_window(locality):
     layer, x = krause(locality=locality), tokens()
-    for call in (lambda: layer.init_cache(2), lambda: layer.step(x[:, :1], krause().init_cache(2))):
+    cache = krause().init_cache(2)
+    for call in (lambda: layer.init_cache(2), lambda: layer.cache_after(x), lambda: layer.step(x[:, :1], cache)):
         with pytest.raises(ValueError, match=r"^decoding needs locality=SlidingWindow\(left, 0\) with left >= 0"):
             call()
 

@@ -88,12 +88,23 @@ class KrauseAttention(SelfAttention):
         )  # fmt: skip
 
     @torch.no_grad()
+    def cache_after(self, x):
+        """The cache that the tokens x (B, N, dim) leave behind: what `step` goes on from when `forward` has read a prompt.
+
+        Raises:
+            ValueError: the locality is no causal SlidingWindow that is limited to the left.
+        """
+        window = self._causal_window()
+        _, k, v = self.split_heads(x[:, -window:])
+        return KrauseCache.after(k, v, window, length=x.shape[1])
+
+    @torch.no_grad()
     def step(self, x, cache):
         """Decode one token of each sequence as the causal forward would, in time and memory that depend on the window alone.
 
         Args:
             x: (B, 1, dim).
-            cache: from `init_cache`. It is updated in place.
+            cache: from `init_cache` or `cache_after`. It is updated in place.
 
         Returns:
             (B, 1, dim), without gradient.

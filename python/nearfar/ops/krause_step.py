@@ -15,6 +15,8 @@ from nearfar.reference.krause import krause_attention_step as reference_step
 class KrauseCache(NamedTuple):
     """The last W keys and values of each sequence, which `nearfar.krause_attention_step` goes on from; it never grows.
 
+    `empty` makes it before the first token, `after` after a prompt.
+
     Attributes:
         k: (B, Hkv, W, D), contiguous: the key at position p is in slot p mod W; slots that no token has filled hold anything.
         v: (B, Hkv, W, Dv), contiguous, in the same slots.
@@ -42,6 +44,35 @@ class KrauseCache(NamedTuple):
         k = torch.zeros(batch, heads, window, width, dtype=dtype, device=device)
         v = k.new_zeros(batch, heads, window, width if value_width is None else value_width)
         return cls(k, v, k.new_zeros(batch, dtype=torch.int32))
+
+    @classmethod
+    @torch.no_grad()
+    def after(cls, k, v, window, length=None):
+        """The cache after a prompt, which `nearfar.krause_attention` has read.
+
+        Args:
+            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), of its tokens, or of its last ones, `window` of them at least.
+            window: W = left + 1, for the keys of SlidingWindow(left).
+            length: how many tokens the prompt has; None: N.
+
+        Raises:
+            TypeError, ValueError: k, v, window or length do not fit.
+        """
+        key_meta = checks.meta("k", k)
+        checks.check_qkv(key_meta, key_meta, checks.meta("v", v))
+        (batch, heads, given, width), value_width = k.shape, v.shape[3]
+        length = given if length is None else length
+        cache = cls.empty(batch, heads, window, width, value_width, dtype=k.dtype, device=k.device)
+        kept = min(length, window)
+        checks.require(
+            given == length or window <= given < length,
+            f"k and v must be those of all {length} tokens or of the last {window} or more, got {given}",
+        )
+        slots = torch.arange(length - kept, length, device=k.device) % window
+        cache.k[:, :, slots] = k[:, :, given - kept :]
+        cache.v[:, :, slots] = v[:, :, given - kept :]
+        cache.length.fill_(length)
+        return cache
 
 
 def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backend="auto"):
