@@ -20,8 +20,8 @@ class KrauseCache(NamedTuple):
     Attributes:
         k: (B, Hkv, W, D), contiguous: the key at position p is in slot p mod W; slots that no token has filled hold anything.
         v: (B, Hkv, W, Dv), contiguous, in the same slots.
-        length: (B,) int32, how many tokens each sequence has had, on the device, so that a CUDA graph can replay a step. A
-            sequence whose number is set to 0 starts anew.
+        length: (B,) int32, how many tokens each sequence has had (up to 2^31 - 1), on the device, so that a CUDA graph can
+            replay a step. A sequence whose number is set to 0 starts anew.
     """
 
     k: torch.Tensor
@@ -90,7 +90,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor, as for `nearfar.krause_attention`. A
             float32 tensor is used as it is, a float takes an allocation.
         top_k: how many of its keys a query keeps, None for all.
-        out: (B, Hq, 1, Dv) in the dtype of q, to be written; None allocates it.
+        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it.
         backend: "auto", "cuda", "triton" or "reference". Kernels take W up to 1,024.
 
     Returns:
@@ -113,6 +113,8 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, q.dtype, q.device)
+        if out.stride(3) != 1:
+            raise ValueError(f"out must have a contiguous last dimension, got strides {out.stride()}")
     reasons = {
         "cuda": kernel_reason or _cuda.krause_step_reason(q, k, v, cache),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
