@@ -47,7 +47,7 @@ struct Ring {
 };
 
 template <typename T>
-__device__ __forceinline__ void unpack(const uint4& bits, float (&numbers)[8]) {
+__device__ __forceinline__ void unpack(uint4 bits, float (&numbers)[8]) {
     const T* packed = reinterpret_cast<const T*>(&bits);
 #pragma unroll
     for (int e = 0; e < 8; ++e) numbers[e] = static_cast<float>(packed[e]);
