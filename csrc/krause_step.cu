@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 
 #include "common/check.h"
@@ -48,7 +49,8 @@ struct Ring {
 
 template <typename T>
 __device__ __forceinline__ void unpack(uint4 bits, float (&numbers)[8]) {
-    const T* packed = reinterpret_cast<const T*>(&bits);
+    T packed[8];
+    memcpy(packed, &bits, sizeof bits);
 #pragma unroll
     for (int e = 0; e < 8; ++e) numbers[e] = static_cast<float>(packed[e]);
 }
