@@ -15,6 +15,7 @@
 #include "common/dtype.h"
 #include "krause_backward.h"
 #include "krause_forward.h"
+#include "krause_step.h"
 #include "row_sumsq.h"
 
 namespace py = pybind11;
@@ -144,4 +145,27 @@ PYBIND11_MODULE(_C, m) {
         py::arg("right"), py::arg("device"), py::arg("stream"),
         "Gradients of krause_forward. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, workspace; "
         "strides: of q, k, v, o, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_backward.h.");
+
+    m.attr("KRAUSE_STEP_WINDOW") = kKrauseStepWindow;
+    m.def(
+        "krause_step",
+        [](const std::array<uintptr_t, 8>& tensors, const std::string& dtype, const std::array<int64_t, 5>& sizes,
+           const std::array<std::array<int64_t, 2>, 4>& strides, int64_t sigma_stride, int64_t top_k, int device,
+           uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, cached_k, cached_v, length, sigma, o] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, window, width] = sizes;
+            KrauseStep call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                            reinterpret_cast<const void*>(v), reinterpret_cast<void*>(cached_k),
+                            reinterpret_cast<void*>(cached_v), reinterpret_cast<const int32_t*>(length),
+                            reinterpret_cast<const float*>(sigma), reinterpret_cast<void*>(o),
+                            q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                            batches, heads, kv_heads, window, width, top_k};
+            krause_step(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("top_k"),
+        py::arg("device"), py::arg("stream"),
+        "A decoding step of Krause attention: fills o and a slot of the cache. tensors: q, k, v, cached k and v, length, "
+        "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
 }

@@ -168,6 +168,60 @@ def test_bad_arguments_raise_and_are_named(arguments, options, name):
         nf.nn.KrauseAttention(*arguments, **options)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "head_dim": 24, "bias": True, "top_k": None}])
+def test_krause_decodes_token_by_token_what_the_forward_computes(options, backend):
+    layer, x = krause(backend=backend, **options), tokens()[:, :19]  # more than two rounds of 8 slots
+    cache = layer.init_cache(2)
+    assert cache.k.shape[1:] == (layer.num_kv_heads, 8, layer.head_dim)
+    addresses = [part.data_ptr() for part in cache]
+    y = torch.cat([layer.step(token, cache) for token in x.split(1, 1)], 1)
+    assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
+    assert not y.requires_grad
+    assert [part.data_ptr() for part in cache] == addresses and cache.length.tolist() == [19, 19]
+
+
+@pytest.mark.parametrize("prompt", [0, 3, 8, 21])
+def test_krause_goes_on_from_a_prompt(prompt):
+    layer, x = krause(), tokens()[:, :30]
+    cache = layer.cache_after(x[:, :prompt])
+    assert cache.length.tolist() == [prompt] * 2
+    y = torch.cat([layer.step(token, cache) for token in x[:, prompt:].split(1, 1)], 1)
+    assert_close(y, layer(x)[:, prompt:], atol=1e-5, rtol=1e-4)
+
+
+def test_krause_decodes_in_the_autocast_dtype():
+    layer, x = krause(top_k=None), tokens()[:, :19]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cache = layer.init_cache(2)
+        y = torch.cat([layer.step(token, cache) for token in x.split(1, 1)], 1)
+    assert y.dtype == cache.k.dtype == cache.v.dtype == torch.bfloat16
+    assert_close(y.float(), layer(x), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("locality", [None, nf.SlidingWindow(7, 1), nf.SlidingWindow(-1, 0)], ids=str)
+def test_krause_decodes_only_with_a_causal_window(locality):
+    layer, x = krause(locality=locality), tokens()
+    cache = krause().init_cache(2)
+    for call in (lambda: layer.init_cache(2), lambda: layer.cache_after(x), lambda: layer.step(x[:, :1], cache)):
+        with pytest.raises(ValueError, match=r"^decoding needs locality=SlidingWindow\(left, 0\) with left >= 0"):
+            call()
+
+
+def test_bad_calls_of_a_krause_step_raise_and_are_named():
+    layer, x = krause(), tokens()
+    cache = layer.init_cache(2)
+    with pytest.raises(ValueError, match="1 token"):
+        layer.step(x[:, :2], cache)
+    with pytest.raises(ValueError, match="cache must have a slot for each of 8 keys, got 5"):
+        layer.step(x[:, :1], krause(locality=nf.SlidingWindow(4)).init_cache(2))
+    with pytest.raises(ValueError, match=r"\bcache.k\b"):
+        layer.step(x[:1, :1], cache)
+    with pytest.raises(TypeError, match=r"\bcache\b"):
+        layer.step(x[:, :1], None)
+    assert cache.length.tolist() == [0, 0] and cache.k.abs().max() == 0
+
+
 # Linear and Hadamard attention ---------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,13 @@ from nearfar.localities import SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.diagnostics import attention_statistics, selection_geometry
 from nearfar.ops.krause import krause_attention
+from nearfar.ops.krause_step import KrauseCache, krause_attention_step
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 from nearfar.version import __version__
 
 __all__ = [
+    "KrauseCache",
     "SlidingWindow",
     "__version__",
     "affine_attention",
@@ -22,6 +24,7 @@ __all__ = [
     "hadamard_attention_step",
     "head_regimes",
     "krause_attention",
+    "krause_attention_step",
     "linear_attention",
     "linear_attention_step",
     "locked_share",

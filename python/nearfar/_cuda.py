@@ -105,15 +105,22 @@ _layout_reason_once = functools.lru_cache(maxsize=1024)(_layout_reason)
 
 @functools.cache
 def _device_reason(index, width, window):
-    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone; and a block has to fit."""
-    major, minor = torch.cuda.get_device_capability(index)
-    if not any(_runs_on(name, major, minor) for name in extension.architectures()):
-        built = ", ".join(extension.architectures())
-        return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
+    """Machine code has to run on the device, and a block has to fit."""
+    if reason := _architecture_reason(index):
+        return reason
     needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
     available = extension.devices()[index]["shared_memory_per_block_optin"]
     if needed > available:
         return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
+    return None
+
+
+def _architecture_reason(index):
+    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if not any(_runs_on(name, major, minor) for name in extension.architectures()):
+        built = ", ".join(extension.architectures())
+        return f"nearfar was built for the architectures {built}, not for {major}.{minor} (NEARFAR_CUDA_ARCHS)"
     return None
 
 
@@ -147,4 +154,40 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
         [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
         left, right, q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+
+
+def krause_step_reason(q, k, v, cache):
+    """Why the CUDA kernel cannot serve this call of krause_attention_step, or None."""
+    if extension is None:
+        return unavailable_reason
+    if not q.is_cuda:
+        return f"q is on {q.device}; the CUDA kernels need a CUDA device"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
+    width, value_width = q.shape[3], v.shape[3]
+    if width != value_width or width not in KRAUSE_WIDTHS:
+        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):  # one whose last dimension is not contiguous will be copied
+        strided = any(tensor.shape[i] > 1 and tensor.stride(i) % 8 for i in (0, 1))
+        if tensor.stride(3) == 1 and (strided or tensor.data_ptr() % 16):
+            return ROWS_REASON.format(name)
+    if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:
+        return ROWS_REASON.format("cache.k or cache.v")
+    return _step_device_reason(q.device.index)
+
+
+@functools.cache
+def _step_device_reason(index):
+    return _architecture_reason(index)
+
+
+def krause_step(q, k, v, cache, sigma, top_k, out):
+    """Fill out (B, Hq, 1, D) and the slots of the new tokens, for a call without krause_step_reason."""
+    addressed = (q, k, v, *cache, sigma, out)
+    extension.krause_step(
+        [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
+        (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
+        1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
+        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip

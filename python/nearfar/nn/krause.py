@@ -1,4 +1,4 @@
-"""Krause attention (arXiv 2602.11534) as a self-attention layer."""
+"""Krause attention (arXiv 2602.11534) as a self-attention layer that decodes from a rolling cache."""
 
 import math
 
@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from nearfar.checks import require
+from nearfar.localities import SlidingWindow
 from nearfar.nn.base import SelfAttention
 from nearfar.ops.krause import krause_attention
+from nearfar.ops.krause_step import KrauseCache, krause_attention_step
 
 
 class KrauseAttention(SelfAttention):
@@ -21,7 +23,8 @@ class KrauseAttention(SelfAttention):
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
         head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        locality: keys a query may see: None for all, or a `nearfar.SlidingWindow`; its right=0 is causal.
+        locality: keys a query may see: None for all, or a `nearfar.SlidingWindow`; its right=0 is causal. `step` needs one that
+            is causal and limited to the left.
         top_k: how many keys of its locality a query keeps, None for all.
         sigma_init: initial bandwidth of every head, in units of |q - k|.
         bias: whether the projections add a bias.
@@ -70,6 +73,59 @@ class KrauseAttention(SelfAttention):
             top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self.merge_heads(o)
+
+    @torch.no_grad()
+    def init_cache(self, batch):
+        """An empty `nearfar.KrauseCache` of left + 1 slots, in the dtype of the projections (under autocast, of autocast).
+
+        Raises:
+            ValueError: the locality is no causal SlidingWindow that is limited to the left.
+        """
+        window = self._causal_window()
+        k = self.k_proj(self.k_proj.weight.new_empty(batch, 0, self.dim))
+        return KrauseCache.empty(
+            batch, self.num_kv_heads, window, self.head_dim, self.value_dim, dtype=k.dtype, device=k.device
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def cache_after(self, x):
+        """The cache that the tokens x (B, N, dim) leave behind: what `step` goes on from when `forward` has read a prompt.
+
+        Raises:
+            ValueError: the locality is no causal SlidingWindow that is limited to the left.
+        """
+        window = self._causal_window()
+        _, k, v = self.split_heads(x[:, -window:])
+        return KrauseCache.after(k, v, window, length=x.shape[1])
+
+    @torch.no_grad()
+    def step(self, x, cache):
+        """Decode one token of each sequence as the causal forward would, in time and memory that depend on the window alone.
+
+        Args:
+            x: (B, 1, dim).
+            cache: from `init_cache` or `cache_after`. It is updated in place.
+
+        Returns:
+            (B, 1, dim), without gradient.
+
+        Raises:
+            TypeError: cache is no KrauseCache, or of another dtype.
+            ValueError: the locality is no causal SlidingWindow that is limited to the left, x is longer than one token, or
+                cache does not fit.
+        """
+        window = self._causal_window()
+        q, k, v = self.split_heads(x)
+        if isinstance(cache, KrauseCache):  # the operator says what is wrong with anything else
+            require(cache.k.shape[2] == window, f"cache must have a slot for each of {window} keys, got {cache.k.shape[2]}")
+        o = krause_attention_step(q, k, v, cache, self.log_sigma.exp(), top_k=self.top_k, backend=self.backend)
+        return self.merge_heads(o)
+
+    def _causal_window(self):
+        """How many keys a query sees, for decoding."""
+        limited = isinstance(self.locality, SlidingWindow) and self.locality.right == 0 and self.locality.left >= 0
+        require(limited, f"decoding needs locality=SlidingWindow(left, 0) with left >= 0; this layer has {self.locality}")
+        return self.locality.left + 1
 
     def extra_repr(self):
         return (

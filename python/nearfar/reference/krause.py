@@ -41,3 +41,39 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
                 keep = top_k_mask(scores.detach().masked_fill(~visible, float("-inf")), top_k)
             outputs.append(masked_softmax(scores, keep) @ v_seen)
     return torch.cat(outputs, -2).reshape(batch, heads_q, num_queries, v.shape[-1]).to(q.dtype)
+
+
+def krause_attention_step(q, k, v, cache, sigma, top_k=None):
+    """Reference of `nearfar.krause_attention_step`: it fills the slots of the new tokens, and leaves cache.length as it is.
+
+    Args:
+        q: (B, Hq, 1, D). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv).
+        cache: a KrauseCache of W slots.
+        sigma: (Hq,) or (1,) tensor.
+        top_k: how many of the last W keys a query keeps, None for all.
+
+    Returns:
+        (B, Hq, 1, Dv) in the dtype of q, without gradient; half precision is computed in float32.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    heads_kv, window = cache.k.shape[1:3]
+    with torch.no_grad():
+        position = cache.length.clamp(min=0).long()
+        sequence = torch.arange(q.shape[0], device=q.device)
+        cache.k[sequence, :, position % window] = k[:, :, 0]
+        cache.v[sequence, :, position % window] = v[:, :, 0]
+
+        # Keys in the order of their positions, as ties go by it; the oldest one's slot depends on the sequence.
+        rank = torch.arange(window, device=q.device)
+        oldest = (position + 1 - window).clamp(min=0)
+        slots = ((oldest[:, None] + rank) % window)[:, None, :, None]
+        visible = (rank <= position[:, None])[:, None, None, None]
+        keys, values = (x.take_along_dim(slots, 2).to(compute)[:, :, None] for x in (cache.k, cache.v))
+        values = values.masked_fill(~visible.mT, 0.0)  # slots that were never filled may hold anything
+
+        grouped = q.to(compute).unflatten(1, (heads_kv, -1))
+        scale = sigma.to(compute).expand(q.shape[1]).reshape(heads_kv, -1, 1, 1).reciprocal().square()
+        half_squares = 0.5 * keys.square().sum(-1)[..., None, :]
+        scores = ((grouped @ keys.mT - half_squares) * scale).masked_fill(~visible, float("-inf"))
+        keep = visible.expand(scores.shape) if top_k is None else top_k_mask(scores, top_k)
+        return (masked_softmax(scores, keep) @ values).flatten(1, 2).to(q.dtype)

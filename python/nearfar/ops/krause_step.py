@@ -1,0 +1,168 @@
+"""Decoding with Krause attention (arXiv 2602.11534): one query a sequence against a rolling cache of the last keys."""
+
+import functools
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from nearfar import _cuda, checks, dispatch
+from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.ops.torch_operator import device_of, unit_stride
+from nearfar.reference.krause import krause_attention_step as reference_step
+
+
+class KrauseCache(NamedTuple):
+    """The last W keys and values of each sequence, which `nearfar.krause_attention_step` goes on from; it never grows.
+
+    `empty` makes it before the first token, `after` after a prompt.
+
+    Attributes:
+        k: (B, Hkv, W, D), contiguous: the key at position p is in slot p mod W; slots that no token has filled hold anything.
+        v: (B, Hkv, W, Dv), contiguous, in the same slots.
+        length: (B,) int32, how many tokens each sequence has had (up to 2^31 - 1), on the device, so that a CUDA graph can
+            replay a step. A sequence whose number is set to 0 starts anew.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    length: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch, heads, window, width, value_width=None, *, dtype=None, device=None):
+        """The cache before the first token.
+
+        Args:
+            batch, heads, window: B, Hkv and W = left + 1, for the keys of SlidingWindow(left).
+            width, value_width: D and Dv; None: Dv = D.
+            dtype, device: of the keys and values; None: PyTorch's defaults.
+
+        Raises:
+            ValueError: window is not positive.
+        """
+        checks.require(window >= 1, f"window must be at least 1, got {window}")
+        k = torch.zeros(batch, heads, window, width, dtype=dtype, device=device)
+        v = k.new_zeros(batch, heads, window, width if value_width is None else value_width)
+        return cls(k, v, k.new_zeros(batch, dtype=torch.int32))
+
+    @classmethod
+    @torch.no_grad()
+    def after(cls, k, v, window, length=None):
+        """The cache after a prompt, which `nearfar.krause_attention` has read.
+
+        Args:
+            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), of its tokens, or of its last ones, `window` of them at least.
+            window: W = left + 1, for the keys of SlidingWindow(left).
+            length: how many tokens the prompt has; None: N.
+
+        Raises:
+            TypeError, ValueError: k, v, window or length do not fit.
+        """
+        key_meta = checks.meta("k", k)
+        checks.check_qkv(key_meta, key_meta, checks.meta("v", v))
+        (batch, heads, given, width), value_width = k.shape, v.shape[3]
+        length = given if length is None else length
+        cache = cls.empty(batch, heads, window, width, value_width, dtype=k.dtype, device=k.device)
+        kept = min(length, window)
+        checks.require(
+            given == length or window <= given < length,
+            f"k and v must be those of all {length} tokens or of the last {window} or more, got {given}",
+        )
+        slots = torch.arange(length - kept, length, device=k.device) % window
+        cache.k[:, :, slots] = k[:, :, given - kept :]
+        cache.v[:, :, slots] = v[:, :, given - kept :]
+        cache.length.fill_(length)
+        return cache
+
+
+def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backend="auto"):
+    """Decode one token of each sequence with `nearfar.krause_attention` (arXiv 2602.11534).
+
+    The token of a sequence that has had p tokens goes to slot p mod W of the cache; its query then attends to the last
+    min(p + 1, W) keys, its own included, as the last row of krause_attention with SlidingWindow(W - 1) over the whole sequence
+    does: of equal scores the one at the smaller position is kept, whatever its slot. Sequences may have different lengths.
+    Nothing is read back to the host.
+
+    Args:
+        q: (B, Hq, 1, D), float32, float16 or bfloat16 (float64 on the reference). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of
+            one dtype and device.
+        cache: a `nearfar.KrauseCache` with the heads and widths of k and v, in their dtype. It is updated in place.
+        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor, as for `nearfar.krause_attention`. A
+            float32 tensor is used as it is, a float takes an allocation.
+        top_k: how many of its keys a query keeps, None for all.
+        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it.
+        backend: "auto", "cuda", "triton" or "reference". Kernels take W up to 1,024.
+
+    Returns:
+        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+    """
+    q, k, v = checks.autocast(q, k, v)
+    checks.check_top_k(top_k)
+    if not isinstance(cache, KrauseCache):
+        raise TypeError(f"cache must be a KrauseCache, got {type(cache).__name__}")
+    metas = [checks.meta(name, x) for name, x in zip(("q", "k", "v"), (q, k, v), strict=True)]
+    cached = [checks.meta(f"cache.{name}", x) for name, x in zip(cache._fields, cache, strict=True)]
+    shape, kernel_reason = (_check_once if checks.is_plain(q, k, v, *cache) else _check)(*metas, *cached)
+    for name, tensor in zip(cache._fields, cache, strict=True):
+        if not tensor.is_contiguous():
+            raise ValueError(f"cache.{name} must be contiguous, as it is updated in place")
+    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    if out is not None:
+        checks.check_exactly("out", checks.meta("out", out), shape, q.dtype, q.device)
+        if out.stride(3) != 1:
+            raise ValueError(f"out must have a contiguous last dimension, got strides {out.stride()}")
+    reasons = {
+        "cuda": kernel_reason or _cuda.krause_step_reason(q, k, v, cache),
+        "triton": dispatch.triton_device_reason(q) or kernel_reason,
+        "reference": None,
+    }
+    chosen = dispatch.choose(backend, reasons, q.device, order=("triton", "cuda"))  # neither has been measured yet
+    with torch.no_grad():
+        if top_k is not None and top_k >= cache.k.shape[2]:
+            top_k = None
+        if chosen == "reference":
+            with checks.no_autocast(q):
+                o = reference_step(q, k, v, cache, sigma, top_k)
+            out = o if out is None else out.copy_(o)
+        else:
+            out = q.new_empty(shape) if out is None else out
+            if out.numel():
+                _launch(chosen, unit_stride(q), unit_stride(k), unit_stride(v), cache, sigma.detach(), top_k, out)
+        cache.length.add_(1)
+    return out
+
+
+def _check(q, k, v, cached_k, cached_v, length):
+    """(shape of the output, why the kernels cannot serve these shapes or None) from Metas."""
+    checks.check_qkv(q, k, v)
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[2] != 1:
+            raise ValueError(f"a step takes 1 token, got {name} of length {x.shape[2]}; nearfar.krause_attention takes more")
+    batch, heads, _, width = k.shape
+    if len(cached_k.shape) != 4 or cached_k.shape[2] < 1:
+        raise ValueError(f"cache.k must have shape (B, Hkv, W, D) with at least one slot, got {tuple(cached_k.shape)}")
+    window = cached_k.shape[2]
+    checks.check_exactly("cache.k", cached_k, (batch, heads, window, width), k.dtype, k.device)
+    checks.check_exactly("cache.v", cached_v, (batch, heads, window, v.shape[3]), k.dtype, k.device)
+    checks.check_exactly("cache.length", length, (batch,), torch.int32, k.device)
+    reason = checks.kernel_width_reason("q", width) or checks.kernel_width_reason("v", v.shape[3])
+    if window > MAX_CANDIDATES:
+        reason = reason or f"cache has {window} slots; kernels take at most {MAX_CANDIDATES}"
+    return (*q.shape[:3], v.shape[3]), reason
+
+
+_check_once = functools.lru_cache(maxsize=1024)(_check)
+
+
+def _launch(backend, q, k, v, cache, sigma, top_k, out):
+    if backend == "cuda":
+        _cuda.krause_step(q, k, v, cache, sigma, top_k, out)
+        return
+    # Triton is imported with the first launch, not with the package.
+    kernels = importlib.import_module("nearfar.triton_kernels.krause_step")
+    with device_of(q):
+        kernels.step(q, k, v, cache, sigma, top_k, out)
