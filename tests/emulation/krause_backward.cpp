@@ -1,0 +1,6 @@
+#include "device.h"
+#include "krause_backward.cu"
+
+EMULATED krause_backward(const nearfar::KrauseBackward* call, const char* dtype, int device, bool late_copies, unsigned seed) {
+    return emulation::run([&] { nearfar::krause_backward(*call, nearfar::parse_dtype(dtype), nullptr); }, device, late_copies, seed);
+}

@@ -1,0 +1,6 @@
+#include "device.h"
+#include "krause_forward.cu"
+
+EMULATED krause_forward(const nearfar::KrauseForward* call, const char* dtype, int device, bool late_copies, unsigned seed) {
+    return emulation::run([&] { nearfar::krause_forward(*call, nearfar::parse_dtype(dtype), nullptr); }, device, late_copies, seed);
+}
