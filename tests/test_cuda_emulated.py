@@ -49,36 +49,32 @@ class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
     ]
 
 
-def cuda_headers():
-    """The include folder of the toolkit that setup.py would compile with, or None."""
+def find_nvcc():
+    """As setup.py does."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    # nvcc may be a link to the toolkit's, or a script that calls it: it is asked itself.
-    plan = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
-    top = next(line.removeprefix("#$ TOP=") for line in plan.splitlines() if line.startswith("#$ TOP="))
-    headers = Path(top, "include")
-    return headers if (headers / "cuda_fp16.h").exists() and (headers / "cuda_bf16.h").exists() else None
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+# -fno-extern-tls-init: shared memory is thread_local to g++ (device.h says why), but nothing has to be initialised.
+OPTIONS = """-fPIC -fvisibility=hidden -fno-strict-aliasing -fno-extern-tls-init
+             -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses""".split()
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     """The functions krause_forward and krause_backward, by name."""
-    headers = cuda_headers()
-    if headers is None:
-        pytest.skip("no nvcc in CUDA_HOME or on PATH, or no cuda_fp16.h beside it")
+    if find_nvcc() is None:
+        pytest.skip("no nvcc in CUDA_HOME or on PATH, beside which CUDA's headers are")
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("emulated")
     sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(EMULATION / "ptx.cuh", sources / "common/ptx.cuh")
-    options = "-std=c++17 -O1 -fPIC -shared -fno-strict-aliasing -fvisibility=hidden -fno-extern-tls-init -Wall -Wno-unknown-pragmas".split()
-    options += ["-Wno-parentheses", "-Werror", f"-I{sources}", f"-I{EMULATION}", f"-I{headers}"]
+    # nvcc hands C++ to g++, with the path of its headers.
+    command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
+    command += [f"-I{sources}", f"-I{EMULATION}"]
     names = ("krause_forward", "krause_backward")
-    compilers = [
-        subprocess.Popen(["g++", *options, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in names
-    ]
+    compilers = [subprocess.Popen([*command, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in names]
     assert [compiler.wait() for compiler in compilers] == [0, 0]
     functions = {name: getattr(ctypes.CDLL(f"{folder}/{name}.so"), name) for name in names}
     for function in functions.values():
@@ -92,6 +88,9 @@ class Conditions(NamedTuple):
     device: int = 2  # of device + 1 multiprocessors: the fewer, the more tiles are in a strip
     late_copies: bool = False
     seed: int = 0
+
+
+FEW_STRIPS = Conditions()
 
 
 class Guarded:
@@ -129,7 +128,7 @@ def launch(kernel, structure, tensors, conditions, **numbers):
     assert error is None, error.decode()
 
 
-def run(kernels, sample, do, conditions=Conditions(), backward=True):  # noqa: B008
+def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
     """(o, lse, bits or None) and the gradients by name."""
     guarded = Guarded(poison=conditions.seed)
     q, k, v, sigma, bounds, back, ahead, top_k = op_arguments(sample)
@@ -204,12 +203,12 @@ def test_against_the_oracle(name, dtype, kernels):
     saved, gradients = run(kernels, sample, do)
     gradients = {name: gradient.view_as(sample.tensors[name]) for name, gradient in gradients.items()}
     check(sample, do, saved[0], gradients, selection(sample, saved))
-    for conditions in (Conditions(late_copies=True, seed=1), Conditions(device=63, late_copies=True, seed=2)):
+    for conditions in (FEW_STRIPS._replace(late_copies=True, seed=1), Conditions(device=63, late_copies=True, seed=2)):
         again, gradients_again = run(kernels, sample, do, conditions)
         for first, second in zip(saved, again, strict=True):
             assert first is None or torch.equal(first, second)
         for name, gradient in gradients.items():  # that of sigma is summed strip by strip
-            if name != "sigma" or conditions.device == Conditions().device:
+            if name != "sigma" or conditions.device == FEW_STRIPS.device:
                 assert torch.equal(gradient, gradients_again[name]), name
 
 
@@ -238,6 +237,6 @@ def test_errors_are_reported(kernels):
     tensors = dict(q=shifted, k=k, v=v, sigma=sample.tensors["sigma"], o=torch.empty_like(q), lse=torch.empty(1, 1, 200))
     with pytest.raises(AssertionError, match="cp.async: global address not a multiple of 16"):
         launch(
-            kernels["krause_forward"], KrauseForward, tensors, Conditions(), batches=1, heads=1, kv_heads=1,
+            kernels["krause_forward"], KrauseForward, tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
             num_queries=200, num_keys=200, width=32, back=127, ahead=0,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 // Runs a block of CUDA threads on one CPU thread: every lane is a fiber, which runs until it has to wait for others.
 //
-// Nothing here knows time. What it does instead is to be adverse: lanes run in a random order from one exchange to the next,
-// a warp may run far ahead of the others until a barrier stops it, shared memory starts as NaN, and asynchronous copies land
-// as soon as they are issued or, in another run, not before they are waited for.
+// Nothing here knows time. Instead it looks for trouble: lanes run in a random order from one exchange to the next, a warp
+// may run far ahead of the others until a barrier stops it, shared memory starts as NaN, and asynchronous copies land as soon
+// as they are issued or, in another run, not before they are waited for.
 #pragma once
 
 #include <ucontext.h>
@@ -25,13 +25,14 @@ inline Index threadIdx, blockIdx, gridDim;
 namespace emulation {
 
 constexpr int kLanes = 32, kStackBytes = 64 * 1024, kExchanged = 64;
-constexpr size_t kGuardBytes = 4096;
+constexpr size_t kSharedBytes = 227 * 1024;  // of a block on an H100
+constexpr size_t kGuardBytes = 4096;         // beyond it, where nobody may write
 
 inline bool late_copies;  // land when they are waited for, not when they are issued
 inline std::mt19937 random_source;
 inline unsigned random_below(unsigned n) { return static_cast<unsigned>(random_source() * uint64_t{n} >> 32); }
 
-// Dynamic shared memory: `bytes` that the launch asked for, of a buffer that goes on for kGuardBytes at least.
+// Dynamic shared memory: `bytes` that the launch asked for, of a larger buffer.
 struct Shared {
     char* begin;
     size_t capacity, bytes;

@@ -21,13 +21,12 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Of the storage that lanes share it is the one that may be `extern` and is static otherwise, as __shared__. There is one thread.
-#define __shared__ thread_local
+#define __shared__ thread_local  // all lanes have the same thread; it is static within functions, and may be extern
 
-// Dynamic shared memory, which the kernels declare within their functions as extern __shared__ uint4 memory[].
+// The dynamic shared memory that kernels declare within their functions, as extern __shared__ uint4 memory[].
 namespace nearfar {
 namespace {
-alignas(128) thread_local uint4 memory[(227 * 1024 + emulation::kGuardBytes) / sizeof(uint4)];
+alignas(128) thread_local uint4 memory[(emulation::kSharedBytes + emulation::kGuardBytes) / sizeof(uint4)];
 }
 }  // namespace nearfar
 
@@ -97,15 +96,16 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     return result;
 }
 
-template <typename To, typename From>
-To bits_as(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
+inline int __float_as_int(float x) {
+    int bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
-inline int __float_as_int(float x) { return bits_as<int>(x); }
-inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline float __int_as_float(int bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 #define __log2f log2f  // glibc declares a function of that name
 
@@ -127,8 +127,15 @@ inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
 // -------------------------------------------------------------------------------------------------------------- the runtime
 
 namespace emulation {
+
 inline int device;  // device i has i + 1 multiprocessors of one block each
+
+template <typename... Parameters, size_t... I>
+void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<Parameters*>(arguments[I])...);
 }
+
+}  // namespace emulation
 
 extern "C" {
 cudaError_t cudaGetDevice(int* device) {
@@ -140,8 +147,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {  //
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t) { return "cudaErrorUnknown"; }
-const char* cudaGetErrorString(cudaError_t) { return "no emulated call fails"; }
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
+const char* cudaGetErrorString(cudaError_t) { return "more shared memory than a block may have"; }
 }
 
 template <typename... Parameters>
@@ -154,15 +161,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
     return cudaSuccess;
 }
 
-template <typename... Parameters, size_t... I>
-void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {
-    kernel(*static_cast<Parameters*>(arguments[I])...);
-}
-
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 threads, void** arguments, size_t bytes,
                              cudaStream_t) {
-    const std::function<void()> body = [&] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); };
+    if (bytes > emulation::kSharedBytes) return cudaErrorInvalidValue;
+    const std::function<void()> body = [&] { emulation::call(kernel, arguments, std::index_sequence_for<Parameters...>()); };
     emulation::block.body = &body;
     emulation::shared = {reinterpret_cast<char*>(nearfar::memory), sizeof nearfar::memory, bytes};
     gridDim.x = grid.x;

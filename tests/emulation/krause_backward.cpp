@@ -2,5 +2,6 @@
 #include "krause_backward.cu"
 
 EMULATED krause_backward(const nearfar::KrauseBackward* call, const char* dtype, int device, bool late_copies, unsigned seed) {
-    return emulation::run([&] { nearfar::krause_backward(*call, nearfar::parse_dtype(dtype), nullptr); }, device, late_copies, seed);
+    const auto launch = [&] { nearfar::krause_backward(*call, nearfar::parse_dtype(dtype), nullptr); };
+    return emulation::run(launch, device, late_copies, seed);
 }

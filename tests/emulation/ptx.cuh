@@ -67,22 +67,25 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     std::memcpy(c, result.c, sizeof c);
 }
 
-// Lane l gets, of tile i, the two numbers of row quad at columns 2 pair and 2 pair + 1, or with Transposed the other way round.
+// A lane reads the row that it names when it comes, before the others do: what they have yet to store it must not need.
 template <bool Transposed>
 void load_tiles(uint32_t (&word)[4], uint32_t address) {
+    struct Row {
+        uint16_t number[8];
+    };
     struct Out {
         uint32_t word[4];
     };
     emulation::check_shared(address, "ldmatrix");
-    const Out result = emulation::exchange<Out>(address, [](const uint32_t(&row)[32], Out(&out)[32]) {
+    Row mine;
+    std::memcpy(&mine, emulation::shared.begin + address, sizeof mine);
+    const Out result = emulation::exchange<Out>(mine, [](const Row(&row)[32], Out(&out)[32]) {
         for (int i = 0; i < 128; ++i) {
             const int lane = i / 4, tile = i % 4, quad = lane / 4, pair = lane % 4;
-            uint16_t numbers[2];
-            for (int n = 0; n < 2; ++n) {
-                const int r = Transposed ? 2 * pair + n : quad, column = Transposed ? quad : 2 * pair + n;
-                std::memcpy(&numbers[n], emulation::shared.begin + row[8 * tile + r] + 2 * column, 2);
-            }
-            out[lane].word[tile] = numbers[0] | uint32_t{numbers[1]} << 16;
+            const auto number = [&](int n) -> uint32_t {
+                return Transposed ? row[8 * tile + 2 * pair + n].number[quad] : row[8 * tile + quad].number[2 * pair + n];
+            };
+            out[lane].word[tile] = number(0) | number(1) << 16;
         }
     });
     std::memcpy(word, result.word, sizeof word);
