@@ -109,7 +109,10 @@ class Guarded:
         return buffer[self.MARGIN : self.MARGIN + size].view(shape)
 
     def copy(self, tensor):
-        return None if tensor is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+        if tensor is None or tensor.dim() < 4:
+            return None if tensor is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+        tokens_first = tensor.transpose(1, 2)  # so that the kernels need all strides
+        return self.empty(tokens_first.shape, tensor.dtype).copy_(tokens_first).transpose(1, 2)
 
     def assert_intact(self):
         for buffer, before, size in self.buffers:
@@ -154,7 +157,7 @@ def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
 # ------------------------------------------------------------------------------------------------------------- the tests
 
 
-def make(dtype, width=32, heads=(1, 1), length=200, keys=None, batch=1, **options):
+def make(dtype, width=32, heads=(1, 1), length=200, keys=None, batch=1, sigmas=None, **options):
     keys = length if keys is None else keys
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
@@ -162,7 +165,7 @@ def make(dtype, width=32, heads=(1, 1), length=200, keys=None, batch=1, **option
         "q": randn(batch, heads[0], length, width, dtype=dtype, seed=1, device="cpu"),
         "k": randn(batch, heads[1], keys, width, dtype=dtype, seed=2, device="cpu"),
         "v": randn(batch, heads[1], keys, width, dtype=dtype, seed=3, device="cpu"),
-        "sigma": torch.linspace(0.6, 1.2, heads[0]) * width**0.5,
+        "sigma": torch.linspace(0.6, 1.2, sigmas or heads[0]) * width**0.5,
     }
     return Sample(tensors, options)
 
@@ -185,7 +188,7 @@ SAMPLES = {
     "16 keys": dict(width=64, locality=nf.SlidingWindow(15), top_k=5),
     "its own key only": dict(length=65, locality=nf.SlidingWindow(0), top_k=1),
     "heads share keys": dict(heads=(4, 2), batch=2, length=150, locality=nf.SlidingWindow(100, 9), top_k=30),
-    "three heads share keys": dict(heads=(3, 1), length=260, locality=nf.SlidingWindow(90)),
+    "three heads share keys and sigma": dict(heads=(3, 1), sigmas=1, length=260, locality=nf.SlidingWindow(90)),
     "packed": dict(cu_seqlens=[0, 0, 5, 100, 101, 101, 260], length=260, locality=nf.SlidingWindow(60, 40), top_k=20),
     "packed, all": dict(width=64, cu_seqlens=[0, 130, 133, 190], length=190, locality=nf.SlidingWindow(127)),
     "more keys": dict(width=64, heads=(2, 1), length=70, keys=333, locality=nf.SlidingWindow(80, 9), top_k=33),
