@@ -561,9 +561,8 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
         static_cast<int>(ceil_div(num_queries, kTileRows)), static_cast<int>(ceil_div(num_keys, kTileRows)),
         static_cast<int>(num_strips), size <= 64 ? 2 : 4, num_blocks};
     void* parameters[] = {&arguments};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(krause_backward_kernel<T, Width>),
-                           dim3(static_cast<unsigned>(2 * heads * num_strips)), dim3(kThreads), parameters,
-                           Memory<Width>::kBytes, stream),
+    check(cudaLaunchKernel(krause_backward_kernel<T, Width>, dim3(static_cast<unsigned>(2 * heads * num_strips)),
+                           dim3(kThreads), parameters, Memory<Width>::kBytes, stream),
           "krause_backward launch");
 
     const int64_t numbers = call.sigma_stride == 0 ? 1 : call.heads;
@@ -571,8 +570,8 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
     const float *partials = call.partials, *sigma = call.sigma;
     float* dsigma = call.dsigma;
     void* sum_parameters[] = {&partials, &sigma, &dsigma, &batches, &share};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(grad_sigma_kernel), dim3(static_cast<unsigned>(numbers)),
-                           dim3(kSumThreads), sum_parameters, 0, stream),
+    check(cudaLaunchKernel(grad_sigma_kernel, dim3(static_cast<unsigned>(numbers)), dim3(kSumThreads),
+                           sum_parameters, 0, stream),
           "grad_sigma launch");
 }
 

@@ -380,8 +380,8 @@ void launch(const KrauseForward& call, cudaStream_t stream) {
                            static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
                            static_cast<int>(tiles), static_cast<int>(num_strips), static_cast<int>(call.top_k)};
     void* parameters[] = {&arguments};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(outer * num_strips)),
-                           dim3(kThreads), parameters, Ring::kBytes, stream),
+    check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(outer * num_strips)), dim3(kThreads), parameters,
+                           Ring::kBytes, stream),
           "krause_forward launch");
 }
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from harness import DEVICE, Sample, assert_same, leaves, like, needs_gpu, randn, run
-from samples.krause import best, check, decode, op_arguments, visible
+from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
 from nearfar import _cuda
@@ -211,23 +211,6 @@ def test_upstream_gradients_of_any_layout(layout):
     expected = torch.autograd.grad(o, tensors, do.contiguous(), retain_graph=True)
     for name, got, gradient in zip(sample.tensors, torch.autograd.grad(o, tensors, do), expected, strict=True):
         assert torch.equal(got, gradient), name
-
-
-def keys_like(kind, k):
-    if kind == "equal":
-        return k[:, :, :1].expand(k.shape).contiguous()
-    if kind == "outliers":
-        k = k.clone()
-        k[:, :, ::37] *= 64
-        return k
-    if kind == "close":  # apart by an eps, with some far off that take up the range of the scores
-        k = torch.zeros_like(k)
-        order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(5)).to(k)
-        k[..., 0] = 1 + torch.finfo(k.dtype).eps * (order % 128)
-        k[:, :, ::8, 0] = 30
-        return k
-    high = {"signs": 1, "integers": 3}[kind]
-    return (k * high).round().clamp(-high, high)
 
 
 @gpu

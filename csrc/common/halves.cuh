@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace nearfar {
 
 constexpr uint32_t kHalfOnes = 0x3c003c00;    // 1.0 twice
@@ -37,17 +39,5 @@ __device__ __forceinline__ uint32_t half_way(uint32_t x, uint32_t y) {
 // The lower (upper) half twice.
 __device__ __forceinline__ uint32_t lower_twice(uint32_t x) { return __byte_perm(x, 0, 0x1010); }
 __device__ __forceinline__ uint32_t upper_twice(uint32_t x) { return __byte_perm(x, 0, 0x3232); }
-
-// Sets `first` (`second`) to -infinity unless the lower (upper) half of `x` exceeds that of `cut` or is not a number.
-__device__ __forceinline__ void keep_exceeding(float& first, float& second, uint32_t x, uint32_t cut) {
-    asm("{\n\t"
-        ".reg .pred p, q;\n\t"
-        "setp.gtu.f16x2 p|q, %2, %3;\n\t"
-        "selp.f32 %0, %0, 0fFF800000, p;\n\t"
-        "selp.f32 %1, %1, 0fFF800000, q;\n\t"
-        "}"
-        : "+f"(first), "+f"(second)
-        : "r"(x), "r"(cut));
-}
 
 }  // namespace nearfar

@@ -7,8 +7,7 @@
 
 #include <cstdint>
 
-#include "async_copy.cuh"
-#include "mma.cuh"
+#include "ptx.cuh"
 
 namespace nearfar {
 

@@ -114,6 +114,24 @@ def best(sample):
     return mask & (rank < sample.options["top_k"])
 
 
+def keys_like(kind, k):
+    """Keys in the shape of k whose scores are hard to tell apart, or to tell apart along with the others."""
+    if kind == "equal":
+        return k[:, :, :1].expand(k.shape).contiguous()
+    if kind == "outliers":
+        k = k.clone()
+        k[:, :, ::37] *= 64
+        return k
+    if kind == "close":  # apart by an eps, with some far off that take up the range of the scores
+        k = torch.zeros_like(k)
+        order = torch.randperm(k.shape[2], generator=generator(5)).to(k)
+        k[..., 0] = 1 + torch.finfo(k.dtype).eps * (order % 128)
+        k[:, :, ::8, 0] = 30
+        return k
+    high = {"signs": 1, "integers": 3}[kind]
+    return (k * high).round().clamp(-high, high)
+
+
 def decode(bits, num_keys):
     """(..., M) mask of a saved selection: key j is bit j modulo the 32 * words bits of its row's ring."""
     key = torch.arange(num_keys, device=bits.device) % (32 * bits.shape[-1])

@@ -1,0 +1,258 @@
+"""The CUDA kernels of Krause attention without a GPU: their sources, compiled by g++ against tests/emulation.
+
+What the emulation checks besides the results, and what it cannot see, is in CONTRIBUTING.md.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from harness import Sample, like, randn
+from samples.krause import best, check, decode, dense, keys_like, op_arguments, visible
+
+import nearfar as nf
+
+ROOT = Path(__file__).parents[1]
+EMULATION = ROOT / "tests/emulation"
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+# ------------------------------------------------------------------------------------------------------ the emulated kernels
+
+
+def strides(*names):
+    return [(f"{name}_strides", 3 * ctypes.c_int64) for name in names]
+
+
+def fields(kind, names):
+    return [(name, kind) for name in names.split()]
+
+
+class KrauseForward(ctypes.Structure):  # as in csrc/krause_forward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v sigma token_bounds o lse bits"),
+        *strides(*"qkvo"),
+        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads num_queries num_keys width back ahead top_k"),
+    ]
+
+
+class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v o grad_o sigma lse bits token_bounds dq dk dv dsigma partials"),
+        *strides("q", "k", "v", "o", "grad_o", "dq", "dk", "dv"),
+        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads num_queries num_keys width back ahead"),
+    ]
+
+
+def find_nvcc():
+    """As setup.py does."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+# -fno-extern-tls-init: shared memory is thread_local to g++ (device.h says why), but nothing has to be initialised.
+OPTIONS = """-fPIC -fvisibility=hidden -fno-strict-aliasing -fno-extern-tls-init
+             -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses""".split()
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The functions krause_forward and krause_backward, by name."""
+    if find_nvcc() is None:
+        pytest.skip("no nvcc in CUDA_HOME or on PATH, beside which CUDA's headers are")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copy(EMULATION / "ptx.cuh", sources / "common/ptx.cuh")
+    # nvcc hands C++ to g++, with the path of its headers.
+    command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
+    command += [f"-I{sources}", f"-I{EMULATION}"]
+    names = ("krause_forward", "krause_backward")
+    compilers = [subprocess.Popen([*command, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in names]
+    assert [compiler.wait() for compiler in compilers] == [0, 0]
+    functions = {name: getattr(ctypes.CDLL(f"{folder}/{name}.so"), name) for name in names}
+    for function in functions.values():
+        function.restype = ctypes.c_char_p
+    return functions
+
+
+class Conditions(NamedTuple):
+    """What should not matter."""
+
+    device: int = 2  # of device + 1 multiprocessors: the fewer, the more tiles are in a strip
+    late_copies: bool = False
+    seed: int = 0
+
+
+FEW_STRIPS = Conditions()
+
+
+class Guarded:
+    """Tensors amid numbers that nobody may use or change; those to be filled are full of such numbers themselves."""
+
+    MARGIN = 256
+
+    def __init__(self, poison):
+        self.poison, self.buffers = poison, []
+
+    def empty(self, shape, dtype):
+        size = torch.Size(shape).numel()
+        poison = float("nan") if dtype.is_floating_point else self.poison
+        buffer = torch.full((size + 2 * self.MARGIN,), poison, dtype=dtype)
+        self.buffers.append((buffer, buffer.clone(), size))
+        return buffer[self.MARGIN : self.MARGIN + size].view(shape)
+
+    def copy(self, tensor):
+        if tensor is None or tensor.dim() < 4:
+            return None if tensor is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+        tokens_first = tensor.transpose(1, 2)  # so that the kernels need all strides
+        return self.empty(tokens_first.shape, tensor.dtype).copy_(tokens_first).transpose(1, 2)
+
+    def assert_intact(self):
+        for buffer, before, size in self.buffers:
+            for margin in (slice(self.MARGIN), slice(self.MARGIN + size, None)):
+                assert torch.equal(buffer[margin].view(torch.uint8), before[margin].view(torch.uint8))
+
+
+def launch(kernel, structure, tensors, conditions, **numbers):
+    call = structure(**numbers)
+    for name, _ in structure._fields_:
+        tensor = tensors.get(name.removesuffix("_strides"))
+        if tensor is not None:
+            setattr(call, name, (3 * ctypes.c_int64)(*tensor.stride()[:3]) if name.endswith("_strides") else tensor.data_ptr())
+    dtype = str(tensors["q"].dtype).removeprefix("torch.").encode()
+    error = kernel(ctypes.byref(call), dtype, conditions.device, conditions.late_copies, conditions.seed)
+    assert error is None, error.decode()
+
+
+def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
+    """(o, lse, bits or None) and the gradients by name."""
+    guarded = Guarded(poison=conditions.seed)
+    q, k, v, sigma, bounds, back, ahead, top_k = op_arguments(sample)
+    inputs = dict(q=q, k=k, v=v, sigma=sigma, token_bounds=bounds, grad_o=do)
+    inputs = {name: guarded.copy(tensor) for name, tensor in inputs.items()}
+    numbers = dict(
+        sigma_stride=1 if sigma.numel() > 1 else 0, batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1],
+        num_queries=q.shape[2], num_keys=k.shape[2], width=q.shape[3], back=back, ahead=ahead,
+    )  # fmt: skip
+    words = 2 if back + ahead + 1 <= 64 else 4
+    saved = dict(o=guarded.empty(q.shape, q.dtype), lse=guarded.empty(q.shape[:3], torch.float32))
+    saved["bits"] = guarded.empty((*q.shape[:3], words), torch.int32) if top_k else None
+    launch(kernels["krause_forward"], KrauseForward, inputs | saved, conditions, **numbers, top_k=top_k or 0)
+    gradients = {name: guarded.empty(inputs[name].shape, inputs[name].dtype) for name in ("q", "k", "v", "sigma")}
+    if backward:
+        partials = guarded.empty((*q.shape[:2], -(-max(q.shape[2], k.shape[2]) // 64)), torch.float32)
+        filled = {f"d{name}": gradient for name, gradient in gradients.items()} | {"partials": partials}
+        launch(kernels["krause_backward"], KrauseBackward, inputs | saved | filled, conditions, **numbers)
+    guarded.assert_intact()
+    return tuple(saved.values()), gradients
+
+
+# ------------------------------------------------------------------------------------------------------------- the tests
+
+
+def make(dtype, width=32, heads=(1, 1), length=200, keys=None, batch=1, sigmas=None, **options):
+    keys = length if keys is None else keys
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
+    tensors = {
+        "q": randn(batch, heads[0], length, width, dtype=dtype, seed=1, device="cpu"),
+        "k": randn(batch, heads[1], keys, width, dtype=dtype, seed=2, device="cpu"),
+        "v": randn(batch, heads[1], keys, width, dtype=dtype, seed=3, device="cpu"),
+        "sigma": torch.linspace(0.6, 1.2, sigmas or heads[0]) * width**0.5,
+    }
+    return Sample(tensors, options)
+
+
+def upstream(sample):
+    """A gradient of o, half of it random, half such that all rows pull sigma the same way.
+
+    The gradient of sigma is a sum over all pairs. Of random terms most would cancel, and the few that are left be smaller than
+    what rounding is allowed: half of them could be missing.
+    """
+    exact = {name: tensor.double() for name, tensor in sample.tensors.items()}
+    change = dense(**{**exact, "sigma": 1.1 * exact["sigma"]}, keep=best(sample)) - dense(**exact, keep=best(sample))
+    size = change.square().mean().sqrt().clamp(min=1e-9)  # 0 with one key in reach
+    return like(sample.tensors["q"]) + (change / size).to(sample.tensors["q"].dtype)
+
+
+def selection(sample, saved):
+    if sample.options.get("top_k") is None:
+        return best(sample)
+    mask = visible(sample)
+    return decode(saved[2], mask.shape[1]) & mask
+
+
+SAMPLES = {
+    "causal, 128 keys": dict(width=64, length=333, locality=nf.SlidingWindow(127), top_k=96),
+    "causal, 128 keys, all": dict(width=64, length=333, locality=nf.SlidingWindow(127)),
+    "128 wide": dict(width=128, locality=nf.SlidingWindow(127), top_k=50),
+    "128 wide, 64 keys, all": dict(width=128, locality=nf.SlidingWindow(40, 23)),
+    "64 keys": dict(width=64, locality=nf.SlidingWindow(63), top_k=48),
+    "65 keys on both sides": dict(locality=nf.SlidingWindow(33, 31), top_k=20),
+    "keys ahead only": dict(locality=nf.SlidingWindow(0, 127), top_k=64),
+    "16 keys": dict(width=64, locality=nf.SlidingWindow(15), top_k=5),
+    "its own key only": dict(length=65, locality=nf.SlidingWindow(0), top_k=1),
+    "heads share keys": dict(heads=(4, 2), batch=2, length=150, locality=nf.SlidingWindow(100, 9), top_k=30),
+    "three heads share keys and sigma": dict(heads=(3, 1), sigmas=1, length=260, locality=nf.SlidingWindow(90)),
+    "packed": dict(cu_seqlens=[0, 0, 5, 100, 101, 101, 260], length=260, locality=nf.SlidingWindow(60, 40), top_k=20),
+    "packed, all": dict(width=64, cu_seqlens=[0, 130, 133, 190], length=190, locality=nf.SlidingWindow(127)),
+    "more keys": dict(width=64, heads=(2, 1), length=70, keys=333, locality=nf.SlidingWindow(80, 9), top_k=33),
+    "fewer keys": dict(length=200, keys=90, locality=nf.SlidingWindow(99), top_k=10),
+    "one query": dict(heads=(2, 2), length=1, keys=200, locality=nf.SlidingWindow(127), top_k=50),
+    "forty heads share sigma": dict(heads=(40, 20), sigmas=1, length=9, locality=nf.SlidingWindow(8)),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(name, dtype, kernels):
+    """Whatever the order of the lanes, the time at which copies land, and the number of tiles in a strip."""
+    sample = make(dtype, **SAMPLES[name])
+    do = upstream(sample)
+    saved, gradients = run(kernels, sample, do)
+    gradients = {name: gradient.view_as(sample.tensors[name]) for name, gradient in gradients.items()}
+    check(sample, do, saved[0], gradients, selection(sample, saved))
+    for conditions in (FEW_STRIPS._replace(late_copies=True, seed=1), Conditions(device=63, late_copies=True, seed=2)):
+        again, gradients_again = run(kernels, sample, do, conditions)
+        for first, second in zip(saved, again, strict=True):
+            assert first is None or torch.equal(first, second)
+        for name, gradient in gradients.items():  # that of sigma is summed strip by strip
+            if name != "sigma" or conditions.device == FEW_STRIPS.device:
+                assert torch.equal(gradient, gradients_again[name]), name
+
+
+@each_dtype
+@pytest.mark.parametrize("top_k", [1, 50, 127])
+@pytest.mark.parametrize("kind", ["equal", "outliers", "close", "signs", "integers"])
+def test_selection_is_exact(kind, top_k, dtype, kernels):
+    """Scores that float32 holds exactly, most of them many times over, so that no rounding excuses another set."""
+    sample = make(dtype, length=140, locality=nf.SlidingWindow(127), top_k=top_k)
+    high = 0 if kind == "close" else 3
+    sample.tensors["q"].copy_((sample.tensors["q"] * high).round().clamp(-high, high))
+    exact = keys_like("integers", sample.tensors["k"]) if kind in ("equal", "outliers") else sample.tensors["k"]
+    sample.tensors["k"].copy_(keys_like(kind, exact))
+    saved, _ = run(kernels, sample, like(sample.tensors["q"]), backward=False)
+    assert torch.equal(selection(sample, saved), best(sample))
+
+
+def test_errors_are_reported(kernels):
+    """By the launcher, and by the emulation: a row that does not start at a multiple of 16 bytes."""
+    sample = make(torch.float16, locality=nf.SlidingWindow(128))
+    with pytest.raises(AssertionError, match="a window of 1 to 128 keys"):
+        run(kernels, sample, like(sample.tensors["q"]))
+    sample = make(torch.float16, locality=nf.SlidingWindow(127))
+    q, k, v = (sample.tensors[name] for name in "qkv")
+    shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view_as(q)
+    tensors = dict(q=shifted, k=k, v=v, sigma=sample.tensors["sigma"], o=torch.empty_like(q), lse=torch.empty(1, 1, 200))
+    with pytest.raises(AssertionError, match="cp.async: global address not a multiple of 16"):
+        launch(
+            kernels["krause_forward"], KrauseForward, tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
+            num_queries=200, num_keys=200, width=32, back=127, ahead=0,
+        )  # fmt: skip
