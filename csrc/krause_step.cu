@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 
 #include "common/check.h"
@@ -48,11 +47,14 @@ struct Ring {
 };
 
 template <typename T>
-__device__ __forceinline__ void unpack(uint4 bits, float (&numbers)[8]) {
-    T packed[8];
-    memcpy(packed, &bits, sizeof bits);
+__device__ __forceinline__ void unpack_eight(const uint4& bits, float (&numbers)[8]) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int e = 0; e < 8; ++e) numbers[e] = static_cast<float>(packed[e]);
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<T>(words[i]);
+        numbers[2 * i] = pair.x;
+        numbers[2 * i + 1] = pair.y;
+    }
 }
 
 // Calls body(slot, row's eight numbers of this lane) for the slots up to count; all lanes of a warp call it equally often, for
@@ -72,7 +74,7 @@ __device__ __forceinline__ void walk(const T* rows, int count, Body&& body) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             float numbers[8];
-            unpack<T>(bits[i], numbers);
+            unpack_eight<T>(bits[i], numbers);
             body(first + i * kRowsAtOnce, numbers);
         }
     }
@@ -114,7 +116,7 @@ __device__ __forceinline__ void score_keys(const T* q, int64_t q_stride, int mem
     float query[Heads][8];
 #pragma unroll
     for (int h = 0; h < Heads; ++h)
-        unpack<T>(*reinterpret_cast<const uint4*>(q + min(h, members - 1) * q_stride + 8 * lane), query[h]);
+        unpack_eight<T>(*reinterpret_cast<const uint4*>(q + min(h, members - 1) * q_stride + 8 * lane), query[h]);
     walk<T, Width>(keys, ring.count, [&](int slot, const float(&key)[8]) {
         float score[Heads] = {};
 #pragma unroll
@@ -281,9 +283,8 @@ void launch(const KrauseStep& call, cudaStream_t stream) {
                            static_cast<int>(call.window), static_cast<int>(call.top_k)};
     void* parameters[] = {&arguments};
     const size_t bytes = shared_bytes<Width, Heads>(arguments.window);
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(krause_step_kernel<T, Width, Heads>),
-                           dim3(static_cast<unsigned>(call.batches * call.kv_heads)), dim3(kThreads), parameters, bytes,
-                           stream),
+    check(cudaLaunchKernel(krause_step_kernel<T, Width, Heads>, dim3(static_cast<unsigned>(call.batches * call.kv_heads)),
+                           dim3(kThreads), parameters, bytes, stream),
           "krause_step launch");
 }
 

@@ -25,8 +25,8 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], i
 # ------------------------------------------------------------------------------------------------------ the emulated kernels
 
 
-def strides(*names):
-    return [(f"{name}_strides", 3 * ctypes.c_int64) for name in names]
+def strides(*names, dimensions=3):
+    return [(f"{name}_strides", dimensions * ctypes.c_int64) for name in names]
 
 
 def fields(kind, names):
@@ -49,6 +49,14 @@ class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
     ]
 
 
+class KrauseStep(ctypes.Structure):  # as in csrc/krause_step.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v cached_k cached_v length sigma o"),
+        *strides(*"qkvo", dimensions=2),
+        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads window width top_k"),
+    ]
+
+
 def find_nvcc():
     """As setup.py does."""
     home = os.environ.get("CUDA_HOME")
@@ -62,7 +70,7 @@ OPTIONS = """-fPIC -fvisibility=hidden -fno-strict-aliasing -fno-extern-tls-init
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The functions krause_forward and krause_backward, by name."""
+    """The functions krause_forward, krause_backward and krause_step, by name."""
     if find_nvcc() is None:
         pytest.skip("no nvcc in CUDA_HOME or on PATH, beside which CUDA's headers are")
     if shutil.which("g++") is None:
@@ -73,9 +81,9 @@ def kernels(tmp_path_factory):
     # nvcc hands C++ to g++, with the path of its headers.
     command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
     command += [f"-I{sources}", f"-I{EMULATION}"]
-    names = ("krause_forward", "krause_backward")
+    names = ("krause_forward", "krause_backward", "krause_step")
     compilers = [subprocess.Popen([*command, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in names]
-    assert [compiler.wait() for compiler in compilers] == [0, 0]
+    assert not any([compiler.wait() for compiler in compilers])
     functions = {name: getattr(ctypes.CDLL(f"{folder}/{name}.so"), name) for name in names}
     for function in functions.values():
         function.restype = ctypes.c_char_p
@@ -122,10 +130,10 @@ class Guarded:
 
 def launch(kernel, structure, tensors, conditions, **numbers):
     call = structure(**numbers)
-    for name, _ in structure._fields_:
+    for name, kind in structure._fields_:
         tensor = tensors.get(name.removesuffix("_strides"))
         if tensor is not None:
-            setattr(call, name, (3 * ctypes.c_int64)(*tensor.stride()[:3]) if name.endswith("_strides") else tensor.data_ptr())
+            setattr(call, name, kind(*tensor.stride()[: kind._length_]) if name.endswith("_strides") else tensor.data_ptr())
     dtype = str(tensors["q"].dtype).removeprefix("torch.").encode()
     error = kernel(ctypes.byref(call), dtype, conditions.device, conditions.late_copies, conditions.seed)
     assert error is None, error.decode()
@@ -256,3 +264,36 @@ def test_errors_are_reported(kernels):
             kernels["krause_forward"], KrauseForward, tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
             num_queries=200, num_keys=200, width=32, back=127, ahead=0,
         )  # fmt: skip
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "width, heads, window, top_k",
+    [(32, (2, 2), 40, None), (64, (8, 2), 130, 50), (128, (3, 1), 70, 7), (64, (9, 1), 33, 33), (32, (4, 4), 1, 1)],
+    ids=str,
+)
+def test_decoding(width, heads, window, top_k, dtype, kernels):
+    """Sequences of three lengths: rows are those of the float64 reference, and of the slots only those of new tokens change."""
+    tokens = [randn(3, count, 1, width, dtype=dtype, seed=seed, device="cpu") for seed, count in enumerate((*heads, heads[1]))]
+    cached = [randn(3, heads[1], window, width, dtype=dtype, seed=seed, device="cpu") for seed in (4, 5)]
+    for integers in (*tokens[:2], cached[0]):  # exact scores, many of them equal: the position decides
+        integers.round_()
+    length = torch.tensor([0, window - 1, 3 * window + window // 2], dtype=torch.int32)
+    sigma = torch.linspace(0.6, 1.2, heads[0]) * width**0.5
+    cache = nf.KrauseCache(*(x.double() for x in cached), length.clone())
+    expected = nf.krause_attention_step(*(x.double() for x in tokens), cache, sigma.double(), top_k=top_k)
+    for seed in (1, 2):
+        guarded = Guarded(poison=seed)
+        filled = {
+            name: guarded.empty(x.shape, dtype).copy_(x) for name, x in zip(("cached_k", "cached_v"), cached, strict=True)
+        }
+        tensors = {name: guarded.copy(x) for name, x in zip("qkv", tokens, strict=True)} | filled
+        tensors |= {"length": length, "sigma": sigma, "o": guarded.empty(expected.shape, dtype)}
+        numbers = dict(
+            sigma_stride=1, batches=3, heads=heads[0], kv_heads=heads[1], window=window, width=width, top_k=top_k or 0
+        )
+        launch(kernels["krause_step"], KrauseStep, tensors, Conditions(seed=seed), **numbers)
+        guarded.assert_intact()
+        error = (tensors["o"].double() - expected).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+        assert torch.equal(filled["cached_k"].double(), cache.k) and torch.equal(filled["cached_v"].double(), cache.v)
