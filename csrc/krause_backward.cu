@@ -23,6 +23,7 @@
 
 #include "common/check.h"
 #include "common/fragments.cuh"
+#include "common/occupancy.h"
 #include "common/reduce.cuh"
 #include "common/tile.cuh"
 #include "common/window.cuh"
@@ -516,25 +517,6 @@ int64_t strips(int64_t tiles, int64_t heads, int64_t resident) {
     return std::max(ceil_div(tiles, kStripTiles), std::clamp<int64_t>(resident / (2 * heads), 1, tiles));
 }
 
-// Blocks of the kernel that the current device holds at once; asked once for each device.
-template <typename T, int Width>
-int resident_blocks() {
-    static std::array<int, 64> known{};
-    const auto kernel = krause_backward_kernel<T, Width>;
-    constexpr int kBytes = Memory<Width>::kBytes;
-    int device = 0;
-    NEARFAR_CHECK(cudaGetDevice(&device));
-    int& resident = known.at(device);
-    if (resident == 0) {
-        int blocks = 0, multiprocessors = 0;
-        NEARFAR_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-        NEARFAR_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kBytes));
-        NEARFAR_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        resident = std::max(1, blocks * multiprocessors);
-    }
-    return resident;
-}
-
 template <typename T, int Width>
 void launch(const KrauseBackward& call, cudaStream_t stream) {
     const int back = static_cast<int>(call.back), ahead = static_cast<int>(call.ahead), size = back + ahead + 1;
@@ -542,7 +524,9 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
     const int num_blocks = std::max<int>(ceil_div(kRows + size - 1, kRows), kTileBlocks + 1);
     const int64_t heads = call.batches * call.heads;
     const int64_t tiles = ceil_div(std::max(num_queries, num_keys), kTileRows);
-    const int64_t num_strips = strips(tiles, heads, resident_blocks<T, Width>());
+    constexpr auto kKernel = krause_backward_kernel<T, Width>;
+    constexpr int kBytes = Memory<Width>::kBytes;
+    const int64_t num_strips = strips(tiles, heads, resident_blocks<kKernel>(kThreads, kBytes));
 
     const auto input = [](const void* data, const std::array<int64_t, 3>& s) {
         return Tensor<const T>{static_cast<const T*>(data), s[0], s[1], s[2]};
@@ -561,8 +545,8 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
         static_cast<int>(ceil_div(num_queries, kTileRows)), static_cast<int>(ceil_div(num_keys, kTileRows)),
         static_cast<int>(num_strips), size <= 64 ? 2 : 4, num_blocks};
     void* parameters[] = {&arguments};
-    check(cudaLaunchKernel(krause_backward_kernel<T, Width>, dim3(static_cast<unsigned>(2 * heads * num_strips)),
-                           dim3(kThreads), parameters, Memory<Width>::kBytes, stream),
+    check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(2 * heads * num_strips)), dim3(kThreads), parameters,
+                           kBytes, stream),
           "krause_backward launch");
 
     const int64_t numbers = call.sigma_stride == 0 ? 1 : call.heads;
@@ -575,16 +559,6 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
           "grad_sigma launch");
 }
 
-template <typename T>
-void launch_width(const KrauseBackward& call, cudaStream_t stream) {
-    switch (call.width) {
-        case 32: return launch<T, 32>(call, stream);
-        case 64: return launch<T, 64>(call, stream);
-        case 128: return launch<T, 128>(call, stream);
-        default: throw std::invalid_argument("width must be 32, 64 or 128");
-    }
-}
-
 }  // namespace
 
 int64_t krause_backward_shared_bytes(int64_t width) {
@@ -594,11 +568,9 @@ int64_t krause_backward_shared_bytes(int64_t width) {
 void krause_backward(const KrauseBackward& call, DType dtype, cudaStream_t stream) {
     if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)
         throw std::invalid_argument("a window of 1 to 128 keys is served, back and ahead not negative");
-    switch (dtype) {
-        case DType::kFloat16: return launch_width<__half>(call, stream);
-        case DType::kBFloat16: return launch_width<__nv_bfloat16>(call, stream);
-        default: throw std::invalid_argument("dtype must be float16 or bfloat16");
-    }
+    dispatch_half_and_width(dtype, call.width, [&](auto* type, auto width) {
+        launch<std::remove_pointer_t<decltype(type)>, width>(call, stream);
+    });
 }
 
 }  // namespace nearfar

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/occupancy.h"
 #include "common/select.cuh"
 #include "common/tile.cuh"
 #include "common/window.cuh"
@@ -354,19 +355,8 @@ int64_t strips(int64_t tiles, int64_t outer, int64_t resident, int64_t warm_up) 
 template <typename T, int Width, int Blocks, bool Select>
 void launch(const KrauseForward& call, cudaStream_t stream) {
     using Ring = Ring<Width, Blocks>;
-    const auto kernel = krause_forward_kernel<T, Width, Blocks, Select>;
-    // Blocks that the device holds at once; asked once for each device.
-    static std::array<int, 64> resident_on{};
-    int device = 0;
-    NEARFAR_CHECK(cudaGetDevice(&device));
-    int& resident = resident_on.at(device);
-    if (resident == 0) {
-        int blocks = 0, multiprocessors = 0;
-        NEARFAR_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring::kBytes));
-        NEARFAR_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, Ring::kBytes));
-        NEARFAR_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        resident = std::max(1, blocks * multiprocessors);
-    }
+    constexpr auto kKernel = krause_forward_kernel<T, Width, Blocks, Select>;
+    const int resident = resident_blocks<kKernel>(kThreads, Ring::kBytes);
     const auto strides = [](const std::array<int64_t, 3>& s) { return Strides{s[0], s[1], s[2]}; };
     const int64_t outer = call.batches * call.heads, tiles = (call.num_queries + kTileRows - 1) / kTileRows;
     const int64_t num_strips = strips(tiles, outer, resident, Ring::kTiles - 1);
@@ -380,7 +370,7 @@ void launch(const KrauseForward& call, cudaStream_t stream) {
                            static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
                            static_cast<int>(tiles), static_cast<int>(num_strips), static_cast<int>(call.top_k)};
     void* parameters[] = {&arguments};
-    check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(outer * num_strips)), dim3(kThreads), parameters,
+    check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(outer * num_strips)), dim3(kThreads), parameters,
                            Ring::kBytes, stream),
           "krause_forward launch");
 }
@@ -397,16 +387,6 @@ int64_t shared_bytes(int64_t window) {
     return window <= 64 ? Ring<Width, 5>::kBytes : Ring<Width, 9>::kBytes;
 }
 
-template <typename T>
-void launch_width(const KrauseForward& call, cudaStream_t stream) {
-    switch (call.width) {
-        case 32: return launch_window<T, 32>(call, stream);
-        case 64: return launch_window<T, 64>(call, stream);
-        case 128: return launch_window<T, 128>(call, stream);
-        default: throw std::invalid_argument("width must be 32, 64 or 128");
-    }
-}
-
 }  // namespace
 
 int64_t krause_forward_shared_bytes(int64_t width, int64_t window) {
@@ -416,11 +396,9 @@ int64_t krause_forward_shared_bytes(int64_t width, int64_t window) {
 void krause_forward(const KrauseForward& call, DType dtype, cudaStream_t stream) {
     if (call.back < 0 || call.ahead < 0 || call.back + call.ahead + 1 > kKrauseWindow)
         throw std::invalid_argument("a window of 1 to 128 keys is served, back and ahead not negative");
-    switch (dtype) {
-        case DType::kFloat16: return launch_width<__half>(call, stream);
-        case DType::kBFloat16: return launch_width<__nv_bfloat16>(call, stream);
-        default: throw std::invalid_argument("dtype must be float16 or bfloat16");
-    }
+    dispatch_half_and_width(dtype, call.width, [&](auto* type, auto width) {
+        launch_window<std::remove_pointer_t<decltype(type)>, width>(call, stream);
+    });
 }
 
 }  // namespace nearfar

@@ -297,26 +297,14 @@ void launch_heads(const KrauseStep& call, cudaStream_t stream) {
     else launch<T, Width, 8>(call, stream);
 }
 
-template <typename T>
-void launch_width(const KrauseStep& call, cudaStream_t stream) {
-    switch (call.width) {
-        case 32: return launch_heads<T, 32>(call, stream);
-        case 64: return launch_heads<T, 64>(call, stream);
-        case 128: return launch_heads<T, 128>(call, stream);
-        default: throw std::invalid_argument("width must be 32, 64 or 128");
-    }
-}
-
 }  // namespace
 
 void krause_step(const KrauseStep& call, DType dtype, cudaStream_t stream) {
     if (call.window < 1 || call.window > kKrauseStepWindow)
         throw std::invalid_argument("a cache of 1 to 1024 slots is served");
-    switch (dtype) {
-        case DType::kFloat16: return launch_width<__half>(call, stream);
-        case DType::kBFloat16: return launch_width<__nv_bfloat16>(call, stream);
-        default: throw std::invalid_argument("dtype must be float16 or bfloat16");
-    }
+    dispatch_half_and_width(dtype, call.width, [&](auto* type, auto width) {
+        launch_heads<std::remove_pointer_t<decltype(type)>, width>(call, stream);
+    });
 }
 
 }  // namespace nearfar

@@ -4,8 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace nearfar {
 
@@ -25,6 +27,25 @@ void dispatch_dtype(DType dtype, Body&& body) {
         case DType::kFloat16: return body(static_cast<__half*>(nullptr));
         case DType::kBFloat16: return body(static_cast<__nv_bfloat16*>(nullptr));
         case DType::kFloat32: return body(static_cast<float*>(nullptr));
+    }
+}
+
+// Calls `body` with a null `T*` and the head width as an integral constant, for the dtypes and widths that the products of
+// mma.cuh and tile.cuh serve.
+template <typename Body>
+void dispatch_half_and_width(DType dtype, int64_t width, Body&& body) {
+    const auto with_width = [&](auto* type) {
+        switch (width) {
+            case 32: return body(type, std::integral_constant<int, 32>());
+            case 64: return body(type, std::integral_constant<int, 64>());
+            case 128: return body(type, std::integral_constant<int, 128>());
+            default: throw std::invalid_argument("width must be 32, 64 or 128");
+        }
+    };
+    switch (dtype) {
+        case DType::kFloat16: return with_width(static_cast<__half*>(nullptr));
+        case DType::kBFloat16: return with_width(static_cast<__nv_bfloat16*>(nullptr));
+        default: throw std::invalid_argument("dtype must be float16 or bfloat16");
     }
 }
 
