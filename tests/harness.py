@@ -37,6 +37,19 @@ def randn(*shape, dtype=torch.float32, seed=0, device=DEVICE):
     return torch.randn(*shape, generator=generator(seed)).to(device, dtype)
 
 
+# The same numbers of a (B, H, N, width) tensor in memory orders that users bring, or, repeated, fewer of them.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
+    "slice of wider rows": lambda x: torch.cat((x + 1, x, x - 1), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
+    "width before rows": lambda x: x.mT.contiguous().mT,
+}
+GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
+
+
 def like(tensor, seed=1):
     """Random numbers in the shape of a tensor, or of each tensor of a tuple."""
     if isinstance(tensor, tuple):

@@ -6,7 +6,7 @@ What every operator promises is tested on its samples in test_operators.py; the 
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_accurate, assert_same, needs_gpu, randn, run
+from harness import DEVICE, DTYPES, GRADIENTS, LAYOUTS, Sample, assert_accurate, assert_same, needs_gpu, randn, run
 from hypothesis import strategies as st
 from nearfar.triton_kernels import affine_launch
 from samples.affine import check, random_rows, visible
@@ -57,16 +57,6 @@ def int32(*ends):
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
-    "slice of wider rows": lambda x: torch.cat((x + 1, x, x - 1), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
-    "one head expanded": lambda x: x[:, :1].expand(x.shape),
-    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
-    "width before rows": lambda x: x.mT.contiguous().mT,
-}
-GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
 LENGTHS = [65, 100, 130, 0, 1, 17]
 # (dtype, widths, (B, Hq, Hkv), causal, window, affine, sink, packed): few, as a GPU compiles kernels for each of them, and then
 # draws them again and again with other numbers, strides and lengths.

@@ -9,10 +9,10 @@ import math
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_accurate, leaves, needs_gpu, randn
+from harness import DEVICE, DTYPES, LAYOUTS, Sample, assert_accurate, leaves, needs_gpu, randn
 from hypothesis import strategies as st
 from samples import diagnostics as oracle
-from test_affine import LAYOUTS, Largest
+from test_affine import Largest
 from test_operators import poison
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -6,7 +6,21 @@ What every operator promises is tested on its samples in test_operators.py; the 
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, FEW_KERNELS, Sample, assert_same, generator, leaves, like, needs_gpu, randn, run
+from harness import (
+    DEVICE,
+    DTYPES,
+    FEW_KERNELS,
+    GRADIENTS,
+    LAYOUTS,
+    Sample,
+    assert_same,
+    generator,
+    leaves,
+    like,
+    needs_gpu,
+    randn,
+    run,
+)  # fmt: skip
 from hypothesis import strategies as st
 from samples.krause import best, check, decode, kernel_selection, op_arguments, reference_selection, visible
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,16 +38,6 @@ def krause(sample, backend="triton"):
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
-    "slice of wider rows": lambda x: torch.cat((x + 1, x, x - 1), -1)[..., x.shape[-1] : 2 * x.shape[-1]],
-    "one head expanded": lambda x: x[:, :1].expand(x.shape),
-    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
-    "width before rows": lambda x: x.mT.contiguous().mT,
-}
-GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
 WIDTHS = [(16, 16), (16, 16), (16, 16), (24, 16), (16, 40), (32, 72), (64, 64), (136, 16), (16, 256), (256, 64)]
 LENGTHS = [0, 1, 2, 5, 17, 33, 63, 64, 65, 100, 130, 197]  # beyond three blocks of 64
 SIDES = st.one_of(st.sampled_from([-1, 0, 1, 31, 64, 500]), st.integers(0, 80))

@@ -10,7 +10,20 @@ from unittest.mock import patch
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, FEW_KERNELS, Sample, as_tuple, assert_same, like, needs_gpu, randn, run
+from harness import (
+    DEVICE,
+    DTYPES,
+    FEW_KERNELS,
+    GRADIENTS,
+    LAYOUTS,
+    Sample,
+    as_tuple,
+    assert_same,
+    like,
+    needs_gpu,
+    randn,
+    run,
+)  # fmt: skip
 from hypothesis import strategies as st
 from samples.linear import (
     FUNCTIONS,
@@ -26,7 +39,7 @@ from samples.linear import (
     visible,
     with_ones,
 )
-from test_krause import COMPILED_LENGTHS, GRADIENTS, LAYOUTS, Largest
+from test_krause import COMPILED_LENGTHS, Largest
 
 import nearfar as nf
 from nearfar.ops import factored
