@@ -1,6 +1,12 @@
 """Krause attention in CUDA C++: what it serves, and the same promises as of Triton's kernels, which test_krause.py tests."""
 
+import hashlib
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +188,27 @@ def test_against_the_oracle(name, dtype):
     check(sample, like(o), o, gradients, selected)
     for repeat in range(20):
         assert_same((o, gradients), run(nf.krause_attention, sample, backend="cuda"), f"at repeat {repeat}")
+
+
+def digest():
+    """Of the outputs and gradients of every sample in this process."""
+    found = hashlib.sha256()
+    for options in SAMPLES.values():
+        o, gradients = run(nf.krause_attention, cuda_sample(torch.bfloat16, **options), backend="cuda")
+        for tensor in (o, *gradients.values()):
+            found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@gpu
+def test_fifty_processes_give_the_same_bits():
+    command = [sys.executable, "-c", "import test_krause_cuda; print(test_krause_cuda.digest())"]
+
+    def fresh(_):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        assert set(pool.map(fresh, range(50))) == {digest()}
 
 
 @gpu
