@@ -15,7 +15,7 @@ ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s._
 	2>/dev/null && echo --no-build-isolation)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test build lint
+.PHONY: help bench test sanitize build lint
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then nproc | awk '{print
 
 test: $(VENV)/.with-interpreter  ## run the tests: on the GPU if there is one, else in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+# Without torch's cache of memory, reads beyond a tensor are seen. initcheck has to follow whoever writes, in every kernel.
+sanitize: $(VENV)/.with-test  ## run the CUDA kernels under compute-sanitizer, on a GPU
+	for tool in "memcheck --kernel-name kns=krause" "racecheck --kernel-name kns=krause" initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q \
+	        tests/test_krause_cuda.py tests/test_krause_step.py -k "oracle or (different_lengths and cuda)" || exit 1; done
 
 build: $(VENV)/.created  ## build the wheel into dist/
 	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too

@@ -73,11 +73,6 @@ def krause_reason(q, k, v, left, right):
     plain = is_plain(q, k, v)
     layouts = [(x.shape, x.stride()) for x in (q, k, v)]
     reason = (_layout_reason_once if plain else _layout_reason)(q.dtype, left, right, *layouts)
-    if reason is None:
-        # What is traced has no address yet. A tensor whose last dimension is not contiguous will be copied.
-        starts = [x.data_ptr() if plain else x.storage_offset() * 2 for x in (q, k, v) if x.stride(3) == 1]
-        if any(start % 16 for start in starts):
-            reason = ROWS_REASON.format("q, k or v")
     if reason is None and not torch.compiler.is_compiling():
         reason = _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
     return reason
@@ -129,8 +124,16 @@ def _runs_on(name, major, minor):
     return major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit()))
 
 
+def _aligned(tensor):
+    """The tensor, or a copy where its rows do not all start at multiples of 16 bytes. What is traced has no address to ask."""
+    if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:3]):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
     """Fill o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words), for a call without krause_reason."""
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     extension.krause_forward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), sigma.data_ptr(),
         0 if token_bounds is None else token_bounds.data_ptr(),
@@ -144,8 +147,7 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
 
 def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
     """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
-    if do.data_ptr() % 16 or any(do.stride(i) % 8 for i in range(3)):  # autograd hands over whatever layout it has
-        do = do.clone(memory_format=torch.contiguous_format)
+    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)  # autograd hands over whatever layout it has
     strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
     partials = lse.new_empty(*q.shape[:2], strips)
     addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
