@@ -12,6 +12,9 @@ that `locking.neighbours` lists for it; those beyond the lock radius have S = 0.
     grad_keys         dw and dv of the keys, summed over the query heads of a group
     grad_tokens       all of them at once, where every token is query and key and S is symmetric: one r a head, no top_k
 
+The walks measure distance by x_ij = log2 J^2 = decay delta2, with decay = -2 log2(e) alpha, an operation a pair less; only in
+the selection, where equal distances have to stay equal to the last bit, is delta2 computed first.
+
 With dS_ij = (dO_i . v_j - dO_i . o_i) / (sum_i + EPS) and slope = dS / max(S, grad_floor) where the pair locks, else 0,
 
     dw_i = sum_j pull_ij (w_j - w_i),  pull = slope (2 alpha J^2 + c_i)          and likewise dw_j of the keys
@@ -44,14 +47,14 @@ from .tiles import (
 
 EPS: tl.constexpr = tl.constexpr(1e-8)
 FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of what is not there: beyond every lock radius
+NEVER: tl.constexpr = tl.constexpr(-1e30)  # and its x
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt take what is below for 0
 EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 would drown small distances
 
 
 @triton.jit
-def similarity(delta2, alpha):
-    """J^2."""
-    return exp2(delta2 * (-2.0 * LOG2E * alpha))
+def load_decay(bandwidth):
+    return -2.0 * LOG2E * tl.load(bandwidth)
 
 
 @triton.jit
@@ -63,6 +66,18 @@ def positive(x):
 @triton.jit
 def squared_distance(products, squares, other_squares):
     return positive(squares + other_squares - 2.0 * products)
+
+
+@triton.jit
+def log_similarity(products, squares, other_squares, decay):
+    """x, at most 0, from squares as load_squares has them."""
+    return tl.minimum(squares + other_squares - (2.0 * decay) * products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_squares(squares, tokens, num_tokens, decay):
+    """The share of each token's |w|^2 in x."""
+    return tl.where(tokens < num_tokens, decay * load_vector(squares, tokens, num_tokens, 0.0), NEVER)
 
 
 @triton.jit
@@ -111,10 +126,10 @@ def attend(
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     k_squares += kv_index * num_keys
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    decay = load_decay(bandwidth + head * bandwidth_stride)
     w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
-    row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
-    row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
+    row_squares = load_squares(squares + row_offset, rows, num_queries, decay)
+    row_c = load_vector(c + row_offset, rows, num_queries, 1.0) / decay
 
     row_total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -126,11 +141,12 @@ def attend(
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
-        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        key_squares = load_squares(k_squares, keys, num_keys, decay)
+        x = log_similarity(products, row_squares[:, None], key_squares[None, :], decay)
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
-                delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        weight = strength(similarity(delta2, alpha) - row_c[:, None] * delta2)
+                x = mask_forward(x, rows[:, None] + offset, keys[None, :], NEVER, SELF, CAUSAL)
+        weight = strength(exp2(x) - row_c[:, None] * x)
         row_total += tl.sum(weight, 1)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         first = following
@@ -139,24 +155,24 @@ def attend(
 
 
 @triton.jit
-def mask_forward(delta2, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
+def mask_forward(distance, positions, keys, FAR: tl.constexpr, SELF: tl.constexpr, CAUSAL: tl.constexpr):
     """Tokens are exactly at distance 0 from themselves, and out of the reach of earlier ones when causal."""
     if SELF:
-        delta2 = tl.where(keys == positions, 0.0, delta2)
+        distance = tl.where(keys == positions, 0.0, distance)
     if CAUSAL:
-        delta2 = tl.where(keys > positions, FAR, delta2)
-    return delta2
+        distance = tl.where(keys > positions, FAR, distance)
+    return distance
 
 
 @triton.jit
-def mask_backward(delta2, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
+def mask_backward(x, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
     """As mask_forward, but a token does not see itself: its own share of dv, S_ii = 1, is added after the walk."""
     if SELF and CAUSAL:
-        return tl.where(keys >= positions, FAR, delta2)
+        return tl.where(keys >= positions, NEVER, x)
     elif SELF:
-        return tl.where(keys == positions, FAR, delta2)
+        return tl.where(keys == positions, NEVER, x)
     else:
-        return tl.where(keys > positions, FAR, delta2)
+        return tl.where(keys > positions, NEVER, x)
 
 
 @triton.jit
@@ -182,7 +198,7 @@ def attend_top_k(
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     k_squares += (batch.to(tl.int64) * (num_heads // group) + head // group) * num_keys
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    decay = load_decay(bandwidth + head * bandwidth_stride)
     w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
     row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
     row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
@@ -194,8 +210,8 @@ def attend_top_k(
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
         delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
-        delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        score = strength(similarity(delta2, alpha) - row_c[:, None] * delta2)
+        delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], FAR, SELF, CAUSAL)
+        score = strength(exp2(decay * delta2) - row_c[:, None] * delta2)
         # What is not locked is no candidate: else its zeros would be ties.
         count += tl.sum((score > 0.0).to(tl.int32), 1)
         scores = scores + (tl.where(score == 0.0, float("-inf"), score),)
@@ -252,15 +268,16 @@ def grad_queries(
     if bits is not None:
         bits += row_offset * num_words
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    decay = load_decay(bandwidth + head * bandwidth_stride)
     w_tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_queries, D, BLOCK_D)
     do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
-    row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+    row_squares = load_squares(squares + row_offset, rows, num_queries, decay)
     row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
     row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
     row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
     # Pulls are taken in this unit, lest half precision overflow: c may be large.
-    unit = 2.0 * alpha + row_c
+    two_alpha = 2.0 * tl.load(bandwidth + head * bandwidth_stride)
+    unit = two_alpha + row_c
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pulls = tl.zeros((BLOCK_M,), tl.float32)
@@ -274,28 +291,29 @@ def grad_queries(
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
-        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        key_squares = load_squares(k_squares, keys, num_keys, decay)
+        x = log_similarity(products, row_squares[:, None], key_squares[None, :], decay)
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
-                delta2 = mask_backward(delta2, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        near = similarity(delta2, alpha)
+                x = mask_backward(x, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
+        near = exp2(x)
         ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
-        slope = ds * tl.minimum(inverse_strength(near - row_c[:, None] * delta2), steepest)
+        slope = ds * tl.minimum(inverse_strength(near - (row_c / decay)[:, None] * x), steepest)
         if bits is not None:
             begin = tl.zeros((BLOCK_M,), tl.int32)
             keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
             slope = tl.where(keep, slope, 0.0)
-        pull = (slope * (near * (2.0 * alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
+        pull = (slope * (near * (two_alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
         acc = tl.dot(pull, k_tile, acc, input_precision=EXACT)
         pulls += tl.sum(pull.to(tl.float32), 1)
-        slope *= delta2
+        slope *= x
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
         first = following
 
     acc = (acc - pulls[:, None] * w_tile.to(tl.float32)) * unit[:, None]
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_queries, acc, D, BLOCK_D)
-    store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha, row_dradius, row_c)
+    store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha / decay, row_dradius / decay, row_c)
 
 
 @triton.jit
@@ -321,7 +339,6 @@ def grad_keys(
     kv_index = batch.to(tl.int64) * (num_heads // group) + kv_head
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
-    key_squares = load_vector(k_squares + kv_index * num_keys, keys, num_keys, FAR)
 
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
@@ -329,7 +346,9 @@ def grad_keys(
     for member in range(group):
         head = kv_head * group + member
         row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
-        alpha = tl.load(bandwidth + head * bandwidth_stride)
+        decay = load_decay(bandwidth + head * bandwidth_stride)
+        two_alpha = 2.0 * tl.load(bandwidth + head * bandwidth_stride)
+        key_squares = load_squares(k_squares + kv_index * num_keys, keys, num_keys, decay)
         w_head, do_head = at(w, w_strides, batch, head), at(do, do_strides, batch, head)
         cell_list, count = cells(
             lists, counts, tile * BLOCK_N // TILE, head, batch, num_heads, tl.cdiv(num_keys, TILE), tl.cdiv(num_queries, CELL)
@@ -341,18 +360,18 @@ def grad_keys(
             rows = first + tl.arange(0, BLOCK_M)
             w_tile = load_tile(w_head, rows, w_strides[2], num_queries, D, BLOCK_D)
             do_tile = load_tile(do_head, rows, do_strides[2], num_queries, DV, BLOCK_DV)
-            row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
+            row_squares = load_squares(squares + row_offset, rows, num_queries, decay)
             row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
             row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
             row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
             products = tl.dot(k_tile, tl.trans(w_tile), input_precision=EXACT)
-            delta2 = squared_distance(products, key_squares[:, None], row_squares[None, :])
+            x = log_similarity(products, key_squares[:, None], row_squares[None, :], decay)
             if SELF or CAUSAL:
                 if first + offset < (tile + 1) * BLOCK_N and (CAUSAL or first + BLOCK_M > tile * BLOCK_N):
-                    delta2 = mask_backward(delta2, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
-            near = similarity(delta2, alpha)
-            margin = near - row_c[None, :] * delta2
+                    x = mask_backward(x, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
+            near = exp2(x)
+            margin = near - (row_c / decay)[None, :] * x
             inverse_s = inverse_strength(margin)
             weight = positive(margin) * inverse_s * row_inverse[None, :]
             ds = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * row_inverse[None, :] - row_shift[None, :]
@@ -367,8 +386,8 @@ def grad_keys(
                 slope = tl.where(keep, slope, 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             # A unit for pulls as in grad_queries, that of the last row, as c may differ by row.
-            unit = 2.0 * alpha + tl.load(c + row_offset + tl.minimum(first + BLOCK_M, num_queries) - 1)
-            pull = (slope * (near * (2.0 * alpha / unit) + (row_c / unit)[None, :])).to(w_tile.dtype)
+            unit = two_alpha + tl.load(c + row_offset + tl.minimum(first + BLOCK_M, num_queries) - 1)
+            pull = (slope * (near * (two_alpha / unit) + (row_c / unit)[None, :])).to(w_tile.dtype)
             dk_tile += unit * tl.dot(pull, w_tile, input_precision=EXACT)
             pulls += unit * tl.sum(pull.to(tl.float32), 1)
             first = following
@@ -407,13 +426,14 @@ def grad_tokens(
     inverse += row_offset
     shift += row_offset
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    alpha = tl.load(bandwidth + head * bandwidth_stride)
+    decay = load_decay(bandwidth + head * bandwidth_stride)
+    two_alpha = 2.0 * tl.load(bandwidth + head * bandwidth_stride)
     head_c = tl.load(c + row_offset)
-    unit = 2.0 * alpha + head_c
+    unit = two_alpha + head_c
     w_tile = load_tile(w, rows, w_strides[2], num_tokens, D, BLOCK_D)
     v_tile = load_tile(v, rows, v_strides[2], num_tokens, DV, BLOCK_DV)
     do_tile = load_tile(do, rows, do_strides[2], num_tokens, DV, BLOCK_DV)
-    row_squares = load_vector(squares, rows, num_tokens, FAR)
+    row_squares = load_squares(squares, rows, num_tokens, decay)
     row_inverse = load_vector(inverse, rows, num_tokens, 0.0)
     row_shift = load_vector(shift, rows, num_tokens, 0.0)
 
@@ -433,11 +453,12 @@ def grad_tokens(
         other_inverse = load_vector(inverse, others, num_tokens, 0.0)
         other_shift = load_vector(shift, others, num_tokens, 0.0)
         products = tl.dot(w_tile, tl.trans(other_w), input_precision=EXACT)
-        delta2 = squared_distance(products, row_squares[:, None], load_vector(squares, others, num_tokens, FAR)[None, :])
+        other_squares = load_squares(squares, others, num_tokens, decay)
+        x = log_similarity(products, row_squares[:, None], other_squares[None, :], decay)
         if first + BLOCK_N > tile * BLOCK_M and first < (tile + 1) * BLOCK_M:
-            delta2 = mask_backward(delta2, rows[:, None], others[None, :], True, False)
-        near = similarity(delta2, alpha)
-        margin = near - head_c * delta2
+            x = mask_backward(x, rows[:, None], others[None, :], True, False)
+        near = exp2(x)
+        margin = near - (head_c / decay) * x
         inverse_s = inverse_strength(margin)
         weight = positive(margin) * inverse_s * other_inverse[None, :]
         dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
@@ -445,10 +466,10 @@ def grad_tokens(
         ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
         ds -= row_shift[:, None] + other_shift[None, :]
         slope = ds * tl.minimum(inverse_s, steepest)
-        pull = (slope * (near * (2.0 * alpha / unit) + head_c / unit)).to(other_w.dtype)
+        pull = (slope * (near * (two_alpha / unit) + head_c / unit)).to(other_w.dtype)
         dw_tile = tl.dot(pull, other_w, dw_tile, input_precision=EXACT)
         pulls += tl.sum(pull.to(tl.float32), 1)
-        slope *= delta2
+        slope *= x
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
         first = following
@@ -459,4 +480,4 @@ def grad_tokens(
     store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)
     # Every pair counts in the rows of both of its tokens.
     row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
-    store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha, 0.5 * row_dradius, row_c)
+    store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha / decay, 0.5 * row_dradius / decay, row_c)
