@@ -31,10 +31,11 @@ test: $(VENV)/.with-interpreter  ## run the tests: on the GPU if there is one, e
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 # Without torch's cache of memory, reads beyond a tensor are seen. initcheck has to follow whoever writes, in every kernel.
+OURS := --kernel-name kns=nearfar
 sanitize: $(VENV)/.with-test  ## run the CUDA kernels under compute-sanitizer, on a GPU
-	for tool in "memcheck --kernel-name kns=krause" "racecheck --kernel-name kns=krause" initcheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q \
-	        tests/test_krause_cuda.py tests/test_krause_step.py -k "oracle or (different_lengths and cuda)" || exit 1; done
+	for tool in "memcheck $(OURS)" "racecheck $(OURS)" initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(PY) tests/cuda_kernels.py || exit 1; done
 
 build: $(VENV)/.created  ## build the wheel into dist/
 	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too

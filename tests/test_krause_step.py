@@ -18,9 +18,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def sample_of(
-    window, length, dtype=torch.float32, batch=2, heads=4, kv_heads=2, width=32, value_width=32, high=None, top_k=None
+    window, length=None, dtype=torch.float32, batch=2, heads=4, kv_heads=2, width=32, value_width=32, high=None, top_k=None
 ):  # fmt: skip
     """A whole sequence. high: q and k of integers up to it, whose scores are exact, so that ties are ties."""
+    length = 3 * window + 2 if length is None else length
 
     def numbers(*shape, seed):
         if high is None:
@@ -116,7 +117,6 @@ def test_token_by_token(dtype, backend):
     assert [x.data_ptr() for x in cache] == addresses
 
 
-# One step of a batch whose sequences stand at the start, before, at and after the ends of the ring's rounds.
 FORMS = {
     "whole window": dict(window=20),
     "ties": dict(window=20, top_k=4, high=1),
@@ -134,21 +134,25 @@ FORMS = {
 }
 
 
+def positions_of(window, length=None, **_):
+    """Sequences stand at the start, before, at and after the ends of the ring's rounds."""
+    length = 3 * window + 2 if length is None else length
+    if window > 100 and DEVICE == "cpu":
+        return [window // 2, length - 1]
+    return [0, window // 2, window - 1, window, min(length, 2 * window) - 1, length - 1]
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("form", FORMS)
 def test_sequences_of_different_lengths(form, dtype, backend):
-    options = dict(FORMS[form])
-    window, length = options.pop("window"), options.pop("length", None)
+    options = FORMS[form]
     if backend == "cuda" and (dtype == torch.float32 or options.get("width", 32) not in _cuda.KRAUSE_WIDTHS):
         pytest.skip("the CUDA kernel takes 16-bit numbers, 32, 64 or 128 wide")
-    if DEVICE == "cpu" and dtype != torch.float32 and backend == "triton" and window > 100:
+    if DEVICE == "cpu" and dtype != torch.float32 and backend == "triton" and options["window"] > 100:
         pytest.skip("slow in the interpreter")
-    length = 3 * window + 2 if length is None else length
-    positions = [0, window // 2, window - 1, window, min(length, 2 * window) - 1, length - 1]
-    if window > 100 and DEVICE == "cpu":
-        positions = [window // 2, length - 1]
-    sample = sample_of(window, length, dtype, batch=len(positions), **options)
+    positions = positions_of(**options)
+    sample = sample_of(dtype=dtype, batch=len(positions), **options)
     cache = cache_before(sample, positions)
     o = step(sample, positions, cache, backend)
     check(sample, positions, o)

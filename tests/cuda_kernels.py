@@ -1,0 +1,40 @@
+"""Every CUDA kernel on the samples of its tests, with little beside them: `python tests/cuda_kernels.py` prints a digest.
+
+`make sanitize` looks at it, and a test compares the digests of fresh processes. References, which would be compared, are left
+to the tests: racecheck breaks kernels of cuBLAS, and initcheck takes what these store for memory that nobody has written.
+"""
+
+import hashlib
+import itertools
+
+import torch
+from harness import randn, run
+from test_krause_cuda import SAMPLES, cuda_sample
+from test_krause_step import FORMS, cache_before, positions_of, sample_of, step
+
+import nearfar as nf
+from nearfar import _cuda
+
+
+def results(dtype):
+    for options in SAMPLES.values():
+        o, gradients = run(nf.krause_attention, cuda_sample(dtype, **options), backend="cuda")
+        yield from (o, *gradients.values())
+    for options in FORMS.values():
+        if options.get("width", 32) in _cuda.KRAUSE_WIDTHS:
+            positions = positions_of(**options)
+            sample = sample_of(dtype=dtype, batch=len(positions), **options)
+            yield step(sample, positions, cache_before(sample, positions), "cuda")
+    for width in (16, 64, 100, 256):
+        yield _cuda.row_sumsq(randn(2, 3, 65, width, dtype=dtype))
+
+
+def digest():
+    found = hashlib.sha256()
+    for tensor in itertools.chain(results(torch.float16), results(torch.bfloat16)):
+        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest())
