@@ -10,6 +10,7 @@ from samples.krause import best, check, decode, keys_like, op_arguments, visible
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import krause as operator
+from nearfar.ops.torch_operator import Layout
 
 needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -31,20 +32,10 @@ class Extension:
         self.krause_backward_shared_bytes = lambda width: width * 1000
 
 
-class Claimed:
-    """A meta tensor that claims to be on a CUDA device."""
-
-    is_cuda, device = True, torch.device("cuda", 0)
-
-    def __init__(self, tensor):
-        self.shape, self.dtype, self.stride, self.storage_offset = (
-            tensor.shape, tensor.dtype, tensor.stride, tensor.storage_offset
-        )  # fmt: skip
-
-
-def tensor(width=64, dtype=torch.float16, row=None, start=0):
-    row = width if row is None else row
-    return Claimed(torch.empty(2, 4, 9, row + 8, dtype=dtype, device="meta")[..., start : start + width])
+def tensor(width=64, dtype=torch.float16, row=None, device="cuda"):
+    """Layout of a tensor with rows `row` elements apart."""
+    shape, row = (2, 4, 9, width), width if row is None else row
+    return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
@@ -60,13 +51,12 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
 
 REASONS = {
     None: lambda: (tensor(), tensor(), tensor(), 127, 0),
-    "q is on cpu": lambda: (*[torch.empty(2, 4, 9, 64, dtype=torch.float16)] * 3, 127, 0),
+    "q is on cpu": lambda: (*[tensor(device="cpu")] * 3, 127, 0),
     "float32": lambda: (*[tensor(dtype=torch.float32)] * 3, 127, 0),
     "48 and 48 wide": lambda: (*[tensor(48)] * 3, 127, 0),
     "64 and 32 wide": lambda: (tensor(), tensor(), tensor(32), 127, 0),
     "windows of up to 128 keys": lambda: (tensor(), tensor(), tensor(), 100, 28),
     "windows of up to 128 keys, ": lambda: (tensor(), tensor(), tensor(), -1, 0),
-    "rows of q, k or v do not start": lambda: (tensor(), tensor(start=4), tensor(), 127, 0),
     "rows of v do not start": lambda: (tensor(), tensor(), tensor(row=68), 127, 0),
 }
 
@@ -77,6 +67,15 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "_device_reason", lambda *arguments: None)
     found = _cuda.krause_reason(*REASONS[reason]())
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_addresses_are_looked_at_in_every_call(plain):
+    """Traced tensors have none: where they start in their storage has to do. What will be copied may start anywhere."""
+    aligned, shifted = (torch.empty(2, 4, 9, 72, dtype=torch.float16)[..., start : start + 64] for start in (0, 4))
+    assert _cuda.rows_reason(plain, aligned, aligned, aligned) is None
+    assert "rows of q, k or v do not start" in _cuda.rows_reason(plain, aligned, shifted, aligned)
+    assert _cuda.rows_reason(plain, aligned, shifted.transpose(2, 3), aligned) is None
 
 
 @pytest.mark.parametrize(

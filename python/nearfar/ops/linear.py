@@ -269,7 +269,7 @@ def _check(qs, ks, v, listed, causal):
     widths = [q.shape[3] for q in qs]
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return _kernel_reason(q_names, widths, v.shape[3]), checks.Meta(shape, dtype, v.device)
+    return _kernel_reason(q_names, widths, v.shape[3]), (shape, dtype, v.device)
 
 
 _check_once = functools.lru_cache(maxsize=1024)(_check)
