@@ -388,7 +388,7 @@ def test_how_many_heads_run_side_by_side_changes_nothing(monkeypatch, shared, to
         for plan in (affine_launch.plan_attend, affine_launch.plan_grad_queries, affine_launch.plan_grad_keys):
             plan.cache_clear()
 
-    call = affine_launch.signature(*(sample.tensors[name] for name in "qkv"), None, None, -1, 0)
+    call = affine_launch.signature(*(sample.tensors[name] for name in "qkv"), None, False, -1, 0)
     monkeypatch.setattr(affine_launch, "SHARED_BYTES", shared)
     assert [affine_launch.heads_together(call, keys) for keys in (True, False)] == together
     forget()

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from . import pairwise
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys of one word of a saved selection
@@ -76,11 +76,11 @@ class Signature(NamedTuple):
         return launch_parameters(kernel, self.widest_block, self.dtype.itemsize)
 
 
-def signature(q, k, v, parameter, token_bounds, left, right):
-    """parameter, of heads, and token_bounds: None where there are none."""
+def signature(q, k, v, parameter, packed, left, right):
+    """parameter: of heads, None where there is none."""
     return Signature(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
-        0 if parameter is None else parameter.numel(), token_bounds is not None, left, right, dot_precision(q.dtype),
+        0 if parameter is None else parameter.numel(), packed, left, right, dot_precision(q.dtype),
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def grad_query_tiles(call):
 
 def forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
     """The launch that fills o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
-    call = signature(q, k, v, parameter, token_bounds, left, right)
+    call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     if top_k is None:
         return plan_attend(pair, call, o.stride())
     return plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)

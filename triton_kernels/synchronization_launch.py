@@ -17,7 +17,7 @@ FEW_ROWS = LaunchParameters(64, None, 4, 1)
 def signature(omega, omega_k, v, causal):
     """omega_k None: the keys are the queries."""
     k = omega if omega_k is None else omega_k
-    return pairwise_launch.signature(omega, k, v, None, None, -1, 0 if causal else -1)
+    return pairwise_launch.signature(omega, k, v, None, False, -1, 0 if causal else -1)
 
 
 def stride(parameter):

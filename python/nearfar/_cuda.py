@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import stream_of
 from nearfar.version import __version__
 

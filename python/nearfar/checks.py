@@ -20,10 +20,14 @@ def require(condition, message, error=ValueError):
         raise error(message)
 
 
-def meta(name, tensor):
-    """What a check may look at of a tensor, its Layout."""
+def check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def meta(name, tensor):
+    """What a check may look at of a tensor, its Layout."""
+    check_tensor(name, tensor)
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 

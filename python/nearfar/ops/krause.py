@@ -105,7 +105,7 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
 
 @checks.once
 def _checked(metas, locality, top_k):
-    """left, right, in which orders "auto" asks the kernels, and why no kernels, or those in CUDA C++, can serve these shapes."""
+    """left, right, the orders in which "auto" asks the kernels, and why none, or none in CUDA C++, can serve these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
     left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)

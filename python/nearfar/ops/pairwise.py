@@ -13,6 +13,7 @@ from nearfar.ops.torch_operator import (
     apply,
     device_of,
     empty_rows,
+    launch_all,
     layouts,
     planned,
     register,
@@ -119,12 +120,12 @@ class PairwiseOp:
             )  # fmt: skip
             return dq, dk, dv, dparameter
         queries, keys, of_parameter = launches
-        with device_of(q):
-            self.modules[0].launch_all(
-                (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
-                (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
-                (of_parameter, (dlog_scale, parameter, dparameter)),
-            )
+        launch_all(
+            q,
+            (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+            (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+            (of_parameter, (dlog_scale, parameter, dparameter)),
+        )
         return dq, dk, dv, dparameter
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
@@ -177,7 +178,7 @@ def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left,
     if backend == "cuda":
         return layouts(*gradients, None, None), None
     launchers, pair = op.modules
-    call = launchers.signature(q, k, v, parameter, token_bounds, left, right)
+    call = launchers.signature(q, k, v, parameter, token_bounds is not None, left, right)
     delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], launchers.grad_query_tiles(call))
     return layouts(*gradients, delta, dlog_scale), launchers.backward_launches(pair, call, o, do, bits, *gradients[:3])
 

@@ -1,6 +1,7 @@
 """What every torch operator of nearfar needs: registration in both directions, and how its tensors are made and passed."""
 
 import functools
+import importlib
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -98,6 +99,18 @@ def device_of(tensor):
 def stream_of(tensor):
     """Handle of the current stream of a CUDA tensor's device, without the object that torch.cuda.current_stream makes."""
     return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+
+
+@functools.cache
+def _launch():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.launch")
+
+
+def launch_all(tensor, *launches):
+    """Make (launch, tensors) pairs in order on the device of a tensor."""
+    with device_of(tensor):
+        _launch().launch_all(*launches)
 
 
 def unit_stride(tensor):
