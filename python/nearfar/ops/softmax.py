@@ -3,6 +3,7 @@
 `torch.ops.nearfar.affine_attention` serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
 """
 
+import functools
 import importlib
 import math
 
@@ -49,6 +50,7 @@ def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
     return forward(rows, *arguments)[0]
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.affine_launch")
