@@ -86,12 +86,14 @@ class Launch:
     def run(self, tensors, surveyed):
         """The same, for tensors that were surveyed already."""
         addresses, kinds, aligned = surveyed
-        if not self._grid[0]:
-            return
-        if not aligned or (kinds not in self._compiled and knobs.runtime.interpret):
-            self._kernel[self._grid](*tensors, *self._scalars, **self._options)
-            return
-        compiled = self._compiled.get(kinds) or self.compile(tensors, kinds)
+        compiled = self._compiled.get(kinds) if aligned else None
+        if compiled is None:
+            if not self._grid[0]:
+                return
+            if not aligned or knobs.runtime.interpret:
+                self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+                return
+            compiled = self.compile(tensors, kinds)
         if hooks_are_set():
             compiled[self._grid](*addresses, *self._scalars)
             return
