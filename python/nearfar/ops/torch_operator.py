@@ -58,7 +58,7 @@ def planned(plan):
 
     @functools.lru_cache(maxsize=1024)
     def look_up(layouts, *options):
-        return plan(*[None if layout is None else _empty(*layout[:3], "meta") for layout in layouts], *options)
+        return plan(*allocate(layouts, "meta"), *options)
 
     _planned.append(look_up)
     return look_up
@@ -72,11 +72,7 @@ def forget_plans():
 
 def allocate(layouts, device):
     """Tensors of these layouts on this device, not filled; None for None."""
-    return [None if layout is None else _empty(*layout[:3], device) for layout in layouts]
-
-
-def _empty(shape, strides, dtype, device):
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 
 
 def uses_tf32(tensor):
