@@ -22,8 +22,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 def captured(function, tensors):
     """(launch, tensors) of a forward and backward call: nothing runs, and outputs hold what their memory held."""
     launches = []
-    Launch.is_new = lambda launch, tensors: False
-    Launch.__call__ = lambda launch, *tensors: launches.append((launch, tensors))
+    Launch.is_new = lambda launch, surveyed: False
+    Launch.run = lambda launch, tensors, surveyed: launches.append((launch, tensors))
     o = function(*(tensor.requires_grad_() for tensor in tensors))
     if o is not None:
         torch.autograd.grad(o, tensors, torch.empty_like(o))

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
+from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference.affine import window_sums
 
 BACKENDS = ("triton", "reference")
@@ -387,8 +388,9 @@ def test_how_many_heads_run_side_by_side_changes_nothing(monkeypatch, shared, to
     def forget():
         for plan in (affine_launch.plan_attend, affine_launch.plan_grad_queries, affine_launch.plan_grad_keys):
             plan.cache_clear()
+        forget_plans()
 
-    call = affine_launch.signature(*(sample.tensors[name] for name in "qkv"), None, None, -1, 0)
+    call = affine_launch.signature(*(sample.tensors[name] for name in "qkv"), None, False, -1, 0)
     monkeypatch.setattr(affine_launch, "SHARED_BYTES", shared)
     assert [affine_launch.heads_together(call, keys) for keys in (True, False)] == together
     forget()

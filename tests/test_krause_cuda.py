@@ -15,6 +15,7 @@ from samples.krause import best, check, decode, keys_like, op_arguments, visible
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import krause as operator
+from nearfar.ops.torch_operator import Layout
 
 needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -36,17 +37,10 @@ class Extension:
         self.krause_backward_shared_bytes = lambda width: width * 1000
 
 
-class Claimed:
-    """A meta tensor that claims to be on a CUDA device."""
-
-    is_cuda, device = True, torch.device("cuda", 0)
-
-    def __init__(self, tensor):
-        self.shape, self.dtype, self.stride = tensor.shape, tensor.dtype, tensor.stride
-
-
-def tensor(width=64, dtype=torch.float16, row=72):
-    return Claimed(torch.empty(2, 4, 9, row, dtype=dtype, device="meta")[..., :width])
+def tensor(width=64, dtype=torch.float16, row=None, device="cuda"):
+    """Layout of a tensor with rows `row` elements apart."""
+    shape, row = (2, 4, 9, width), width if row is None else row
+    return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
@@ -62,7 +56,7 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
 
 REASONS = {
     None: lambda: (tensor(), tensor(), tensor(), 127, 0),
-    "q is on cpu": lambda: (*[torch.empty(2, 4, 9, 64, dtype=torch.float16)] * 3, 127, 0),
+    "q is on cpu": lambda: (*[tensor(device="cpu")] * 3, 127, 0),
     "float32": lambda: (*[tensor(dtype=torch.float32)] * 3, 127, 0),
     "48 and 48 wide": lambda: (*[tensor(48)] * 3, 127, 0),
     "64 and 32 wide": lambda: (tensor(), tensor(), tensor(32), 127, 0),

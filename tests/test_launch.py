@@ -1,5 +1,6 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,26 +10,38 @@ from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
 from triton import knobs
 
 STAGE_BYTES = 1024
+STREAM = 77
 
 
-class Compiled(dict):
-    """{grid: function}, with the shared memory that a stage of the pipeline takes times its stages."""
+class Compiled:
+    """Stands for a CompiledKernel, with the shared memory that a stage of the pipeline takes times its stages."""
 
-    def __init__(self, grid, function, stages):
-        super().__init__({grid: function})
+    packed_metadata = "packed"
+
+    def __init__(self, kernel, stages):
         self.metadata = SimpleNamespace(shared=STAGE_BYTES * stages)
+        self._kernel, self._variant = kernel, len(kernel.compiled) - 1
+
+    def __getitem__(self, grid):
+        self.function = f"function {self._variant}"  # it is loaded here
+        return lambda *arguments: self._kernel.calls_with_hooks.append((self._variant, arguments))
+
+    def run(self, *arguments):
+        *grid, stream, function, packed, metadata, enter, leave = arguments[:9]
+        assert (grid, stream, function, packed) == ([3, 1, 1], STREAM, self.function, "packed")
+        assert metadata is enter is leave is None
+        self._kernel.calls.append((self._variant, arguments[9:]))
 
 
 class Kernel:
     """Stands for a triton.jit function: compiles to something that notes its arguments under the number of its variant."""
 
     def __init__(self):
-        self.compiled, self.calls, self.slow_calls = [], [], []
+        self.compiled, self.calls, self.calls_with_hooks, self.slow_calls = [], [], [], []
 
     def warmup(self, *arguments, grid, **options):
         self.compiled.append((arguments, options))
-        variant = len(self.compiled) - 1
-        return Compiled(grid, lambda *arguments: self.calls.append((variant, arguments)), options["num_stages"])
+        return Compiled(self, options["num_stages"])
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.slow_calls.append(arguments)
@@ -38,6 +51,8 @@ class Kernel:
 def kernel(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     monkeypatch.setattr(launch_module, "shared_memory", lambda: 4 * STAGE_BYTES)
+    active = SimpleNamespace(get_current_stream=lambda device: STREAM, get_current_target=lambda: None)
+    monkeypatch.setattr(launch_module, "driver", SimpleNamespace(active=active))
     return Kernel()
 
 
@@ -60,7 +75,7 @@ def test_tensors_that_are_none_have_kernels_of_their_own(kernel):
     for arguments in ((tensor, None), (tensor, tensor), (None, tensor), (tensor, None)):
         launch(*arguments)
     assert [variant for variant, _ in kernel.calls] == [0, 1, 2, 0]
-    assert not launch.is_new((tensor, tensor)) and launch.is_new((None, None))
+    assert not launch.is_new(survey((tensor, tensor))) and launch.is_new(survey((None, None)))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -83,7 +98,7 @@ def test_tuples_of_tensors_are_passed_as_tuples(kernel):
 def test_unaligned_tensors_take_the_way_of_triton(kernel, nested):
     launch, tensor = launch_of(kernel), torch.zeros(5)[1:]
     argument = (torch.zeros(4), tensor) if nested else tensor
-    assert not launch.is_new((argument,))
+    assert not launch.is_new(survey((argument,)))
     launch(argument)
     assert not kernel.compiled and kernel.slow_calls == [(argument, 7, 0.5)]
 
@@ -101,9 +116,39 @@ def test_a_small_shared_memory_gets_fewer_stages(kernel, monkeypatch, room, stag
 
 def test_no_programs_are_no_launch(kernel):
     launch = launch_of(kernel, programs=0)
-    assert not launch.is_new((torch.zeros(4),))
+    assert not launch.is_new(survey((torch.zeros(4),)))
     launch(torch.zeros(4))
     assert not (kernel.compiled or kernel.calls or kernel.slow_calls)
+
+
+def test_hooks_of_triton_are_called_while_they_are_set(kernel):
+    """A profiler sets them, at any time; Triton's own way of a launch calls them."""
+    launch, tensor, hook = launch_of(kernel), torch.zeros(4), print
+    launch(tensor)
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(hook)
+        try:
+            launch(tensor)
+        finally:
+            chain.remove(hook)
+    launch(tensor)
+    assert kernel.calls_with_hooks == 2 * [(0, (tensor.data_ptr(), 7, 0.5))] and len(kernel.calls) == 2
+
+
+@pytest.mark.parametrize("hook, are_set", [(None, False), (print, True)])
+def test_a_hook_may_be_a_function(hook, are_set, monkeypatch):
+    """In place of a chain, as in Triton 3.3 and before, where None stood for none."""
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    assert launch_module.hooks_are_set() == are_set
+
+
+def test_launches_are_made_in_order_and_new_kernels_compiled_once(kernel, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    first, second, tensor = launch_of(kernel), launch_of(kernel), torch.zeros(4)
+    for _ in range(2):
+        launch_module.launch_all((first, (tensor,)), (second, (tensor, None)), (first, (tensor,)))
+    assert len(kernel.compiled) == 2 and [len(arguments) for _, arguments in kernel.calls] == 2 * [3, 4, 3]
 
 
 def test_survey():

@@ -43,6 +43,7 @@ from test_krause import COMPILED_LENGTHS, Largest
 
 import nearfar as nf
 from nearfar.ops import factored
+from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import linear as reference
 
 BACKENDS = ("triton", "reference")
@@ -82,7 +83,9 @@ def form(direct, piece_length=128):
         patch.object(factored, "prefers_direct", lambda *_: direct),
         patch.object(factored, "causal_piece_length", lambda *_: piece_length),
     ):
+        forget_plans()
         yield
+    forget_plans()
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz

@@ -225,7 +225,8 @@ def test_lock_radius(alpha):
         queries, _ = kuramoto._empty_surveys(omega, None, launch)
         parameter = [torch.tensor([value], device=DEVICE) for value in (2 * radius, alpha)]
         order = torch.full((1, 1), 0.5, device=DEVICE)
-        launch.launch_all(*launch.surveys(omega, None, *parameter, order, queries, None))
+        (survey,) = launch.survey_launches(omega, None, *parameter, order)
+        survey(omega, *parameter, order, *queries)
         low, high = 0.0, radius
         for _ in range(200):
             middle = (low + high) / 2

@@ -56,14 +56,14 @@ def test_the_fastest_that_computes_the_same(trials, best, refused):
 def test_calls_launch_the_kernels_with_the_parameters_of_the_table(kernels):
     """A number of warps that no entry has marks the launches that the changed entries are for."""
     launched = []
-    call = launch.Launch.__call__
+    make = launch.Launch.run
 
-    def spy(self, *tensors):
+    def spy(self, *arguments):
         launched.append((self._kernel.__name__, self._options["num_warps"]))
-        call(self, *tensors)
+        make(self, *arguments)
 
     sizes = {"NEAR": (1, 1, 70), "FAR": (1, 1, 140), "NARROW": ((1, 1, 140), (8, 8))}
-    with patch.multiple(tune, do_bench=lambda run, **_: run() or 0.5, **sizes), patch.object(launch.Launch, "__call__", spy):
+    with patch.multiple(tune, do_bench=lambda run, **_: run() or 0.5, **sizes), patch.object(launch.Launch, "run", spy):
         run = tune.make_call(min(kernels), 64, 32, device="cpu")
         changed = copy.deepcopy({kernel: launch.table()[kernel] for kernel in kernels})
         for kernel in kernels:

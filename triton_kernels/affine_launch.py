@@ -6,8 +6,10 @@ import math
 import triton
 
 from . import affine
-from .launch import Launch, LaunchParameters, launch_all, width_block
+from .launch import Launch, LaunchParameters, width_block
 from .pairwise_launch import signature
+
+__all__ = ["plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_sums", "signature"]
 
 SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
 SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
@@ -69,31 +71,3 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
         heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
-
-
-def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, o, u, lse):
-    """Fill o (B, Hq, N, Dv), u likewise but contiguous, or None where o is u, lse (B, Hq, N), and with beta the sums of v."""
-    call = signature(q, k, v, None, token_bounds, left, right)
-    launches = []
-    if beta is not None:
-        launches.append((plan_sums(v.shape, v.stride()), (v, None, sums)))
-    attend = plan_attend(call, o.stride(), scale)
-    launch_all(*launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
-
-
-def backward(
-    q, k, v, alpha, beta, token_bounds, left, right, scale, value_sums, do_sums, u, do, lse, dq, dk, dv, dbeta, m
-):  # fmt: skip
-    """Fill dq, dk, dv, m (B, Hq, N) and with beta dbeta, the sums of v and those of beta dO."""
-    call = signature(q, k, v, None, token_bounds, left, right)
-    launches = []
-    if beta is not None:
-        launches.append((plan_sums(v.shape, v.stride()), (v, None, value_sums)))
-        launches.append((plan_sums(do.shape, do.stride()), (do, beta, do_sums)))
-    queries = plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
-    keys = plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
-    launch_all(
-        *launches,
-        (queries, (q, k, v, alpha, dbeta, value_sums, u, do, lse, dq, m, token_bounds)),
-        (keys, (q, k, v, alpha, beta, do_sums, do, lse, m, dk, dv, token_bounds)),
-    )

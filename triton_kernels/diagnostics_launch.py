@@ -95,7 +95,7 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
 
     With a parameter lse is that of the scores without their -|q|^2 / (2 sigma^2).
     """
-    call = signature(q, k, k, parameter, None, left, right)
+    call = signature(q, k, k, parameter, False, left, right)
     launch_all(
         *squares_of(k, k_squares),
         (plan_pairs(diagnostics.statistics, call, scale),
@@ -109,7 +109,7 @@ def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, lev
 
     lse, level, slope, ds_total: (B, Hq, N), the last three times gain, which is 0-d.
     """
-    call = signature(q, k, k, parameter, None, left, right)
+    call = signature(q, k, k, parameter, False, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
     keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
     launch_all(
@@ -128,7 +128,7 @@ def geometry(
     Workspaces: scores and excess (B, Hq, N, top_n) float32, chosen likewise int32, s (B, Hq, N, Dv) in the dtype of v, shift
     and farthest (B, Hq, N), v_squares (B, Hkv, M) and, with a parameter, k_squares likewise.
     """
-    call, top_n = signature(q, k, v, parameter, None, left, right), scores.shape[3]
+    call, top_n = signature(q, k, v, parameter, False, left, right), scores.shape[3]
     rounds = [plan_select(call, scale, top_n, first_rank) for first_rank in range(0, top_n, ROUND)]
     launch_all(
         *squares_of(k, k_squares),

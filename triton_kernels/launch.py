@@ -64,9 +64,10 @@ def dot_precision(dtype):
 class Launch:
     """A kernel launch with everything fixed but its tensors.
 
-    Triton's own launch looks every argument over to find the compiled kernel, which takes longer than the launch itself.
-    Here the scalars are the same in every call, so that dtypes, device and which tensors are None tell the compiled kernel;
-    it is called directly, with bare addresses. A tensor that is not 16-byte aligned takes Triton's way.
+    Triton's own launch looks every argument over to find the compiled kernel, and then looks for the stream and for hooks to
+    call, which takes longer than the launch itself. Here the scalars are the same in every call, so that dtypes, device and
+    which tensors are None tell the compiled kernel; it is run directly, with bare addresses. A tensor that is not 16-byte
+    aligned takes Triton's way, and so does every launch while a hook of Triton's is set.
     """
 
     def __init__(self, kernel, programs, scalars, parameters):
@@ -80,21 +81,33 @@ class Launch:
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
-        if not self._grid[0]:
-            return
-        addresses, kinds, aligned = survey(tensors)
-        if knobs.runtime.interpret or not aligned:
-            self._kernel[self._grid](*tensors, *self._scalars, **self._options)
-            return
-        run = self._compiled.get(kinds) or self.compile(*tensors)
-        run(*addresses, *self._scalars)
+        self.run(tensors, survey(tensors))
 
-    def is_new(self, tensors):
-        _, kinds, aligned = survey(tensors)
+    def run(self, tensors, surveyed):
+        """The same, for tensors that were surveyed already."""
+        addresses, kinds, aligned = surveyed
+        compiled = self._compiled.get(kinds) if aligned else None
+        if compiled is None:
+            if not self._grid[0]:
+                return
+            if not aligned or knobs.runtime.interpret:
+                self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+                return
+            compiled = self.compile(tensors, kinds)
+        if hooks_are_set():
+            compiled[self._grid](*addresses, *self._scalars)
+            return
+        stream = driver.active.get_current_stream(kinds[0])
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._scalars
+        )
+
+    def is_new(self, surveyed):
+        _, kinds, aligned = surveyed
         return self._grid[0] > 0 and aligned and kinds not in self._compiled
 
-    def compile(self, *tensors):
-        """Compile and load the kernel for tensors like these, all of them aligned.
+    def compile(self, tensors, kinds):
+        """Compile and load the kernel for tensors of these kinds, all of them aligned.
 
         The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
         """
@@ -104,8 +117,15 @@ class Launch:
             compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **options)
             if compiled.metadata.shared <= room:
                 break
-        run = self._compiled[survey(tensors)[1]] = compiled[self._grid]
-        return run
+        compiled[self._grid]  # loads it
+        self._compiled[kinds] = compiled
+        return compiled
+
+
+def hooks_are_set():
+    """Whether a profiler wants to hear of launches; Triton calls chains of hooks, which may be empty."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def shared_memory():
@@ -121,20 +141,22 @@ def survey(tensors):
     addresses, kinds, bits, device = [], [], 0, None
     for tensor in tensors:
         if tensor is None:
-            kinds.append(None)
             addresses.append(None)
+            kinds.append(None)
         elif type(tensor) is tuple:
-            inner = tuple([part.data_ptr() for part in tensor])
-            for address in inner:
+            inner = []
+            for part in tensor:
+                address = part.data_ptr()
                 bits |= address
-            kinds += [part.dtype for part in tensor]
-            addresses.append(inner)
+                inner.append(address)
+                kinds.append(part.dtype)
+            addresses.append(tuple(inner))
         else:
             address = tensor.data_ptr()
             bits |= address
             device = tensor.get_device() if device is None else device
-            kinds.append(tensor.dtype)
             addresses.append(address)
+            kinds.append(tensor.dtype)
     return addresses, (device, *kinds), bits % ALIGNMENT == 0
 
 
@@ -144,17 +166,18 @@ def launch_all(*launches):
     Compilers run outside Python's lock, and each kernel also waits for a C compiler: the first call of several kernels takes
     about as long as that of the slowest.
     """
-    new = [] if knobs.runtime.interpret else [(launch, tensors) for launch, tensors in launches if launch.is_new(tensors)]
-    if len(new) > 1:
+    surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
+    new = {(launch, seen[1]): tensors for launch, tensors, seen in surveyed if launch.is_new(seen)}
+    if len(new) > 1 and not knobs.runtime.interpret:
         device = torch.cuda.current_device()
 
-        def compile_on_device(pair):
-            launch, tensors = pair
+        def compile_on_device(item):
+            (launch, kinds), tensors = item
             with torch.cuda.device(device):
-                launch.compile(*tensors)
+                launch.compile(tensors, kinds)
 
         driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
         with ThreadPoolExecutor(len(new)) as pool:
-            list(pool.map(compile_on_device, new))
-    for launch, tensors in launches:
-        launch(*tensors)
+            list(pool.map(compile_on_device, new.items()))
+    for launch, tensors, seen in surveyed:
+        launch.run(tensors, seen)

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from . import pairwise
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys of one word of a saved selection
@@ -76,11 +76,11 @@ class Signature(NamedTuple):
         return launch_parameters(kernel, self.widest_block, self.dtype.itemsize)
 
 
-def signature(q, k, v, parameter, token_bounds, left, right):
-    """parameter, of heads, and token_bounds: None where there are none."""
+def signature(q, k, v, parameter, packed, left, right):
+    """parameter: of heads, None where there is none."""
     return Signature(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
-        0 if parameter is None else parameter.numel(), token_bounds is not None, left, right, dot_precision(q.dtype),
+        0 if parameter is None else parameter.numel(), packed, left, right, dot_precision(q.dtype),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def resident_parameters(call, ring):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, o_strides, with_squares):
+def plan_attend(pair, call, o_strides):
     parameters = call.tuned("attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
@@ -169,26 +169,20 @@ def grad_query_tiles(call):
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
-    """Fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words). k_squares: (B, Hkv, M) float32 or None."""
-    call = signature(q, k, v, parameter, token_bounds, left, right)
+def forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
+    """The launch that fills o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
+    call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     if top_k is None:
-        plan = plan_attend(pair, call, o.stride(), k_squares is not None)
-        plan(q, k, v, k_squares, parameter, o, lse, token_bounds)
-    else:
-        plan = plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
-        plan(q, k, v, parameter, o, lse, bits, token_bounds)
+        return plan_attend(pair, call, o.stride())
+    return plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
 
 
-def backward(
-    pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits, dq, dk, dv, dparameter, delta, dlog_scale
-):
-    """Fill dq, dk, dv, dparameter, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles). bits None: no selection."""
+def backward_launches(pair, call, o, do, bits, dq, dk, dv):
+    """The launches that fill dq, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles); dk and dv; the parameter's gradient.
+
+    bits None: no selection.
+    """
     num_words = 0 if bits is None else bits.shape[-1]
     queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
     keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
-    launch_all(
-        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
-        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
-        (plan_grad_parameter(pair, call), (dlog_scale, parameter, dparameter)),
-    )
+    return queries, keys, plan_grad_parameter(pair, call)

@@ -17,7 +17,7 @@ FEW_ROWS = LaunchParameters(64, None, 4, 1)
 def signature(omega, omega_k, v, causal):
     """omega_k None: the keys are the queries."""
     k = omega if omega_k is None else omega_k
-    return pairwise_launch.signature(omega, k, v, None, None, -1, 0 if causal else -1)
+    return pairwise_launch.signature(omega, k, v, None, False, -1, 0 if causal else -1)
 
 
 def stride(parameter):
@@ -133,62 +133,80 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 
 
-def surveys(omega, omega_k, coupling, bandwidth, order, queries, keys):
-    """The launches that fill the surveys of queries and, with omega_k, of keys."""
-    strides = stride(coupling), stride(bandwidth), order.dim() == 3
-    yield plan_survey(omega.shape, omega.stride(), *strides), (omega, coupling, bandwidth, order, *queries)
-    if omega_k is not None:
-        yield plan_survey(omega_k.shape, omega_k.stride(), *strides), (omega_k, coupling, bandwidth, order, *keys)
-
-
-def neighbours(call, kernel, queries, keys, lists):
-    """The launch that fills (lists, counts) for a kernel."""
-    own, other = (keys, queries) if kernel == "sync_grad_keys" else (queries, keys)
-    return plan_neighbours(call, kernel), (own.centres, own.extents, other.centres, other.extents, *lists)
-
-
-def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, queries, keys, lists, o, total, bits):
-    """Fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words); without it, lists."""
+def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, bits):
+    """The launches of `forward`, in order."""
     call, self = signature(omega, omega_k, v, causal), omega_k is None
-    k = omega if self else omega_k
-    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
-    launches = list(surveys(omega, omega_k, coupling, bandwidth, order, queries, keys))
+    launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
     if top_k is None:
-        launches.append(neighbours(call, "sync_attend", queries, keys, lists))
-        launches.append((plan_attend(call, self, o.stride(), stride(bandwidth)), (*inputs, *lists)))
-    else:
-        plan = plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
-        launches.append((plan, (*inputs, bits)))
-    launch_all(*launches)
+        return *launches, plan_neighbours(call, "sync_attend"), plan_attend(call, self, o.stride(), stride(bandwidth))
+    return *launches, plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
+
+
+def backward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric, o, bits, do, dw, dk, dv):
+    """The launches of `backward`, in order; symmetric: S is, and dw is the gradient of omega as queries and as keys."""
+    call, self = signature(omega, omega_k, v, causal), omega_k is None
+    steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
+    surveys = survey_launches(omega, omega_k, coupling, bandwidth, order)
+    launches = *surveys, plan_row_terms(o.shape, o.stride(), do.stride())
+    if symmetric:
+        tokens = plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
+        return *launches, plan_neighbours(call, "sync_grad_tokens"), tokens
+    num_words = 0 if bits is None else bits.shape[-1]
+    return (
+        *launches,
+        plan_neighbours(call, "sync_grad_queries"),
+        plan_grad_queries(call, self, do.stride(), dw.stride(), by_head, num_words, steepest),
+        plan_neighbours(call, "sync_grad_keys"),
+        plan_grad_keys(call, self, do.stride(), dk.stride(), dv.stride(), by_head, num_words, steepest),
+    )
+
+
+def survey_launches(omega, omega_k, coupling, bandwidth, order):
+    """The launches of `surveys`."""
+    strides = stride(coupling), stride(bandwidth), order.dim() == 3
+    return tuple(plan_survey(w.shape, w.stride(), *strides) for w in (omega, omega_k) if w is not None)
+
+
+def surveys(omega, omega_k, coupling, bandwidth, order, queries, keys):
+    """What the launches that fill the surveys of queries and, with omega_k, of keys are given."""
+    of_queries = omega, coupling, bandwidth, order, *queries
+    return (of_queries,) if omega_k is None else (of_queries, (omega_k, coupling, bandwidth, order, *keys))
+
+
+def neighbours(own, other, lists):
+    """What the launch that fills (lists, counts) is given."""
+    return own.centres, own.extents, other.centres, other.extents, *lists
+
+
+def forward(launches, omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists, o, total, bits):
+    """Fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words); without it, lists."""
+    k = omega if omega_k is None else omega_k
+    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
+    given = surveys(omega, omega_k, coupling, bandwidth, order, queries, keys)
+    selection = ((*inputs, bits),) if lists is None else (neighbours(queries, keys, lists), (*inputs, *lists))
+    launch_all(*zip(launches, (*given, *selection), strict=True))
 
 
 def backward(
-    omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, queries, keys, query_lists, key_lists, o, total, bits,
+    launches, omega, omega_k, v, coupling, bandwidth, order, queries, keys, query_lists, key_lists, o, total, bits,
     do, inverse, shift, dw, dk, dv, dalpha, dradius,
 ):  # fmt: skip
     """Fill dw, dk, dv, and dalpha and dradius (B, Hq, N); key_lists None: where S is symmetric, dw is that of queries and keys.
 
     Without omega_k, dk is the gradient of omega, and dw (B, H, N, D) float32 that of its part as queries.
     """
-    call, self = signature(omega, omega_k, v, causal), omega_k is None
-    k = omega if self else omega_k
-    steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
-    launches = list(surveys(omega, omega_k, coupling, bandwidth, order, queries, keys))
-    launches.append((plan_row_terms(o.shape, o.stride(), do.stride()), (o, do, total, inverse, shift)))
+    k = omega if omega_k is None else omega_k
+    given = *surveys(omega, omega_k, coupling, bandwidth, order, queries, keys), (o, do, total, inverse, shift)
     if key_lists is None:
-        launches.append(neighbours(call, "sync_grad_tokens", queries, keys, query_lists))
-        plan = plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
         tensors = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *query_lists
-        launch_all(*launches, (plan, tensors))
+        launch_all(*zip(launches, (*given, neighbours(queries, keys, query_lists), tensors), strict=True))
         return
-    num_words = 0 if bits is None else bits.shape[-1]
     inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits
-    of_queries = plan_grad_queries(call, self, do.stride(), dw.stride(), by_head, num_words, steepest)
-    of_keys = plan_grad_keys(call, self, do.stride(), dk.stride(), dv.stride(), by_head, num_words, steepest)
-    launch_all(
-        *launches,
-        neighbours(call, "sync_grad_queries", queries, keys, query_lists),
-        (of_queries, (*inputs, dw, dalpha, dradius, *query_lists)),
-        neighbours(call, "sync_grad_keys", queries, keys, key_lists),
-        (of_keys, (*inputs, dw if self else None, dk, dv, *key_lists)),
+    tensors = (
+        *given,
+        neighbours(queries, keys, query_lists),
+        (*inputs, dw, dalpha, dradius, *query_lists),
+        neighbours(keys, queries, key_lists),
+        (*inputs, dw if omega_k is None else None, dk, dv, *key_lists),
     )
+    launch_all(*zip(launches, tensors, strict=True))

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from nearfar.checks import is_plain
+from nearfar.ops.torch_operator import stream_of
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -56,8 +56,7 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cuda":
         raise ValueError(f"x must be on a CUDA device, not on {x.device}")
     out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    extension.row_sumsq(x.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], x.shape, strides, x.device.index, stream)
+    extension.row_sumsq(x.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], x.shape, strides, x.device.index, stream_of(x))
     return out
 
 
@@ -65,37 +64,25 @@ KRAUSE_WIDTHS = (32, 64, 128)
 
 
 def krause_reason(q, k, v, left, right):
-    """Why the CUDA kernels cannot serve this call of krause_attention, or None."""
+    """Why the CUDA kernels cannot serve calls of krause_attention with these Metas, or None."""
     if extension is None:
         return unavailable_reason
-    if not q.is_cuda:
+    if q.device.type != "cuda":
         return f"q is on {q.device}; the CUDA kernels need a CUDA device"
-    plain = is_plain(q, k, v)
-    layouts = [(x.shape, x.stride()) for x in (q, k, v)]
-    reason = (_layout_reason_once if plain else _layout_reason)(q.dtype, left, right, *layouts)
-    if reason is None and not torch.compiler.is_compiling():
-        reason = _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
-    return reason
-
-
-ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
-
-
-def _layout_reason(dtype, left, right, *layouts):
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"q has dtype {dtype}; the CUDA kernels take float16 and bfloat16"
-    width, value_width = layouts[0][0][3], layouts[2][0][3]
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
+    width, value_width = q.shape[3], v.shape[3]
     if width != value_width or width not in KRAUSE_WIDTHS:
         return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
     if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
         return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
-    for name, (shape, strides) in zip("qkv", layouts, strict=True):
-        if strides[3] == 1 and any(shape[i] > 1 and strides[i] % 8 for i in range(3)):
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if x.strides[3] == 1 and any(x.shape[i] > 1 and x.strides[i] % 8 for i in range(3)):
             return ROWS_REASON.format(name)
-    return None
+    return None if torch.compiler.is_compiling() else _device_reason(q.device.index, int(width), left + right + 1)
 
 
-_layout_reason_once = functools.lru_cache(maxsize=1024)(_layout_reason)
+ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
 
 
 @functools.cache
@@ -141,7 +128,7 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
         q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
         left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
-        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+        q.device.index, stream_of(q),
     )  # fmt: skip
 
 
@@ -155,7 +142,7 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
         [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
         [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
-        left, right, q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+        left, right, q.device.index, stream_of(q),
     )  # fmt: skip
 
 
@@ -191,5 +178,5 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
         1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
-        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+        q.device.index, stream_of(q),
     )  # fmt: skip

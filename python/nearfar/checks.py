@@ -1,12 +1,14 @@
 """Checks of public arguments: each raises one ValueError or TypeError that names the argument and says what is accepted."""
 
+import functools
 import math
 import numbers
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from nearfar.ops.torch_operator import Layout, layouts, stream_of
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -18,18 +20,39 @@ def require(condition, message, error=ValueError):
         raise error(message)
 
 
-class Meta(NamedTuple):
-    """What a check may look at of a tensor: hashable, so that a call like an earlier one is not checked again."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+def check_tensor(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
 def meta(name, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return Meta(tensor.shape, tensor.dtype, tensor.device)
+    """What a check may look at of a tensor, its Layout."""
+    check_tensor(name, tensor)
+    return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def plain_layouts(*tensors):
+    """The layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
+    return layouts(*tensors) if is_plain(*tensors) else None
+
+
+def once(check):
+    """`check(metas, *options)` as a function (layouts, names, tensors, *options), made once for each signature of plain calls.
+
+    layouts: `plain_layouts` of the tensors. Options must be hashable and of types that were checked: 1, 1.0 and True are one
+    key. A check looks at nothing that changes from call to call.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    def look_up(layouts, *options):
+        return check([Layout(*layout) for layout in layouts], *options)
+
+    def checked(layouts, names, tensors, *options):
+        if layouts is None:
+            return check(list(map(meta, names, tensors)), *options)
+        return look_up(layouts, *options)
+
+    return checked
 
 
 def check_qkv(q, k, v, names=("q", "k", "v")):
@@ -84,11 +107,13 @@ def is_plain(*tensors):
     """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
         return False
-    return all(type(tensor) in PLAIN for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return False
+    return True
 
 
-def autocast_enabled():
-    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def autocast(*tensors):
@@ -110,7 +135,8 @@ def positive_per_head(name, value, like, num_heads):
     """A float, 0-d or (num_heads,) tensor of positive numbers as a float32 tensor of shape (1,) or (num_heads,).
 
     float64 inputs keep float64. Numbers and CPU tensors are checked here; reading a CUDA tensor back would stall its stream,
-    so there a value that is not positive turns the outputs of its head into NaN instead.
+    so there a value that is not positive turns the outputs of its head into NaN instead. The tensor of a number is not to be
+    written to: other calls may have the same one.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
@@ -118,7 +144,7 @@ def positive_per_head(name, value, like, num_heads):
             raise TypeError(f"{name} must be a float or a floating-point tensor, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-        return torch.full((1,), float(value), dtype=dtype, device=like.device)
+        return _constant(value, dtype, like)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {value.dtype}")
     if value.dim() and value.shape not in ((1,), (num_heads,)):
@@ -127,10 +153,33 @@ def positive_per_head(name, value, like, num_heads):
         )
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
-    readable = value.device.type == "cpu" and type(value) in PLAIN and not torch.compiler.is_compiling()
+    readable = value.is_cpu and type(value) in PLAIN and not torch.compiler.is_compiling()
     if readable and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return (value if value.dim() else value.reshape(1)).to(dtype).contiguous()
+    return in_dtype(value if value.dim() else value.reshape(1), dtype).contiguous()
+
+
+def in_dtype(tensor, dtype):
+    """tensor.to(dtype), which takes a microsecond to do nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _constant(value, dtype, like):
+    """The number as a tensor (1,) on the device of `like`, filled once where the fill is known to come first."""
+    if not is_plain(like):
+        return torch.full((1,), float(value), dtype=dtype, device=like.device)
+    if not like.is_cuda:
+        return _filled(float(value), dtype, like.device, None)
+    if torch.cuda.is_current_stream_capturing():  # the graph fills it, in memory of its own
+        return torch.full((1,), float(value), dtype=dtype, device=like.device)
+    return _filled(float(value), dtype, like.device, stream_of(like))
+
+
+@functools.lru_cache(maxsize=256)
+def _filled(value, dtype, device, stream):
+    """stream: the current one; another may not wait for this fill."""
+    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a backward
+        return torch.full((1,), value, dtype=dtype, device=device)
 
 
 # cu_seqlens tensors whose values were found in order, by identity, with the version that was read and the length it fits.

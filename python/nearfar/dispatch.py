@@ -70,8 +70,9 @@ def served(call, backend):
 
     call: with q and reasons, and where an operator has measured its kernels the two orders in which "auto" asks them.
     """
-    orders = getattr(call, "orders", (KERNELS, KERNELS))
-    return tuple(choose(backend, call.reasons, call.q.device, order) for order in orders)
+    first, second = getattr(call, "orders", (KERNELS, KERNELS))
+    forward = choose(backend, call.reasons, call.q.device, first)
+    return forward, forward if second == first else choose(backend, call.reasons, call.q.device, second)
 
 
 def report(name, backend, call):

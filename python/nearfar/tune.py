@@ -26,6 +26,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 import nearfar as nf
+from nearfar.ops import torch_operator
 from nearfar.triton_kernels import (
     affine_launch,
     diagnostics_launch,
@@ -156,19 +157,20 @@ def make_synchronization_call(kernel, width, bits, device):
 @contextmanager
 def recorded():
     """The (launch, tensors) of all launches made inside."""
-    launches, call = [], launch.Launch.__call__
+    launches, run = [], launch.Launch.run
 
-    def record(self, *tensors):
+    def record(self, tensors, surveyed):
         launches.append((self, tensors))
-        call(self, *tensors)
+        run(self, tensors, surveyed)
 
-    with patch.object(launch.Launch, "__call__", record):
+    with patch.object(launch.Launch, "run", record):
         yield launches
 
 
 def forget_plans():
     """Launches are planned anew, with what the table says now."""
     launch.launch_parameters.cache_clear()
+    torch_operator.forget_plans()
     for module in (affine_launch, diagnostics_launch, factored_launch, pairwise_launch, synchronization_launch):
         for name, plan in vars(module).items():
             if name.startswith("plan_"):
@@ -183,14 +185,14 @@ def cached_call(kernel, width, bits):
 def compile_candidate(kernel, width, bits, parameters):
     """Compile a kernel with these parameters into Triton's cache, without launching anything."""
 
-    def compile_only(self, *tensors):
+    def compile_only(self, tensors, surveyed):
         if self._kernel.__name__ in function_names(kernel):
             with suppress(CompilationError, OutOfResources):
-                self.compile(*tensors)
+                self.compile(tensors, surveyed[1])
 
     launch.table()[kernel][f"{bits}-bit"][str(width)] = list(parameters)
     forget_plans()
-    with patch.object(launch.Launch, "__call__", compile_only), patch.object(launch.Launch, "is_new", lambda *_: False):
+    with patch.object(launch.Launch, "run", compile_only), patch.object(launch.Launch, "is_new", lambda *_: False):
         cached_call(kernel, width, bits)()
 
 

@@ -1,6 +1,5 @@
 """Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ class Call(NamedTuple):
     scale: float
     cu_seqlens: torch.Tensor | None
     reasons: dict
+    layouts: tuple | None  # of q, k and v in a plain call
 
 
 def affine_attention(
@@ -105,19 +105,19 @@ def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), sc
 
 
 def _attend(call, backend):
-    *tensors, left, right, scale, cu_seqlens, reasons = call
+    *tensors, left, right, scale, cu_seqlens, reasons, layouts = call
     if dispatch.choose(backend, reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
             return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(*tensors, bounds, left, right, scale)
+    return softmax.attend(layouts, *tensors, bounds, left, right, scale)
 
 
 def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
     q, k, v = checks.autocast(q, k, v)
     left, right = _window(window_size, causal)
-    check = _check_once if checks.is_plain(q, k, v) else _check  # traced sizes cannot be looked up
-    kernel_reason = check(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
+    layouts = checks.plain_layouts(q, k, v)
+    kernel_reason = _checked(layouts, "qkv", (q, k, v))
     rows = q.shape[:3]
     alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
     beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
@@ -129,16 +129,16 @@ def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_se
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    return Call(q, k, v, alpha, beta, sink, left, right, checks.finite_scale(scale, q.shape[3]), cu_seqlens, reasons)
+    scale = checks.finite_scale(scale, q.shape[3])
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, reasons, layouts)
 
 
-def _check(q, k, v):
-    """Why the kernels cannot serve these shapes, or None, from the Metas of q, k and v."""
+@checks.once
+def _checked(metas):
+    """Why the kernels cannot serve these shapes, or None."""
+    q, k, v = metas
     checks.check_qkv(q, k, v)
     return checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-
-
-_check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
 def _window(window_size, causal):
@@ -162,11 +162,11 @@ def _numbers(name, tensor, shape, meaning, q):
     """A floating tensor of this shape on the device of q, or None, in the dtype of accumulation."""
     if tensor is None:
         return None
-    meta = checks.meta(name, tensor)
-    if meta.dtype not in checks.FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {meta.dtype}")
-    if meta.shape != shape:
-        raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(meta.shape)}")
-    if meta.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {meta.device}")
-    return tensor.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    checks.check_tensor(name, tensor)
+    if tensor.dtype not in checks.FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    return checks.in_dtype(tensor, torch.float64 if q.dtype == torch.float64 else torch.float32)

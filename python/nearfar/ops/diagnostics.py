@@ -1,6 +1,5 @@
 """Streamed diagnostics of attention: statistics of its weights, and the geometry of what it selects (arXiv 2602.01893)."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -143,9 +142,8 @@ def prepare_selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigm
 def _prepare(name, q, k, v, causal, scale, sigma, locality):
     q, k, *values = checks.autocast(q, k) if v is None else checks.autocast(q, k, v)
     left, right = _window(causal, locality)
-    check = _check_once if checks.is_plain(q, k, *values) else _check  # traced sizes cannot be looked up
-    metas = [checks.meta(name, x) for name, x in zip("qkv", (q, k, *values), strict=False)]
-    kernel_reason = check(*metas, limited=left >= 0 or right >= 0)
+    tensors = q, k, *values
+    kernel_reason = _checked(checks.plain_layouts(*tensors), "qkv", tensors, left >= 0 or right >= 0)
     if sigma is not None:
         checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
@@ -158,9 +156,11 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
     return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons)
 
 
-def _check(q, k, v=None, *, limited):
-    """Why the kernels cannot serve these shapes, or None, from the Metas of q, k and v. limited: by causality or locality."""
-    checks.check_qkv(q, k, k if v is None else v)
+@checks.once
+def _checked(metas, limited):
+    """Why the kernels cannot serve these shapes, or None. limited: by causality or locality."""
+    q, k, *values = metas
+    checks.check_qkv(q, k, *(values or [k]))
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries and not num_keys:
         raise ValueError("k must have at least one key: statistics of no weights are undefined")
@@ -170,10 +170,7 @@ def _check(q, k, v=None, *, limited):
             f"the first queries would see no key; got {num_keys}"
         )
     reason = checks.kernel_width_reason("q", q.shape[3])
-    return reason if v is None else reason or checks.kernel_width_reason("v", v.shape[3])
-
-
-_check_once = functools.lru_cache(maxsize=1024)(_check)
+    return reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
 
 
 def _window(causal, locality):

@@ -10,7 +10,17 @@ import math
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
+from nearfar.ops.torch_operator import (
+    allocate,
+    apply,
+    device_of,
+    empty_rows,
+    layouts,
+    planned,
+    register,
+    unit_stride,
+    uses_tf32,
+)
 
 # A multiply-add of a pair computed directly takes as long as two of those that go through the state, forward and backward
 # together, as measured on an H100 for one, two and three factors (docs/linear.md).
@@ -39,18 +49,26 @@ _BACKWARD = (
 )
 
 
-def attend(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
-    """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked."""
-    qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
-    initial_state = None if initial_state is None else initial_state.contiguous()
+def attend(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked.
+
+    rows: layouts of qs, ks and v, None where the call is not plain.
+    """
+    tensors = *qs, *ks, v
+    if rows is None or any([tensor.stride()[3] != 1 for tensor in tensors]):
+        qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
+        tensors = *qs, *ks, v
+        rows = None if rows is None else layouts(*tensors)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+        tensors = *tensors, initial_state
     options = feature_map, normalize, causal, eps, return_state
-    tensors = [*qs, *ks, v] + ([] if initial_state is None else [initial_state])
-    if not is_plain(*tensors):
+    if rows is None or (initial_state is not None and not is_plain(initial_state)):
         o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        o, state = _Eager.apply(*qs, *ks, v, initial_state, cu_seqlens, *options)
+    elif torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        o, state = apply(_Eager, rows, *qs, *ks, v, initial_state, cu_seqlens, *options)
     else:
-        o, state, *_ = forward(qs, ks, v, initial_state, cu_seqlens, *options)
+        o, state, *_ = forward(rows, qs, ks, v, initial_state, cu_seqlens, *options)
     return o, state if return_state else None
 
 
@@ -153,95 +171,127 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
     return torch.stack((begin, end, sequence, sequence_begin, sequence_end)), first
 
 
-def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
-    """(o, final state, inverse, states, norms); what does not exist is None."""
-    with_state = initial_state is not None or return_state
-    stateful = uses_states(qs, v, cu_seqlens, causal, with_state)
-    o, state, inverse, states, norms = _allocate_forward(
-        qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful
-    )
-    launch = _launchers()
-    problem = problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+def forward(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    """(o, final state, inverse, states, norms); what does not exist is None. rows: layouts of qs, ks and v."""
+    options = feature_map, normalize, causal, eps, return_state, uses_tf32(v)
+    outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
+    o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
-    q_strides, k_strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks)
-    launches = []
-    if stateful:
-        launches += _state_launches(
-            launch, problem, False, ks, v, None, None, initial_state, states, norms, state, pieces, first_pieces
-        )
-    if problem.walks and (causal or stateful):
-        read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, v.stride(), o.stride()), (float(eps),))
+    qs, ks, launches = tuple(qs), tuple(ks), []
+    if states is not None:
+        accumulate, combine = of_states
+        launches = [
+            (accumulate, (ks, v, None, None, partials, partial_norms, pieces)),
+            (combine, (partials, partial_norms, initial_state, states, norms, state, first_pieces)),
+        ]
+    if problem.walks and (causal or states is not None):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
-        read = launch.plan_read(
-            problem, False, causal or not stateful, q_strides, k_strides, v.stride(), o.stride(), float(eps)
-        )
-        launches.append((read, (tuple(qs), tuple(ks), v, None, states, norms, o, inverse, pieces)))
+        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
     _launch_all(v, launches)
     return o, state, inverse, states, norms
 
 
-def _state_launches(launch, problem, of_queries, xs, y, factors, weights, initial, states, norms, final, pieces, first_pieces):
-    """accumulate and combine over the keys, or over the queries for the gradients."""
-    length = problem.num_queries if of_queries else problem.num_keys
+@planned
+def _plan_forward(*arguments):
+    """Layouts of the outputs of the forward and its partial sums, the problem, the launches of the states and the last."""
+    *tensors, feature_map, normalize, causal, eps, return_state, _tf32 = arguments
+    qs, ks, v, initial_state, cu_seqlens = _split(tensors)
+    stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
+    outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
+    if problem.walks and (causal or stateful):
+        read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
+    else:
+        read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
+    partials, of_states = _plan_states(problem, False, ks, v) if stateful else ((None, None), None)
+    return layouts(*outputs, *partials), problem, of_states, read
+
+
+def _plan_states(problem, of_queries, xs, y):
+    """Partial sums over the keys, or over the queries for the gradients, not filled; the launches accumulate and combine."""
+    launch, length = _launchers(), problem.num_queries if of_queries else problem.num_keys
     shape = problem.batch, problem.key_heads, problem.num_pieces(length), problem.num_features
-    partials = torch.empty((*shape, problem.value_width), dtype=torch.float32, device=y.device)
-    partial_norms = torch.empty(shape, dtype=torch.float32, device=y.device)
-    accumulate = launch.plan_accumulate(problem, of_queries, tuple(x.stride() for x in xs), y.stride())
-    combine = launch.plan_combine(problem, of_queries)
-    return [
-        (accumulate, (tuple(xs), y, factors, weights, partials, partial_norms, pieces)),
-        (combine, (partials, partial_norms, initial, states, norms, final, first_pieces)),
-    ]
+    partials = y.new_empty((*shape, problem.value_width), dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
+    launches = launch.plan_accumulate(problem, of_queries, _strides(xs), y.stride()), launch.plan_combine(problem, of_queries)
+    return partials, launches
+
+
+def _strides(tensors):
+    return tuple(tensor.stride() for tensor in tensors)
+
+
+def _split(tensors):
+    """qs, ks and what comes after them: v, initial_state and cu_seqlens."""
+    r = (len(tensors) - 3) // 2
+    return tensors[:r], tensors[r : 2 * r], *tensors[2 * r :]
 
 
 def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal):
     """(dqs, dks, dv, gradient of the initial state or None)."""
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
-    dqs = [empty_rows(q, q.shape[3]) for q in qs]
-    dks = [empty_rows(k, k.shape[3]) for k in ks]
-    dv = empty_rows(v, v.shape[3])
-    dinitial = None if initial_state is None else torch.empty_like(initial_state)
-    launch = _launchers()
-    problem = problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    qs, ks, r = tuple(qs), tuple(ks), len(qs)
+    tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
+    outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, uses_tf32(v))
+    *gradients, dv, dinitial, weights, key_states, key_norms, partials, partial_norms = allocate(outputs, v.device)
+    dqs, dks = tuple(gradients[:r]), tuple(gradients[r:])
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
-    q_strides, k_strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks)
-    dq_strides, dk_strides = tuple(dq.stride() for dq in dqs), tuple(dk.stride() for dk in dks)
-    stateful = states is not None
-    weights = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
-    key_states = key_norms = None
     state_launches = []
-    if stateful:
-        key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
-        state_launches = _state_launches(
-            launch, problem, True, qs, do, inverse, weights, dstate, key_states, key_norms, dinitial, pieces, first_pieces
-        )
-    if problem.walks and (causal or stateful):
-        strides = (*q_strides, *k_strides, v.stride(), o.stride(), do.stride(), *dq_strides)
-        queries = launch.plan_walk(problem, "walk_grad_queries", strides)
-        strides = (*k_strides, v.stride(), *q_strides, do.stride(), *dk_strides, dv.stride())
-        keys = launch.plan_walk(problem, "walk_grad_keys", strides)
+    if states is not None:
+        accumulate, combine = of_states
+        state_launches = [
+            (accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)),
+            (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
+        ]
+    if problem.walks and (causal or states is not None):
+        queries, keys = launches
         launches = [
             (queries, (*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces)),
             *state_launches,
             (keys, (*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces)),
         ]
     else:
-        qs, ks, direct = tuple(qs), tuple(ks), causal or not stateful
-        queries = launch.plan_grad(
-            problem, False, direct, q_strides, do.stride(), o.stride(), k_strides, v.stride(), dq_strides
-        )
-        keys = launch.plan_grad(problem, True, direct, k_strides, v.stride(), o.stride(), q_strides, do.stride(), dk_strides)
-        values = launch.plan_read(problem, True, direct, k_strides, q_strides, do.stride(), dv.stride(), 0.0)
+        queries, keys, values = launches
         launches = [
-            (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, tuple(dqs), pieces)),
+            (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)),
             *state_launches,
-            (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, tuple(dks), pieces)),
+            (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
             (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
         ]
     _launch_all(v, launches)
-    return dqs, dks, dv, dinitial
+    return list(dqs), list(dks), dv, dinitial
+
+
+@planned
+def _plan_backward(do, o, states, norms, *arguments):
+    """Layouts of gradients and workspaces, the problem, the launches of the states and the others."""
+    *tensors, feature_map, causal, _tf32 = arguments
+    qs, ks, v, initial_state, cu_seqlens = _split(tensors)
+    dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
+    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    weights = o.new_empty(o.shape[:3], dtype=torch.float32)
+    key_states = key_norms = of_states = None
+    partials = None, None
+    if states is not None:
+        key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
+        partials, of_states = _plan_states(problem, True, qs, do)
+    q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
+    dq_strides, dk_strides = _strides(dqs), _strides(dks)
+    if problem.walks and (causal or states is not None):
+        strides = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
+        queries = launch.plan_walk(problem, "walk_grad_queries", strides)
+        strides = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
+        launches = queries, launch.plan_walk(problem, "walk_grad_keys", strides)
+    else:
+        direct = causal or states is None
+        queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, o_strides, k_strides, v_strides, dq_strides)
+        keys = launch.plan_grad(problem, True, direct, k_strides, v_strides, o_strides, q_strides, do_strides, dk_strides)
+        launches = queries, keys, launch.plan_read(problem, True, direct, k_strides, q_strides, do_strides, dv.stride(), 0.0)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    workspaces = weights, key_states, key_norms, *partials
+    return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, of_states, launches
 
 
 def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful):
@@ -280,7 +330,7 @@ def _or_none(*tensors):
 
 
 def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
-    return tuple(_or_empty(forward(qs, ks, v, initial_state, cu_seqlens, *options), v))
+    return tuple(_or_empty(forward(layouts(*qs, *ks, v), qs, ks, v, initial_state, cu_seqlens, *options), v))
 
 
 def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
@@ -331,11 +381,10 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, rows, *arguments):
         *tensors, feature_map, normalize, causal, eps, return_state = arguments
-        r = (len(tensors) - 3) // 2
-        inputs = tensors[:r], tensors[r : 2 * r], *tensors[2 * r :], feature_map, normalize, causal, eps, return_state
-        output = forward(*inputs)
+        inputs = *_split(tensors), feature_map, normalize, causal, eps, return_state
+        output = forward(rows, *inputs)
         _save(ctx, inputs, output)
         return output[0], output[1]
 
@@ -349,7 +398,7 @@ class _Eager(torch.autograd.Function):
             dinitial = None if initial is None else dinitial
         else:
             dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
-        return *dqs, *dks, dv, dinitial, *[None] * 6
+        return None, *dqs, *dks, dv, dinitial, *[None] * 6
 
 
 register(

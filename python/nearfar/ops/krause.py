@@ -1,6 +1,5 @@
 """Krause attention (arXiv 2602.11534, "Krause Synchronization Transformers"): localized, distance-based, sparse."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ CUDA_FIRST, TRITON_FIRST = ("cuda", "triton"), ("triton", "cuda")
 class Call(NamedTuple):
     """A checked call: the tensors every backend computes with, and why a backend cannot serve it (None where it can).
 
-    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    orders: in which "auto" asks the kernels, in the forward and in the backward. layouts: of q, k and v in a plain call.
     """
 
     q: torch.Tensor
@@ -46,6 +45,7 @@ class Call(NamedTuple):
     right: int
     reasons: dict
     orders: tuple
+    layouts: tuple | None
 
 
 def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None, backend="auto"):
@@ -81,7 +81,7 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
         with checks.no_autocast(call.q):
             return reference_krause_attention(*call[:6], top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(*call[:4], bounds, call.left, call.right, top_k, forward, backward)
+    return _op(call.layouts, *call[:4], bounds, call.left, call.right, top_k, forward, backward)
 
 
 def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
@@ -90,45 +90,41 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
         raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
-    check = _check_once if checks.is_plain(q, k, v) else _check  # traced sizes cannot be looked up
-    left, right, kernel_reason = check(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v), locality, top_k)
+    layouts = checks.plain_layouts(q, k, v)
+    left, right, orders, kernel_reason, cuda_reason = _checked(layouts, "qkv", (q, k, v), locality, top_k)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     reasons = {
-        "cuda": kernel_reason or _cuda.krause_reason(q, k, v, left, right),
+        "cuda": cuda_reason,
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    return Call(q, k, v, sigma, left, right, reasons, _orders(q, left, right, top_k))
+    return Call(q, k, v, sigma, left, right, reasons, orders, layouts)
 
 
-def _check(q, k, v, locality, top_k):
-    """(left, right, why the kernels cannot serve these shapes or None) from the Metas of q, k and v."""
+@checks.once
+def _checked(metas, locality, top_k):
+    """left, right, the orders in which "auto" asks the kernels, and why none, or none in CUDA C++, can serve these layouts."""
+    q, k, v = metas
     checks.check_qkv(q, k, v)
     left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None:
         reason = reason or _candidates_reason(left, right, k.shape[2])
-    return left, right, reason
-
-
-_check_once = functools.lru_cache(maxsize=1024)(_check)
+    return left, right, _orders(q, left, right, top_k), reason, reason or _cuda.krause_reason(q, k, v, left, right)
 
 
 def _orders(q, left, right, top_k):
     """In which "auto" asks the kernels, in the forward and in the backward."""
     times = MEASURED.get((int(q.shape[3]), selection_words(left, right, MAX_CANDIDATES), top_k is not None))
-    if times is None or not q.is_cuda or not (_is_hopper_once if checks.is_plain(q) else _is_hopper)(q.device.index):
+    if times is None or q.device.type != "cuda" or not _is_hopper(q.device.index):
         return TRITON_FIRST, TRITON_FIRST
     return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
 
 
 def _is_hopper(index):
     return torch.cuda.get_device_properties(index).major == 9
-
-
-_is_hopper_once = functools.cache(_is_hopper)
 
 
 def _candidates_reason(left, right, num_keys):

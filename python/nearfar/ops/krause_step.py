@@ -11,6 +11,8 @@ from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.ops.torch_operator import device_of, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
 
+NAMES = "q", "k", "v", "cache.k", "cache.v", "cache.length"
+
 
 class KrauseCache(NamedTuple):
     """The last W keys and values of each sequence, which `nearfar.krause_attention_step` goes on from; it never grows.
@@ -104,12 +106,11 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     checks.check_top_k(top_k)
     if not isinstance(cache, KrauseCache):
         raise TypeError(f"cache must be a KrauseCache, got {type(cache).__name__}")
-    metas = [checks.meta(name, x) for name, x in zip(("q", "k", "v"), (q, k, v), strict=True)]
-    cached = [checks.meta(f"cache.{name}", x) for name, x in zip(cache._fields, cache, strict=True)]
-    shape, kernel_reason = (_check_once if checks.is_plain(q, k, v, *cache) else _check)(*metas, *cached)
-    for name, tensor in zip(cache._fields, cache, strict=True):
+    tensors = q, k, v, *cache
+    shape, kernel_reason = _checked(checks.plain_layouts(*tensors), NAMES, tensors)
+    for name, tensor in zip(NAMES[3:], cache, strict=True):
         if not tensor.is_contiguous():
-            raise ValueError(f"cache.{name} must be contiguous, as it is updated in place")
+            raise ValueError(f"{name} must be contiguous, as it is updated in place")
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, q.dtype, q.device)
@@ -136,8 +137,10 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     return out
 
 
-def _check(q, k, v, cached_k, cached_v, length):
-    """(shape of the output, why the kernels cannot serve these shapes or None) from Metas."""
+@checks.once
+def _checked(metas):
+    """Shape of the output, and why the kernels cannot serve these shapes, or None."""
+    q, k, v, cached_k, cached_v, length = metas
     checks.check_qkv(q, k, v)
     for name, x in (("q", q), ("k", k)):
         if x.shape[2] != 1:
@@ -155,14 +158,15 @@ def _check(q, k, v, cached_k, cached_v, length):
     return (*q.shape[:3], v.shape[3]), reason
 
 
-_check_once = functools.lru_cache(maxsize=1024)(_check)
-
-
 def _launch(backend, q, k, v, cache, sigma, top_k, out):
     if backend == "cuda":
         _cuda.krause_step(q, k, v, cache, sigma, top_k, out)
         return
-    # Triton is imported with the first launch, not with the package.
-    kernels = importlib.import_module("nearfar.triton_kernels.krause_step")
     with device_of(q):
-        kernels.step(q, k, v, cache, sigma, top_k, out)
+        _kernels().step(q, k, v, cache, sigma, top_k, out)
+
+
+@functools.cache
+def _kernels():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.krause_step")

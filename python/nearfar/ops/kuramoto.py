@@ -1,5 +1,6 @@
 """Selective synchronization attention as a torch operator: schema, fake and autograd."""
 
+import functools
 import importlib
 from typing import NamedTuple
 
@@ -7,7 +8,17 @@ import torch
 
 from nearfar.checks import is_plain
 from nearfar.ops.pairwise import selection_words
-from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
+from nearfar.ops.torch_operator import (
+    allocate,
+    apply,
+    device_of,
+    empty_rows,
+    layouts,
+    planned,
+    register,
+    unit_stride,
+    uses_tf32,
+)
 
 _FORWARD = (
     "(Tensor omega, Tensor? omega_k, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order, bool causal, int? top_k,"
@@ -37,11 +48,12 @@ def attend(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_fl
     tensors = [tensor for tensor in arguments[:6] if tensor is not None]
     if not is_plain(*tensors):
         return torch.ops.nearfar.synchronization_attention(*arguments)[0]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Eager.apply(*arguments)
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return apply(_Eager, *arguments)
     return forward(*arguments)[0]
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.synchronization_launch")
@@ -63,60 +75,93 @@ def _empty_surveys(omega, omega_k, launch):
     return queries, queries if omega_k is None else survey(omega_k, False)
 
 
-def _empty_lists(call, kernel, launch):
-    return tuple(torch.empty(shape, dtype=torch.int32, device=call.device) for shape in launch.lists_shapes(call, kernel))
+def _empty_lists(omega, call, kernel, launch):
+    return tuple(omega.new_empty(shape, dtype=torch.int32) for shape in launch.lists_shapes(call, kernel))
 
 
-def _empty_outputs(omega, omega_k, v, top_k):
-    """o, total and bits, not filled; bits are empty without top_k."""
-    words = 0 if top_k is None else selection_words(-1, -1, v.shape[2])
-    shape = (0,) if top_k is None else (*omega.shape[:3], words)
+def _empty_outputs(omega, v, top_k):
+    """o, total and bits, not filled; bits None without top_k."""
     total = omega.new_empty(omega.shape[:3], dtype=torch.float32)
-    return empty_rows(omega, v.shape[3]), total, omega.new_empty(shape, dtype=torch.int32)
+    bits = None
+    if top_k is not None:
+        bits = omega.new_empty((*omega.shape[:3], selection_words(-1, -1, v.shape[2])), dtype=torch.int32)
+    return empty_rows(omega, v.shape[3]), total, bits
 
 
 def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
-    """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are empty without it."""
-    o, total, bits = _empty_outputs(omega, omega_k, v, top_k)
+    """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it."""
+    tensors = omega, omega_k, v, coupling, bandwidth, order
+    outputs, launches = _plan_forward(layouts(*tensors), causal, top_k, uses_tf32(omega))
+    o, total, bits, *workspaces = allocate(outputs, omega.device)
     if not o.numel() or not v.shape[2]:
         return o.zero_(), total.zero_(), bits
-    launch = _launchers()
-    queries, keys = _empty_surveys(omega, omega_k, launch)
-    lists = None
-    if top_k is None:
-        lists = _empty_lists(launch.signature(omega, omega_k, v, causal), "sync_attend", launch)
+    queries, keys, lists = _surveys(omega_k, workspaces)
     with device_of(omega):
-        launch.forward(
-            omega, omega_k, v, coupling, bandwidth, order, causal, top_k, queries, keys, lists, o, total, bits
-        )  # fmt: skip
+        _launchers().forward(launches, *tensors, queries, keys, lists if top_k is None else None, o, total, bits)
     return o, total, bits
+
+
+@planned
+def _plan_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, _tf32):
+    """Layouts of o, total, bits and the workspaces, and the launches."""
+    launch = _launchers()
+    outputs, surveys = _empty_outputs(omega, v, top_k), _empty_surveys(omega, omega_k, launch)
+    call = launch.signature(omega, omega_k, v, causal)
+    lists = _empty_lists(omega, call, "sync_attend", launch) if top_k is None else ()
+    given = omega, omega_k, v, coupling, bandwidth, order
+    launches = launch.forward_launches(*given, causal, top_k, outputs[0], outputs[2])
+    return layouts(*outputs, *_workspaces(omega_k, surveys), *lists), launches
+
+
+def _workspaces(omega_k, surveys):
+    """The tensors of the surveys of queries and, with omega_k, of keys."""
+    queries, keys = surveys
+    return queries if omega_k is None else (*queries, *keys)
+
+
+def _surveys(omega_k, workspaces):
+    """The surveys of queries and keys, and what comes after them."""
+    queries = Survey(*workspaces[:4])
+    return (queries, queries, workspaces[4:]) if omega_k is None else (queries, Survey(*workspaces[4:8]), workspaces[8:])
 
 
 def backward(do, omega, omega_k, v, coupling, bandwidth, order, o, total, bits, causal, top_k, grad_floor):
     """(domega, domega_k, dv, dcoupling, dbandwidth, dorder); domega_k None without omega_k."""
-    do = unit_stride(do)
-    dw, dv = empty_rows(omega, omega.shape[3]), empty_rows(v, v.shape[3])
-    dk = None if omega_k is None else empty_rows(omega_k, omega_k.shape[3])
+    do, bits = unit_stride(do), None if top_k is None else bits
+    tensors = omega, omega_k, v, coupling, bandwidth, order
+    outputs, launches = _plan_backward(layouts(do, o, bits, *tensors), causal, grad_floor, uses_tf32(omega))
+    dw, dk, dv, inverse, shift, dalpha, dradius, part, *workspaces = allocate(outputs, omega.device)
     if not o.numel() or not v.shape[2]:
         dk = None if dk is None else dk.zero_()
         return dw.zero_(), dk, dv.zero_(), *(torch.zeros_like(tensor) for tensor in (coupling, bandwidth, order))
-    launch = _launchers()
-    call = launch.signature(omega, omega_k, v, causal)
-    queries, keys = _empty_surveys(omega, omega_k, launch)
-    inverse, shift, dalpha, dradius = (torch.empty_like(total) for _ in range(4))
-    symmetric = omega_k is None and top_k is None and not causal and order.dim() == 2
-    key_lists, of_queries, of_keys = None, dw, dk
-    if not symmetric:
-        key_lists = _empty_lists(call, "sync_grad_keys", launch)
-        if omega_k is None:  # what tokens get as queries is kept unrounded until what they get as keys is added
-            of_queries, of_keys = torch.empty(omega.shape, dtype=torch.float32, device=omega.device), dw
-    query_lists = _empty_lists(call, "sync_grad_tokens" if symmetric else "sync_grad_queries", launch)
+    queries, keys, lists = _surveys(omega_k, workspaces)
+    # What tokens get as queries is kept unrounded, in part, until what they get as keys is added.
+    of_queries, of_keys = (dw, dk) if part is None else (part, dw)
     with device_of(omega):
-        launch.backward(
-            omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, queries, keys, query_lists, key_lists,
-            o, total, None if top_k is None else bits, do, inverse, shift, of_queries, of_keys, dv, dalpha, dradius,
+        _launchers().backward(
+            launches, *tensors, queries, keys, lists[:2], lists[2:] or None, o, total, bits,
+            do, inverse, shift, of_queries, of_keys, dv, dalpha, dradius,
         )  # fmt: skip
         return dw, dk, dv, *_parameters(dalpha, dradius, coupling, bandwidth, order)
+
+
+@planned
+def _plan_backward(do, o, bits, omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, _tf32):
+    """Layouts of the gradients and the workspaces, and the launches."""
+    launch = _launchers()
+    dw, dv = empty_rows(omega, omega.shape[3]), empty_rows(v, v.shape[3])
+    dk = None if omega_k is None else empty_rows(omega_k, omega_k.shape[3])
+    of_rows = [omega.new_empty(omega.shape[:3], dtype=torch.float32) for _ in range(4)]
+    symmetric = omega_k is None and bits is None and not causal and order.dim() == 2
+    part = None if symmetric or omega_k is not None else omega.new_empty(omega.shape, dtype=torch.float32)
+    kernels = ("sync_grad_tokens",) if symmetric else ("sync_grad_queries", "sync_grad_keys")
+    call = launch.signature(omega, omega_k, v, causal)
+    lists = [tensor for kernel in kernels for tensor in _empty_lists(omega, call, kernel, launch)]
+    of_queries, of_keys = (dw, dk) if part is None else (part, dw)
+    given = omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric
+    launches = launch.backward_launches(*given, o, bits, do, of_queries, of_keys, dv)
+    workspaces = _workspaces(omega_k, _empty_surveys(omega, omega_k, launch))
+    return layouts(dw, dk, dv, *of_rows, part, *workspaces, *lists), launches
 
 
 def _parameters(dalpha, dradius, coupling, bandwidth, order):
@@ -134,13 +179,24 @@ def _or_empty(tensor, like):
     return like.new_empty(0) if tensor is None else tensor
 
 
+def _dispatched_forward(omega, *arguments):
+    o, total, bits = forward(omega, *arguments)
+    return o, total, _no_bits(omega) if bits is None else bits
+
+
 def _dispatched_backward(do, *arguments):
     dw, dk, *others = backward(do, *arguments)
     return dw, _or_empty(dk, dw), *others
 
 
+def _no_bits(omega):
+    """What stands for bits without top_k where a schema wants a tensor."""
+    return omega.new_empty(0, dtype=torch.int32)
+
+
 def _fake_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
-    return _empty_outputs(omega, omega_k, v, top_k)
+    o, total, bits = _empty_outputs(omega, v, top_k)
+    return o, total, _no_bits(omega) if bits is None else bits
 
 
 def _fake_backward(do, omega, omega_k, v, coupling, bandwidth, order, *_):
@@ -178,15 +234,17 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
+        *saved, bits = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
-            return _autograd_backward(ctx, do)
-        saved = ctx.saved_tensors
+            saved.append(_no_bits(saved[0]) if bits is None else bits)
+            return _given(saved[1], torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options))
+        saved.append(bits)
         return _given(saved[1], backward(do, *saved, *ctx.options))
 
 
 register(
     "synchronization_attention",
-    (_FORWARD, forward, _fake_forward),
+    (_FORWARD, _dispatched_forward, _fake_forward),
     (_BACKWARD, _dispatched_backward, _fake_backward),
     _autograd_backward,
     _save,

@@ -1,6 +1,5 @@
 """Linear attention and Hadamard linear attention (arXiv 2602.12128): linear attention is the case of one factor."""
 
-import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     reasons: dict
+    layouts: tuple | None  # of qs, ks and v in a plain call
 
     @property
     def q(self):
@@ -173,7 +173,7 @@ def _attend(call, backend):
                 call.initial_state, call.return_state, call.cu_seqlens,
             )  # fmt: skip
     else:
-        o, state = factored.attend(*call[:-1])
+        o, state = factored.attend(call.layouts, *call[:10])
     return (o, state) if call.return_state else o
 
 
@@ -212,10 +212,11 @@ def _prepare(
     qs, ks, feature_map = _map_outside(qs, ks, feature_map, listed)
     *factors, v = checks.autocast(*qs, *ks, v)
     qs, ks = tuple(factors[: len(qs)]), tuple(factors[len(qs) :])
-    metas = [tuple(map(checks.meta, _names(name, factors, listed), factors)) for name, factors in (("q", qs), ("k", ks))]
+    tensors = *qs, *ks, v
+    layouts = checks.plain_layouts(*tensors)
+    names = () if layouts else (*_names("q", qs, listed), *_names("k", ks, listed), "v")
+    kernel_reason, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
     state = None if initial_state is None else checks.meta(state_name, initial_state)
-    check = _check_once if checks.is_plain(*qs, *ks, v) else _check  # traced sizes cannot be looked up
-    kernel_reason, state_meta = check(*metas, checks.meta("v", v), listed, bool(causal))
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, qs[0], v)
     if state is not None:
@@ -229,7 +230,7 @@ def _prepare(
         "reference": None,
     }
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons)
+    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons, layouts)
 
 
 def _map_outside(qs, ks, feature_map, listed):
@@ -251,8 +252,10 @@ def _names(name, factors, listed):
     return [f"{name}s[{r}]" for r in range(len(factors))] if listed else [name]
 
 
-def _check(qs, ks, v, listed, causal):
-    """Why the kernels cannot serve these shapes, or None, and the Meta of a state, from the Metas of the tensors."""
+@checks.once
+def _checked(metas, num_factors, listed, causal):
+    """Why the kernels cannot serve these shapes, or None, and the shape, dtype and device of a state."""
+    qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
         raise ValueError("qs must have at least one factor, got an empty list")
     if len(ks) != len(qs):
@@ -269,10 +272,7 @@ def _check(qs, ks, v, listed, causal):
     widths = [q.shape[3] for q in qs]
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return _kernel_reason(q_names, widths, v.shape[3]), checks.Meta(shape, dtype, v.device)
-
-
-_check_once = functools.lru_cache(maxsize=1024)(_check)
+    return _kernel_reason(q_names, widths, v.shape[3]), (shape, dtype, v.device)
 
 
 def _kernel_reason(names, widths, value_width):

@@ -6,9 +6,20 @@ import importlib
 import torch
 
 from nearfar import _cuda
-from nearfar.checks import is_plain
+from nearfar.checks import PLAIN
 from nearfar.localities import keys_in_window
-from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
+from nearfar.ops.torch_operator import (
+    allocate,
+    apply,
+    device_of,
+    empty_rows,
+    launch_all,
+    layouts,
+    planned,
+    register,
+    unit_stride,
+    uses_tf32,
+)
 
 MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
 
@@ -49,61 +60,72 @@ class PairwiseOp:
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
-    def __call__(self, q, k, v, parameter, token_bounds, *options):
-        """options: left, right, top_k, and the backends of the forward and of the backward, which save and read the same."""
-        arguments = (unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, *options)
-        if not is_plain(q, k, v, parameter):
-            return self.forward_op(*arguments)[0]
+    def __call__(self, rows, q, k, v, parameter, token_bounds, *options):
+        """rows: layouts of q, k and v, None where the call is not plain.
+
+        options: left, right, top_k, and the backends of the forward and of the backward, which save and read the same.
+        """
+        if rows is None or type(parameter) not in PLAIN:
+            return self.forward_op(unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, *options)[0]
+        if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
+            q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+            rows = layouts(q, k, v)
+        arguments = q, k, v, parameter, token_bounds, *options
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
-            return _Eager.apply(self, *arguments)
-        return self.forward(*arguments)[0]
+            return apply(_Eager, self, rows, *arguments)
+        return self.forward(rows, *arguments)[0]
 
     @functools.cached_property
-    def _modules(self):
+    def modules(self):
         """The launchers and the pair functions; Triton is imported with the first launch, not with the package."""
         from nearfar.triton_kernels import pairwise_launch
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def forward(self, q, k, v, parameter, token_bounds, left, right, top_k, backend, _backward_backend):
-        """(o, lse, bits), bits None without top_k."""
-        o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
+    def forward(self, rows, q, k, v, parameter, token_bounds, left, right, top_k, backend, _backward_backend):
+        """(o, lse, bits), bits None without top_k. rows: layouts of q, k and v."""
+        tensors = *rows, *layouts(parameter, token_bounds)
+        outputs, launch, squares_ahead = _plan_forward(tensors, self, left, right, top_k, backend, uses_tf32(q))
+        o, lse, bits = allocate(outputs, q.device)
         if not o.numel() or not k.shape[2]:
             return o.zero_(), lse.zero_(), bits
         if backend == "cuda":
             self._cuda_forward(q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits)
             return o, lse, bits
-        launch, pair = self._modules
         with device_of(q):
-            k_squares = _key_squares(k, left, right) if top_k is None else None
-            launch.forward(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits)
+            if bits is None:
+                k_squares = _cuda.row_sumsq(k) if squares_ahead and k.is_cuda and _cuda.extension is not None else None
+                launch(q, k, v, k_squares, parameter, o, lse, token_bounds)
+            else:
+                launch(q, k, v, parameter, o, lse, bits, token_bounds)
         return o, lse, bits
 
     def _dispatched_forward(
         self, q, k, v, parameter, token_bounds, left, right, top_k, backend="triton", backward_backend="triton"
     ):
-        o, lse, bits = self.forward(q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend)
+        arguments = q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend
+        o, lse, bits = self.forward(layouts(q, k, v), *arguments)
         return o, lse, _no_bits(q) if bits is None else bits
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
-        dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
+        do, bits = unit_stride(do), None if top_k is None else bits
+        tensors = do, q, k, v, parameter, token_bounds, o, lse, bits
+        outputs, launches = _plan_backward(layouts(*tensors), self, left, right, backend, uses_tf32(q))
+        dq, dk, dv, dparameter, delta, dlog_scale = allocate(outputs, q.device)
         if not o.numel() or not k.shape[2]:
-            return dq.zero_(), dk.zero_(), dv.zero_(), torch.zeros_like(parameter)
-        do, bits, dparameter = unit_stride(do), None if top_k is None else bits, torch.empty_like(parameter)
+            return dq.zero_(), dk.zero_(), dv.zero_(), dparameter.zero_()
         if backend == "cuda":
             self._cuda_backward(
                 q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dparameter
             )  # fmt: skip
             return dq, dk, dv, dparameter
-        launch, pair = self._modules
-        call = launch.signature(q, k, v, parameter, token_bounds, left, right)
-        delta = torch.empty_like(lse)
-        dlog_scale = lse.new_empty(*lse.shape[:2], launch.grad_query_tiles(call))
-        with device_of(q):
-            launch.backward(
-                pair, call, q, k, v, parameter, token_bounds, o, do, lse, bits,
-                dq, dk, dv, dparameter, delta, dlog_scale,
-            )  # fmt: skip
+        queries, keys, of_parameter = launches
+        launch_all(
+            q,
+            (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+            (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+            (of_parameter, (dlog_scale, parameter, dparameter)),
+        )
         return dq, dk, dv, dparameter
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
@@ -114,8 +136,8 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call."""
 
     @staticmethod
-    def forward(ctx, op, *arguments):
-        output = op.forward(*arguments)
+    def forward(ctx, op, rows, *arguments):
+        output = op.forward(rows, *arguments)
         _save(ctx, arguments, output)
         ctx.op = op
         return output[0]
@@ -124,7 +146,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         # With create_graph the torch operator runs, because it refuses to be differentiated again.
         backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
-        return None, *backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
+        return None, None, *backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 def _save(ctx, inputs, output):
@@ -134,11 +156,31 @@ def _save(ctx, inputs, output):
     ctx.options = left, right, top_k, backward_backend
 
 
-def _key_squares(k, left, right):
-    """|k|^2 by the CUDA kernel where one more pass over k was measured to pay (docs/krause.md), else None."""
-    many = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
-    pays = k.is_cuda and k.shape[3] >= SQUARES_AHEAD_WIDTH and many
-    return _cuda.row_sumsq(k) if pays and _cuda.extension is not None else None
+@planned
+def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, backend, _tf32):
+    """Layouts of o, lse and bits, Triton's launch, and whether |k|^2 is to be computed ahead of it.
+
+    One more pass over k, by a CUDA kernel, was measured to pay for wide heads and windows (docs/krause.md).
+    """
+    outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
+    if backend == "cuda":
+        return layouts(*outputs), None, False
+    launchers, pair = op.modules
+    launch = launchers.forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, *outputs)
+    many_keys = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
+    return layouts(*outputs), launch, k.shape[3] >= SQUARES_AHEAD_WIDTH and many_keys
+
+
+@planned
+def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left, right, backend, _tf32):
+    """Layouts of dq, dk, dv, dparameter and Triton's delta and dlog_scale, and Triton's launches."""
+    gradients = [*(empty_rows(x, x.shape[3]) for x in (q, k, v)), torch.empty_like(parameter)]
+    if backend == "cuda":
+        return layouts(*gradients, None, None), None
+    launchers, pair = op.modules
+    call = launchers.signature(q, k, v, parameter, token_bounds is not None, left, right)
+    delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], launchers.grad_query_tiles(call))
+    return layouts(*gradients, delta, dlog_scale), launchers.backward_launches(pair, call, o, do, bits, *gradients[:3])
 
 
 def empty_outputs(q, v, left, right, num_keys, top_k):

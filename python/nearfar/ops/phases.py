@@ -1,5 +1,6 @@
 """The order parameter as a torch operator: schema, fake and autograd."""
 
+import functools
 import importlib
 
 import torch
@@ -12,6 +13,7 @@ def order_parameter(theta, causal):
     return torch.ops.nearfar.order_parameter(unit_stride(theta), causal)
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.phases_launch")

@@ -3,13 +3,24 @@
 `torch.ops.nearfar.affine_attention` serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
 """
 
+import functools
 import importlib
 import math
 
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
+from nearfar.ops.torch_operator import (
+    allocate,
+    apply,
+    empty_rows,
+    launch_all,
+    layouts,
+    planned,
+    register,
+    unit_stride,
+    uses_tf32,
+)
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, int left, int right,"
@@ -21,19 +32,25 @@ _BACKWARD = (
 )
 
 
-def attend(q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
-    """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    alpha, beta, sink = (None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink))
-    arguments = q, k, v, alpha, beta, sink, token_bounds, left, right, scale
-    tensors = [tensor for tensor in arguments[:6] if tensor is not None]
-    if not is_plain(*tensors):
+def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
+    """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited.
+
+    rows: layouts of q, k and v, None where the call is not plain.
+    """
+    if rows is None or q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+        rows = None if rows is None else layouts(q, k, v)
+    scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
+    arguments = q, k, v, *scalars, token_bounds, left, right, scale
+    given = [tensor for tensor in scalars if tensor is not None]
+    if rows is None or not is_plain(*given):
         return torch.ops.nearfar.affine_attention(*arguments)[0]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Eager.apply(*arguments)
-    return forward(*arguments)[0]
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (q, k, v, *given)]):
+        return apply(_Eager, rows, *arguments)
+    return forward(rows, *arguments)[0]
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.affine_launch")
@@ -52,30 +69,39 @@ def _allocate_forward(q, v, epilogue):
     return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=precision)
 
 
-def forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
-    """(o, u, lse), u None without alpha and beta: o is the plain attention output then."""
-    o, u, lse = _allocate_forward(q, v, alpha is not None or beta is not None)
-    launch = _launchers()
-    with device_of(q):
-        sums = None if beta is None else _empty_sums(v, launch)
-        launch.forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, sums, o, u, lse)
+def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
+    """(o, u, lse), u None without alpha and beta: o is the plain attention output then. rows: layouts of q, k and v."""
+    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q)
+    outputs, attend, sum_values = _plan_forward(rows, *options)
+    o, u, lse, sums = allocate(outputs, q.device)
+    launches = [] if beta is None else [(sum_values, (v, None, sums))]
+    launch_all(q, *launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
     return o, u, lse
+
+
+@planned
+def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, _tf32):
+    """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and that of the sums."""
+    o, u, lse = _allocate_forward(q, v, scaled or shifted)
+    launch = _launchers()
+    call = launch.signature(q, k, v, None, packed, left, right)
+    sums = _empty_sums(v, launch) if shifted else None
+    return layouts(o, u, lse, sums), launch.plan_attend(call, o.stride(), scale), launch.plan_sums(v.shape, v.stride())
 
 
 def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
     """(dq, dk, dv, dalpha, dbeta, dsink); None where there is no input."""
-    do = unit_stride(do)
-    dq, dk, dv = empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3])
-    m = torch.empty_like(lse, dtype=torch.float32)
-    dbeta = value_sums = do_sums = None
-    launch = _launchers()
-    with device_of(q):
-        if beta is not None:
-            dbeta, value_sums, do_sums = torch.empty_like(beta), _empty_sums(v, launch), _empty_sums(do, launch)
-        launch.backward(
-            q, k, v, alpha, beta, token_bounds, left, right, scale, value_sums, do_sums, o if u is None else u, do, lse,
-            dq, dk, dv, dbeta, m,
-        )  # fmt: skip
+    do, u = unit_stride(do), o if u is None else u
+    options = beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q)
+    outputs, (queries, keys, sum_values, sum_do) = _plan_backward(layouts(do, q, k, v, u), *options)
+    dq, dk, dv, m, dbeta, value_sums, do_sums = allocate(outputs, q.device)
+    launches = [] if beta is None else [(sum_values, (v, None, value_sums)), (sum_do, (do, beta, do_sums))]
+    launch_all(
+        q,
+        *launches,
+        (queries, (q, k, v, alpha, dbeta, value_sums, u, do, lse, dq, m, token_bounds)),
+        (keys, (q, k, v, alpha, beta, do_sums, do, lse, m, dk, dv, token_bounds)),
+    )
     dsink = None
     if sink is not None:
         # The sink is one more column of the weights, with dP = 0; rows without keys have m = 0.
@@ -84,13 +110,28 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
     return dq, dk, dv, None if alpha is None else m, dbeta, dsink
 
 
+@planned
+def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, _tf32):
+    """Layouts of dq, dk, dv, m (B, Hq, N), and with beta dbeta and the sums of v and of beta dO; launches of both halves."""
+    gradients = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
+    m = q.new_empty(q.shape[:3], dtype=torch.float32)
+    launch = _launchers()
+    call = launch.signature(q, k, v, None, packed, left, right)
+    strides = [gradient.stride() for gradient in gradients]
+    queries = launch.plan_grad_queries(call, u.stride(), do.stride(), strides[0], scale)
+    keys = launch.plan_grad_keys(call, do.stride(), *strides[1:], scale)
+    sums = [launch.plan_sums(x.shape, x.stride()) for x in (v, do)]
+    workspaces = (torch.empty_like(m), _empty_sums(v, launch), _empty_sums(do, launch)) if shifted else (None,) * 3
+    return layouts(*gradients, m, *workspaces), (queries, keys, *sums)
+
+
 def _or_empty(tensors, like):
     """None as the empty tensor that stands for it where a schema wants a tensor."""
     return tuple(like.new_empty(0, dtype=torch.float32) if tensor is None else tensor for tensor in tensors)
 
 
-def _dispatched_forward(q, *arguments):
-    return _or_empty(forward(q, *arguments), q)
+def _dispatched_forward(q, k, v, *arguments):
+    return _or_empty(forward(layouts(q, k, v), q, k, v, *arguments), q)
 
 
 def _dispatched_backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
@@ -130,8 +171,8 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        output = forward(*arguments)
+    def forward(ctx, rows, *arguments):
+        output = forward(rows, *arguments)
         _save(ctx, arguments, output)
         return output[0]
 
@@ -143,7 +184,7 @@ class _Eager(torch.autograd.Function):
             results = torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options)
         else:
             results = backward(do, *inputs, u, lse, *ctx.options)
-        return _given(inputs[:6], results)
+        return None, *_given(inputs[:6], results)
 
 
 register(

@@ -4,6 +4,7 @@ They are called through the dispatcher in eager mode, too: they monitor, so that
 dimension of q, k and v must be contiguous.
 """
 
+import functools
 import importlib
 import math
 
@@ -27,6 +28,7 @@ _GEOMETRY = (
 UPSTREAM = 2.0**11
 
 
+@functools.cache
 def _launchers():
     """Triton is imported with the first launch, not with the package."""
     return importlib.import_module("nearfar.triton_kernels.diagnostics_launch")

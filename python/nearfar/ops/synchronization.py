@@ -1,6 +1,5 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
-import functools
 import math
 import numbers
 from typing import NamedTuple
@@ -162,8 +161,8 @@ def prepare(
     if sort and (causal or omega_k is not None or top_k is not None):
         raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
     keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
-    check = _check_once if checks.is_plain(omega, keys, v) else _check  # traced sizes cannot be looked up
-    kernel_reason = check(checks.meta("omega", omega), checks.meta(key_name, keys), checks.meta("v", v), key_name, top_k)
+    tensors = omega, keys, v
+    kernel_reason = _checked(checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
@@ -175,16 +174,15 @@ def prepare(
     return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), reasons)
 
 
-def _check(omega, keys, v, key_name, top_k):
-    """Why the kernels cannot serve these shapes, or None, from Metas."""
+@checks.once
+def _checked(metas, key_name, top_k):
+    """Why the kernels cannot serve these shapes, or None."""
+    omega, keys, v = metas
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
     return reason
-
-
-_check_once = functools.lru_cache(maxsize=1024)(_check)
 
 
 def _check_grad_floor(grad_floor):
@@ -196,22 +194,22 @@ def _check_grad_floor(grad_floor):
 
 def _order(order, omega, causal):
     """r as a float32 (float64) tensor (B, Hq) or (B, Hq, N)."""
-    meta = checks.meta("order", order)
+    checks.check_tensor("order", order)
     rows = omega.shape[:3]
-    if meta.dtype not in checks.FLOATING:
-        raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {meta.dtype}")
-    if meta.shape not in (rows, rows[:2]):
-        raise ValueError(f"order must have shape (B, Hq), {tuple(rows[:2])}, or (B, Hq, N), got {tuple(meta.shape)}")
-    if meta.device != omega.device:
-        raise ValueError(f"order must be on the device of omega, {omega.device}, got {meta.device}")
-    if causal and len(meta.shape) == 2:
+    if order.dtype not in checks.FLOATING:
+        raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {order.dtype}")
+    if order.shape not in (rows, rows[:2]):
+        raise ValueError(f"order must have shape (B, Hq), {tuple(rows[:2])}, or (B, Hq, N), got {tuple(order.shape)}")
+    if order.device != omega.device:
+        raise ValueError(f"order must be on the device of omega, {omega.device}, got {order.device}")
+    if causal and order.dim() == 2:
         raise ValueError(
             "order of shape (B, Hq) comes from all tokens: with causal=True, later tokens would leak into earlier ones. "
             "Pass nearfar.order_parameter(theta, causal=True), of shape (B, Hq, N), or, where the order is known to hold "
             "nothing of later tokens, order[..., None].expand(B, Hq, N)"
         )
-    if meta.device.type == "cpu" and type(order) in checks.PLAIN and not torch.compiler.is_compiling() and order.numel():
+    if order.is_cpu and type(order) in checks.PLAIN and not torch.compiler.is_compiling() and order.numel():
         low, high = order.detach().aminmax()
         if not (low >= 0 and high <= 1 + ORDER_ROUNDING):
             raise ValueError(f"order must be between 0 and 1, got {low.item()} to {high.item()}")
-    return order.to(torch.float64 if omega.dtype == torch.float64 else torch.float32)
+    return checks.in_dtype(order, torch.float64 if omega.dtype == torch.float64 else torch.float32)

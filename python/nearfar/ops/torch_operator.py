@@ -1,6 +1,9 @@
 """What every torch operator of nearfar needs: registration in both directions, and how its tensors are made and passed."""
 
+import functools
+import importlib
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -30,16 +33,85 @@ def refuse_double_backward(ctx, *gradients):
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
 
 
+class Layout(NamedTuple):
+    """All of a tensor but its values and where they are."""
+
+    shape: torch.Size
+    strides: tuple
+    dtype: torch.dtype
+    device: torch.device
+
+
+def layouts(*tensors):
+    """What checks and plans are looked up by: the fields of a Layout for each tensor, None for None."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+
+
+_planned = []
+
+
+def planned(plan):
+    """`plan(*tensors, *options)` as a function (layouts, *options), worked out once for each signature, on meta tensors.
+
+    A plan holds what follows from layouts and options, which must be hashable: layouts of outputs and workspaces, and launches.
+    """
+
+    @functools.lru_cache(maxsize=1024)
+    def look_up(layouts, *options):
+        return plan(*allocate(layouts, "meta"), *options)
+
+    _planned.append(look_up)
+    return look_up
+
+
+def forget_plans():
+    """Everything is planned anew, with what the table of launch parameters says now."""
+    for look_up in _planned:
+        look_up.cache_clear()
+
+
+def allocate(layouts, device):
+    """Tensors of these layouts on this device, not filled; None for None."""
+    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
+
+
+def uses_tf32(tensor):
+    """Whether the user allowed tf32 in the products of this tensor; plans depend on it (launch.dot_precision)."""
+    return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def apply(function, *arguments):
+    """`function.apply(*arguments)` for plain arguments, without what torch does ahead of it for functorch's transforms."""
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def device_of(tensor):
     """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
+def stream_of(tensor):
+    """Handle of the current stream of a CUDA tensor's device, without the object that torch.cuda.current_stream makes."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+
+
+@functools.cache
+def _launch():
+    """Triton is imported with the first launch, not with the package."""
+    return importlib.import_module("nearfar.triton_kernels.launch")
+
+
+def launch_all(tensor, *launches):
+    """Make (launch, tensors) pairs in order on the device of a tensor."""
+    with device_of(tensor):
+        _launch().launch_all(*launches)
+
+
 def unit_stride(tensor):
     """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 def empty_rows(like, width):

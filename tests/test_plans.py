@@ -1,0 +1,217 @@
+"""What is looked up by signature: checks, plans and the tensors of numbers. None of them may serve a call that it does not fit."""
+
+import math
+
+import pytest
+import samples
+import torch
+from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
+from samples import public
+
+import nearfar as nf
+from nearfar import checks
+from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
+from nearfar.registry import OPERATORS
+
+each_operator = pytest.mark.parametrize(
+    "operator", [op for op in OPERATORS if op.differentiable], ids=lambda op: op.function.__name__
+)
+
+
+def first_sample(operator, dtype, length=21):
+    return samples.of(operator).make(samples.names(operator)[0], dtype, length=length)
+
+
+def relaid(sample, layout):
+    """The same numbers of the tensors with tokens in another memory order."""
+    tensors = {name: layout(tensor) if tensor.dim() == 4 else tensor for name, tensor in sample.tensors.items()}
+    return Sample(tensors, sample.options)
+
+
+@each_operator
+def test_calls_of_one_shape_do_not_take_each_others_plans(operator):
+    """Strides and dtypes take turns; each call gives what it gives when nothing has been planned before."""
+    calls = [first_sample(operator, dtype) for dtype in (torch.float32, torch.float16)]
+    calls += [relaid(calls[0], LAYOUTS[name]) for name in ("tokens before heads", "width before rows")]
+    alone = []
+    for sample in calls:
+        forget_plans()
+        alone.append(run(public(operator), sample))
+    for result in alone[2:]:
+        torch.testing.assert_close(result, alone[0], rtol=1e-4, atol=1e-5)
+    forget_plans()
+    for sample, expected in zip(calls, alone, strict=True):
+        assert_same(run(public(operator), sample), expected, "after calls with other strides and dtypes")
+
+
+def rows(width=16, length=20, dtype=torch.float32):
+    return [randn(1, 2, length, width, dtype=dtype, seed=seed) for seed in range(3)]
+
+
+def turns(*calls):
+    """Every call gives alone what it gives among the others, and no two give the same."""
+    alone = []
+    for call in calls:
+        forget_plans()
+        alone.append(call())
+    for call, expected in zip(calls + calls, alone + alone, strict=True):
+        assert torch.equal(call(), expected)
+    for index, result in enumerate(alone):
+        assert not any(torch.equal(result, other) for other in alone[:index])
+
+
+def test_calls_with_other_options_do_not_take_each_others_plans():
+    q, k, v = rows()
+    ones, halves = torch.ones(1, 2, 20, device=DEVICE), torch.full((1, 2, 20), 0.5, device=DEVICE)
+    order, ends = torch.ones(1, 2, device=DEVICE), torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+    krause = {"locality": nf.SlidingWindow(9), "backend": "triton"}
+    turns(
+        lambda: nf.krause_attention(q, k, v, 2.0, **krause),
+        lambda: nf.krause_attention(q, k, v, 3.0, **krause),
+        lambda: nf.krause_attention(q, k, v, torch.tensor([2.0, 3.0], device=DEVICE), **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, top_k=3, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, cu_seqlens=ends, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), backend="triton"),
+    )
+    turns(
+        lambda: nf.affine_attention(q, k, v, None, ones, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, halves, None, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, halves, ones, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, halves, ones, causal=True, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, halves, ones, scale=0.1, backend="triton"),
+    )
+    turns(
+        lambda: nf.linear_attention(q, k, v, backend="triton"),
+        lambda: nf.linear_attention(q, k, v, eps=0.5, backend="triton"),
+        lambda: nf.linear_attention(q, k, v, normalize=False, backend="triton"),
+        lambda: nf.linear_attention(q, k, v, feature_map="exp", backend="triton"),
+        lambda: nf.linear_attention(q, k, v, causal=True, backend="triton"),
+        lambda: nf.linear_attention(q, k, v, causal=True, cu_seqlens=ends, backend="triton"),
+    )
+    omega = q * 0.2
+    turns(
+        lambda: nf.synchronization_attention(omega, v, 2.0, 0.5, order, backend="triton"),
+        lambda: nf.synchronization_attention(omega, v, 2.0, 0.4, order, backend="triton"),
+        lambda: nf.synchronization_attention(omega, v, 2.0, 0.5, order, top_k=3, backend="triton"),
+        lambda: nf.synchronization_attention(omega, v, 2.0, 0.5, order, omega_k=k * 0.2, backend="triton"),
+        lambda: nf.synchronization_attention(omega, v, 2.0, 0.5, ones, causal=True, backend="triton"),
+    )
+
+
+def test_what_was_checked_once_is_refused_again():
+    q, k, v = rows()
+    for _ in range(2):
+        nf.softmax_attention(q, k, v)
+        with pytest.raises(ValueError, match="k must have the batch size of q"):
+            nf.softmax_attention(q, torch.cat((k, k)), torch.cat((v, v)))
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            nf.softmax_attention(q, k.half(), v)
+        with pytest.raises(TypeError, match="top_k must be an int or None, got bool"):
+            nf.krause_attention(q, k, v, 2.0, top_k=True)
+        nf.krause_attention(q, k, v, 2.0, top_k=1)
+        with pytest.raises(TypeError, match="top_k must be an int or None, got float"):
+            nf.krause_attention(q, k, v, 2.0, top_k=1.0)
+        with pytest.raises(TypeError, match="q must be a torch.Tensor, got list"):
+            nf.krause_attention(q.tolist(), k, v, 2.0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the switch is for CPU tensors")
+def test_the_interpreters_switch_is_looked_at_in_every_call(monkeypatch):
+    q, k, v = rows()
+    for _ in range(2):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert nf.softmax_attention(q, k, v, backend="triton").shape == q.shape
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        with pytest.raises(ValueError, match="backend='triton' cannot serve this call: q is on cpu"):
+            nf.softmax_attention(q, k, v, backend="triton")
+
+
+def test_autocast_is_looked_at_in_every_call():
+    q, k, v = rows()
+    for _ in range(2):
+        assert nf.softmax_attention(q, k, v).dtype == torch.float32
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            assert nf.softmax_attention(q, k, v).dtype == torch.float16
+
+
+def test_plans_depend_on_layouts_and_options_alone():
+    seen = []
+
+    @planned
+    def plan(x, y, option):
+        seen.append((x.shape, x.stride(), x.dtype, x.device.type, y, option))
+        return layouts(x, None)
+
+    x = torch.empty(2, 3, device=DEVICE)
+    for tensor, option in ((x, 1), (x, 2), (x.T.contiguous().T, 1), (x.half(), 1)):
+        for _ in range(2):
+            like, nothing = allocate(plan(layouts(tensor, None), option), tensor.device)
+            assert Layout(*layouts(like)[0]) == Layout(*layouts(tensor)[0]) and nothing is None
+    assert seen == [
+        ((2, 3), (3, 1), torch.float32, "meta", None, 1),
+        ((2, 3), (3, 1), torch.float32, "meta", None, 2),
+        ((2, 3), (1, 2), torch.float32, "meta", None, 1),
+        ((2, 3), (3, 1), torch.float16, "meta", None, 1),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- tensors of numbers
+
+
+def constant(value, dtype=torch.float32):
+    return checks.positive_per_head("sigma", value, torch.empty(1, dtype=dtype, device=DEVICE), 2)
+
+
+def test_numbers_become_tensors_once():
+    assert constant(2.5) is constant(2.5) and constant(2) is constant(2.0)
+    assert constant(2.5).item() == 2.5 and constant(2.5).dtype == torch.float32 and constant(2.5).shape == (1,)
+    assert constant(0.1, torch.float64).item() == 0.1 and constant(0.1).item() != 0.1
+    for refused in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="sigma must be positive"):
+            constant(refused)
+
+
+def test_a_number_that_was_first_seen_in_inference_mode_can_be_saved_for_a_backward():
+    q, k, v = (x.requires_grad_() for x in rows())
+    with torch.inference_mode():
+        expected = nf.krause_attention(q, k, v, 1.7654, backend="triton")
+    o = nf.krause_attention(q, k, v, 1.7654, backend="triton")
+    assert torch.equal(o, expected)
+    o.sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+def test_a_traced_number_is_no_tensor_of_another_call():
+    q, k, v = rows()
+    compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
+    for sigma in (1.2345, 1.3456):
+        expected = nf.krause_attention(q, k, v, sigma, backend="triton")
+        assert torch.equal(compiled(q, k, v, sigma, backend="triton"), expected)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x) for x in (q, k, v)]
+        assert nf.krause_attention(*fake, 1.4567, backend="triton").shape == q.shape
+    assert type(constant(1.4567)) is torch.Tensor
+
+
+@needs_gpu
+def test_a_graph_fills_its_own_tensors():
+    """Memory of a graph is not to be kept for other calls, and is filled by each replay only."""
+    q, k, v = rows(dtype=torch.float16)
+    call = lambda sigma: nf.krause_attention(q, k, v, sigma, nf.SlidingWindow(9), backend="triton")  # noqa: E731
+    expected = call(2.2345)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call(2.3456)  # seen for the first time while the graph is captured
+    assert not torch.equal(call(2.3456), expected)
+    assert torch.equal(call(2.2345), expected)
+    graph.replay()
+    assert torch.equal(o, call(2.3456))
+
+
+@needs_gpu
+def test_every_stream_fills_its_own_tensors():
+    side = torch.cuda.Stream()
+    first = constant(3.4567)
+    with torch.cuda.stream(side):
+        assert constant(3.4567) is not first
+    assert constant(3.4567) is first
