@@ -395,6 +395,7 @@ void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char*
     resident_blocks<kKernel>(Walk::kThreads, Layout::kBytes);
     void* parameters[] = {&arguments};
     const auto blocks = static_cast<unsigned>(heads * arguments.num_pieces);
+    if (blocks == 0) return;
     check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, Layout::kBytes, stream), name);
 }
 

@@ -182,6 +182,7 @@ void launch(const LinearForward& call, cudaStream_t stream) {
                         static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
     void* parameters[] = {&arguments};
     const auto blocks = static_cast<unsigned>(call.batches * call.heads * call.num_pieces);
+    if (blocks == 0) return;
     check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, kBytes, stream), "linear_forward launch");
 }
 

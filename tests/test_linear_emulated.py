@@ -1,12 +1,15 @@
 """The CUDA kernels of causal linear attention without a GPU, in the emulation."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import Sample, like, randn
-from samples.linear import check, features, random_state, spans, with_ones
+from harness import GRADIENTS, LAYOUTS, Sample, like, randn
+from samples.linear import check, features, op_arguments, random_state, spans, with_ones
+
+from nearfar import _cuda
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 
@@ -76,7 +79,10 @@ def states_of(sample, pieces, xs, ys, initial, of_keys):
     return states[..., :-1], states[..., -1]
 
 
-def run(kernels, sample, do, piece_length=None, conditions=Conditions()):
+ANY = Conditions()
+
+
+def run(kernels, sample, do, piece_length=None, conditions=ANY):
     """(o, inverse or None, weights) and the gradients by name. piece_length: of pieces with states, None for one without."""
     guarded, tensors, options = Guarded(poison=conditions.seed), sample.tensors, sample.options
     fill = lambda x: guarded.empty(x.shape, x.dtype).copy_(x)  # noqa: E731
@@ -161,3 +167,42 @@ def test_against_the_oracle(name, kernels):
     again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
     for first, second in zip((*saved, *gradients.values()), (*again, *gradients_again.values()), strict=True):
         assert first is None or torch.equal(first, second)
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def _launch(self, name, structure, tensors, feature_map, sizes, strides, *rest):
+        numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
+        names = [field for field, kind in structure._fields_ if kind is ctypes.c_void_p]
+        call = structure(**dict(zip(names, tensors, strict=True)), **numbers)
+        arrays = [field for field, _ in structure._fields_ if field.endswith("_strides")]
+        for array, steps in zip(arrays, strides, strict=True):
+            setattr(call, array, (3 * ctypes.c_int64)(*steps))
+        error = self._kernels[name](ctypes.byref(call), feature_map.encode(), *ANY)
+        assert error is None, error.decode()
+
+    def linear_forward(self, *arguments):
+        self._launch("linear_forward", LinearForward, *arguments)
+
+    def linear_grad_queries(self, *arguments):
+        self._launch("linear_grad_queries", LinearGradQueries, *arguments)
+
+    def linear_grad_keys(self, *arguments):
+        self._launch("linear_grad_keys", LinearGradKeys, *arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
+def test_through_the_operator(options, kernels, monkeypatch):
+    """Arguments arrive where they belong, forward and backward, and what autograd hands over is copied where it has to be."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    sample = make(heads=(4, 2), batch=2, length=150, **options)
+    tensors = {name: LAYOUTS["tokens before heads"](x).requires_grad_() for name, x in sample.tensors.items()}
+    o, *_ = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
+    do = GRADIENTS["width before rows"](like(sample.tensors["q"]))
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))

@@ -109,6 +109,10 @@ def _device_reason(index, width, window):
     if reason := _architecture_reason(index):
         return reason
     needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
+    return _memory_reason(index, width, needed)
+
+
+def _memory_reason(index, width, needed):
     available = extension.devices()[index]["shared_memory_per_block_optin"]
     if needed > available:
         return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
@@ -142,10 +146,16 @@ def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bit
     )  # fmt: skip
 
 
+def aligned_rows(do):
+    """A gradient as the kernels need it: autograd hands over whatever layout it has."""
+    if do.stride(3) != 1 or do.data_ptr() % 16 or any(do.stride(i) % 8 for i in range(3)):
+        return do.clone(memory_format=torch.contiguous_format)
+    return do
+
+
 def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
     """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
-    if do.data_ptr() % 16 or any(do.stride(i) % 8 for i in range(3)):  # autograd hands over whatever layout it has
-        do = do.clone(memory_format=torch.contiguous_format)
+    do = aligned_rows(do)
     strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
     partials = lse.new_empty(*q.shape[:2], strips)
     addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
@@ -189,5 +199,76 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
         1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
+        q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+
+
+LINEAR_WIDTHS = (64, 128)
+
+
+def linear_reason(qs, ks, v, causal):
+    """Why the CUDA kernels cannot serve this call of linear_attention or hadamard_attention, or None."""
+    if extension is None:
+        return unavailable_reason
+    if not v.is_cuda:
+        return f"v is on {v.device}; the CUDA kernels need a CUDA device"
+    if v.dtype == torch.float16:
+        return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
+    if v.dtype != torch.bfloat16:
+        return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
+    if len(qs) != 1 or not causal:
+        return "the CUDA kernels are those of causal attention with one factor"
+    width, value_width = qs[0].shape[3], v.shape[3]
+    if width != value_width or width not in LINEAR_WIDTHS:
+        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
+    plain = is_plain(qs[0], ks[0], v)
+    for name, x in (("q", qs[0]), ("k", ks[0]), ("v", v)):  # one whose last dimension is not contiguous will be copied
+        if x.stride(3) == 1:
+            strided = any(x.shape[i] > 1 and x.stride(i) % 8 for i in range(3))
+            if strided or (x.data_ptr() if plain else x.storage_offset() * 2) % 16:
+                return ROWS_REASON.format(name)
+    return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width))
+
+
+@functools.cache
+def _linear_device_reason(index, width):
+    if reason := _architecture_reason(index):
+        return reason
+    return _memory_reason(index, width, extension.linear_shared_bytes(width))
+
+
+def linear_forward(q, k, v, states, norms, o, inverse, pieces, num_pieces, piece_length, feature_map, eps):
+    """walk_read of triton_kernels/walk.py for a call without linear_reason: fill o and, unless None, inverse."""
+    _walk(
+        extension.linear_forward, (q, k, v, states, norms, o, inverse, pieces), (q, k, v, o),
+        q, k, num_pieces, piece_length, feature_map, eps,
+    )  # fmt: skip
+
+
+def linear_grad_queries(
+    q, k, v, o, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
+):  # fmt: skip
+    """walk_grad_queries: fill dq and weights."""
+    _walk(
+        extension.linear_grad_queries, (q, k, v, o, do, inverse, states, norms, dq, weights, pieces), (q, k, v, o, do, dq),
+        q, k, num_pieces, piece_length, feature_map,
+    )  # fmt: skip
+
+
+def linear_grad_keys(
+    k, v, q, do, inverse, weights, states, norms, dk, dv, pieces, num_pieces, piece_length, feature_map
+):  # fmt: skip
+    """walk_grad_keys: fill dk and dv."""
+    _walk(
+        extension.linear_grad_keys, (k, v, q, do, inverse, weights, states, norms, dk, dv, pieces), (k, v, q, do, dk, dv),
+        q, k, num_pieces, piece_length, feature_map,
+    )  # fmt: skip
+
+
+def _walk(function, tensors, strided, q, k, num_pieces, piece_length, feature_map, *eps):
+    sizes = (*q.shape[:2], k.shape[1], *q.shape[2:], num_pieces, piece_length)
+    function(
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors], feature_map, sizes,
+        [tensor.stride()[:3] for tensor in strided], *eps,
         q.device.index, torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from nearfar import _cuda
 from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
 
@@ -30,20 +31,26 @@ LARGE_STATES = 2**30
 
 _FORWARD = (
     "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
-    " bool causal, float eps, bool return_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool causal, float eps, bool return_state, str backend, str backward_backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
     "(Tensor do, Tensor? dstate, Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, Tensor o,"
-    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal)"
+    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal, str backend)"
     " -> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
 
-def attend(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
-    """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked."""
+def attend(
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend
+):  # fmt: skip
+    """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked.
+
+    backend, backward_backend: "triton" or "cuda", which read what either has saved.
+    """
     qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    options = feature_map, normalize, causal, eps, return_state
+    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend
     tensors = [*qs, *ks, v] + ([] if initial_state is None else [initial_state])
     if not is_plain(*tensors):
         o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
@@ -153,7 +160,9 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
     return torch.stack((begin, end, sequence, sequence_begin, sequence_end)), first
 
 
-def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def forward(
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _backward_backend
+):  # fmt: skip
     """(o, final state, inverse, states, norms); what does not exist is None."""
     with_state = initial_state is not None or return_state
     stateful = uses_states(qs, v, cu_seqlens, causal, with_state)
@@ -169,6 +178,10 @@ def forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal
         launches += _state_launches(
             launch, problem, False, ks, v, None, None, initial_state, states, norms, state, pieces, first_pieces
         )
+    if backend == "cuda":
+        _launch_all(v, launches)
+        _cuda.linear_forward(*qs, *ks, v, states, norms, o, inverse, pieces, *problem.spans, feature_map, float(eps))
+        return o, state, inverse, states, norms
     if problem.walks and (causal or stateful):
         read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, v.stride(), o.stride()), (float(eps),))
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
@@ -195,7 +208,9 @@ def _state_launches(launch, problem, of_queries, xs, y, factors, weights, initia
     ]
 
 
-def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal):
+def backward(
+    do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal, backend
+):  # fmt: skip
     """(dqs, dks, dv, gradient of the initial state or None)."""
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
@@ -217,6 +232,13 @@ def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, state
         state_launches = _state_launches(
             launch, problem, True, qs, do, inverse, weights, dstate, key_states, key_norms, dinitial, pieces, first_pieces
         )
+    if backend == "cuda":
+        do = _cuda.aligned_rows(do)
+        options = (*problem.spans, feature_map)
+        _cuda.linear_grad_queries(*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces, *options)
+        _launch_all(v, state_launches)
+        _cuda.linear_grad_keys(*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces, *options)
+        return dqs, dks, dv, dinitial
     if problem.walks and (causal or stateful):
         strides = (*q_strides, *k_strides, v.stride(), o.stride(), do.stride(), *dq_strides)
         queries = launch.plan_walk(problem, "walk_grad_queries", strides)
@@ -292,7 +314,7 @@ def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, in
     return dqs, dks, dv, *_or_empty((dinitial,), v)
 
 
-def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, *_):
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
     return tuple(_or_empty(outputs, v))
@@ -305,12 +327,12 @@ def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
 
 
 def _save(ctx, inputs, output):
-    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _ = inputs
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _, _, backward_backend = inputs
     o, _, *saved = output
     ctx.num_factors = len(qs)
     ctx.save_for_backward(*qs, *ks, v, initial_state, cu_seqlens, o, *saved)
     ctx.set_materialize_grads(False)
-    ctx.options = feature_map, normalize, causal
+    ctx.options = feature_map, normalize, causal, backward_backend
 
 
 def _restore(ctx):
@@ -324,7 +346,7 @@ def _autograd_backward(ctx, do, dstate, *_):
     arguments = _restore(ctx)
     do = torch.zeros_like(arguments[5]) if do is None else do
     dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
-    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 6
+    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 8
 
 
 class _Eager(torch.autograd.Function):
@@ -332,9 +354,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, feature_map, normalize, causal, eps, return_state = arguments
+        tensors, options = arguments[:-7], arguments[-7:]
         r = (len(tensors) - 3) // 2
-        inputs = tensors[:r], tensors[r : 2 * r], *tensors[2 * r :], feature_map, normalize, causal, eps, return_state
+        inputs = tensors[:r], tensors[r : 2 * r], *tensors[2 * r :], *options
         output = forward(*inputs)
         _save(ctx, inputs, output)
         return output[0], output[1]
@@ -349,7 +371,7 @@ class _Eager(torch.autograd.Function):
             dinitial = None if initial is None else dinitial
         else:
             dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
-        return *dqs, *dks, dv, dinitial, *[None] * 6
+        return *dqs, *dks, dv, dinitial, *[None] * 8
 
 
 register(

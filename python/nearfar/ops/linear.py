@@ -7,16 +7,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearfar import checks, dispatch
+from nearfar import _cuda, checks, dispatch
 from nearfar.ops import factored
+from nearfar.ops.krause import CUDA_FIRST, TRITON_FIRST, _is_hopper
 from nearfar.reference import linear as reference
 
 MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 
+# Milliseconds of the CUDA and the Triton kernels of causal attention with one factor, forward and backward, by width. "auto"
+# takes the faster; Triton for what is not listed, and on GPUs of another architecture than the H100 that they are of.
+MEASURED = {}
+
+
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    """
 
     qs: tuple
     ks: tuple
@@ -29,6 +38,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     reasons: dict
+    orders: tuple
 
     @property
     def q(self):
@@ -166,14 +176,15 @@ def prepare_hadamard_attention(
 
 
 def _attend(call, backend):
-    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+    forward, backward = dispatch.served(call, backend)
+    if forward == "reference":
         with checks.no_autocast(call.q):
             o, state = reference.hadamard_attention(
                 call.qs, call.ks, call.v, call.feature_map, call.normalize, call.causal, call.eps,
                 call.initial_state, call.return_state, call.cu_seqlens,
             )  # fmt: skip
     else:
-        o, state = factored.attend(*call[:-1])
+        o, state = factored.attend(*call[:10], forward, backward)
     return (o, state) if call.return_state else o
 
 
@@ -188,7 +199,8 @@ def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
     arguments = (call.qs, call.ks, call.v, state, call.feature_map, call.normalize, call.eps)
-    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+    reasons = {**call.reasons, "cuda": "there is no CUDA kernel of a decoding step yet"}
+    if dispatch.choose(backend, reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
             o = reference.step(*arguments)
         if out is None:
@@ -224,12 +236,19 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     reasons = {
-        "cuda": f"there is no CUDA kernel of {'hadamard' if listed else 'linear'}_attention yet",
+        "cuda": kernel_reason or _cuda.linear_reason(qs, ks, v, causal),
         "triton": dispatch.triton_device_reason(qs[0]) or kernel_reason,
         "reference": None,
     }
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons)
+    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons, _orders(v))
+
+
+def _orders(v):
+    times = MEASURED.get(int(v.shape[3]))
+    if times is None or not v.is_cuda or not _is_hopper(v.device.index):
+        return TRITON_FIRST, TRITON_FIRST
+    return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
 
 
 def _map_outside(qs, ks, feature_map, listed):
