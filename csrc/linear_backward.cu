@@ -302,10 +302,12 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         change_own_rows<Walk>(bytes + slot + Layout::kQueries + own_rows, role.lane,
                               [](uint32_t word, int) { return map_word<Map>(word); });
         if (arguments.inverse != nullptr) {
-            change_own_rows<Walk>(bytes + slot + Layout::kGrads + own_rows, role.lane, [&](uint32_t word, int row) {
+            float factor[Walk::kPasses];
+            for (int pass = 0; pass < Walk::kPasses; ++pass)
+                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Walk>(role.lane, pass));
+            change_own_rows<Walk>(bytes + slot + Layout::kGrads + own_rows, role.lane, [&](uint32_t word, int pass) {
                 const float2 x = unpack<Number>(word);
-                const float factor = __shfl_sync(kWholeWarp, next_factor, row);
-                return pack<Number>(x.x * factor, x.y * factor);
+                return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
             });
         }
         float* const weights = numbers + index % 2 * Walk::kChunk;

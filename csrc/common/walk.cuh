@@ -33,6 +33,7 @@ struct Walk {
     static constexpr int kParts = kWarps / kBlocks;    // warps that share 16 rows
     static constexpr int kColumns = kWidth / kParts;   // of a warp's results
     static constexpr int kOwnRows = kChunk / kWarps;   // that a warp fetches and maps
+    static constexpr int kRowsAtOnce = 32 / Tile<kWidth>::kChunks, kPasses = kOwnRows / kRowsAtOnce;  // in which it does
     static constexpr int kStateParts = kWarps / kSteps;  // warps that share 16 rows of the state
     static constexpr int kStateColumns = kWidth / kStateParts;
     static constexpr int kStateBytes = kWidth * kRowBytes;
@@ -70,20 +71,28 @@ struct Piece {
     }
 };
 
-// Rows that lanes have fetched themselves by copy_rows, changed in place: change(word, row).
+// Rows that lanes have fetched themselves by copy_rows, changed in place: change(word, pass). In each pass a lane has a chunk
+// of row own_row(lane, pass).
+template <typename Walk>
+__device__ __forceinline__ int own_row(int lane, int pass) {
+    return lane / Tile<Walk::kWidth>::kChunks + pass * Walk::kRowsAtOnce;
+}
+
 template <typename Walk, typename Change>
 __device__ __forceinline__ void change_own_rows(char* rows, int lane, const Change& change) {
     using Layout = Tile<Walk::kWidth>;
-    constexpr int kRowsAtOnce = 32 / Layout::kChunks;
+    const auto at = [&](int pass) {
+        return reinterpret_cast<uint4*>(rows + Layout::offset(own_row<Walk>(lane, pass), lane % Layout::kChunks));
+    };
+    uint4 x[Walk::kPasses];
 #pragma unroll
-    for (int row = lane / Layout::kChunks; row < Walk::kOwnRows; row += kRowsAtOnce) {
-        uint4* const at = reinterpret_cast<uint4*>(rows + Layout::offset(row, lane % Layout::kChunks));
-        const uint4 x = *at;
-        *at = {change(x.x, row), change(x.y, row), change(x.z, row), change(x.w, row)};
-    }
+    for (int pass = 0; pass < Walk::kPasses; ++pass) x[pass] = *at(pass);
+#pragma unroll
+    for (int pass = 0; pass < Walk::kPasses; ++pass)
+        *at(pass) = {change(x[pass].x, pass), change(x[pass].y, pass), change(x[pass].z, pass), change(x[pass].w, pass)};
 }
 
-// c = x of a diagonal block, zero above (Upper: below) the diagonal.
+// Of a diagonal block: c becomes zero above (Upper: below) the diagonal.
 template <bool Upper>
 __device__ __forceinline__ void mask_diagonal(float (&c)[2][4], int quad, int pair) {
 #pragma unroll
