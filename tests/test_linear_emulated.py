@@ -169,6 +169,17 @@ def test_against_the_oracle(name, kernels):
         assert first is None or torch.equal(first, second)
 
 
+@pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64)])
+def test_norms_are_as_exact_as_float32(width, chunk, kernels):
+    """The last query is alone in its chunk and takes all keys but one by the norm of the state, which is two numbers of 16 bits."""
+    sample = make(width=width, length=2 * chunk + 1)
+    (_, inverse, _), _ = run(kernels, sample, like(sample.tensors["q"]))
+    (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
+    x, y = x.bfloat16().double(), y.bfloat16().double()
+    expected = 1 / ((x[:, :, -1:] * y).sum((-1, -2)) + 1e-6)
+    torch.testing.assert_close(inverse[:, :, -1].double(), expected, rtol=3e-5, atol=0)
+
+
 class Extension:
     """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
 
