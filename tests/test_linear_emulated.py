@@ -171,7 +171,7 @@ def test_against_the_oracle(name, kernels):
 
 @pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64)])
 def test_norms_are_as_exact_as_float32(width, chunk, kernels):
-    """The last query is alone in its chunk and takes all keys but one by the norm of the state, which is two numbers of 16 bits."""
+    """The last query is alone in its chunk and takes all keys but one by the norm of the state, kept as two numbers."""
     sample = make(width=width, length=2 * chunk + 1)
     (_, inverse, _), _ = run(kernels, sample, like(sample.tensors["q"]))
     (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
