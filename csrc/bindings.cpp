@@ -197,25 +197,25 @@ PYBIND11_MODULE(_C, m) {
         "v, o; sizes: B, Hq, Hkv, N, D, pieces, their length. More in csrc/linear_forward.h.");
     m.def(
         "linear_grad_queries",
-        [](const std::array<uintptr_t, 11>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
-           const std::array<std::array<int64_t, 3>, 6>& strides, int device, uintptr_t stream) {
+        [](const std::array<uintptr_t, 10>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
+           const std::array<std::array<int64_t, 3>, 5>& strides, int device, uintptr_t stream) {
             const DeviceGuard guard(device);
-            const auto [q, k, v, o, grad_o, inverse, states, norms, dq, weights, pieces] = tensors;
-            const auto& [q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides] = strides;
+            const auto [q, k, v, grad_o, inverse, states, norms, dq, weights, pieces] = tensors;
+            const auto& [q_strides, k_strides, v_strides, grad_o_strides, dq_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
             LinearGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                   reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(o),
-                                   reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(inverse),
+                                   reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(grad_o),
+                                   reinterpret_cast<const float*>(inverse),
                                    reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
                                    reinterpret_cast<void*>(dq), reinterpret_cast<float*>(weights),
                                    reinterpret_cast<const int32_t*>(pieces),
-                                   q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides,
+                                   q_strides, k_strides, v_strides, grad_o_strides, dq_strides,
                                    batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
             linear_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
-        "Fills dq and weights. tensors: q, k, v, o, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, o, "
-        "do, dq; sizes as for linear_forward. More in csrc/linear_backward.h.");
+        "Fills dq and weights. tensors: q, k, v, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, do, "
+        "dq; sizes as for linear_forward. More in csrc/linear_backward.h.");
     m.def(
         "linear_grad_keys",
         [](const std::array<uintptr_t, 11>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,

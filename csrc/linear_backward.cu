@@ -63,7 +63,7 @@ __device__ __forceinline__ float (&two_tiles(float (&c)[Tiles][4], int first))[2
 // ------------------------------------------------------------------------------------------------------------ queries
 
 struct QueryArguments {
-    Tensor<const Number> q, k, v, o, grad_o;
+    Tensor<const Number> q, k, v, grad_o;
     Tensor<Number> dq;
     const float *inverse, *states, *norms;
     float* weights;
@@ -72,10 +72,19 @@ struct QueryArguments {
 };
 
 template <typename Walk>
-struct QueryLayout : Layout<Walk, 5, 0> {
-    static constexpr int kKeys = 0, kValues = Walk::kTileBytes, kGrads = 2 * Walk::kTileBytes;
-    static constexpr int kOutputs = 3 * Walk::kTileBytes, kQueries = 4 * Walk::kTileBytes;
+struct QueryLayout : Layout<Walk, 4, Walk::kParts * Walk::kChunk> {
+    static constexpr int kKeys = 0, kValues = Walk::kTileBytes, kGrads = 2 * Walk::kTileBytes, kQueries = 3 * Walk::kTileBytes;
 };
+
+// The part of a fragment a of a lower triangle of ones, or of ones everywhere.
+__device__ __forceinline__ void ones_fragment(uint32_t (&a)[4], bool triangle, int quad, int pair) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = quad + i % 2 * 8, column = 2 * pair + i / 2 * 8;
+        const bool first = !triangle || column <= row, second = !triangle || column < row;
+        a[i] = pack<Number>(first ? 1.0f : 0.0f, second ? 1.0f : 0.0f);
+    }
+}
 
 template <typename Walk, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
@@ -98,7 +107,6 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
     const Number* const q = arguments.q.at(piece.batch, piece.head);
     const Number* const k = arguments.k.at(piece.batch, kv_head);
     const Number* const v = arguments.v.at(piece.batch, kv_head);
-    const Number* const o = arguments.o.at(piece.batch, piece.head);
     const Number* const grad_o = arguments.grad_o.at(piece.batch, piece.head);
     Number* const dq = arguments.dq.at(piece.batch, piece.head) + role.part * Walk::kColumns;
     const int64_t row_offset = (static_cast<int64_t>(piece.batch) * arguments.heads + piece.head) * arguments.num_tokens;
@@ -112,7 +120,6 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
             };
             rows(Layout::kKeys, k, arguments.k.row);
             rows(Layout::kGrads, grad_o, arguments.grad_o.row);
-            if (normalised) rows(Layout::kOutputs, o, arguments.o.row);
             rows(Layout::kValues, v, arguments.v.row);
             rows(Layout::kQueries, q, arguments.q.row);
         }
@@ -122,6 +129,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 
     State<Walk> state(role);
     float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
+    float* const deltas = reinterpret_cast<float*>(bytes + Layout::kNumbers);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * (arguments.heads / arguments.group) + kv_head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
@@ -135,14 +143,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t rows = base + slot + my_rows;
         uint32_t grad[Walk::kSteps][4];
         float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
-        const auto load_grads = [&] {
-            load_rows<kWidth>(grad, rows + Layout::kGrads, whole);
-            if (!normalised) return;
-            uint32_t output[Walk::kSteps][4];
-            load_rows<kWidth>(output, rows + Layout::kOutputs, whole);
-            const float2 products = row_products<Number>(grad, output, role.lane);
-            delta[0] = products.x, delta[1] = products.y;
-        };
+        const auto load_grads = [&] { load_rows<kWidth>(grad, rows + Layout::kGrads, whole); };
         if (normalised) {
             for (int r = 0; r < 2; ++r) {
                 const int row = role.quad + 8 * r;
@@ -163,36 +164,72 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
         const uint32_t before = base + Layout::kStates + chunk % 2 * Walk::kStateBytes + role.part * Walk::kColumns * Walk::kRowBytes;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
-        float acc[Walk::kColumns / 8][4];
+        // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
+        float u[Walk::kColumns / 8][4] = {}, z[Walk::kColumns / 8][4];
 #pragma unroll
         for (int tile = 0; tile < Walk::kColumns / 8; ++tile) {
-            const float2 z = *reinterpret_cast<const float2*>(norm + 8 * tile);
-            for (int r = 0; r < 2; ++r) acc[tile][2 * r] = -delta[r] * z.x, acc[tile][2 * r + 1] = -delta[r] * z.y;
+            const float2 x = *reinterpret_cast<const float2*>(norm + 8 * tile);
+            z[tile][0] = z[tile][2] = x.x, z[tile][1] = z[tile][3] = x.y;
         }
 #pragma unroll
         for (int block = 0; block < Walk::kColumns / 16; ++block)
-            multiply_transposed<Number, kWidth>(two_tiles(acc, 2 * block), grad, before, block * kBlockBytes, whole);
+            multiply_transposed<Number, kWidth>(two_tiles(u, 2 * block), grad, before, block * kBlockBytes, whole);
         const auto add_pairs = [&](int block, bool diagonal) {
-            float slope[2][4];
-            uint32_t a[4];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = -delta[i / 2 % 2];
+            float slope[2][4] = {};
+            uint32_t a[4], ones[4];
             multiply_transposed<Number, kWidth>(slope, grad, values + block * kBlockBytes, 0, whole);
             if (diagonal) mask_diagonal<false>(slope, role.quad, role.pair);
             round_to_fragment<Number>(a, slope);
-            multiply<Number, kWidth>(acc, a, keys + block * kBlockBytes, 0, mine);
+            ones_fragment(ones, diagonal, role.quad, role.pair);
+#pragma unroll
+            for (int step = 0; step < Walk::kColumns / 16; ++step) {
+                uint32_t b[4];
+                load_matrices_transposed(b, mine.normal_at(keys + block * kBlockBytes, step));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    mma<Number>(u[2 * step + half], a, b[2 * half], b[2 * half + 1]);
+                    mma<Number>(z[2 * step + half], ones, b[2 * half], b[2 * half + 1]);
+                }
+            }
         };
 #pragma unroll 2
         for (int block = 0; block < role.block; ++block) add_pairs(block, false);
         add_pairs(role.block, true);
 
+        if (normalised) {  // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = phi(q_i) . u_i inverse_i, without reading o
+#pragma unroll
+            for (int step = 0; step < Walk::kColumns / 16; ++step) {
+                uint32_t raw[4];
+                load_matrices(raw, mine.normal_at(rows + Layout::kQueries, step));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 x = unpack<Number>(raw[i]);
+                    const float* const at = u[2 * step + i / 2] + i % 2 * 2;
+                    delta[i % 2] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) delta[r] = quad_sum(delta[r]) * factor[r];
+            if constexpr (Walk::kParts > 1) {
+                float* const delta_at = deltas + 16 * role.block + role.quad;
+                for (int r = 0; r < 2; ++r)
+                    if (role.pair == 0) delta_at[role.part * Walk::kChunk + 8 * r] = delta[r];
+                __syncthreads();
+                for (int r = 0; r < 2; ++r) {
+                    delta[r] = 0;
+                    for (int part = 0; part < Walk::kParts; ++part) delta[r] += delta_at[part * Walk::kChunk + 8 * r];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < Walk::kColumns / 2; ++i) u[i / 4][i % 4] -= delta[i / 2 % 2] * z[i / 4][i % 4];
+        }
         for (int r = 0; r < 2; ++r) {
             const int row = role.quad + 8 * r;
             if (role.part == 0 && role.pair == 0 && row < rows_left)
                 arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
         }
-        multiply_by_slopes<Map>(acc, factor, rows + Layout::kQueries, mine);
-        store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, arguments.dq.row, dq + first_row * arguments.dq.row);
+        multiply_by_slopes<Map>(u, factor, rows + Layout::kQueries, mine);
+        store_rows<Number, Walk::kColumns>(u, 1.0f, role.lane, rows_left, arguments.dq.row, dq + first_row * arguments.dq.row);
 
         if (chunk + 1 < num_chunks) {
             state.add(keys, values, [&](int) {
@@ -387,7 +424,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
 }
 
 template <int Width>
-using QueryWalk = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;
+using QueryWalk = Walk<Width, Width == 64 ? 128 : 64, 8, Width == 64 ? 3 : 2>;
 
 template <int Width>
 using KeyWalk = Walk<Width, Width == 64 ? 128 : 64, 8, Width == 64 ? 3 : 2>;
@@ -424,7 +461,7 @@ void linear_grad_queries(const LinearGradQueries& call, const std::string& featu
     const auto input = input_tensor<Number>;
     const QueryArguments arguments{
         input(call.q, call.q_strides), input(call.k, call.k_strides), input(call.v, call.v_strides),
-        input(call.o, call.o_strides), input(call.grad_o, call.grad_o_strides), output_tensor<Number>(call.dq, call.dq_strides),
+        input(call.grad_o, call.grad_o_strides), output_tensor<Number>(call.dq, call.dq_strides),
         call.inverse, call.states, call.norms, call.weights, call.pieces,
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};

@@ -16,12 +16,12 @@ namespace nearfar {
 //
 // states and norms: sums before each piece, as in the forward.
 struct LinearGradQueries {
-    const void *q, *k, *v, *o, *grad_o;
+    const void *q, *k, *v, *grad_o;
     const float *inverse, *states, *norms;
     void* dq;
     float* weights;
     const int32_t* pieces;
-    std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides;
+    std::array<int64_t, 3> q_strides, k_strides, v_strides, grad_o_strides, dq_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length;
 };
 

@@ -25,8 +25,8 @@ class LinearForward(ctypes.Structure):  # as in csrc/linear_forward.h
 
 class LinearGradQueries(ctypes.Structure):  # as in csrc/linear_backward.h
     _fields_ = [
-        *fields(ctypes.c_void_p, "q k v o grad_o inverse states norms dq weights pieces"),
-        *strides("q", "k", "v", "o", "grad_o", "dq"),
+        *fields(ctypes.c_void_p, "q k v grad_o inverse states norms dq weights pieces"),
+        *strides("q", "k", "v", "grad_o", "dq"),
         *fields(ctypes.c_int64, SIZES),
     ]
 

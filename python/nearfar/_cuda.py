@@ -246,11 +246,11 @@ def linear_forward(q, k, v, states, norms, o, inverse, pieces, num_pieces, piece
 
 
 def linear_grad_queries(
-    q, k, v, o, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
+    q, k, v, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
 ):  # fmt: skip
-    """walk_grad_queries: fill dq and weights."""
+    """walk_grad_queries, which needs no o: fill dq and weights."""
     _walk(
-        extension.linear_grad_queries, (q, k, v, o, do, inverse, states, norms, dq, weights, pieces), (q, k, v, o, do, dq),
+        extension.linear_grad_queries, (q, k, v, do, inverse, states, norms, dq, weights, pieces), (q, k, v, do, dq),
         q, k, num_pieces, piece_length, feature_map,
     )  # fmt: skip
 

@@ -235,7 +235,7 @@ def backward(
     if backend == "cuda":
         do = _cuda.aligned_rows(do)
         options = (*problem.spans, feature_map)
-        _cuda.linear_grad_queries(*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces, *options)
+        _cuda.linear_grad_queries(*qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces, *options)
         _launch_all(v, state_launches)
         _cuda.linear_grad_keys(*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces, *options)
         return dqs, dks, dv, dinitial
