@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
@@ -16,6 +17,8 @@
 #include "krause_backward.h"
 #include "krause_forward.h"
 #include "krause_step.h"
+#include "linear_backward.h"
+#include "linear_forward.h"
 #include "row_sumsq.h"
 
 namespace py = pybind11;
@@ -168,4 +171,70 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), py::arg("stream"),
         "A decoding step of Krause attention: fills o and a slot of the cache. tensors: q, k, v, cached k and v, length, "
         "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
+
+    m.def("linear_shared_bytes",
+          [](int64_t width) { return std::max(linear_forward_shared_bytes(width), linear_backward_shared_bytes(width)); },
+          py::arg("width"), "Bytes of shared memory that a block of the linear_ kernels takes, at most.");
+    m.def(
+        "linear_forward",
+        [](const std::array<uintptr_t, 8>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
+           const std::array<std::array<int64_t, 3>, 4>& strides, double eps, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, states, norms, o, inverse, pieces] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
+            LinearForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                               reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(states),
+                               reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
+                               reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
+                               q_strides, k_strides, v_strides, o_strides,
+                               batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, eps};
+            linear_forward(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
+        py::arg("stream"),
+        "Causal linear attention: fills o and inverse. tensors: q, k, v, states, norms, o, inverse, pieces; strides: of q, k, "
+        "v, o; sizes: B, Hq, Hkv, N, D, pieces, their length. More in csrc/linear_forward.h.");
+    m.def(
+        "linear_grad_queries",
+        [](const std::array<uintptr_t, 10>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
+           const std::array<std::array<int64_t, 3>, 5>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, grad_o, inverse, states, norms, dq, weights, pieces] = tensors;
+            const auto& [q_strides, k_strides, v_strides, grad_o_strides, dq_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
+            LinearGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                   reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(grad_o),
+                                   reinterpret_cast<const float*>(inverse),
+                                   reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
+                                   reinterpret_cast<void*>(dq), reinterpret_cast<float*>(weights),
+                                   reinterpret_cast<const int32_t*>(pieces),
+                                   q_strides, k_strides, v_strides, grad_o_strides, dq_strides,
+                                   batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
+            linear_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dq and weights. tensors: q, k, v, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, do, "
+        "dq; sizes as for linear_forward. More in csrc/linear_backward.h.");
+    m.def(
+        "linear_grad_keys",
+        [](const std::array<uintptr_t, 11>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
+           const std::array<std::array<int64_t, 3>, 6>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [k, v, q, grad_o, inverse, weights, states, norms, dk, dv, pieces] = tensors;
+            const auto& [k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
+            LinearGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+                                reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(grad_o),
+                                reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(weights),
+                                reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
+                                reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv),
+                                reinterpret_cast<const int32_t*>(pieces),
+                                k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides,
+                                batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
+            linear_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "
+        "dv; sizes as for linear_forward. More in csrc/linear_backward.h.");
 }

@@ -25,6 +25,7 @@
 #include "common/fragments.cuh"
 #include "common/occupancy.h"
 #include "common/reduce.cuh"
+#include "common/tensor.cuh"
 #include "common/tile.cuh"
 #include "common/window.cuh"
 #include "krause_forward.h"
@@ -42,14 +43,6 @@ constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // 
 constexpr int kRingRows = kRingTiles * kTileRows;
 constexpr int kStripTiles = 6;  // of 6, 11, 16, 22 and 43 the fastest (docs/krause.md)
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-template <typename T>
-struct Tensor {
-    T* data;
-    int64_t batch, head, row;  // strides
-
-    __device__ T* at(int b, int h) const { return data + b * batch + h * head; }
-};
 
 template <typename T>
 struct Arguments {
@@ -528,12 +521,8 @@ void launch(const KrauseBackward& call, cudaStream_t stream) {
     constexpr int kBytes = Memory<Width>::kBytes;
     const int64_t num_strips = strips(tiles, heads, resident_blocks<kKernel>(kThreads, kBytes));
 
-    const auto input = [](const void* data, const std::array<int64_t, 3>& s) {
-        return Tensor<const T>{static_cast<const T*>(data), s[0], s[1], s[2]};
-    };
-    const auto output = [](void* data, const std::array<int64_t, 3>& s) {
-        return Tensor<T>{static_cast<T*>(data), s[0], s[1], s[2]};
-    };
+    const auto input = input_tensor<T>;
+    const auto output = output_tensor<T>;
     Arguments<T> arguments{
         input(call.q, call.q_strides), input(call.k, call.k_strides), input(call.v, call.v_strides),
         input(call.o, call.o_strides), input(call.grad_o, call.grad_o_strides),

@@ -1,36 +1,19 @@
-"""The CUDA kernels of Krause attention without a GPU: their sources, compiled by g++ against tests/emulation.
-
-What the emulation checks besides the results, and what it cannot see, is in CONTRIBUTING.md.
-"""
+"""The CUDA kernels of Krause attention without a GPU, in the emulation."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from emulated import Conditions, Guarded, build, fields, launch, strides
 from harness import Sample, like, randn
 from samples.krause import best, check, decode, dense, keys_like, op_arguments, visible
 
 import nearfar as nf
 
-ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests/emulation"
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
 # ------------------------------------------------------------------------------------------------------ the emulated kernels
-
-
-def strides(*names, dimensions=3):
-    return [(f"{name}_strides", dimensions * ctypes.c_int64) for name in names]
-
-
-def fields(kind, names):
-    return [(name, kind) for name in names.split()]
 
 
 class KrauseForward(ctypes.Structure):  # as in csrc/krause_forward.h
@@ -57,86 +40,18 @@ class KrauseStep(ctypes.Structure):  # as in csrc/krause_step.h
     ]
 
 
-def find_nvcc():
-    """As setup.py does."""
-    home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
-
-
-# -fno-extern-tls-init: shared memory is thread_local to g++ (device.h says why), but nothing has to be initialised.
-OPTIONS = """-fPIC -fvisibility=hidden -fno-strict-aliasing -fno-extern-tls-init
-             -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses""".split()
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     """The functions krause_forward, krause_backward and krause_step, by name."""
-    if find_nvcc() is None:
-        pytest.skip("no nvcc in CUDA_HOME or on PATH, beside which CUDA's headers are")
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("emulated")
-    sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(EMULATION / "ptx.cuh", sources / "common/ptx.cuh")
-    # nvcc hands C++ to g++, with the path of its headers.
-    command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
-    command += [f"-I{sources}", f"-I{EMULATION}"]
     names = ("krause_forward", "krause_backward", "krause_step")
-    compilers = [subprocess.Popen([*command, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in names]
-    assert not any([compiler.wait() for compiler in compilers])
-    functions = {name: getattr(ctypes.CDLL(f"{folder}/{name}.so"), name) for name in names}
-    for function in functions.values():
-        function.restype = ctypes.c_char_p
-    return functions
-
-
-class Conditions(NamedTuple):
-    """What should not matter."""
-
-    device: int = 2  # of device + 1 multiprocessors: the fewer, the more tiles are in a strip
-    late_copies: bool = False
-    seed: int = 0
+    return build(tmp_path_factory.mktemp("emulated"), **{name: [name] for name in names})
 
 
 FEW_STRIPS = Conditions()
 
 
-class Guarded:
-    """Tensors amid numbers that nobody may use or change; those to be filled are full of such numbers themselves."""
-
-    MARGIN = 256
-
-    def __init__(self, poison):
-        self.poison, self.buffers = poison, []
-
-    def empty(self, shape, dtype):
-        size = torch.Size(shape).numel()
-        poison = float("nan") if dtype.is_floating_point else self.poison
-        buffer = torch.full((size + 2 * self.MARGIN,), poison, dtype=dtype)
-        self.buffers.append((buffer, buffer.clone(), size))
-        return buffer[self.MARGIN : self.MARGIN + size].view(shape)
-
-    def copy(self, tensor):
-        if tensor is None or tensor.dim() < 4:
-            return None if tensor is None else self.empty(tensor.shape, tensor.dtype).copy_(tensor)
-        tokens_first = tensor.transpose(1, 2)  # so that the kernels need all strides
-        return self.empty(tokens_first.shape, tensor.dtype).copy_(tokens_first).transpose(1, 2)
-
-    def assert_intact(self):
-        for buffer, before, size in self.buffers:
-            for margin in (slice(self.MARGIN), slice(self.MARGIN + size, None)):
-                assert torch.equal(buffer[margin].view(torch.uint8), before[margin].view(torch.uint8))
-
-
-def launch(kernel, structure, tensors, conditions, **numbers):
-    call = structure(**numbers)
-    for name, kind in structure._fields_:
-        tensor = tensors.get(name.removesuffix("_strides"))
-        if tensor is not None:
-            setattr(call, name, kind(*tensor.stride()[: kind._length_]) if name.endswith("_strides") else tensor.data_ptr())
-    dtype = str(tensors["q"].dtype).removeprefix("torch.").encode()
-    error = kernel(ctypes.byref(call), dtype, conditions.device, conditions.late_copies, conditions.seed)
-    assert error is None, error.decode()
+def dtype_of(tensors):
+    return str(tensors["q"].dtype).removeprefix("torch.")
 
 
 def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
@@ -152,12 +67,12 @@ def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
     words = 2 if back + ahead + 1 <= 64 else 4
     saved = dict(o=guarded.empty(q.shape, q.dtype), lse=guarded.empty(q.shape[:3], torch.float32))
     saved["bits"] = guarded.empty((*q.shape[:3], words), torch.int32) if top_k else None
-    launch(kernels["krause_forward"], KrauseForward, inputs | saved, conditions, **numbers, top_k=top_k or 0)
+    launch(kernels["krause_forward"], KrauseForward, dtype_of(inputs), inputs | saved, conditions, **numbers, top_k=top_k or 0)
     gradients = {name: guarded.empty(inputs[name].shape, inputs[name].dtype) for name in ("q", "k", "v", "sigma")}
     if backward:
         partials = guarded.empty((*q.shape[:2], -(-max(q.shape[2], k.shape[2]) // 64)), torch.float32)
         filled = {f"d{name}": gradient for name, gradient in gradients.items()} | {"partials": partials}
-        launch(kernels["krause_backward"], KrauseBackward, inputs | saved | filled, conditions, **numbers)
+        launch(kernels["krause_backward"], KrauseBackward, dtype_of(inputs), inputs | saved | filled, conditions, **numbers)
     guarded.assert_intact()
     return tuple(saved.values()), gradients
 
@@ -261,7 +176,7 @@ def test_errors_are_reported(kernels):
     tensors = dict(q=shifted, k=k, v=v, sigma=sample.tensors["sigma"], o=torch.empty_like(q), lse=torch.empty(1, 1, 200))
     with pytest.raises(AssertionError, match="cp.async: global address not a multiple of 16"):
         launch(
-            kernels["krause_forward"], KrauseForward, tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
+            kernels["krause_forward"], KrauseForward, dtype_of(tensors), tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
             num_queries=200, num_keys=200, width=32, back=127, ahead=0,
         )  # fmt: skip
 
@@ -292,7 +207,7 @@ def test_decoding(width, heads, window, top_k, dtype, kernels):
         numbers = dict(
             sigma_stride=1, batches=3, heads=heads[0], kv_heads=heads[1], window=window, width=width, top_k=top_k or 0
         )
-        launch(kernels["krause_step"], KrauseStep, tensors, Conditions(seed=seed), **numbers)
+        launch(kernels["krause_step"], KrauseStep, dtype_of(tensors), tensors, Conditions(seed=seed), **numbers)
         guarded.assert_intact()
         error = (tensors["o"].double() - expected).abs().max()
         assert error <= 2 * torch.finfo(dtype).eps * expected.abs().max()

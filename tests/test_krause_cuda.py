@@ -13,7 +13,7 @@ from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, like, needs_gp
 from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
-from nearfar import _cuda
+from nearfar import _cuda, dispatch
 from nearfar.ops import krause as operator
 from nearfar.ops.torch_operator import Layout
 
@@ -37,21 +37,26 @@ class Extension:
         self.krause_backward_shared_bytes = lambda width: width * 1000
 
 
-def tensor(width=64, dtype=torch.float16, row=None, device="cuda"):
+def tensor(width=64, dtype=torch.bfloat16, row=None, device="cuda"):
     """Layout of a tensor with rows `row` elements apart."""
     shape, row = (2, 4, 9, width), width if row is None else row
     return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
+    monkeypatch.setattr(_cuda, "krause_reason", lambda *arguments: None)
     monkeypatch.setattr(operator, "MEASURED", {(64, 4, False): ((1.0, 2.0), (3.0, 2.0))})
-    monkeypatch.setattr(operator, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
+
+    def orders(q, window=128, top_k=None):
+        return operator._checked.__wrapped__((q, q, q), nf.SlidingWindow(window - 1), top_k)[2]
+
     first, second = ("cuda", "triton"), ("triton", "cuda")
-    assert operator._orders(tensor(), 127, 0, None) == (first, second)
-    for unlisted in ((tensor(), 63, 0, None), (tensor(), 127, 0, 5), (tensor(32), 127, 0, None)):
-        assert operator._orders(*unlisted) == (second, second)
-    monkeypatch.setattr(operator, "_is_hopper", lambda index: False)
-    assert operator._orders(tensor(), 127, 0, None) == (second, second)
+    assert orders(tensor()) == (first, second)
+    for unlisted in ((tensor(), 64, None), (tensor(), 128, 5), (tensor(32), 128, None)):
+        assert orders(*unlisted) == (second, second)
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
+    assert orders(tensor()) == (second, second)
 
 
 REASONS = {

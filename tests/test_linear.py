@@ -793,7 +793,7 @@ def test_float64_is_for_the_reference():
 def test_explain_knows_both():
     q = randn(1, 2, 6, 16)
     text = nf.explain(nf.hadamard_attention, [q] * 4, [q] * 4, q, causal=True, return_state=True)
-    assert "4 factors" in text.split("\n")[2] and "no CUDA kernel of hadamard_attention" in text.split("\n")[1]
+    assert all("4 factors" in line for line in text.split("\n")[1:3])
     text = nf.explain("linear_attention", q, q, q, backend="triton")
     assert text.startswith("linear_attention: served by triton")
     with pytest.raises(ValueError, match="^initial_state must have shape"):
@@ -808,7 +808,8 @@ def test_the_gradient_of_a_state_that_does_not_exist():
     """The torch operator returns an empty state where none is asked for, and gets an empty gradient for it."""
     q, k, v = (randn(1, 2, 70, 16, seed=seed).requires_grad_() for seed in range(3))
     initial = randn(1, 2, 16, 17, seed=4).abs()
-    o, state, *_ = torch.ops.nearfar.hadamard_attention([q], [k], v, initial, None, "elu", True, True, 1e-6, False)
+    options = "elu", True, True, 1e-6, False, "triton", "triton"
+    o, state, *_ = torch.ops.nearfar.hadamard_attention([q], [k], v, initial, None, *options)
     assert state.shape == (0,)
     alone = torch.autograd.grad(o, (q, k, v), torch.ones_like(o), retain_graph=True)
     both = torch.autograd.grad((o, state), (q, k, v), (torch.ones_like(o), torch.ones_like(state)))

@@ -93,6 +93,11 @@ class Problem(NamedTuple):
             return self.num_pieces(self.num_keys)
         return self.num_sequences or 1
 
+    @property
+    def spans(self):
+        """Number and length of the pieces of causal attention."""
+        return self.num_pieces(self.num_keys), self.piece_length
+
     def math(self):
         return FEATURE_MAPS[self.feature_map][0], self.operand, self.precision
 

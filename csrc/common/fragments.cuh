@@ -14,9 +14,10 @@ template <int Width>
 struct LaneOffsets {
     uint32_t normal, across;
 
-    __device__ explicit LaneOffsets(int lane)
-        : normal(Tile<Width>::offset(LaneNormal::row(lane), LaneNormal::chunk(lane))),
-          across(Tile<Width>::offset(LaneAcross::row(lane), LaneAcross::chunk(lane))) {}
+    // first: the step that stands for step 0, of a warp that has some of the columns.
+    __device__ explicit LaneOffsets(int lane, int first = 0)
+        : normal(Tile<Width>::offset(LaneNormal::row(lane), LaneNormal::chunk(lane)) ^ static_cast<uint32_t>(32 * first)),
+          across(Tile<Width>::offset(LaneAcross::row(lane), LaneAcross::chunk(lane)) ^ static_cast<uint32_t>(32 * first)) {}
 
     // The part in columns 16 step on, of the rows that start at `rows`.
     __device__ uint32_t normal_at(uint32_t rows, int step) const { return (rows + normal) ^ static_cast<uint32_t>(32 * step); }
@@ -43,12 +44,12 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint
     }
 }
 
-// c += a x, likewise.
-template <typename T, int Width>
-__device__ __forceinline__ void multiply(float (&c)[Width / 8][4], const uint32_t (&a)[4], uint32_t rows, uint32_t further,
+// c += a x, likewise, for as many columns of x as c has.
+template <typename T, int Width, int Tiles>
+__device__ __forceinline__ void multiply(float (&c)[Tiles][4], const uint32_t (&a)[4], uint32_t rows, uint32_t further,
                                          const LaneOffsets<Width>& lane) {
 #pragma unroll
-    for (int step = 0; step < Width / 16; ++step) {
+    for (int step = 0; step < Tiles / 2; ++step) {
         uint32_t b[4];
         load_matrices_transposed(b, lane.normal_at(rows, step) + further);
         mma<T>(c[2 * step], a, b[0], b[1]);

@@ -25,6 +25,13 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
 // Waits for all copies that this thread started. Those of other threads are visible after a barrier.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Makes a group of the copies that this thread has started since the last group; it may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the copies of all groups of this thread but the last `Pending`.
+template <int Pending>
+__device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+
 // ---- fragments of tiles, as mma.cuh describes them
 
 // c += a b

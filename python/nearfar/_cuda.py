@@ -64,7 +64,7 @@ KRAUSE_WIDTHS = (32, 64, 128)
 
 
 def krause_reason(q, k, v, left, right):
-    """Why the CUDA kernels cannot serve calls of krause_attention with these Metas, or None."""
+    """Why the CUDA kernels cannot serve calls of krause_attention with these layouts, or None."""
     if extension is None:
         return unavailable_reason
     if q.device.type != "cuda":
@@ -76,13 +76,21 @@ def krause_reason(q, k, v, left, right):
         return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
     if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
         return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
-    for name, x in zip("qkv", (q, k, v), strict=True):
-        if x.strides[3] == 1 and any(x.shape[i] > 1 and x.strides[i] % 8 for i in range(3)):
-            return ROWS_REASON.format(name)
-    return None if torch.compiler.is_compiling() else _device_reason(q.device.index, int(width), left + right + 1)
+    reason = _rows_reason(q=q, k=k, v=v)
+    if reason or torch.compiler.is_compiling():
+        return reason
+    return _device_reason(q.device.index, int(width), left + right + 1)
 
 
 ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
+
+
+def _rows_reason(**layouts):
+    """One whose last dimension is not contiguous will be copied, and so will one whose first row is not aligned."""
+    for name, x in layouts.items():
+        if x.strides[3] == 1 and any(x.shape[i] > 1 and x.strides[i] % 8 for i in range(3)):
+            return ROWS_REASON.format(name)
+    return None
 
 
 @functools.cache
@@ -91,6 +99,10 @@ def _device_reason(index, width, window):
     if reason := _architecture_reason(index):
         return reason
     needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
+    return _memory_reason(index, width, needed)
+
+
+def _memory_reason(index, width, needed):
     available = extension.devices()[index]["shared_memory_per_block_optin"]
     if needed > available:
         return f"a width of {width} takes {needed} bytes of shared memory, of which the device has {available}"
@@ -113,7 +125,8 @@ def _runs_on(name, major, minor):
 
 def _aligned(tensor):
     """The tensor, or a copy where its rows do not all start at multiples of 16 bytes. What is traced has no address to ask."""
-    if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:3]):
+    *strides, last_stride = tensor.stride()
+    if tensor.data_ptr() % 16 or last_stride != 1 or any([stride % 8 for stride in strides]):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -178,5 +191,74 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
         1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
+        q.device.index, stream_of(q),
+    )  # fmt: skip
+
+
+LINEAR_WIDTHS = (64, 128)
+
+
+def linear_reason(qs, ks, v, causal):
+    """Why the CUDA kernels cannot serve calls of linear_attention or hadamard_attention with these layouts, or None."""
+    if extension is None:
+        return unavailable_reason
+    if v.device.type != "cuda":
+        return f"v is on {v.device}; the CUDA kernels need a CUDA device"
+    if v.dtype == torch.float16:
+        return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
+    if v.dtype != torch.bfloat16:
+        return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
+    if len(qs) != 1 or not causal:
+        return "the CUDA kernels are those of causal attention with one factor"
+    width, value_width = qs[0].shape[3], v.shape[3]
+    if width != value_width or width not in LINEAR_WIDTHS:
+        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
+    reason = _rows_reason(q=qs[0], k=ks[0], v=v)
+    return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width))
+
+
+@functools.cache
+def _linear_device_reason(index, width):
+    if reason := _architecture_reason(index):
+        return reason
+    return _memory_reason(index, width, extension.linear_shared_bytes(width))
+
+
+def linear_forward(q, k, v, states, norms, o, inverse, pieces, num_pieces, piece_length, feature_map, eps):
+    """walk_read of triton_kernels/walk.py for a call without linear_reason: fill o and, unless None, inverse."""
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    _walk(
+        extension.linear_forward, (q, k, v, states, norms, o, inverse, pieces), (q, k, v, o),
+        q, k, num_pieces, piece_length, feature_map, eps,
+    )  # fmt: skip
+
+
+def linear_grad_queries(
+    q, k, v, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
+):  # fmt: skip
+    """walk_grad_queries, which needs no o: fill dq and weights."""
+    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
+    _walk(
+        extension.linear_grad_queries, (q, k, v, do, inverse, states, norms, dq, weights, pieces), (q, k, v, do, dq),
+        q, k, num_pieces, piece_length, feature_map,
+    )  # fmt: skip
+
+
+def linear_grad_keys(
+    k, v, q, do, inverse, weights, states, norms, dk, dv, pieces, num_pieces, piece_length, feature_map
+):  # fmt: skip
+    """walk_grad_keys: fill dk and dv."""
+    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
+    _walk(
+        extension.linear_grad_keys, (k, v, q, do, inverse, weights, states, norms, dk, dv, pieces), (k, v, q, do, dk, dv),
+        q, k, num_pieces, piece_length, feature_map,
+    )  # fmt: skip
+
+
+def _walk(function, tensors, strided, q, k, num_pieces, piece_length, feature_map, *eps):
+    sizes = (*q.shape[:2], k.shape[1], *q.shape[2:], num_pieces, piece_length)
+    function(
+        [0 if tensor is None else tensor.data_ptr() for tensor in tensors], feature_map, sizes,
+        [tensor.stride()[:3] for tensor in strided], *eps,
         q.device.index, stream_of(q),
     )  # fmt: skip

@@ -47,6 +47,7 @@ def once(check):
     def look_up(layouts, *options):
         return check([Layout(*layout) for layout in layouts], *options)
 
+    @functools.wraps(check)
     def checked(layouts, names, tensors, *options):
         if layouts is None:
             return check(list(map(meta, names, tensors)), *options)

@@ -65,6 +65,24 @@ def choose(backend, reasons, device, order=KERNELS):
     return backend
 
 
+CUDA_FIRST, TRITON_FIRST = ("cuda", "triton"), ("triton", "cuda")
+
+
+def measured_orders(times, device):
+    """In which "auto" asks the kernels, in the forward and in the backward.
+
+    times: ((cuda, triton), (cuda, triton)), measured on a Hopper GPU; None where nothing was, which means Triton, as other
+    architectures do.
+    """
+    if times is None or device.type != "cuda" or not _is_hopper(device.index):
+        return TRITON_FIRST, TRITON_FIRST
+    return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
+
+
+def _is_hopper(index):
+    return torch.cuda.get_device_properties(index).major == 9
+
+
 def served(call, backend):
     """Names of the backends that serve the forward and the backward of a prepared call; see `choose`.
 

@@ -60,7 +60,13 @@ struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool waits, done;
-    std::vector<Copy> copies;
+    std::vector<Copy> copies;    // that have yet to land
+    std::vector<size_t> groups;  // how many of them are in each group, the oldest first
+
+    void land_copies(size_t count) {
+        for (size_t i = 0; i < count; ++i) copies[i].land();
+        copies.erase(copies.begin(), copies.begin() + count);
+    }
 };
 
 struct Warp {
@@ -164,6 +170,7 @@ inline void run_block(unsigned threads) {
     for (Lane& lane : block.lanes) {
         lane.waits = lane.done = false;
         lane.copies.clear();
+        lane.groups.clear();
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.get();
         lane.context.uc_stack.ss_size = kStackBytes;

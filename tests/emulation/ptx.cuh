@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 
 #include "block.h"
 
@@ -24,8 +25,22 @@ inline void copy_async(uint32_t shared, const void* global, bool wanted) {
 }
 
 inline void wait_for_copies() {
-    for (const emulation::Copy& copy : emulation::this_lane().copies) copy.land();
-    emulation::this_lane().copies.clear();
+    emulation::this_lane().land_copies(emulation::this_lane().copies.size());
+    emulation::this_lane().groups.clear();
+}
+
+inline void commit_copies() {
+    emulation::Lane& lane = emulation::this_lane();
+    lane.groups.push_back(lane.copies.size() - std::accumulate(lane.groups.begin(), lane.groups.end(), size_t{0}));
+}
+
+template <int Pending>
+void wait_for_groups() {
+    emulation::Lane& lane = emulation::this_lane();
+    while (lane.groups.size() > Pending) {
+        lane.land_copies(lane.groups.front());
+        lane.groups.erase(lane.groups.begin());
+    }
 }
 
 // The numbers in the lower and upper half of a word.

@@ -232,13 +232,13 @@ def check(sample, do, o, gradients, names=None):
 # ----------------------------------------------------------------------------------------------------- torch operators
 
 
-def op_arguments(sample):
+def op_arguments(sample, backend="triton"):
     tensors, options = sample.tensors, sample.options
     qs, ks = ([unit_stride(tensors[name]) for name in factor_names(tensors, letter)] for letter in "qk")
     return (
         qs, ks, unit_stride(tensors["v"]), tensors.get("initial_state"), options.get("cu_seqlens"),
         options.get("feature_map", "elu"), options.get("normalize", True), options.get("causal", False),
-        options.get("eps", 1e-6), options.get("return_state", False),
+        options.get("eps", 1e-6), options.get("return_state", False), backend, backend,
     )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def unit_stride(tensor):
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, feature_map, normalize, causal, _, _ = op_arguments(sample)
+    *tensors, feature_map, normalize, causal, _, _, _, backend = op_arguments(sample)
     o, _, *saved = outputs
     do, dstate = do if isinstance(do, tuple) else (do, None)
-    return (do, dstate, *tensors, o, *saved, feature_map, normalize, causal)
+    return (do, dstate, *tensors, o, *saved, feature_map, normalize, causal, backend)

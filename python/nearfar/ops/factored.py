@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from nearfar import _cuda
 from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import (
     allocate,
@@ -40,19 +41,23 @@ LARGE_STATES = 2**30
 
 _FORWARD = (
     "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
-    " bool causal, float eps, bool return_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " bool causal, float eps, bool return_state, str backend, str backward_backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _BACKWARD = (
     "(Tensor do, Tensor? dstate, Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, Tensor o,"
-    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal)"
+    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal, str backend)"
     " -> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
 
-def attend(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def attend(
+    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend
+):  # fmt: skip
     """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked.
 
-    rows: layouts of qs, ks and v, None where the call is not plain.
+    rows: layouts of qs, ks and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda", which
+    read what either has saved.
     """
     tensors = *qs, *ks, v
     if rows is None or any([tensor.stride()[3] != 1 for tensor in tensors]):
@@ -62,7 +67,7 @@ def attend(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, c
     if initial_state is not None:
         initial_state = initial_state.contiguous()
         tensors = *tensors, initial_state
-    options = feature_map, normalize, causal, eps, return_state
+    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend
     if rows is None or (initial_state is not None and not is_plain(initial_state)):
         o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
     elif torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
@@ -171,9 +176,11 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
     return torch.stack((begin, end, sequence, sequence_begin, sequence_end)), first
 
 
-def forward(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def forward(
+    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _backward_backend
+):  # fmt: skip
     """(o, final state, inverse, states, norms); what does not exist is None. rows: layouts of qs, ks and v."""
-    options = feature_map, normalize, causal, eps, return_state, uses_tf32(v)
+    options = feature_map, normalize, causal, eps, return_state, backend, uses_tf32(v)
     outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
     o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
@@ -184,6 +191,10 @@ def forward(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, 
             (accumulate, (ks, v, None, None, partials, partial_norms, pieces)),
             (combine, (partials, partial_norms, initial_state, states, norms, state, first_pieces)),
         ]
+    if backend == "cuda":
+        _launch_all(v, launches)
+        _cuda.linear_forward(*qs, *ks, v, states, norms, o, inverse, pieces, *problem.spans, feature_map, float(eps))
+        return o, state, inverse, states, norms
     if problem.walks and (causal or states is not None):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
@@ -195,13 +206,15 @@ def forward(rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, 
 @planned
 def _plan_forward(*arguments):
     """Layouts of the outputs of the forward and its partial sums, the problem, the launches of the states and the last."""
-    *tensors, feature_map, normalize, causal, eps, return_state, _tf32 = arguments
+    *tensors, feature_map, normalize, causal, eps, return_state, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
     q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
-    if problem.walks and (causal or stateful):
+    if backend == "cuda":
+        read = None
+    elif problem.walks and (causal or stateful):
         read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
     else:
         read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
@@ -228,13 +241,15 @@ def _split(tensors):
     return tensors[:r], tensors[r : 2 * r], *tensors[2 * r :]
 
 
-def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal):
+def backward(
+    do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal, backend
+):  # fmt: skip
     """(dqs, dks, dv, gradient of the initial state or None)."""
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
-    outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, uses_tf32(v))
+    outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
     *gradients, dv, dinitial, weights, key_states, key_norms, partials, partial_norms = allocate(outputs, v.device)
     dqs, dks = tuple(gradients[:r]), tuple(gradients[r:])
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
@@ -245,6 +260,12 @@ def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, state
             (accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)),
             (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
         ]
+    if backend == "cuda":
+        options = *problem.spans, feature_map
+        _cuda.linear_grad_queries(*qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces, *options)
+        _launch_all(v, state_launches)
+        _cuda.linear_grad_keys(*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces, *options)
+        return dqs, dks, dv, dinitial
     if problem.walks and (causal or states is not None):
         queries, keys = launches
         launches = [
@@ -267,7 +288,7 @@ def backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, state
 @planned
 def _plan_backward(do, o, states, norms, *arguments):
     """Layouts of gradients and workspaces, the problem, the launches of the states and the others."""
-    *tensors, feature_map, causal, _tf32 = arguments
+    *tensors, feature_map, causal, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
@@ -279,7 +300,9 @@ def _plan_backward(do, o, states, norms, *arguments):
         partials, of_states = _plan_states(problem, True, qs, do)
     q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
-    if problem.walks and (causal or states is not None):
+    if backend == "cuda":
+        launches = None
+    elif problem.walks and (causal or states is not None):
         strides = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
         queries = launch.plan_walk(problem, "walk_grad_queries", strides)
         strides = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
@@ -342,7 +365,7 @@ def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, in
     return dqs, dks, dv, *_or_empty((dinitial,), v)
 
 
-def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, *_):
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
     return tuple(_or_empty(outputs, v))
@@ -355,12 +378,12 @@ def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
 
 
 def _save(ctx, inputs, output):
-    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _ = inputs
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _, _, backward_backend = inputs
     o, _, *saved = output
     ctx.num_factors = len(qs)
     ctx.save_for_backward(*qs, *ks, v, initial_state, cu_seqlens, o, *saved)
     ctx.set_materialize_grads(False)
-    ctx.options = feature_map, normalize, causal
+    ctx.options = feature_map, normalize, causal, backward_backend
 
 
 def _restore(ctx):
@@ -374,7 +397,7 @@ def _autograd_backward(ctx, do, dstate, *_):
     arguments = _restore(ctx)
     do = torch.zeros_like(arguments[5]) if do is None else do
     dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
-    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 6
+    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 8
 
 
 class _Eager(torch.autograd.Function):
@@ -382,8 +405,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, *arguments):
-        *tensors, feature_map, normalize, causal, eps, return_state = arguments
-        inputs = *_split(tensors), feature_map, normalize, causal, eps, return_state
+        tensors, options = arguments[:-7], arguments[-7:]
+        inputs = *_split(tensors), *options
         output = forward(rows, *inputs)
         _save(ctx, inputs, output)
         return output[0], output[1]
@@ -398,7 +421,7 @@ class _Eager(torch.autograd.Function):
             dinitial = None if initial is None else dinitial
         else:
             dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
-        return None, *dqs, *dks, dv, dinitial, *[None] * 6
+        return None, *dqs, *dks, dv, dinitial, *[None] * 8
 
 
 register(

@@ -28,7 +28,6 @@ MEASURED = {
     (128, 4, False): ((0.2044, 0.2631), (1.1299, 0.7941)),
     (128, 4, True): ((0.2905, 0.5348), (1.2708, 1.0110)),
 }
-CUDA_FIRST, TRITON_FIRST = ("cuda", "triton"), ("triton", "cuda")
 
 
 class Call(NamedTuple):
@@ -112,19 +111,9 @@ def _checked(metas, locality, top_k):
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None:
         reason = reason or _candidates_reason(left, right, k.shape[2])
-    return left, right, _orders(q, left, right, top_k), reason, reason or _cuda.krause_reason(q, k, v, left, right)
-
-
-def _orders(q, left, right, top_k):
-    """In which "auto" asks the kernels, in the forward and in the backward."""
     times = MEASURED.get((int(q.shape[3]), selection_words(left, right, MAX_CANDIDATES), top_k is not None))
-    if times is None or q.device.type != "cuda" or not _is_hopper(q.device.index):
-        return TRITON_FIRST, TRITON_FIRST
-    return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
-
-
-def _is_hopper(index):
-    return torch.cuda.get_device_properties(index).major == 9
+    orders = dispatch.measured_orders(times, q.device)
+    return left, right, orders, reason, reason or _cuda.krause_reason(q, k, v, left, right)
 
 
 def _candidates_reason(left, right, num_keys):

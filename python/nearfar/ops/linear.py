@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearfar import checks, dispatch
+from nearfar import _cuda, checks, dispatch
 from nearfar.ops import factored
 from nearfar.reference import linear as reference
 
@@ -14,8 +14,16 @@ MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 
+# Milliseconds of the CUDA and the Triton kernels of causal attention with one factor, forward and backward, by width. "auto"
+# takes the faster; Triton for what is not listed, and on GPUs of another architecture than the H100 that they are of.
+MEASURED = {}
+
+
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    """
 
     qs: tuple
     ks: tuple
@@ -28,6 +36,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     reasons: dict
+    orders: tuple
     layouts: tuple | None  # of qs, ks and v in a plain call
 
     @property
@@ -166,14 +175,15 @@ def prepare_hadamard_attention(
 
 
 def _attend(call, backend):
-    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+    forward, backward = dispatch.served(call, backend)
+    if forward == "reference":
         with checks.no_autocast(call.q):
             o, state = reference.hadamard_attention(
                 call.qs, call.ks, call.v, call.feature_map, call.normalize, call.causal, call.eps,
                 call.initial_state, call.return_state, call.cu_seqlens,
             )  # fmt: skip
     else:
-        o, state = factored.attend(call.layouts, *call[:10])
+        o, state = factored.attend(call.layouts, *call[:10], forward, backward)
     return (o, state) if call.return_state else o
 
 
@@ -188,7 +198,8 @@ def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
     arguments = (call.qs, call.ks, call.v, state, call.feature_map, call.normalize, call.eps)
-    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+    reasons = {**call.reasons, "cuda": "there is no CUDA kernel of a decoding step yet"}
+    if dispatch.choose(backend, reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
             o = reference.step(*arguments)
         if out is None:
@@ -215,7 +226,7 @@ def _prepare(
     tensors = *qs, *ks, v
     layouts = checks.plain_layouts(*tensors)
     names = () if layouts else (*_names("q", qs, listed), *_names("k", ks, listed), "v")
-    kernel_reason, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
+    orders, kernel_reason, cuda_reason, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
     state = None if initial_state is None else checks.meta(state_name, initial_state)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, qs[0], v)
@@ -225,12 +236,12 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     reasons = {
-        "cuda": f"there is no CUDA kernel of {'hadamard' if listed else 'linear'}_attention yet",
+        "cuda": cuda_reason,
         "triton": dispatch.triton_device_reason(qs[0]) or kernel_reason,
         "reference": None,
     }
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons, orders, layouts)
 
 
 def _map_outside(qs, ks, feature_map, listed):
@@ -254,7 +265,7 @@ def _names(name, factors, listed):
 
 @checks.once
 def _checked(metas, num_factors, listed, causal):
-    """Why the kernels cannot serve these shapes, or None, and the shape, dtype and device of a state."""
+    """The orders in which "auto" asks the kernels, why none, or none in CUDA C++, can serve these layouts, and what a state is."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
         raise ValueError("qs must have at least one factor, got an empty list")
@@ -272,7 +283,9 @@ def _checked(metas, num_factors, listed, causal):
     widths = [q.shape[3] for q in qs]
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return _kernel_reason(q_names, widths, v.shape[3]), (shape, dtype, v.device)
+    reason = _kernel_reason(q_names, widths, v.shape[3])
+    orders = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
+    return orders, reason, reason or _cuda.linear_reason(qs, ks, v, causal), (shape, dtype, v.device)
 
 
 def _kernel_reason(names, widths, value_width):

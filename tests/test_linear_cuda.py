@@ -1,0 +1,219 @@
+"""Causal linear attention in CUDA C++: what it serves, and the promises of Triton's kernels, which test_linear.py tests."""
+
+import math
+
+import pytest
+import torch
+from harness import DEVICE, GRADIENTS, LAYOUTS, Sample, assert_same, leaves, like, needs_gpu, randn, run
+from samples.linear import check, op_arguments, random_state
+from test_krause_cuda import tensor
+
+import nearfar as nf
+from nearfar import _cuda, dispatch
+from nearfar.ops import linear as operator
+
+needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
+
+
+# ---------------------------------------------------------------------------------------------------- what it serves
+
+
+class Extension:
+    """Stands for nearfar._C where it was not built."""
+
+    def __init__(self, *architectures):
+        self.architectures = lambda: list(architectures)
+        self.devices = lambda: [{"shared_memory_per_block_optin": 163 * 1024}]
+        self.linear_shared_bytes = lambda width: width * 2048
+
+
+REASONS = {
+    None: lambda: ([tensor()], [tensor()], tensor(), True),
+    "v is on cpu": lambda: ([tensor(device="cpu")], [tensor(device="cpu")], tensor(device="cpu"), True),
+    "float16, whose range sums of features leave": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
+    "float32; the CUDA kernels take bfloat16": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float32), True),
+    "causal attention with one factor": lambda: ([tensor()], [tensor()], tensor(), False),
+    "causal attention with one factor, not two": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
+    "32 and 32 wide": lambda: ([tensor(32)], [tensor(32)], tensor(32), True),
+    "64 and 128 wide": lambda: ([tensor()], [tensor()], tensor(128), True),
+    "rows of k do not start": lambda: ([tensor()], [tensor(row=68)], tensor(), True),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_a_call_is_not_served(reason, monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", Extension("90a"))
+    monkeypatch.setattr(_cuda, "_linear_device_reason", lambda *arguments: None)
+    found = _cuda.linear_reason(*REASONS[reason]())
+    assert found is None if reason is None else reason.removesuffix(", not two") in found
+
+
+def test_which_devices_are_served(monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", Extension("80", "90a"))
+    reason_on = _cuda._linear_device_reason.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert reason_on(0, 64) is None
+    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, 128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+    assert "not for 10.0" in reason_on(0, 64)
+
+
+def test_auto_asks_first_what_was_measured_faster(monkeypatch):
+    first, second = ("cuda", "triton"), ("triton", "cuda")
+    monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
+    monkeypatch.setattr(operator, "MEASURED", {64: ((1.0, 2.0), (3.0, 2.0))})
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
+
+    def orders(q):
+        return operator._checked.__wrapped__((q, q, q), 1, False, True)[0]
+
+    assert orders(tensor()) == (first, second) and orders(tensor(128)) == (second, second)
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
+    assert orders(tensor()) == (second, second)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_a_decoding_step_has_no_cuda_kernel(backend, monkeypatch):
+    monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
+    q, state = randn(1, 2, 1, 64, dtype=torch.bfloat16, device="cpu"), torch.zeros(1, 2, 64, 65)
+    if backend == "auto":
+        assert nf.linear_attention_step(q, q, q, state).shape == q.shape
+        return
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: there is no CUDA kernel of a decoding step"):
+        nf.linear_attention_step(q, q, q, state, backend=backend)
+
+
+@needs_extension
+def test_shared_memory_fits():
+    """A block fits an H100; one of 64 wide heads would fit an A100 if its gradients took fewer slots."""
+    for width in (64, 128):
+        assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width) <= 227 * 1024
+
+
+@needs_extension
+def test_errors_of_the_extension_raise():
+    sizes, strides = (1, 1, 1, 1, 64, 1, 1), [(64, 64, 64)] * 6
+    with pytest.raises(RuntimeError, match="cudaError"):
+        _cuda.extension.linear_forward([0] * 8, "elu", sizes, strides[:4], 0.0, 4096, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cuda.extension.linear_grad_keys([0] * 8, "elu", sizes, strides, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the kernels
+
+
+def cuda_sample(width=64, heads=(2, 1), length=777, batch=1, state=False, **options):
+    tensors = {
+        "q": randn(batch, heads[0], length, width, dtype=torch.bfloat16, seed=1) / 2,
+        "k": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=2) / 2,
+        "v": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=3),
+    }
+    sequences = batch
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device=DEVICE)
+        sequences = options["cu_seqlens"].numel() - 1
+    if state:
+        tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16)
+        options["return_state"] = True
+    return Sample(tensors, dict(causal=True, **options))
+
+
+SAMPLES = {
+    "pieces": dict(),
+    "one piece": dict(heads=(128, 128), length=300),
+    "one token": dict(batch=3, length=1),
+    "128 wide": dict(width=128, batch=2, length=500),
+    "heads share keys": dict(heads=(6, 2), batch=2, length=400, feature_map="softplus"),
+    "not normalised": dict(length=400, normalize=False, feature_map="identity"),
+    "weights of zero": dict(length=400, feature_map="relu", eps=0.5),
+    "states": dict(state=True, feature_map="exp"),
+    "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
+    "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
+}
+on_gpu = [pytest.mark.gpu, needs_gpu, needs_extension]
+
+
+def gpu(test):
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+def upstream(o):
+    return tuple(map(like, o)) if isinstance(o, tuple) else like(o)
+
+
+@gpu
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(name):
+    sample = cuda_sample(**SAMPLES[name])
+    o, gradients = run(nf.linear_attention, sample, backend="cuda")
+    check(sample, upstream(o), o, gradients)
+    for repeat in range(20):
+        assert_same((o, gradients), run(nf.linear_attention, sample, backend="cuda"), f"at repeat {repeat}")
+
+
+@gpu
+@pytest.mark.parametrize("name", SAMPLES)
+def test_saves_what_triton_saves(name):
+    sample = cuda_sample(**SAMPLES[name])
+    ours, tritons = (torch.ops.nearfar.hadamard_attention(*op_arguments(sample, backend)) for backend in ("cuda", "triton"))
+    for a, b in zip(ours, tritons, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+    torch.testing.assert_close(ours[2], tritons[2], rtol=2e-2, atol=1e-6)
+
+
+@gpu
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_layouts(layout):
+    sample = cuda_sample(heads=(2, 2), batch=2, length=300)
+    strided = {name: LAYOUTS[layout](x) for name, x in sample.tensors.items()}
+    dense = {name: x.contiguous() for name, x in strided.items()}
+    assert_same(*(run(nf.linear_attention, Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
+
+
+@gpu
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_upstream_gradients_of_any_layout(layout):
+    sample = cuda_sample(length=300)
+    do = GRADIENTS[layout](like(sample.tensors["q"]))
+    assert_same(*(run(nf.linear_attention, sample, x, backend="cuda") for x in (do, do.contiguous())))
+
+
+@gpu
+def test_later_tokens_change_nothing():
+    sample = cuda_sample(length=600)
+    o = nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")
+    for tensor in sample.tensors.values():
+        tensor[:, :, 384:] = 100.0
+    assert torch.equal(o[:, :, :384], nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")[:, :, :384])
+
+
+@gpu
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
+    sample = cuda_sample(length=600)
+    expected = run(nf.linear_attention, sample, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # capture fails if the launch goes to any other stream
+        o = nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")
+    o.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(o, expected[0])
+    arguments = op_arguments(Sample(leaves(sample), sample.options), "cuda")
+    torch.library.opcheck(torch.ops.nearfar.hadamard_attention.default, arguments)
+    compiled = torch.compile(nf.linear_attention, backend="aot_eager", fullgraph=True)
+    assert_same(expected, run(compiled, sample, backend="cuda"))
+
+
+@gpu
+def test_either_backward_follows_either_forward():
+    """They save and read the same."""
+    sample = cuda_sample(length=600)
+    gradients = []
+    for forward, backward in (("cuda", "triton"), ("triton", "cuda")):
+        tensors = leaves(sample)
+        *arguments, _, _ = op_arguments(Sample(tensors, sample.options))
+        o, *_ = torch.ops.nearfar.hadamard_attention(*arguments, forward, backward)
+        gradients.append((o.detach(), torch.autograd.grad(o, list(tensors.values()), like(o))))
+    for o, found in gradients:
+        check(sample, like(o), o, dict(zip(sample.tensors, found, strict=True)))

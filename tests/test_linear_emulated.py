@@ -1,0 +1,219 @@
+"""The CUDA kernels of causal linear attention without a GPU, in the emulation."""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulated import Conditions, Guarded, build, fields, launch, strides
+from harness import GRADIENTS, LAYOUTS, Sample, like, randn
+from samples.linear import check, features, op_arguments, random_state, spans, with_ones
+
+from nearfar import _cuda
+
+SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
+
+
+class LinearForward(ctypes.Structure):  # as in csrc/linear_forward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v states norms o inverse pieces"),
+        *strides(*"qkvo"),
+        *fields(ctypes.c_int64, SIZES),
+        *fields(ctypes.c_double, "eps"),
+    ]
+
+
+class LinearGradQueries(ctypes.Structure):  # as in csrc/linear_backward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v grad_o inverse states norms dq weights pieces"),
+        *strides("q", "k", "v", "grad_o", "dq"),
+        *fields(ctypes.c_int64, SIZES),
+    ]
+
+
+class LinearGradKeys(ctypes.Structure):  # as in csrc/linear_backward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "k v q grad_o inverse weights states norms dk dv pieces"),
+        *strides("k", "v", "q", "grad_o", "dk", "dv"),
+        *fields(ctypes.c_int64, SIZES),
+    ]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The functions linear_forward, linear_grad_queries and linear_grad_keys, by name."""
+    return build(
+        tmp_path_factory.mktemp("emulated"),
+        linear_forward=["linear_forward"],
+        linear_backward=["linear_grad_queries", "linear_grad_keys"],
+    )
+
+
+def pieces_of(sample, length):
+    """(2, pieces) int32, begins and ends of the pieces of every sequence and of an empty piece."""
+    tokens = sample.tensors["v"].shape[2]
+    pairs = [(b, min(b + length, end)) for first, end in spans(sample.options, tokens) for b in range(first, end, length)]
+    return torch.tensor([*pairs, (tokens, tokens)], dtype=torch.int32).T.contiguous()
+
+
+def to_key_heads(x, heads):
+    """The sum over the query heads of each group."""
+    return x.unflatten(1, (heads, -1)).sum(2)
+
+
+def states_of(sample, pieces, xs, ys, initial, of_keys):
+    """float32 sums of x y^T over the tokens before each piece in its sequence, or after it, y one column wider than v.
+
+    Returns (B, H, pieces, D, Dv) and, from the last column, (B, H, pieces, D).
+    """
+    heads, states = sample.tensors["v"].shape[1], []
+    sequences = spans(sample.options, ys.shape[2])
+    for begin, end in pieces.T.tolist():
+        index = next((i for i, (first, last) in enumerate(sequences) if first <= begin < last), 0)
+        span = slice(sequences[index][0], begin) if of_keys else slice(end, sequences[index][1])
+        total = to_key_heads(xs[:, :, span].double().mT @ ys[:, :, span].double(), heads)
+        if initial is not None:
+            total = total + (initial[index : index + 1] if "cu_seqlens" in sample.options else initial)
+        states.append(total.float())
+    states = torch.stack(states, 2)
+    return states[..., :-1], states[..., -1]
+
+
+ANY = Conditions()
+
+
+def run(kernels, sample, do, piece_length=None, conditions=ANY):
+    """(o, inverse or None, weights) and the gradients by name. piece_length: of pieces with states, None for one without."""
+    guarded, tensors, options = Guarded(poison=conditions.seed), sample.tensors, sample.options
+    fill = lambda x: guarded.empty(x.shape, x.dtype).copy_(x)  # noqa: E731
+    q, k, v, do = (guarded.copy(x) for x in (*(tensors[name] for name in "qkv"), do))
+    feature_map, normalize = options.get("feature_map", "elu"), options.get("normalize", True)
+    numbers = dict(
+        batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_tokens=q.shape[2], width=q.shape[3],
+        num_pieces=1, piece_length=q.shape[2],
+    )  # fmt: skip
+    places = {}
+    if piece_length is not None:
+        pieces = pieces_of(sample, piece_length)
+        if "cu_seqlens" in options:
+            places["pieces"] = fill(pieces)
+        else:
+            pieces = pieces[:, :-1]
+        numbers |= dict(num_pieces=pieces.shape[1], piece_length=piece_length)
+    xs, ys = (x[0] for x in features({name: x.float() for name, x in tensors.items()}, options))
+
+    def with_states(rows, values, initial, of_keys):
+        if piece_length is None:
+            return places
+        found = states_of(sample, pieces, rows, values, initial, of_keys)
+        return places | {name: fill(x) for name, x in zip(("states", "norms"), found, strict=True)}
+
+    inputs = dict(q=q, k=k, v=v, grad_o=do)
+    saved = dict(
+        o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None,
+        weights=guarded.empty(q.shape[:3], torch.float32),
+    )  # fmt: skip
+    gradients = {name: guarded.empty(inputs[name].shape, q.dtype) for name in "qkv"}
+    filled = {f"d{name}": gradient for name, gradient in gradients.items()}
+    before = with_states(ys, with_ones(tensors["v"]), tensors.get("initial_state"), True)
+    launch(
+        kernels["linear_forward"], LinearForward, feature_map, before | inputs | saved, conditions,
+        eps=options.get("eps", 1e-6), **numbers,
+    )  # fmt: skip
+    everything = inputs | saved | filled
+    launch(kernels["linear_grad_queries"], LinearGradQueries, feature_map, before | everything, conditions, **numbers)
+    grads = do.float() * (saved["inverse"][..., None] if normalize else 1)
+    after = with_states(xs, torch.cat((grads, saved["weights"][..., None]), -1), None, False)
+    launch(kernels["linear_grad_keys"], LinearGradKeys, feature_map, after | everything, conditions, **numbers)
+    guarded.assert_intact()
+    return tuple(saved.values()), gradients
+
+
+def make(width=64, heads=(1, 1), length=200, batch=1, state=False, scale=0.5, **options):
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
+    tensors = {
+        name: randn(batch, count, length, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
+        for seed, (name, count, factor) in enumerate((("q", heads[0], scale), ("k", heads[1], scale), ("v", heads[1], 1)))
+    }
+    if state:
+        sequences = options["cu_seqlens"].numel() - 1 if "cu_seqlens" in options else batch
+        tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16, device="cpu")
+    return Sample(tensors, dict(causal=True, **options))
+
+
+SAMPLES = {
+    "one chunk": (dict(length=50), None),
+    "whole chunks": (dict(length=384), None),
+    "128 wide": (dict(width=128, length=200), None),
+    "a last chunk of one token": (dict(length=257, feature_map="exp"), None),
+    "heads share keys, pieces": (dict(heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5), 128),
+    "not normalised": (dict(heads=(2, 2), length=300, normalize=False, feature_map="identity"), None),
+    "a state comes in": (dict(length=300, state=True, feature_map="softplus"), 256),
+    "packed": (dict(cu_seqlens=[0, 0, 5, 200, 201, 520], length=520), 256),
+    "packed, states, 128 wide": (dict(width=128, heads=(2, 1), cu_seqlens=[0, 70, 70, 300], length=300, state=True), 128),
+    "packed, not normalised": (dict(cu_seqlens=[0, 150, 300], length=300, normalize=False), 128),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(name, kernels):
+    """Whatever the order of the lanes and the time at which copies land."""
+    options, piece_length = SAMPLES[name]
+    sample = make(**options)
+    do = like(sample.tensors["q"])
+    saved, gradients = run(kernels, sample, do, piece_length)
+    check(sample, do, saved[0], gradients, names="qkv")
+    again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
+    for first, second in zip((*saved, *gradients.values()), (*again, *gradients_again.values()), strict=True):
+        assert first is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64)])
+def test_norms_are_as_exact_as_float32(width, chunk, kernels):
+    """The last query is alone in its chunk and takes all keys but one by the norm of the state, kept as two numbers."""
+    sample = make(width=width, length=2 * chunk + 1)
+    (_, inverse, _), _ = run(kernels, sample, like(sample.tensors["q"]))
+    (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
+    x, y = x.bfloat16().double(), y.bfloat16().double()
+    expected = 1 / ((x[:, :, -1:] * y).sum((-1, -2)) + 1e-6)
+    torch.testing.assert_close(inverse[:, :, -1].double(), expected, rtol=3e-5, atol=0)
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def _launch(self, name, structure, tensors, feature_map, sizes, strides, *rest):
+        numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
+        names = [field for field, kind in structure._fields_ if kind is ctypes.c_void_p]
+        call = structure(**dict(zip(names, tensors, strict=True)), **numbers)
+        arrays = [field for field, _ in structure._fields_ if field.endswith("_strides")]
+        for array, steps in zip(arrays, strides, strict=True):
+            setattr(call, array, (3 * ctypes.c_int64)(*steps))
+        error = self._kernels[name](ctypes.byref(call), feature_map.encode(), *ANY)
+        assert error is None, error.decode()
+
+    def linear_forward(self, *arguments):
+        self._launch("linear_forward", LinearForward, *arguments)
+
+    def linear_grad_queries(self, *arguments):
+        self._launch("linear_grad_queries", LinearGradQueries, *arguments)
+
+    def linear_grad_keys(self, *arguments):
+        self._launch("linear_grad_keys", LinearGradKeys, *arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
+def test_through_the_operator(options, kernels, monkeypatch):
+    """Arguments arrive where they belong, forward and backward, and what autograd hands over is copied where it has to be."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    sample = make(heads=(4, 2), batch=2, length=150, **options)
+    tensors = {name: LAYOUTS["tokens before heads"](x).requires_grad_() for name, x in sample.tensors.items()}
+    o, *_ = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
+    do = GRADIENTS["width before rows"](like(sample.tensors["q"]))
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))
