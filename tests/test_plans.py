@@ -1,4 +1,4 @@
-"""What is looked up by signature: checks, plans and the tensors of numbers. None of them may serve a call that it does not fit."""
+"""What is looked up by signature: checks, plans, tensors of numbers. None of them may serve a call that it does not fit."""
 
 import math
 

@@ -109,17 +109,15 @@ class PairwiseOp:
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
         do, bits = unit_stride(do), None if top_k is None else bits
-        tensors = do, q, k, v, parameter, token_bounds, o, lse, bits
-        outputs, launches = _plan_backward(layouts(*tensors), self, left, right, backend, uses_tf32(q))
-        dq, dk, dv, dparameter, delta, dlog_scale = allocate(outputs, q.device)
         if not o.numel() or not k.shape[2]:
-            return dq.zero_(), dk.zero_(), dv.zero_(), dparameter.zero_()
+            return tuple(gradient.zero_() for gradient in empty_gradients(q, k, v, parameter))
         if backend == "cuda":
-            self._cuda_backward(
-                q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dparameter
-            )  # fmt: skip
-            return dq, dk, dv, dparameter
-        queries, keys, of_parameter = launches
+            gradients = empty_gradients(q, k, v, parameter)
+            self._cuda_backward(q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, *gradients)
+            return gradients
+        tensors = do, q, k, v, parameter, token_bounds, o, lse, bits
+        outputs, (queries, keys, of_parameter) = _plan_backward(layouts(*tensors), self, left, right, uses_tf32(q))
+        dq, dk, dv, dparameter, delta, dlog_scale = allocate(outputs, q.device)
         launch_all(
             q,
             (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
@@ -172,11 +170,9 @@ def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, back
 
 
 @planned
-def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left, right, backend, _tf32):
-    """Layouts of dq, dk, dv, dparameter and Triton's delta and dlog_scale, and Triton's launches."""
-    gradients = [*(empty_rows(x, x.shape[3]) for x in (q, k, v)), torch.empty_like(parameter)]
-    if backend == "cuda":
-        return layouts(*gradients, None, None), None
+def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left, right, _tf32):
+    """Layouts of dq, dk, dv, dparameter, delta and dlog_scale, and Triton's launches."""
+    gradients = empty_gradients(q, k, v, parameter)
     launchers, pair = op.modules
     call = launchers.signature(q, k, v, parameter, token_bounds is not None, left, right)
     delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], launchers.grad_query_tiles(call))
@@ -192,6 +188,11 @@ def empty_outputs(q, v, left, right, num_keys, top_k):
     return empty_rows(q, v.shape[3]), lse, torch.empty(shape, dtype=torch.int32, device=q.device)
 
 
+def empty_gradients(q, k, v, parameter):
+    """dq, dk, dv and dparameter, not filled."""
+    return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3]), torch.empty_like(parameter)
+
+
 def _no_bits(q):
     """What stands for bits without top_k where a schema wants a tensor."""
     return torch.empty((0,), dtype=torch.int32, device=q.device)
@@ -203,7 +204,7 @@ def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k, backend=
 
 
 def _fake_backward(do, q, k, v, parameter, *_):
-    return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3]), torch.empty_like(parameter)
+    return empty_gradients(q, k, v, parameter)
 
 
 def selection_words(left, right, num_keys):
