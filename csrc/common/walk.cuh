@@ -38,6 +38,7 @@ struct Walk {
     static constexpr int kStateColumns = kWidth / kStateParts;
     static constexpr int kStateBytes = kWidth * kRowBytes;
     static_assert(kParts * kBlocks == kWarps && kStateParts * kSteps == kWarps, "every warp has its rows");
+    static_assert(kOwnRows % 8 == 0, "they start where the permutation of a tile does");
 };
 
 // What a warp has to do in each chunk.
