@@ -4,11 +4,9 @@
 // and values from the last to the first with that of the queries, sum_i phi(q_i) g_i^T.
 #include "linear_backward.h"
 
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
+#include <string>
 
 #include "common/check.h"
 #include "common/occupancy.h"
@@ -17,17 +15,15 @@
 namespace nearfar {
 namespace {
 
-using Number = __nv_bfloat16;
-
 // Bytes from the start of shared memory: the ring, the states behind this chunk and behind the next, their norms, and some
-// numbers of this chunk's tokens and the next one's.
+// numbers for tokens.
 template <typename Walk, int Tiles, int Numbers>
 struct Layout {
     static constexpr int kSlotBytes = Tiles * Walk::kTileBytes;
     static constexpr int kStates = Walk::kStages * kSlotBytes;
     static constexpr int kNorms = kStates + 2 * Walk::kStateBytes;
     static constexpr int kNumbers = kNorms + 2 * Walk::kWidth * 4;
-    static constexpr int kBytes = kNumbers + 2 * Numbers * 4;
+    static constexpr int kBytes = kNumbers + Numbers * 4;
 };
 
 template <typename Walk>
@@ -72,7 +68,7 @@ struct QueryArguments {
 };
 
 template <typename Walk>
-struct QueryLayout : Layout<Walk, 4, Walk::kParts * Walk::kChunk> {
+struct QueryLayout : Layout<Walk, 4, Walk::kParts * Walk::kChunk> {  // the numbers: what each part has of dO . o
     static constexpr int kKeys = 0, kValues = Walk::kTileBytes, kGrads = 2 * Walk::kTileBytes, kQueries = 3 * Walk::kTileBytes;
 };
 
@@ -102,6 +98,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * Walk::kColumns / 16);
     const int my_rows = role.block * kBlockBytes, own_rows = role.own * Walk::kRowBytes;
+    const int my_state_rows = role.part * Walk::kColumns * Walk::kRowBytes;
     const bool normalised = arguments.inverse != nullptr;
 
     const Number* const q = arguments.q.at(piece.batch, piece.head);
@@ -162,7 +159,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         if (Walk::kParts > 1) load_grads();
 
         const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
-        const uint32_t before = base + Layout::kStates + chunk % 2 * Walk::kStateBytes + role.part * Walk::kColumns * Walk::kRowBytes;
+        const uint32_t before = base + Layout::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
         // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
         float u[Walk::kColumns / 8][4] = {}, z[Walk::kColumns / 8][4];
@@ -253,7 +250,7 @@ struct KeyArguments {
 };
 
 template <typename Walk>
-struct KeyLayout : Layout<Walk, 4, Walk::kChunk> {
+struct KeyLayout : Layout<Walk, 4, 2 * Walk::kChunk> {  // the numbers: weights of this chunk and of the next
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes, kKeys = 2 * Walk::kTileBytes, kValues = 3 * Walk::kTileBytes;
 };
 
@@ -272,6 +269,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * Walk::kColumns / 16);
     const int my_rows = role.block * kBlockBytes, own_rows = role.own * Walk::kRowBytes;
+    const int my_state_rows = role.part * Walk::kColumns * Walk::kRowBytes;
 
     const Number* const k = arguments.k.at(piece.batch, piece.head);
     const Number* const v = arguments.v.at(piece.batch, piece.head);
@@ -306,7 +304,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         if (index >= num_steps || role.lane >= Walk::kOwnRows) return;
         const Step step = step_at(index);
         const int row = step.first + role.own + role.lane;
-        const int64_t at = (static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head) * arguments.num_tokens + row;
+        const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head;
+        const int64_t at = head * arguments.num_tokens + row;
         if (arguments.inverse != nullptr) next_factor = row < piece.end ? arguments.inverse[at] : 0.0f;
         next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
     };
@@ -369,8 +368,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             }
 #pragma unroll
             for (int block = 0; block < Walk::kColumns / 16; ++block)
-                multiply_transposed<Number, kWidth>(two_tiles(dk_acc, 2 * block), value,
-                                                    after + role.part * Walk::kColumns * Walk::kRowBytes, block * kBlockBytes, whole);
+                multiply_transposed<Number, kWidth>(two_tiles(dk_acc, 2 * block), value, after + my_state_rows,
+                                                    block * kBlockBytes, whole);
 #pragma unroll
             for (int step = 0; step < Walk::kSteps; ++step)
                 multiply<Number, kWidth>(dv_acc, key[step], after + step * kBlockBytes, 0, mine);
@@ -402,8 +401,11 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             const int first_row = step_at(index).first + 16 * role.block, rows_left = piece.end - first_row;
             const float one[2] = {1.0f, 1.0f};
             multiply_by_slopes<Map>(dk_acc, one, rows + Layout::kKeys, mine);
-            store_rows<Number, Walk::kColumns>(dk_acc, 1.0f, role.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
-            store_rows<Number, Walk::kColumns>(dv_acc, 1.0f, role.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
+            const auto store = [&](auto& acc, Number* to, int64_t stride) {
+                store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, stride, to + first_row * stride);
+            };
+            store(dk_acc, dk, arguments.dk.row);
+            store(dv_acc, dv, arguments.dv.row);
         }
         if (chunk + 1 < num_chunks) {
             state.add(queries, grads, [&](int block) {  // each weight as the sum of two numbers
@@ -438,18 +440,6 @@ void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char*
     check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, Layout::kBytes, stream), name);
 }
 
-// Calls `body` with a feature map and the width as an integral constant.
-template <typename Body>
-void dispatch(const std::string& feature_map, int64_t width, const Body& body) {
-    dispatch_feature_map(feature_map, [&](auto map) {
-        switch (width) {
-            case 64: return body(map, std::integral_constant<int, 64>());
-            case 128: return body(map, std::integral_constant<int, 128>());
-            default: throw std::invalid_argument("width must be 64 or 128");
-        }
-    });
-}
-
 }  // namespace
 
 int64_t linear_backward_shared_bytes(int64_t width) {
@@ -465,7 +455,7 @@ void linear_grad_queries(const LinearGradQueries& call, const std::string& featu
         call.inverse, call.states, call.norms, call.weights, call.pieces,
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
-    dispatch(feature_map, call.width, [&](auto map, auto width) {
+    dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = QueryWalk<width>;
         launch<grad_queries_kernel<Walk, decltype(map)>, Walk, QueryLayout<Walk>>(arguments, call.batches * call.heads, stream,
                                                                                   "linear_grad_queries launch");
@@ -481,7 +471,7 @@ void linear_grad_keys(const LinearGradKeys& call, const std::string& feature_map
         call.inverse, call.weights, call.states, call.norms, call.pieces,
         static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
-    dispatch(feature_map, call.width, [&](auto map, auto width) {
+    dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = KeyWalk<width>;
         launch<grad_keys_kernel<Walk, decltype(map)>, Walk, KeyLayout<Walk>>(arguments, call.batches * call.kv_heads, stream,
                                                                             "linear_grad_keys launch");

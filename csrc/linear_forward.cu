@@ -6,10 +6,8 @@
 // fetched, after it they only read tiles, fetch into the slot that the last chunk has left, and store the next state.
 #include "linear_forward.h"
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
-#include <stdexcept>
+#include <string>
 
 #include "common/check.h"
 #include "common/occupancy.h"
@@ -17,8 +15,6 @@
 
 namespace nearfar {
 namespace {
-
-using Number = __nv_bfloat16;
 
 struct Arguments {
     Tensor<const Number> q, k, v;
@@ -153,7 +149,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
                 const int row = role.quad + 8 * r;
                 if (role.part == 0 && role.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
 #pragma unroll
-                for (int tile = 0; tile < Walk::kColumns / 8; ++tile) acc[tile][2 * r] *= factor, acc[tile][2 * r + 1] *= factor;
+                for (int i = 0; i < Walk::kColumns / 4; ++i) acc[i / 2][2 * r + i % 2] *= factor;
             }
         }
         store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
@@ -193,13 +189,8 @@ int64_t linear_forward_shared_bytes(int64_t width) {
 }
 
 void linear_forward(const LinearForward& call, const std::string& feature_map, cudaStream_t stream) {
-    dispatch_feature_map(feature_map, [&](auto map) {
-        switch (call.width) {
-            case 64: return launch<64, decltype(map)>(call, stream);
-            case 128: return launch<128, decltype(map)>(call, stream);
-            default: throw std::invalid_argument("width must be 64 or 128");
-        }
-    });
+    dispatch_walk(feature_map, call.width,
+                  [&](auto map, auto width) { launch<width, decltype(map)>(call, stream); });
 }
 
 }  // namespace nearfar

@@ -10,6 +10,9 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "features.cuh"
 #include "fragments.cuh"
@@ -17,6 +20,8 @@
 #include "tile.cuh"
 
 namespace nearfar {
+
+using Number = __nv_bfloat16;  // of all tensors; sums of features leave the range of float16
 
 template <int kWidth_, int kChunk_, int kWarps_, int kStages_>
 struct Walk {
@@ -38,6 +43,7 @@ struct Walk {
     static constexpr int kStateColumns = kWidth / kStateParts;
     static constexpr int kStateBytes = kWidth * kRowBytes;
     static_assert(kParts * kBlocks == kWarps && kStateParts * kSteps == kWarps, "every warp has its rows");
+    static_assert(kOwnRows % 8 == 0, "they start where the permutation of a tile does");
 };
 
 // What a warp has to do in each chunk.
@@ -51,7 +57,7 @@ struct Role {
     __device__ explicit Role(int thread)
         : lane(thread % 32), quad(lane / 4), pair(lane % 4), warp(thread / 32), part(warp / Walk::kBlocks),
           state_block(warp % Walk::kSteps), state_part(warp / Walk::kSteps) {
-        // The later a block, the more blocks it pairs with. Warps i and i + 4, which share a scheduler, get a short and a long one.
+        // The later a block, the more it pairs with. Warps i and i + 4, which share a scheduler, get a short and a long row.
         block = warp % Walk::kBlocks;
         if (warp / 4 % 2 == 1) block = (Walk::kBlocks <= 4 ? 3 : 11) - block;
         own = (block * Walk::kParts + part) * Walk::kOwnRows;
@@ -113,14 +119,16 @@ class State {
 
    public:
     __device__ explicit State(const Role<Walk>& role)
-        : role_(role), rows_(role.lane, role.state_block), columns_(role.lane, role.state_part * Walk::kStateColumns / 16) {}
+        : role_(role), rows_(role.lane, role.state_block),
+          columns_(role.lane, role.state_part * Walk::kStateColumns / 16) {}
 
     // states (.., D, Dv) and norms (.., D), float32.
     __device__ void load(const float* states, const float* norms, int64_t index) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = 16 * role_.state_block + role_.quad + 8 * r;
-            const float* const from = states + (index * kWidth + row) * kWidth + role_.state_part * Walk::kStateColumns + 2 * role_.pair;
+            const int column = role_.state_part * Walk::kStateColumns + 2 * role_.pair;
+            const float* const from = states + (index * kWidth + row) * kWidth + column;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 const float2 x = *reinterpret_cast<const float2*>(from + 8 * tile);
@@ -131,7 +139,7 @@ class State {
     }
 
     // Adds sum_j x_j y_j^T over a chunk, and to the norms sum_j x_j w_j: weights(block) is the fragment b with w in columns 0
-    // and 1, to be added up. Sums of a chunk are added to those of all chunks before it, so that these are rounded once a chunk.
+    // and 1, to be added up. The sum of a chunk is added to that of all chunks before it, so that this is rounded once a chunk.
     template <typename Weights>
     __device__ __forceinline__ void add(uint32_t x, uint32_t y, const Weights& weights) {
         float sum[kTiles][4] = {}, norm[4] = {};
@@ -139,9 +147,9 @@ class State {
         for (int block = 0; block < Walk::kBlocks; ++block) {
             uint32_t a[4];
             load_matrices_transposed(a, rows_.across_at(x + block * Walk::kBlockBytes, 0));
-            multiply<__nv_bfloat16, kWidth>(sum, a, y + block * Walk::kBlockBytes, 0, columns_);
+            multiply<Number, kWidth>(sum, a, y + block * Walk::kBlockBytes, 0, columns_);
             const uint2 b = weights(block);
-            mma<__nv_bfloat16>(norm, a, b.x, b.y);
+            mma<Number>(norm, a, b.x, b.y);
         }
 #pragma unroll
         for (int i = 0; i < 4 * kTiles; ++i) sum_[i / 4][i % 4] += sum[i / 4][i % 4];
@@ -156,7 +164,7 @@ class State {
             const int row = 16 * role_.state_block + role_.quad + i % 2 * 8;
             const int chunk = role_.state_part * kTiles + i / 2;
             *reinterpret_cast<uint32_t*>(tile + Tile<kWidth>::offset(row, chunk) + 4 * role_.pair) =
-                pack<__nv_bfloat16>(sum_[i / 2][i % 2 * 2], sum_[i / 2][i % 2 * 2 + 1]);
+                pack<Number>(sum_[i / 2][i % 2 * 2], sum_[i / 2][i % 2 * 2 + 1]);
         }
     }
 
@@ -167,5 +175,17 @@ class State {
         for (int r = 0; r < 2; ++r) store(16 * role_.state_block + role_.quad + 8 * r, norm_[r]);
     }
 };
+
+// Calls `body` with a feature map, by its name in Python, and the width as an integral constant.
+template <typename Body>
+void dispatch_walk(const std::string& feature_map, int64_t width, const Body& body) {
+    dispatch_feature_map(feature_map, [&](auto map) {
+        switch (width) {
+            case 64: return body(map, std::integral_constant<int, 64>());
+            case 128: return body(map, std::integral_constant<int, 128>());
+            default: throw std::invalid_argument("width must be 64 or 128");
+        }
+    });
+}
 
 }  // namespace nearfar
