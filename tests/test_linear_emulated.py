@@ -1,7 +1,6 @@
 """The CUDA kernels of causal linear attention without a GPU, in the emulation."""
 
 import ctypes
-from types import SimpleNamespace
 
 import pytest
 import torch
