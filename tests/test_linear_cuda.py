@@ -184,8 +184,8 @@ def test_upstream_gradients_of_any_layout(layout):
 def test_later_tokens_change_nothing():
     sample = cuda_sample(length=600)
     o = nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")
-    for tensor in sample.tensors.values():
-        tensor[:, :, 384:] = 100.0
+    for x in sample.tensors.values():
+        x[:, :, 384:] = 100.0
     assert torch.equal(o[:, :, :384], nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")[:, :, :384])
 
 

@@ -265,7 +265,7 @@ def _names(name, factors, listed):
 
 @checks.once
 def _checked(metas, num_factors, listed, causal):
-    """The orders in which "auto" asks the kernels, why none, or none in CUDA C++, can serve these layouts, and what a state is."""
+    """In which orders "auto" asks the kernels, why none, or none in CUDA C++, can serve these layouts, and what a state is."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
         raise ValueError("qs must have at least one factor, got an empty list")
