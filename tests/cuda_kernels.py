@@ -7,9 +7,10 @@ to the tests: racecheck breaks kernels of cuBLAS, and initcheck takes what these
 import hashlib
 import itertools
 
+import test_krause_cuda
+import test_linear_cuda
 import torch
-from harness import randn, run
-from test_krause_cuda import SAMPLES, cuda_sample
+from harness import as_tuple, randn, run
 from test_krause_step import FORMS, cache_before, positions_of, sample_of, step
 
 import nearfar as nf
@@ -17,9 +18,12 @@ from nearfar import _cuda
 
 
 def results(dtype):
-    for options in SAMPLES.values():
-        o, gradients = run(nf.krause_attention, cuda_sample(dtype, **options), backend="cuda")
+    for options in test_krause_cuda.SAMPLES.values():
+        o, gradients = run(nf.krause_attention, test_krause_cuda.cuda_sample(dtype, **options), backend="cuda")
         yield from (o, *gradients.values())
+    for options in test_linear_cuda.SAMPLES.values() if dtype == torch.bfloat16 else ():
+        o, gradients = run(nf.linear_attention, test_linear_cuda.cuda_sample(**options), backend="cuda")
+        yield from (*as_tuple(o), *gradients.values())
     for options in FORMS.values():
         if options.get("width", 32) in _cuda.KRAUSE_WIDTHS:
             positions = positions_of(**options)
