@@ -426,10 +426,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
 }
 
 template <int Width>
-using QueryWalk = Walk<Width, Width == 64 ? 128 : 64, 8, Width == 64 ? 3 : 2>;
-
-template <int Width>
-using KeyWalk = Walk<Width, Width == 64 ? 128 : 64, 8, Width == 64 ? 3 : 2>;
+using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/linear.md)
 
 template <auto kKernel, typename Walk, typename Layout, typename Arguments>
 void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char* name) {
@@ -443,8 +440,8 @@ void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char*
 }  // namespace
 
 int64_t linear_backward_shared_bytes(int64_t width) {
-    return width == 64 ? std::max(QueryLayout<QueryWalk<64>>::kBytes, KeyLayout<KeyWalk<64>>::kBytes)
-                       : std::max(QueryLayout<QueryWalk<128>>::kBytes, KeyLayout<KeyWalk<128>>::kBytes);
+    return width == 64 ? std::max(QueryLayout<WalkOf<64>>::kBytes, KeyLayout<WalkOf<64>>::kBytes)
+                       : std::max(QueryLayout<WalkOf<128>>::kBytes, KeyLayout<WalkOf<128>>::kBytes);
 }
 
 void linear_grad_queries(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
@@ -456,7 +453,7 @@ void linear_grad_queries(const LinearGradQueries& call, const std::string& featu
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
-        using Walk = QueryWalk<width>;
+        using Walk = WalkOf<width>;
         launch<grad_queries_kernel<Walk, decltype(map)>, Walk, QueryLayout<Walk>>(arguments, call.batches * call.heads, stream,
                                                                                   "linear_grad_queries launch");
     });
@@ -472,7 +469,7 @@ void linear_grad_keys(const LinearGradKeys& call, const std::string& feature_map
         static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
-        using Walk = KeyWalk<width>;
+        using Walk = WalkOf<width>;
         launch<grad_keys_kernel<Walk, decltype(map)>, Walk, KeyLayout<Walk>>(arguments, call.batches * call.kv_heads, stream,
                                                                             "linear_grad_keys launch");
     });

@@ -85,9 +85,9 @@ def test_a_decoding_step_has_no_cuda_kernel(backend, monkeypatch):
 
 @needs_extension
 def test_shared_memory_fits():
-    """A block fits an H100; one of 64 wide heads would fit an A100 if its gradients took fewer slots."""
-    for width in (64, 128):
-        assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width) <= 227 * 1024
+    """A block of 64 wide heads fits an A100, one of 128 wide ones an H100."""
+    for width, limit in ((64, 163 * 1024), (128, 227 * 1024)):
+        assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width) <= limit
 
 
 @needs_extension
@@ -139,16 +139,12 @@ def gpu(test):
     return test
 
 
-def upstream(o):
-    return tuple(map(like, o)) if isinstance(o, tuple) else like(o)
-
-
 @gpu
 @pytest.mark.parametrize("name", SAMPLES)
 def test_against_the_oracle(name):
     sample = cuda_sample(**SAMPLES[name])
     o, gradients = run(nf.linear_attention, sample, backend="cuda")
-    check(sample, upstream(o), o, gradients)
+    check(sample, like(o), o, gradients)
     for repeat in range(20):
         assert_same((o, gradients), run(nf.linear_attention, sample, backend="cuda"), f"at repeat {repeat}")
 
