@@ -8,6 +8,7 @@ import torch
 from nearfar.triton_kernels import launch as launch_module
 from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
 from triton import knobs
+from triton.compiler import CompiledKernel
 
 STAGE_BYTES = 1024
 STREAM = 77
@@ -133,6 +134,19 @@ def test_hooks_of_triton_are_called_while_they_are_set(kernel):
             chain.remove(hook)
     launch(tensor)
     assert kernel.calls_with_hooks == 2 * [(0, (tensor.data_ptr(), 7, 0.5))] and len(kernel.calls) == 2
+
+
+def test_triton_runs_a_compiled_kernel_with_the_same_arguments():
+    """Where its own way puts its metadata and its hooks, `Launch.run` puts None three times."""
+    given = []
+    compiled = SimpleNamespace(
+        _init_handles=lambda: None, launch_metadata=lambda *arguments: "metadata",
+        function="function", packed_metadata="packed",
+        run=lambda *arguments: given.append(arguments),
+    )  # fmt: skip
+    CompiledKernel.__getitem__(compiled, (3, 1, 1))(7, 0.5, stream=STREAM)
+    (arguments,) = given
+    assert arguments[:7] == (3, 1, 1, STREAM, "function", "packed", "metadata") and arguments[9:] == (7, 0.5)
 
 
 @pytest.mark.parametrize("hook, are_set", [(None, False), (print, True)])
