@@ -99,3 +99,13 @@ def launch(kernel, structure, kind, tensors, conditions, **numbers):
             setattr(call, name, field(*tensor.stride()[: field._length_]) if name.endswith("_strides") else tensor.data_ptr())
     error = kernel(ctypes.byref(call), kind.encode(), conditions.device, conditions.late_copies, conditions.seed)
     assert error is None, error.decode()
+
+
+def call_of(structure, addresses, steps, **numbers):
+    """A launcher's argument from addresses and from strides, both in the order of its fields."""
+    names = [name for name, kind in structure._fields_ if kind is ctypes.c_void_p]
+    call = structure(**dict(zip(names, addresses, strict=True)), **numbers)
+    arrays = [name for name, _ in structure._fields_ if name.endswith("_strides")]
+    for array, step in zip(arrays, steps, strict=True):
+        setattr(call, array, (3 * ctypes.c_int64)(*step))
+    return call

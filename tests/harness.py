@@ -47,6 +47,8 @@ LAYOUTS = {
     "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
     "width before rows": lambda x: x.mT.contiguous().mT,
 }
+# Rows of 16-bit numbers that do not start where copies of 16 bytes do.
+MISALIGNED = {"off by eight bytes": lambda x: torch.nn.functional.pad(x, (4, 4))[..., 4:-4]}
 GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
 
 

@@ -4,11 +4,12 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import Sample, like, randn
+from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
 from samples.krause import best, check, decode, dense, keys_like, op_arguments, visible
 
 import nearfar as nf
+from nearfar import _cuda
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -163,6 +164,49 @@ def test_selection_is_exact(kind, top_k, dtype, kernels):
     sample.tensors["k"].copy_(keys_like(kind, exact))
     saved, _ = run(kernels, sample, like(sample.tensors["q"]), backward=False)
     assert torch.equal(selection(sample, saved), best(sample))
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    KRAUSE_WINDOW, KRAUSE_TILE = 128, 64
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def _launch(self, name, structure, addresses, dtype, sizes, steps, *numbers):
+        names = "batches heads kv_heads num_queries num_keys width sigma_stride back ahead top_k".split()
+        numbers = dict(zip(names[: 6 + len(numbers)], (*sizes, *numbers), strict=True))
+        call = call_of(structure, addresses, steps, **numbers)
+        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *FEW_STRIPS)
+        assert error is None, error.decode()
+
+    def krause_forward(self, *arguments):
+        *addresses, dtype, sizes, q, k, v, o, sigma_stride, left, right, top_k, _device, _stream = arguments
+        numbers = sigma_stride, left, right, top_k
+        self._launch("krause_forward", KrauseForward, addresses, dtype, sizes, (q, k, v, o), *numbers)
+
+    def krause_backward(self, addresses, dtype, sizes, steps, sigma_stride, left, right, _device, _stream):
+        self._launch("krause_backward", KrauseBackward, addresses, dtype, sizes, steps, sigma_stride, left, right)
+
+
+@pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
+@pytest.mark.parametrize("top_k", [None, 30])
+def test_through_the_operator(layout, top_k, kernels, monkeypatch):
+    """Arguments arrive where they belong, forward and backward, and what does not start at 16 bytes is copied."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    sample = make(torch.float16, heads=(4, 2), batch=2, length=150, keys=170, locality=nf.SlidingWindow(99, 3), top_k=top_k)
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
+    strided = Sample(tensors, sample.options)
+    saved = torch.ops.nearfar.krause_attention(*op_arguments(strided), "cuda", "cuda")
+    do = GRADIENTS["width before rows"](like(sample.tensors["q"]))
+    gradients = torch.autograd.grad(saved[0], list(tensors.values()), do)
+    gradients = dict(zip(tensors, gradients, strict=True))
+    saved = [x.detach() for x in saved]
+    check(sample, do, saved[0], gradients, selection(sample, saved))
 
 
 def test_errors_are_reported(kernels):

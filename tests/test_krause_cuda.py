@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, like, needs_gpu, randn, run
+from harness import DEVICE, LAYOUTS, MISALIGNED, Sample, assert_same, leaves, like, needs_gpu, randn, run
 from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
@@ -301,9 +301,6 @@ def test_queries_without_keys_give_zeros(top_k):
     o, lse, _ = saved(sample)
     assert not o[:, :, :70].any() and not lse[:, :, :70].any()
     assert o[:, :, 70:].any(-1).all()
-
-
-MISALIGNED = {"off by eight bytes": lambda x: torch.nn.functional.pad(x, (4, 4))[..., 4:-4]}
 
 
 @gpu

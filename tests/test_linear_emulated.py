@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
+from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
 from harness import GRADIENTS, LAYOUTS, Sample, like, randn
 from samples.linear import check, features, op_arguments, random_state, spans, with_ones
 
@@ -187,11 +187,7 @@ class Extension:
 
     def _launch(self, name, structure, tensors, feature_map, sizes, strides, *rest):
         numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
-        names = [field for field, kind in structure._fields_ if kind is ctypes.c_void_p]
-        call = structure(**dict(zip(names, tensors, strict=True)), **numbers)
-        arrays = [field for field, _ in structure._fields_ if field.endswith("_strides")]
-        for array, steps in zip(arrays, strides, strict=True):
-            setattr(call, array, (3 * ctypes.c_int64)(*steps))
+        call = call_of(structure, tensors, strides, **numbers)
         error = self._kernels[name](ctypes.byref(call), feature_map.encode(), *ANY)
         assert error is None, error.decode()
 

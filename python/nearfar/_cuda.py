@@ -131,23 +131,40 @@ def _aligned(tensor):
     return tensor
 
 
-def krause_forward(q, k, v, sigma, token_bounds, left, right, top_k, o, lse, bits):
-    """Fill o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words), for a call without krause_reason."""
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    extension.krause_forward(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), sigma.data_ptr(),
-        0 if token_bounds is None else token_bounds.data_ptr(),
-        o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), _DTYPES[q.dtype],
-        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
+def _aligned_starts(*tensors):
+    """Tensors without a _rows_reason; copies of those that do not start at a multiple of 16 bytes."""
+    return [_aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
+
+
+def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
+    """A launch for tensors of these layouts, meta tensors or not, for which there is no krause_reason.
+
+    It takes (q, k, v, sigma, token_bounds, o, lse, bits) and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
+    (B, Hq, N, words).
+    """
+    fixed = (
+        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
         q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
         left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
-        q.device.index, stream_of(q),
     )  # fmt: skip
+
+    def launch(q, k, v, sigma, token_bounds, o, lse, bits):
+        starts = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if (starts[0] | starts[1] | starts[2]) % 16:
+            rows = _aligned_starts(q, k, v)
+            plan_krause_forward(*rows, sigma, left, right, top_k, o)(*rows, sigma, token_bounds, o, lse, bits)
+            return
+        extension.krause_forward(
+            *starts, sigma.data_ptr(), 0 if token_bounds is None else token_bounds.data_ptr(),
+            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), *fixed, q.get_device(), stream_of(q),
+        )  # fmt: skip
+
+    return launch
 
 
 def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
-    """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what krause_forward was given and has filled."""
-    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)  # autograd hands over whatever layout it has
+    """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what the forward was given and has filled."""
+    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)  # autograd hands over whatever layout it has
     strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
     partials = lse.new_empty(*q.shape[:2], strips)
     addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
@@ -155,7 +172,7 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
         [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
         [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
-        left, right, q.device.index, stream_of(q),
+        left, right, q.get_device(), stream_of(q),
     )  # fmt: skip
 
 
@@ -191,7 +208,7 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
         1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
-        q.device.index, stream_of(q),
+        q.get_device(), stream_of(q),
     )  # fmt: skip
 
 
@@ -226,7 +243,7 @@ def _linear_device_reason(index, width):
 
 def linear_forward(q, k, v, states, norms, o, inverse, pieces, num_pieces, piece_length, feature_map, eps):
     """walk_read of triton_kernels/walk.py for a call without linear_reason: fill o and, unless None, inverse."""
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = _aligned_starts(q, k, v)
     _walk(
         extension.linear_forward, (q, k, v, states, norms, o, inverse, pieces), (q, k, v, o),
         q, k, num_pieces, piece_length, feature_map, eps,
@@ -237,7 +254,7 @@ def linear_grad_queries(
     q, k, v, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
 ):  # fmt: skip
     """walk_grad_queries, which needs no o: fill dq and weights."""
-    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
+    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)
     _walk(
         extension.linear_grad_queries, (q, k, v, do, inverse, states, norms, dq, weights, pieces), (q, k, v, do, dq),
         q, k, num_pieces, piece_length, feature_map,
@@ -248,7 +265,7 @@ def linear_grad_keys(
     k, v, q, do, inverse, weights, states, norms, dk, dv, pieces, num_pieces, piece_length, feature_map
 ):  # fmt: skip
     """walk_grad_keys: fill dk and dv."""
-    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
+    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)
     _walk(
         extension.linear_grad_keys, (k, v, q, do, inverse, weights, states, norms, dk, dv, pieces), (k, v, q, do, dk, dv),
         q, k, num_pieces, piece_length, feature_map,
@@ -260,5 +277,5 @@ def _walk(function, tensors, strided, q, k, num_pieces, piece_length, feature_ma
     function(
         [0 if tensor is None else tensor.data_ptr() for tensor in tensors], feature_map, sizes,
         [tensor.stride()[:3] for tensor in strided], *eps,
-        q.device.index, stream_of(q),
+        q.get_device(), stream_of(q),
     )  # fmt: skip

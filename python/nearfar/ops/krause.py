@@ -11,7 +11,7 @@ from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 
 _op = PairwiseOp(
-    "krause_attention", "nearfar.triton_kernels.krause", cuda_forward=_cuda.krause_forward, cuda_backward=_cuda.krause_backward
+    "krause_attention", "nearfar.triton_kernels.krause", _cuda.plan_krause_forward, _cuda.krause_backward
 )
 
 

@@ -40,16 +40,16 @@ _BACKWARD = (
 class PairwiseOp:
     """`torch.ops.nearfar.<name>` and its backward, over the Triton kernels of a module that defines PAIR.
 
-    cuda_forward, cuda_backward: those of backend="cuda"; the forward saves the same tensors as Triton's.
+    plan_cuda_forward, cuda_backward: of backend="cuda"; its forward saves the same tensors as Triton's.
 
     The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
     dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
     dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
     """
 
-    def __init__(self, name, kernels, cuda_forward, cuda_backward):
+    def __init__(self, name, kernels, plan_cuda_forward, cuda_backward):
         self._kernels = kernels
-        self._cuda_forward, self._cuda_backward = cuda_forward, cuda_backward
+        self.plan_cuda_forward, self._cuda_backward = plan_cuda_forward, cuda_backward
         register(
             name,
             (_FORWARD, self._dispatched_forward, _fake_forward),
@@ -90,7 +90,7 @@ class PairwiseOp:
         if not o.numel() or not k.shape[2]:
             return o.zero_(), lse.zero_(), bits
         if backend == "cuda":
-            self._cuda_forward(q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits)
+            launch(q, k, v, parameter, token_bounds, o, lse, bits)
             return o, lse, bits
         with device_of(q):
             if bits is None:
@@ -156,13 +156,13 @@ def _save(ctx, inputs, output):
 
 @planned
 def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, backend, _tf32):
-    """Layouts of o, lse and bits, Triton's launch, and whether |k|^2 is to be computed ahead of it.
+    """Layouts of o, lse and bits, the launch, and whether |k|^2 is to be computed ahead of Triton's.
 
     One more pass over k, by a CUDA kernel, was measured to pay for wide heads and windows (docs/krause.md).
     """
     outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
     if backend == "cuda":
-        return layouts(*outputs), None, False
+        return layouts(*outputs), op.plan_cuda_forward(q, k, v, parameter, left, right, top_k, outputs[0]), False
     launchers, pair = op.modules
     launch = launchers.forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, *outputs)
     many_keys = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
