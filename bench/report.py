@@ -130,8 +130,9 @@ def plot(path, rows, environment):
         crossings = [c for c in crossover.crossings(rows) if c.total == total and c.length]
         if crossings:
             axis.plot([c.length for c in crossings], [c.ms for c in crossings], "kx", zorder=3, label="crossover")
-        for c in crossings:
-            axis.annotate(f"{c.length:.0f}", (c.length, c.ms), (3, -9), textcoords="offset points", fontsize=7)
+        for index, c in enumerate(sorted(crossings, key=lambda c: c.length)):  # neighbours on either side of their marks
+            offset, side = ((3, -9), "left") if index % 2 else ((-3, 5), "right")
+            axis.annotate(f"{c.length:.0f}", (c.length, c.ms), offset, textcoords="offset points", fontsize=7, ha=side)
     axes[0].set_ylabel("time (ms)")
     ticks = sorted({row["case"]["length"] for row in rows})
     ticks = ticks[:: -(-len(ticks) // 8)] if len(ticks) > 8 else ticks
