@@ -6,6 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from nearfar import _cuda
+
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
@@ -14,6 +16,14 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda"
 FEW_KERNELS = DEVICE == "cuda" and "NEARFAR_FUZZ" not in os.environ
 
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
+
+
+def gpu(test):
+    """Marks a test of the CUDA extension."""
+    for mark in (pytest.mark.gpu, needs_gpu, needs_extension):
+        test = mark(test)
+    return test
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, MISALIGNED, Sample, assert_same, leaves, like, needs_gpu, randn, run
+from harness import DEVICE, LAYOUTS, MISALIGNED, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
 from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
@@ -17,7 +17,6 @@ from nearfar import _cuda, dispatch
 from nearfar.ops import krause as operator
 from nearfar.ops.torch_operator import Layout
 
-needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 CAUSAL = nf.SlidingWindow(127)
 
@@ -86,10 +85,11 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 def test_which_devices_are_served(built, capability, served, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension(built))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = _cuda._device_reason.__wrapped__(0, 64, 128)
+    monkeypatch.setattr(_cuda, "_architecture_reason", _cuda._architecture_reason.__wrapped__)
+    reason = _cuda._device_reason(0, 64, 128)
     assert (reason is None) == served and (served or f"{capability[0]}.{capability[1]}" in reason)
     if served:
-        assert "128 takes 131072 bytes of shared memory" in _cuda._device_reason.__wrapped__(0, 128, 128)
+        assert "128 takes 131072 bytes of shared memory" in _cuda._device_reason(0, 128, 128)
 
 
 def test_without_an_extension_the_reason_is_why(monkeypatch):
@@ -161,15 +161,6 @@ def saved(sample):
 def selection(sample):
     mask = visible(sample)
     return decode(saved(sample)[2], mask.shape[1]) & mask
-
-
-on_gpu = [pytest.mark.gpu, needs_gpu, needs_extension]
-
-
-def gpu(test):
-    for mark in on_gpu:
-        test = mark(test)
-    return test
 
 
 @gpu

@@ -319,7 +319,7 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_the_cuda_kernel_does_not_serve_a_call(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", object())
-    monkeypatch.setattr(_cuda, "_step_device_reason", lambda index: None)
+    monkeypatch.setattr(_cuda, "_architecture_reason", lambda index: None)
     q, k, v, *rest = REASONS[reason]()
     cached = rest[0] if rest else Claimed()
     found = _cuda.krause_step_reason(q, k, v, nf.KrauseCache(Claimed(), cached, None))

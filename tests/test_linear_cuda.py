@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, LAYOUTS, Sample, assert_same, leaves, like, needs_gpu, randn, run
+from harness import DEVICE, GRADIENTS, LAYOUTS, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
 from samples.linear import check, op_arguments, random_state
 from test_krause_cuda import tensor
 
 import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import linear as operator
-
-needs_extension = pytest.mark.skipif(_cuda.extension is None, reason=str(_cuda.unavailable_reason))
-
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 
@@ -50,7 +47,8 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 
 def test_which_devices_are_served(monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension("80", "90a"))
-    reason_on = _cuda._linear_device_reason.__wrapped__
+    monkeypatch.setattr(_cuda, "_architecture_reason", _cuda._architecture_reason.__wrapped__)
+    reason_on = _cuda._linear_device_reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert reason_on(0, 64) is None
     assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, 128)
@@ -130,15 +128,6 @@ SAMPLES = {
     "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
     "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
 }
-on_gpu = [pytest.mark.gpu, needs_gpu, needs_extension]
-
-
-def gpu(test):
-    for mark in on_gpu:
-        test = mark(test)
-    return test
-
-
 @gpu
 @pytest.mark.parametrize("name", SAMPLES)
 def test_against_the_oracle(name):

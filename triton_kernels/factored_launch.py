@@ -32,7 +32,6 @@ class Problem(NamedTuple):
     widths: tuple
     value_width: int
     dtype: torch.dtype
-    device: torch.device
     feature_map: str
     causal: bool
     walks: bool

@@ -38,7 +38,6 @@ class Signature(NamedTuple):
     k_strides: tuple
     v_strides: tuple
     dtype: torch.dtype
-    device: torch.device
     num_parameters: int
     packed: bool
     left: int
@@ -79,7 +78,7 @@ class Signature(NamedTuple):
 def signature(q, k, v, parameter, packed, left, right):
     """parameter: of heads, None where there is none."""
     return Signature(
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device,
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
         0 if parameter is None else parameter.numel(), packed, left, right, dot_precision(q.dtype),
     )  # fmt: skip
 

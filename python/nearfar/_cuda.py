@@ -63,23 +63,37 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
 KRAUSE_WIDTHS = (32, 64, 128)
 
 
-def krause_reason(q, k, v, left, right):
-    """Why the CUDA kernels cannot serve calls of krause_attention with these layouts, or None."""
+def _absence_reason(name, x):
+    """Why there is no CUDA kernel at all for this tensor or layout, or None."""
     if extension is None:
         return unavailable_reason
-    if q.device.type != "cuda":
-        return f"q is on {q.device}; the CUDA kernels need a CUDA device"
+    if x.device.type != "cuda":
+        return f"{name} is on {x.device}; the CUDA kernels need a CUDA device"
+    return None
+
+
+def _krause_rows_reason(q, v):
+    """What krause_attention and its step say of dtypes and widths."""
+    if reason := _absence_reason("q", q):
+        return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
     width, value_width = q.shape[3], v.shape[3]
     if width != value_width or width not in KRAUSE_WIDTHS:
         return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
+    return None
+
+
+def krause_reason(q, k, v, left, right):
+    """Why the CUDA kernels cannot serve calls of krause_attention with these layouts, or None."""
+    if reason := _krause_rows_reason(q, v):
+        return reason
     if left < 0 or right < 0 or left + right + 1 > extension.KRAUSE_WINDOW:
         return f"the CUDA kernels take windows of up to {extension.KRAUSE_WINDOW} keys, SlidingWindow(left, right)"
     reason = _rows_reason(q=q, k=k, v=v)
     if reason or torch.compiler.is_compiling():
         return reason
-    return _device_reason(q.device.index, int(width), left + right + 1)
+    return _device_reason(q.device.index, int(q.shape[3]), left + right + 1)
 
 
 ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA kernels need: pass .contiguous() tensors"
@@ -93,7 +107,6 @@ def _rows_reason(**layouts):
     return None
 
 
-@functools.cache
 def _device_reason(index, width, window):
     """Machine code has to run on the device, and a block has to fit."""
     if reason := _architecture_reason(index):
@@ -109,6 +122,7 @@ def _memory_reason(index, width, needed):
     return None
 
 
+@functools.cache
 def _architecture_reason(index):
     """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
     major, minor = torch.cuda.get_device_capability(index)
@@ -178,27 +192,15 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
 
 def krause_step_reason(q, k, v, cache):
     """Why the CUDA kernel cannot serve this call of krause_attention_step, or None."""
-    if extension is None:
-        return unavailable_reason
-    if not q.is_cuda:
-        return f"q is on {q.device}; the CUDA kernels need a CUDA device"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
-    width, value_width = q.shape[3], v.shape[3]
-    if width != value_width or width not in KRAUSE_WIDTHS:
-        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 32, 64 or 128"
+    if reason := _krause_rows_reason(q, v):
+        return reason
     for name, tensor in (("q", q), ("k", k), ("v", v)):  # one whose last dimension is not contiguous will be copied
         strided = any(tensor.shape[i] > 1 and tensor.stride(i) % 8 for i in (0, 1))
         if tensor.stride(3) == 1 and (strided or tensor.data_ptr() % 16):
             return ROWS_REASON.format(name)
     if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:
         return ROWS_REASON.format("cache.k or cache.v")
-    return _step_device_reason(q.device.index)
-
-
-@functools.cache
-def _step_device_reason(index):
-    return _architecture_reason(index)
+    return _architecture_reason(q.device.index)
 
 
 def krause_step(q, k, v, cache, sigma, top_k, out):
@@ -217,10 +219,8 @@ LINEAR_WIDTHS = (64, 128)
 
 def linear_reason(qs, ks, v, causal):
     """Why the CUDA kernels cannot serve calls of linear_attention or hadamard_attention with these layouts, or None."""
-    if extension is None:
-        return unavailable_reason
-    if v.device.type != "cuda":
-        return f"v is on {v.device}; the CUDA kernels need a CUDA device"
+    if reason := _absence_reason("v", v):
+        return reason
     if v.dtype == torch.float16:
         return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
@@ -234,7 +234,6 @@ def linear_reason(qs, ks, v, causal):
     return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width))
 
 
-@functools.cache
 def _linear_device_reason(index, width):
     if reason := _architecture_reason(index):
         return reason

@@ -11,7 +11,8 @@ import os
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")
-KERNELS = ("cuda", "triton")
+KERNELS = CUDA_FIRST = ("cuda", "triton")
+TRITON_FIRST = ("triton", "cuda")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,9 +64,6 @@ def choose(backend, reasons, device, order=KERNELS):
     if reasons[backend] is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reasons[backend]}")
     return backend
-
-
-CUDA_FIRST, TRITON_FIRST = ("cuda", "triton"), ("triton", "cuda")
 
 
 def measured_orders(times, device):

@@ -3,8 +3,6 @@
 Linear attention is Hadamard linear attention with one factor; both are `torch.ops.nearfar.hadamard_attention`.
 """
 
-import functools
-import importlib
 import math
 
 import torch
@@ -16,10 +14,13 @@ from nearfar.ops.torch_operator import (
     apply,
     device_of,
     empty_rows,
+    kernels,
+    launch_all,
     layouts,
     planned,
     register,
     unit_stride,
+    unit_strides,
     uses_tf32,
 )
 
@@ -59,11 +60,8 @@ def attend(
     rows: layouts of qs, ks and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda", which
     read what either has saved.
     """
-    tensors = *qs, *ks, v
-    if rows is None or any([tensor.stride()[3] != 1 for tensor in tensors]):
-        qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
-        tensors = *qs, *ks, v
-        rows = None if rows is None else layouts(*tensors)
+    rows, tensors = unit_strides(rows, *qs, *ks, v)
+    qs, ks, v = tensors[: len(qs)], tensors[len(qs) : -1], tensors[-1]
     if initial_state is not None:
         initial_state = initial_state.contiguous()
         tensors = *tensors, initial_state
@@ -92,15 +90,7 @@ def step(qs, ks, v, state, feature_map, normalize, eps, out):
     return out
 
 
-@functools.cache
-def _launchers():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.factored_launch")
-
-
-def _launch_all(tensor, launches):
-    with device_of(tensor):
-        _launchers().launch_all(*launches)
+_launchers = kernels("factored_launch")
 
 
 def causal_piece_length(widths, value_width):
@@ -153,7 +143,7 @@ def problem_of(qs, ks, v, cu_seqlens, feature_map, causal):
     launch = _launchers()
     q, widths = qs[0], tuple(q.shape[3] for q in qs)
     return launch.Problem(
-        q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, v.device, feature_map, causal,
+        q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, feature_map, causal,
         walks(widths, v.shape[3]), piece_length_of(qs, v, causal), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         launch.operand_precision(v.dtype),
     )  # fmt: skip
@@ -192,14 +182,14 @@ def forward(
             (combine, (partials, partial_norms, initial_state, states, norms, state, first_pieces)),
         ]
     if backend == "cuda":
-        _launch_all(v, launches)
+        launch_all(v, *launches)
         _cuda.linear_forward(*qs, *ks, v, states, norms, o, inverse, pieces, *problem.spans, feature_map, float(eps))
         return o, state, inverse, states, norms
     if problem.walks and (causal or states is not None):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
         launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
-    _launch_all(v, launches)
+    launch_all(v, *launches)
     return o, state, inverse, states, norms
 
 
@@ -263,7 +253,7 @@ def backward(
     if backend == "cuda":
         options = *problem.spans, feature_map
         _cuda.linear_grad_queries(*qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces, *options)
-        _launch_all(v, state_launches)
+        launch_all(v, *state_launches)
         _cuda.linear_grad_keys(*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces, *options)
         return dqs, dks, dv, dinitial
     if problem.walks and (causal or states is not None):
@@ -281,7 +271,7 @@ def backward(
             (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
             (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
         ]
-    _launch_all(v, launches)
+    launch_all(v, *launches)
     return list(dqs), list(dks), dv, dinitial
 
 

@@ -1,14 +1,12 @@
 """Decoding with Krause attention (arXiv 2602.11534): one query a sequence against a rolling cache of the last keys."""
 
-import functools
-import importlib
 from typing import NamedTuple
 
 import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.torch_operator import device_of, unit_stride
+from nearfar.ops.torch_operator import device_of, kernels, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
 
 NAMES = "q", "k", "v", "cache.k", "cache.v", "cache.length"
@@ -121,7 +119,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    chosen = dispatch.choose(backend, reasons, q.device, order=("triton", "cuda"))  # neither has been measured yet
+    chosen = dispatch.choose(backend, reasons, q.device, order=dispatch.TRITON_FIRST)  # neither has been measured yet
     with torch.no_grad():
         if top_k is not None and top_k >= cache.k.shape[2]:
             top_k = None
@@ -158,15 +156,12 @@ def _checked(metas):
     return (*q.shape[:3], v.shape[3]), reason
 
 
+_kernels = kernels("krause_step")
+
+
 def _launch(backend, q, k, v, cache, sigma, top_k, out):
     if backend == "cuda":
         _cuda.krause_step(q, k, v, cache, sigma, top_k, out)
         return
     with device_of(q):
         _kernels().step(q, k, v, cache, sigma, top_k, out)
-
-
-@functools.cache
-def _kernels():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.krause_step")

@@ -1,18 +1,17 @@
 """Selective synchronization attention as a torch operator: schema, fake and autograd."""
 
-import functools
-import importlib
 from typing import NamedTuple
 
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.pairwise import selection_words
+from nearfar.ops.pairwise import no_bits, selection_words
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
     device_of,
     empty_rows,
+    kernels,
     layouts,
     planned,
     register,
@@ -53,10 +52,7 @@ def attend(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_fl
     return forward(*arguments)[0]
 
 
-@functools.cache
-def _launchers():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.synchronization_launch")
+_launchers = kernels("synchronization_launch")
 
 
 def _empty_surveys(omega, omega_k, launch):
@@ -181,7 +177,7 @@ def _or_empty(tensor, like):
 
 def _dispatched_forward(omega, *arguments):
     o, total, bits = forward(omega, *arguments)
-    return o, total, _no_bits(omega) if bits is None else bits
+    return o, total, no_bits(omega) if bits is None else bits
 
 
 def _dispatched_backward(do, *arguments):
@@ -189,14 +185,9 @@ def _dispatched_backward(do, *arguments):
     return dw, _or_empty(dk, dw), *others
 
 
-def _no_bits(omega):
-    """What stands for bits without top_k where a schema wants a tensor."""
-    return omega.new_empty(0, dtype=torch.int32)
-
-
 def _fake_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
     o, total, bits = _empty_outputs(omega, v, top_k)
-    return o, total, _no_bits(omega) if bits is None else bits
+    return o, total, no_bits(omega) if bits is None else bits
 
 
 def _fake_backward(do, omega, omega_k, v, coupling, bandwidth, order, *_):
@@ -236,7 +227,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         *saved, bits = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
-            saved.append(_no_bits(saved[0]) if bits is None else bits)
+            saved.append(no_bits(saved[0]) if bits is None else bits)
             return _given(saved[1], torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options))
         saved.append(bits)
         return _given(saved[1], backward(do, *saved, *ctx.options))

@@ -18,6 +18,7 @@ from nearfar.ops.torch_operator import (
     planned,
     register,
     unit_stride,
+    unit_strides,
     uses_tf32,
 )
 
@@ -65,11 +66,9 @@ class PairwiseOp:
 
         options: left, right, top_k, and the backends of the forward and of the backward, which save and read the same.
         """
+        rows, (q, k, v) = unit_strides(rows, q, k, v)
         if rows is None or type(parameter) not in PLAIN:
-            return self.forward_op(unit_stride(q), unit_stride(k), unit_stride(v), parameter, token_bounds, *options)[0]
-        if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
-            q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-            rows = layouts(q, k, v)
+            return self.forward_op(q, k, v, parameter, token_bounds, *options)[0]
         arguments = q, k, v, parameter, token_bounds, *options
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
             return apply(_Eager, self, rows, *arguments)
@@ -105,7 +104,7 @@ class PairwiseOp:
     ):
         arguments = q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend
         o, lse, bits = self.forward(layouts(q, k, v), *arguments)
-        return o, lse, _no_bits(q) if bits is None else bits
+        return o, lse, no_bits(q) if bits is None else bits
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
         do, bits = unit_stride(do), None if top_k is None else bits
@@ -193,14 +192,14 @@ def empty_gradients(q, k, v, parameter):
     return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), empty_rows(v, v.shape[3]), torch.empty_like(parameter)
 
 
-def _no_bits(q):
+def no_bits(q):
     """What stands for bits without top_k where a schema wants a tensor."""
     return torch.empty((0,), dtype=torch.int32, device=q.device)
 
 
 def _fake_forward(q, k, v, parameter, token_bounds, left, right, top_k, backend="triton", backward_backend="triton"):
     o, lse, bits = empty_outputs(q, v, left, right, k.shape[2], top_k)
-    return o, lse, _no_bits(q) if bits is None else bits
+    return o, lse, no_bits(q) if bits is None else bits
 
 
 def _fake_backward(do, q, k, v, parameter, *_):

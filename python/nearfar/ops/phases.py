@@ -1,11 +1,9 @@
 """The order parameter as a torch operator: schema, fake and autograd."""
 
-import functools
-import importlib
 
 import torch
 
-from nearfar.ops.torch_operator import device_of, empty_rows, register, unit_stride
+from nearfar.ops.torch_operator import device_of, empty_rows, kernels, register, unit_stride
 
 
 def order_parameter(theta, causal):
@@ -13,10 +11,7 @@ def order_parameter(theta, causal):
     return torch.ops.nearfar.order_parameter(unit_stride(theta), causal)
 
 
-@functools.cache
-def _launchers():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.phases_launch")
+_launchers = kernels("phases_launch")
 
 
 def _empty_sums(theta, launch):

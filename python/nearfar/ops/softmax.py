@@ -3,8 +3,6 @@
 `torch.ops.nearfar.affine_attention` serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
 """
 
-import functools
-import importlib
 import math
 
 import torch
@@ -14,11 +12,13 @@ from nearfar.ops.torch_operator import (
     allocate,
     apply,
     empty_rows,
+    kernels,
     launch_all,
     layouts,
     planned,
     register,
     unit_stride,
+    unit_strides,
     uses_tf32,
 )
 
@@ -37,9 +37,7 @@ def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
 
     rows: layouts of q, k and v, None where the call is not plain.
     """
-    if rows is None or q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        rows = None if rows is None else layouts(q, k, v)
+    rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
     arguments = q, k, v, *scalars, token_bounds, left, right, scale
     given = [tensor for tensor in scalars if tensor is not None]
@@ -50,10 +48,7 @@ def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
     return forward(rows, *arguments)[0]
 
 
-@functools.cache
-def _launchers():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.affine_launch")
+_launchers = kernels("affine_launch")
 
 
 def _empty_sums(values, launch):

@@ -4,13 +4,11 @@ They are called through the dispatcher in eager mode, too: they monitor, so that
 dimension of q, k and v must be contiguous.
 """
 
-import functools
-import importlib
 import math
 
 import torch
 
-from nearfar.ops.torch_operator import define, device_of, empty_rows, register
+from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register
 
 _STATISTICS = (
     "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -28,10 +26,7 @@ _GEOMETRY = (
 UPSTREAM = 2.0**11
 
 
-@functools.cache
-def _launchers():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.diagnostics_launch")
+_launchers = kernels("diagnostics_launch")
 
 
 def _per_query(q, count, dtype=torch.float32):

@@ -97,10 +97,12 @@ def stream_of(tensor):
     return torch._C._cuda_getCurrentRawStream(tensor.get_device())
 
 
-@functools.cache
-def _launch():
-    """Triton is imported with the first launch, not with the package."""
-    return importlib.import_module("nearfar.triton_kernels.launch")
+def kernels(name):
+    """A function that returns `nearfar.triton_kernels.<name>`: Triton comes with the first launch, not with the package."""
+    return functools.cache(lambda: importlib.import_module(f"nearfar.triton_kernels.{name}"))
+
+
+_launch = kernels("launch")
 
 
 def launch_all(tensor, *launches):
@@ -112,6 +114,14 @@ def launch_all(tensor, *launches):
 def unit_stride(tensor):
     """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
     return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+
+
+def unit_strides(rows, *tensors):
+    """Layouts of the tensors and they themselves after unit_stride. rows: layouts before it, None where a call is not plain."""
+    if rows is not None and all([row[1][-1] == 1 for row in rows]):
+        return rows, tensors
+    tensors = tuple(map(unit_stride, tensors))
+    return None if rows is None else layouts(*tensors), tensors
 
 
 def empty_rows(like, width):
