@@ -94,4 +94,17 @@ __device__ __forceinline__ void keep_exceeding(float& first, float& second, uint
         : "r"(x), "r"(cut));
 }
 
+// Where key < limit: least = min(least, x), and count += 1 if x <= most.
+__device__ __forceinline__ void count_below(float& least, int& count, float key, float limit, float x, float most) {
+    asm("{\n\t"
+        ".reg .pred p, q;\n\t"
+        "setp.lt.f32 p, %2, %3;\n\t"
+        "@p min.f32 %0, %0, %4;\n\t"
+        "setp.le.and.f32 q, %4, %5, p;\n\t"
+        "@q add.s32 %1, %1, 1;\n\t"
+        "}"
+        : "+f"(least), "+r"(count)
+        : "f"(key), "f"(limit), "f"(x), "f"(most));
+}
+
 }  // namespace nearfar

@@ -1,0 +1,143 @@
+// Instructions of sm_90a: products of 64 rows by a warp group of four warps, from tiles in shared memory, which run on while
+// the group computes; copies of tiles by the tensor memory accelerator; and the barriers that both are waited for with.
+// Machine code for other architectures traps: callers ask for the architecture first. tests/emulation replaces this file.
+//
+// An operand is made of panels: `rows` rows of 64 numbers, 128 bytes each, permuted as Tile<64> says, from a multiple of 1,024
+// bytes on. A tile of 128 columns is two panels.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ptx.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NEARFAR_HOPPER(...) __VA_ARGS__
+#else
+#define NEARFAR_HOPPER(...) __trap()
+#endif
+
+namespace nearfar {
+
+// ---- barriers in shared memory, which count arrivals and bytes
+
+__device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {
+    NEARFAR_HOPPER(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory"));
+}
+
+// After they were made, and before a barrier of all threads.
+__device__ __forceinline__ void publish_barriers() { NEARFAR_HOPPER(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory")); }
+
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    NEARFAR_HOPPER(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"));
+}
+
+// Arrives, and lets the barrier wait for this many bytes of copies, too.
+__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
+    NEARFAR_HOPPER(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"));
+}
+
+// Waits for the end of a phase: the first one, third one, .. have parity 0.
+__device__ __forceinline__ void wait_for_barrier(uint32_t barrier, int parity) {
+    NEARFAR_HOPPER(asm volatile("{\n\t"
+                                ".reg .pred p;\n\t"
+                                "again:\n\t"
+                                "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
+                                "@!p bra again;\n\t"
+                                "}" ::"r"(barrier), "r"(parity)
+                                : "memory"));
+}
+
+// ---- registers
+
+// Of each thread of this warp group from here on: more than at launch, once other groups have given theirs, or fewer.
+template <int Count>
+__device__ __forceinline__ void claim_registers() {
+    NEARFAR_HOPPER(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)));
+}
+template <int Count>
+__device__ __forceinline__ void release_registers() {
+    NEARFAR_HOPPER(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count)));
+}
+
+// ---- copies, which a barrier counts the bytes of
+
+// A box of a (B, H, N, D) tensor: 64 columns from `column`, rows from `row` on; what is outside becomes zero.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor, int column, int row, int head, int batch,
+                                         uint32_t barrier) {
+    NEARFAR_HOPPER(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                                "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to), "l"(&tensor), "r"(column), "r"(row), "r"(head),
+                                "r"(batch), "r"(barrier)
+                                : "memory"));
+}
+
+// Bytes from a multiple of 16, as many as a multiple of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    NEARFAR_HOPPER(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                                "l"(from), "r"(bytes), "r"(barrier)
+                                : "memory"));
+}
+
+// ---- products
+
+// A panel as an operand of a product: 16 columns of it, from byte `offset` of its rows on.
+__device__ __forceinline__ uint64_t panel_operand(uint32_t panel, int offset) {
+    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;  // bytes from eight rows to the next eight; 128 bytes are permuted
+    return kPermuted << 62 | kEightRows << 32 | uint64_t{1} << 16 | (panel + offset) >> 4;
+}
+
+// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b. A warp has 16 of the rows of c, as fragments c of
+// mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
+template <typename T, int N>
+__device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
+    static_assert(N == 64 || N == 128, "the shapes written out here");
+#define NEARFAR_8(i) \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define NEARFAR_32(i) NEARFAR_8(i), NEARFAR_8(i + 8), NEARFAR_8(i + 16), NEARFAR_8(i + 24)
+#define NEARFAR_NAMES_32 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NEARFAR_NAMES_64                                                                                                      \
+    NEARFAR_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"  \
+                     "%57,%58,%59,%60,%61,%62,%63"
+#define NEARFAR_PRODUCT(SHAPE, TYPES, NAMES, A, B, ADD, ...)                                                          \
+    NEARFAR_HOPPER(asm volatile("{\n\t"                                                                               \
+                                ".reg .pred p;\n\t"                                                                   \
+                                "setp.ne.b32 p, %" ADD ", 0;\n\t"                                                     \
+                                "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPES " {" NAMES "}, %" A ", %" B    \
+                                ", p, 1, 1, 0, 0;\n\t"                                                                \
+                                "}"                                                                                   \
+                                : __VA_ARGS__                                                                         \
+                                : "l"(a), "l"(b), "r"(static_cast<int>(add))))
+#define NEARFAR_PRODUCTS(TYPES)                                                                                        \
+    if constexpr (N == 64) NEARFAR_PRODUCT("m64n64", TYPES, NEARFAR_NAMES_32, "32", "33", "34", NEARFAR_32(0));        \
+    else NEARFAR_PRODUCT("m64n128", TYPES, NEARFAR_NAMES_64, "64", "65", "66", NEARFAR_32(0), NEARFAR_32(32))
+    if constexpr (kHalf) { NEARFAR_PRODUCTS("f16.f16"); }
+    else { NEARFAR_PRODUCTS("bf16.bf16"); }
+#undef NEARFAR_PRODUCTS
+#undef NEARFAR_PRODUCT
+#undef NEARFAR_NAMES_64
+#undef NEARFAR_NAMES_32
+#undef NEARFAR_32
+#undef NEARFAR_8
+}
+
+// Before the first product of a group of them, after anything else has written their results.
+__device__ __forceinline__ void begin_products() { NEARFAR_HOPPER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
+
+__device__ __forceinline__ void commit_products() { NEARFAR_HOPPER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+
+// Waits for all products, of which c are results.
+template <int Count, int Numbers>
+__device__ __forceinline__ void wait_for_products(float (&c)[Count][Numbers]) {
+    NEARFAR_HOPPER(asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"));
+#pragma unroll
+    for (int i = 0; i < Numbers * Count; ++i) asm volatile("" : "+f"(c[i / Numbers][i % Numbers])::"memory");  // not read before
+}
+
+}  // namespace nearfar

@@ -1,0 +1,143 @@
+// Every pair of a block's own rows with a stream of others: what kernels share that score pairs and keep little of them.
+//
+// One warp starts copies of the stream's tiles into a ring of slots. Warp groups, each with 64 of the block's rows, multiply them
+// with one tile after the other at their own pace: while some compute with their products, those of others run. So the stream is
+// read once for all groups.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "hopper.cuh"
+#include "tile.cuh"
+
+namespace nearfar {
+
+// Products of `kProducts` pairs of tensors at once: of rows x_i with others y_i, all of them `kWidth` wide.
+template <typename Number_, int kWidth_, int kProducts_, int kGroups_, int kTile_, int kStages_>
+struct Stream {
+    using Number = Number_;
+    static constexpr int kWidth = kWidth_, kProducts = kProducts_, kGroups = kGroups_, kStages = kStages_;
+    static constexpr int kTile = kTile_;          // others at once
+    static constexpr int kRows = 64 * kGroups;    // of a block
+    static constexpr int kThreads = 128 * (kGroups + 1);
+    // Of a thread with rows and of one that copies: all of a multiprocessor's 65,536.
+    static constexpr int kRegisters = kGroups == 3 ? 160 : 112, kProducerRegisters = 24;
+    static constexpr int kPanels = kProducts * kWidth / 64;
+    static constexpr int kOwnPanel = 128 * kRows, kPanel = 128 * kTile;
+    static constexpr int kSlotBytes = kPanels * kPanel;
+    static constexpr int kVectorBytes = 4 * kTile;
+    // Bytes from the start of shared memory: own rows, slots, one number for each row in them, and barriers.
+    static constexpr int kSlots = kPanels * kOwnPanel;
+    static constexpr int kVectors = kSlots + kStages * kSlotBytes;
+    static constexpr int kBarriers = kVectors + kStages * kVectorBytes;
+    static constexpr int kBytes = kBarriers + 8 * (2 * kStages + 1);
+    static_assert(kWidth % 64 == 0 && (kGroups == 3 || kGroups == 4));
+    using Products = float[kProducts][kTile / 2];
+};
+
+// Which positions rows reach: row r those from r + offset - back to r + offset + ahead that there are.
+struct Band {
+    int offset, back, ahead, num_rows, num_others;
+
+    __device__ int begin(int row) const { return max(0, min(row, num_rows - 1) + offset - back); }
+    __device__ int end(int row) const { return min(num_others, min(row, num_rows - 1) + offset + ahead + 1); }
+};
+
+// Where a block's rows are, and the head of the stream.
+struct Place {
+    int tile, batch, head, other_head;
+};
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The layout of lane `lane` in the products: element i is of row product_row(lane, i), column product_column(lane, i).
+__device__ constexpr int product_row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+__device__ constexpr int product_column(int lane, int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
+
+// The first of the two rows of this thread, the other one is 8 further; beyond all rows in the warps that have none.
+template <typename Stream>
+__device__ int own_row(const Place& place) {
+    return place.tile * Stream::kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
+// Calls body.add<Edges>(products, first, vector) for each tile of others that the rows of a group reach; the products are those
+// with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows reach all of them.
+// vectors: numbers of the head's others in global memory, padded to whole tiles, or null. True to the threads that have rows.
+template <typename Stream, typename Arguments, typename Body>
+__device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors, char* memory,
+                                              Body& body) {
+    constexpr int kTile = Stream::kTile, kGroups = Stream::kGroups, kStages = Stream::kStages;
+    constexpr int kPanelsEach = Stream::kPanels / Stream::kProducts;
+    const Band& band = arguments.band;
+    const uint32_t base = shared_address(memory);
+    const auto full = [&](int slot) { return base + Stream::kBarriers + 8 * slot; };
+    const auto empty = [&](int slot) { return full(kStages + slot); };
+    const uint32_t loaded = empty(kStages);
+    if (threadIdx.x == 0) {
+        make_barrier(loaded, 1);
+        for (int slot = 0; slot < kStages; ++slot) {
+            make_barrier(full(slot), 1);
+            make_barrier(empty(slot), 4 * kGroups);
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+
+    const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    const int first_row = place.tile * Stream::kRows;
+    const int begin = band.begin(first_row) / kTile, end = (band.end(first_row + Stream::kRows - 1) + kTile - 1) / kTile;
+    if (group == kGroups) {
+        release_registers<Stream::kProducerRegisters>();
+        if (threadIdx.x % 128 > 0) return false;
+        arrive_expecting(loaded, Stream::kSlots);
+#pragma unroll
+        for (int i = 0; i < Stream::kPanels; ++i)
+            copy_box(base + i * Stream::kOwnPanel, arguments.own[i / kPanelsEach], i % kPanelsEach * 64, first_row, place.head,
+                     place.batch, loaded);
+        for (int tile = begin; tile < end; ++tile) {
+            const int slot = (tile - begin) % kStages, round = (tile - begin) / kStages;
+            if (round > 0) wait_for_barrier(empty(slot), (round - 1) % 2);
+            arrive_expecting(full(slot), Stream::kSlotBytes + (vectors == nullptr ? 0 : Stream::kVectorBytes));
+#pragma unroll
+            for (int i = 0; i < Stream::kPanels; ++i)
+                copy_box(base + Stream::kSlots + slot * Stream::kSlotBytes + i * Stream::kPanel, arguments.others[i / kPanelsEach],
+                         i % kPanelsEach * 64, tile * kTile, place.other_head, place.batch, full(slot));
+            if (vectors != nullptr)
+                copy_bytes(base + Stream::kVectors + slot * Stream::kVectorBytes, vectors + tile * kTile, Stream::kVectorBytes,
+                           full(slot));
+        }
+        return false;
+    }
+    claim_registers<Stream::kRegisters>();
+
+    const int top = first_row + 64 * group, bottom = top + 63;
+    const int all_begin = band.begin(bottom), all_end = band.end(top);
+    wait_for_barrier(loaded, 0);
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+        const int round = tile - begin, slot = round % kStages, first = tile * kTile;
+        const uint32_t rows = base + 64 * 128 * group, others = base + Stream::kSlots + slot * Stream::kSlotBytes;
+        typename Stream::Products products;
+        wait_for_barrier(full(slot), round / kStages % 2);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < 4 * Stream::kPanels; ++i)
+            start_product<typename Stream::Number, kTile>(
+                products[i / 4 / kPanelsEach], panel_operand(rows + i / 4 * Stream::kOwnPanel, i % 4 * 32),
+                panel_operand(others + i / 4 * Stream::kPanel, i % 4 * 32), i % (4 * kPanelsEach) > 0);
+        commit_products();
+        wait_for_products(products);
+        const auto* const vector = reinterpret_cast<const float*>(memory + Stream::kVectors) + slot * kTile;
+        if (first >= all_begin && first + kTile <= all_end) body.template add<false>(products, first, vector);
+        else body.template add<true>(products, first, vector);
+        __syncwarp();
+        if (lane == 0) arrive(empty(slot));
+    }
+    return true;
+}
+
+}  // namespace nearfar
