@@ -14,12 +14,14 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/dtype.h"
+#include "geometry.h"
 #include "krause_backward.h"
 #include "krause_forward.h"
 #include "krause_step.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "row_sumsq.h"
+#include "statistics.h"
 
 namespace py = pybind11;
 
@@ -237,4 +239,54 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
         "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "
         "dv; sizes as for linear_forward. More in csrc/linear_backward.h.");
+
+    m.attr("DIAGNOSTICS_TILE") = kDiagnosticsTile;
+    m.def(
+        "statistics",
+        [](const std::array<uintptr_t, 8>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 2>& strides, int64_t left, int64_t right, double scale, int device,
+           uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, lse, entropy, max_weight, max_key, mass, levels] = tensors;
+            const auto& [q_strides, k_strides] = strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            Statistics call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                            reinterpret_cast<float*>(lse), reinterpret_cast<float*>(entropy),
+                            reinterpret_cast<float*>(max_weight), reinterpret_cast<int64_t*>(max_key),
+                            reinterpret_cast<float*>(mass), reinterpret_cast<float*>(levels), q_strides, k_strides,
+                            batches, heads, kv_heads, num_queries, num_keys, width, left, right, scale};
+            statistics(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("left"), py::arg("right"),
+        py::arg("scale"), py::arg("device"), py::arg("stream"),
+        "Attention statistics. tensors: q, k, lse, entropy, max_weight, max_key, mass, levels; sizes: B, Hq, Hkv, N, M, D; "
+        "strides: of q and k. More in csrc/statistics.h.");
+
+    const auto define_geometry = [&](const char* name, auto kernel, const char* description) {
+        m.def(
+            name,
+            [kernel](const std::array<uintptr_t, 13>& tensors, const std::string& dtype, const std::array<int64_t, 7>& sizes,
+                     const std::array<std::array<int64_t, 3>, 3>& strides, int64_t left, int64_t right, double scale, int device,
+                     uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score] = tensors;
+                const auto& [q_strides, k_strides, v_strides] = strides;
+                const auto [batches, heads, kv_heads, num_queries, num_keys, width, top_n] = sizes;
+                Geometry call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                              reinterpret_cast<const void*>(v), q_strides, k_strides, v_strides,
+                              batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_n, scale,
+                              reinterpret_cast<float*>(scores), reinterpret_cast<int32_t*>(chosen),
+                              reinterpret_cast<const void*>(s), reinterpret_cast<const float*>(shift),
+                              reinterpret_cast<const float*>(farthest), reinterpret_cast<const float*>(excess),
+                              reinterpret_cast<const float*>(squares), reinterpret_cast<float*>(precision),
+                              reinterpret_cast<float*>(recall), reinterpret_cast<float*>(f_score)};
+                kernel(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+            },
+            py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("left"), py::arg("right"),
+            py::arg("scale"), py::arg("device"), py::arg("stream"), description);
+    };
+    define_geometry("geometry_select", &geometry_select,
+                    "Fills scores and chosen. tensors: q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, "
+                    "recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in csrc/geometry.h.");
+    define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
 }

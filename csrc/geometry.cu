@@ -284,7 +284,7 @@ using Constant = std::integral_constant<decltype(kKernel), kKernel>;
 
 template <typename Number, int Width>
 void select_of(const Geometry& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 1, 4, kGeometryTile, 4>;
+    using Stream = Stream<Number, Width, 1, 4, kDiagnosticsTile, 4>;
     const Tensors tensors(call);
     SelectArguments arguments{{{tensors.q.map<Number>(Stream::kRows)}, {tensors.k.map<Number>(Stream::kTile)},
                                tensors.sight.of_queries(), tensors.heads, tensors.group, num_tiles<Stream>(call.num_queries)},
@@ -300,7 +300,7 @@ void select_of(const Geometry& call, cudaStream_t stream) {
 
 template <typename Number, int Width>
 void separate_of(const Geometry& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 2, 3, kGeometryTile / 2, Width == 64 ? 4 : 3>;
+    using Stream = Stream<Number, Width, 2, 3, kDiagnosticsTile / 2, Width == 64 ? 4 : 3>;
     const Tensors tensors(call);
     SeparateArguments arguments{
         {{tensors.q.map<Number>(Stream::kRows), tensors.s.map<Number>(Stream::kRows)},
@@ -308,7 +308,7 @@ void separate_of(const Geometry& call, cudaStream_t stream) {
          tensors.sight.of_queries(), tensors.heads, tensors.group, num_tiles<Stream>(call.num_queries)},
         call.scores, call.shift, call.farthest, call.excess, call.squares, call.chosen,
         call.precision, call.recall, call.f_score, static_cast<int>(call.top_n),
-        static_cast<int>(whole_tiles(call.num_keys, kGeometryTile)), static_cast<float>(call.scale) * kLog2E};
+        static_cast<int>(whole_tiles(call.num_keys, kDiagnosticsTile)), static_cast<float>(call.scale) * kLog2E};
     launch_stream<separate_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "separate launch");
 }
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/diagnostics.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -23,11 +24,9 @@ struct Geometry {
     const float* shift;     // (B, Hq, N): weights are 2^(score - shift), scores in base 2
     const float* farthest;  // likewise, the largest excess of a selected key
     const float* excess;    // like scores: of weight w, w (w |v|^2 / 2 - v.s), by which distances to s rank
-    const float* squares;   // (B, Hkv, M'): |v|^2; M' is M as a multiple of kGeometryTile
+    const float* squares;   // (B, Hkv, M'): |v|^2; M' is M as a multiple of kDiagnosticsTile
     float *precision, *recall, *f_score;  // (B, Hq, N)
 };
-
-inline constexpr int kGeometryTile = 128;
 
 // Fills scores and chosen.
 void geometry_select(const Geometry& call, DType dtype, cudaStream_t stream);

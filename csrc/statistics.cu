@@ -176,13 +176,13 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) key_mass_kernel(const __g
 
 template <typename Number, int Width>
 void statistics_of(const Statistics& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 1, 4, kStatisticsTile, 4>;
+    using Stream = Stream<Number, Width, 1, 4, kDiagnosticsTile, 4>;
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
     const Rows k{call.k, {call.batches, call.kv_heads, call.num_keys, Width}, call.k_strides};
     const Sight sight{call.num_queries, call.num_keys, call.left, call.right};
     const auto heads = static_cast<int>(call.heads), group = static_cast<int>(call.heads / call.kv_heads);
     Arguments arguments{{}, call.lse, call.entropy, call.max_weight, call.max_key, call.mass, call.levels,
-                        static_cast<int>(whole_tiles(call.num_queries, kStatisticsTile)),
+                        static_cast<int>(whole_tiles(call.num_queries, kDiagnosticsTile)),
                         static_cast<float>(call.scale) * kLog2E};
     arguments.stream = {{q.map<Number>(Stream::kRows)}, {k.map<Number>(Stream::kTile)}, sight.of_queries(),
                         heads, group, num_tiles<Stream>(call.num_queries)};

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/diagnostics.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -16,7 +17,7 @@ namespace nearfar {
 // right below 0 is without limit; every query sees one.
 //
 // lse, entropy, max_weight: (B, Hq, N) float32, max_key likewise int64; mass (B, Hq, M) float32; all contiguous. levels is a
-// workspace of (B, Hq, N') float32, where N' is N as a multiple of kStatisticsTile.
+// workspace of (B, Hq, N') float32, where N' is N as a multiple of kDiagnosticsTile.
 struct Statistics {
     const void *q, *k;
     float *lse, *entropy, *max_weight;
@@ -26,8 +27,6 @@ struct Statistics {
     int64_t batches, heads, kv_heads, num_queries, num_keys, width, left, right;
     double scale;
 };
-
-inline constexpr int kStatisticsTile = 128;
 
 void statistics(const Statistics& call, DType dtype, cudaStream_t stream);
 

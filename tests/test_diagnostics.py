@@ -187,8 +187,8 @@ def test_a_sigma_that_is_not_positive_poisons_its_head():
     """Public calls refuse it on the CPU, where it can be read."""
     q, k = randn(1, 2, 9, 16), randn(1, 2, 9, 16)
     v, sigma = randn(1, 2, 9, 16), torch.tensor([-1.0, 2.0], device=DEVICE)
-    floating = [x for x in torch.ops.nearfar.attention_statistics(q, k, sigma, -1, -1, 1.0) if x.is_floating_point()]
-    for found in (*floating, *torch.ops.nearfar.selection_geometry(q, k, v, sigma, 3, -1, -1, 1.0)):
+    floating = [x for x in torch.ops.nearfar.attention_statistics(q, k, sigma, -1, -1, 1.0, "triton") if x.is_floating_point()]
+    for found in (*floating, *torch.ops.nearfar.selection_geometry(q, k, v, sigma, 3, -1, -1, 1.0, "triton")):
         assert torch.isnan(found[:, 0]).all() and torch.isfinite(found[:, 1]).all()
 
 

@@ -138,3 +138,9 @@ def geometry(
         (plan_separate(call, scale, top_n),
          (q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score)),
     )  # fmt: skip
+
+
+def centre(q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest):
+    """Fill s, shift, excess and farthest from scores and chosen, for scores by dot products."""
+    plan = plan_centre(signature(q, k, v, None, False, left, right), scale, scores.shape[3])
+    plan(v, None, scores, chosen, s, shift, excess, farthest)

@@ -278,3 +278,74 @@ def _walk(function, tensors, strided, q, k, num_pieces, piece_length, feature_ma
         [tensor.stride()[:3] for tensor in strided], *eps,
         q.get_device(), stream_of(q),
     )  # fmt: skip
+
+
+DIAGNOSTICS_WIDTHS = (64, 128)
+
+
+def diagnostics_reason(tensors, sigma, scale):
+    """Why the CUDA kernels cannot serve attention_statistics of q and k or selection_geometry of q, k and v, or None.
+
+    tensors: they or their layouts, by name.
+    """
+    q = tensors["q"]
+    if reason := _absence_reason("q", q):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
+    widths = [int(x.shape[3]) for x in tensors.values()]
+    if widths[0] not in DIAGNOSTICS_WIDTHS or any(width != widths[0] for width in widths):
+        return f"{', '.join(tensors)} are {', '.join(map(str, widths))} wide; the CUDA kernels take one width of 64 or 128"
+    if sigma is not None or scale <= 0:
+        return "the CUDA kernels score by dot products with a positive scale"
+    reason = _rows_reason(**tensors)
+    return reason if reason or torch.compiler.is_compiling() else _hopper_reason(q.device.index)
+
+
+@functools.cache
+def _hopper_reason(index):
+    """Kernels whose instructions only sm_90a has."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) != (9, 0) or "90a" not in extension.architectures():
+        built = ", ".join(extension.architectures())
+        return f"the CUDA kernels are for compute capability 9.0, architecture 90a; device {major}.{minor}, built for {built}"
+    return None
+
+
+def _boxed(tensor):
+    """The tensor, or a copy where the tensor memory accelerator cannot read it: it takes no strides of zero."""
+    repeats = any([size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return tensor.contiguous() if repeats else _aligned(tensor)
+
+
+def _whole_tiles(length):
+    return -(-length // extension.DIAGNOSTICS_TILE) * extension.DIAGNOSTICS_TILE
+
+
+def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass):
+    """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
+    q, k = _boxed(q), _boxed(k)
+    levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2]))
+    extension.statistics(
+        [tensor.data_ptr() for tensor in (q, k, lse, entropy, max_weight, max_key, mass, levels)], _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [tensor.stride()[:3] for tensor in (q, k)], left, right, scale,
+        q.get_device(), stream_of(q),
+    )  # fmt: skip
+
+
+def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest, precision, recall, f_score, centre):
+    """Fill precision, recall, f_score (B, Hq, N), by way of workspaces that triton_kernels/diagnostics_launch.py describes.
+
+    centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
+    """
+    q, k, v = _boxed(q), _boxed(k), _boxed(v)
+    squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(v.shape[2]) - v.shape[2]))
+    addressed = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
+    call = (
+        [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
+        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], scores.shape[3]), [tensor.stride()[:3] for tensor in (q, k, v)],
+        left, right, scale, q.get_device(), stream_of(q),
+    )  # fmt: skip
+    extension.geometry_select(*call)
+    centre()
+    extension.geometry_separate(*call)

@@ -4,13 +4,20 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import checks, dispatch
+from nearfar import _cuda, checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
 from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
 
 MAX_TOP_N = 256
+
+# Milliseconds of the CUDA and the Triton kernels by width of a head: bfloat16, B1 H32 N16384 D128 causal and B1 H16 N16384 D64
+# full on an H100, geometry with a top_n of 4 (docs/diagnostics.md). "auto" takes the faster; Triton elsewhere.
+MEASURED = {
+    "attention_statistics": {64: (3.282, 4.007), 128: (4.049, 5.401)},
+    "selection_geometry": {64: (7.05, 9.05), 128: (9.20, 12.89)},
+}
 
 
 class AttentionStatistics(NamedTuple):
@@ -37,7 +44,10 @@ class SelectionGeometry(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -47,6 +57,7 @@ class Call(NamedTuple):
     right: int
     scale: float
     reasons: dict
+    orders: tuple
 
 
 def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
@@ -65,7 +76,8 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
         sigma: bandwidth of scores by distance, positive: a float, a 0-d or a (Hq,) tensor; None for dot products. On CUDA a
             tensor is not read back: a sigma that is not positive turns the floating results of its head into NaN.
         locality: keys that a query may see: None for all, or a SlidingWindow.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
+            "cuda" are computed by Triton's kernels.
 
     Returns:
         AttentionStatistics: lse, entropy, max_weight, max_key (B, Hq, N) and key_mass (B, Hq, M), in float32 (float64 for
@@ -78,11 +90,13 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
             where causality or a locality counts positions), or a backend that cannot serve the call.
     """
     call = prepare_attention_statistics(q, k, causal=causal, scale=scale, sigma=sigma, locality=locality)
-    q, k, _, sigma, *options, reasons = call
-    if dispatch.choose(backend, reasons, q.device) == "reference":
+    q, k, sigma, options = call.q, call.k, call.sigma, call[4:7]
+    served, _ = dispatch.served(call, backend)
+    if served == "reference":
         with checks.no_autocast(q):
             return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
-    return AttentionStatistics(*torch.ops.nearfar.attention_statistics(unit_stride(q), unit_stride(k), sigma, *options))
+    found = torch.ops.nearfar.attention_statistics(unit_stride(q), unit_stride(k), sigma, *options, served)
+    return AttentionStatistics(*found)
 
 
 def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
@@ -116,12 +130,13 @@ def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, 
     """
     call = prepare_selection_geometry(q, k, v, top_n, causal=causal, scale=scale, sigma=sigma, locality=locality)
     sigma, options = call.sigma, call[4:7]
-    if dispatch.choose(backend, call.reasons, call.q.device) == "reference":
+    served, _ = dispatch.served(call, backend)
+    if served == "reference":
         with checks.no_autocast(call.q):
             return SelectionGeometry(*reference.selection_geometry(*call[:4], top_n, *options))
     tensors = (unit_stride(x).detach() for x in call[:3])
     sigma = None if sigma is None else sigma.detach()
-    return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options))
+    return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options, served))
 
 
 def prepare_attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None):
@@ -143,22 +158,23 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
     q, k, *values = checks.autocast(q, k) if v is None else checks.autocast(q, k, v)
     left, right = _window(causal, locality)
     tensors = q, k, *values
-    kernel_reason = _checked(checks.plain_layouts(*tensors), "qkv", tensors, left >= 0 or right >= 0)
+    layouts = checks.plain_layouts(*tensors)
+    kernel_reason, orders = _checked(layouts, "qkv", tensors, left >= 0 or right >= 0, name)
     if sigma is not None:
         checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     scale = checks.finite_scale(scale, q.shape[3])
     reasons = {
-        "cuda": f"there is no CUDA kernel of {name} yet",
+        "cuda": kernel_reason or _cuda.diagnostics_reason(dict(zip("qkv", tensors, strict=False)), sigma, scale),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons)
+    return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons, orders)
 
 
 @checks.once
-def _checked(metas, limited):
-    """Why the kernels cannot serve these shapes, or None. limited: by causality or locality."""
+def _checked(metas, limited, name):
+    """Why no kernel can serve these shapes, or None, and the orders in which "auto" asks them. limited: by position."""
     q, k, *values = metas
     checks.check_qkv(q, k, *(values or [k]))
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -170,7 +186,9 @@ def _checked(metas, limited):
             f"the first queries would see no key; got {num_keys}"
         )
     reason = checks.kernel_width_reason("q", q.shape[3])
-    return reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
+    reason = reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
+    times = MEASURED[name].get(int(q.shape[3]))
+    return reason, dispatch.measured_orders(None if times is None else (times, times), q.device)
 
 
 def _window(causal, locality):

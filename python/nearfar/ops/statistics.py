@@ -4,21 +4,25 @@ They are called through the dispatcher in eager mode, too: they monitor, so that
 dimension of q, k and v must be contiguous.
 """
 
+import functools
 import math
 
 import torch
 
+from nearfar import _cuda
 from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register
 
 _STATISTICS = (
-    "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _STATISTICS_BACKWARD = (
     "(Tensor dlse, Tensor dentropy, Tensor q, Tensor k, Tensor? sigma, Tensor lse, Tensor entropy, int left, int right,"
     " float scale) -> (Tensor, Tensor, Tensor)"
 )
 _GEOMETRY = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale) -> (Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 # The largest upstream gradient as the products of the backward see it. Weights of long rows, and the gradients of a mean over
@@ -49,11 +53,14 @@ def _common(q, sigma):
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 
 
-def statistics(q, k, sigma, left, right, scale):
-    """(lse, entropy, max_weight, max_key, key_mass)."""
+def statistics(q, k, sigma, left, right, scale, backend):
+    """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
     outputs = _empty_statistics(q, k)
     if not q.numel():
         return *outputs[:4], outputs[4].zero_()
+    if backend == "cuda":
+        _cuda.statistics(q, k, left, right, scale, *outputs)
+        return outputs
     with device_of(q):
         _launchers().statistics(q, k, sigma, left, right, scale, _squares(k, sigma is not None), *outputs)
     if sigma is not None:
@@ -82,8 +89,8 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
 
 
-def geometry(q, k, v, sigma, top_n, left, right, scale):
-    """(precision, recall, f_score)."""
+def geometry(q, k, v, sigma, top_n, left, right, scale, backend):
+    """(precision, recall, f_score). backend: "triton" or "cuda"."""
     outputs = _per_query(q, 3)
     if not q.numel():
         return outputs
@@ -91,11 +98,15 @@ def geometry(q, k, v, sigma, top_n, left, right, scale):
     scores, excess = (q.new_empty(entries, dtype=torch.float32) for _ in range(2))
     chosen = q.new_empty(entries, dtype=torch.int32)
     s = v.new_empty((*q.shape[:3], v.shape[3]))
+    shift, farthest = _per_query(q, 2)
+    centred = scores, chosen, s, shift, excess, farthest
     with device_of(q):
-        _launchers().geometry(
-            q, k, v, sigma, left, right, scale, _squares(k, sigma is not None), _squares(v), scores, chosen, s,
-            *_per_query(q, 1), excess, *_per_query(q, 1), *outputs,
-        )  # fmt: skip
+        if backend == "cuda":
+            centre = functools.partial(_launchers().centre, q, k, v, left, right, scale, *centred)
+            _cuda.geometry(q, k, v, left, right, scale, *centred, *outputs, centre)
+        else:
+            squares = _squares(k, sigma is not None), _squares(v)
+            _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
     return outputs
 
 
@@ -105,7 +116,7 @@ def _fake_backward(dlse, dentropy, q, k, sigma, *_):
 
 
 def _save(ctx, inputs, output):
-    q, k, sigma, *options = inputs
+    q, k, sigma, *options, _ = inputs
     ctx.save_for_backward(q, k, sigma, *output[:2])
     ctx.mark_non_differentiable(*output[2:])
     ctx.options = options
@@ -114,7 +125,7 @@ def _save(ctx, inputs, output):
 def _autograd_backward(ctx, dlse, dentropy, *_):
     saved = ctx.saved_tensors
     dq, dk, dsigma = torch.ops.nearfar.attention_statistics_backward(dlse, dentropy, *saved, *ctx.options)
-    return dq, dk, None if saved[2] is None else dsigma, None, None, None
+    return dq, dk, None if saved[2] is None else dsigma, None, None, None, None
 
 
 register(
