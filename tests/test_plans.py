@@ -1,6 +1,7 @@
 """What is looked up by signature: checks, plans, tensors of numbers. None of them may serve a call that it does not fit."""
 
 import math
+from functools import partial
 
 import pytest
 import samples
@@ -10,8 +11,10 @@ from samples import public
 
 import nearfar as nf
 from nearfar import checks
+from nearfar.ops import factored, kuramoto, pairwise, softmax
 from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
 from nearfar.registry import OPERATORS
+from nearfar.triton_kernels import launch
 
 each_operator = pytest.mark.parametrize(
     "operator", [op for op in OPERATORS if op.differentiable], ids=lambda op: op.function.__name__
@@ -153,6 +156,58 @@ def test_plans_depend_on_layouts_and_options_alone():
         ((2, 3), (1, 2), torch.float32, "meta", None, 1),
         ((2, 3), (3, 1), torch.float16, "meta", None, 1),
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- ahead of time
+
+
+class Ahead:
+    """Notes (launch, dtypes) of what is launched, and of what a GPU would compile ahead; nothing runs."""
+
+    def __init__(self, monkeypatch):
+        self.launched, self.compiled = [], []
+        monkeypatch.setattr(launch.Launch, "run", lambda made, _, surveyed: self.launched.append((made, surveyed[1][1:])))
+        monkeypatch.setattr(launch.Launch, "is_new", lambda made, surveyed: False)
+        monkeypatch.setattr(launch, "build_ahead", self.build)
+        for module in (factored, kuramoto, pairwise, softmax):
+            monkeypatch.setattr(module, "compile_ahead", self.compile)
+
+    def build(self, *launches):
+        self.compiled += [(made, launch.survey(tensors)[1][1:]) for made, tensors in launches]
+
+    def compile(self, device, backward, *arguments):
+        assert device is None or device.type == DEVICE
+        if device is not None:
+            backward(*arguments)
+
+
+def calls_with_gradients():
+    """(function, sample) of every eager operator."""
+    for operator in OPERATORS:
+        if operator.room != "diagnostics":
+            for name in samples.names(operator):
+                sample = samples.of(operator).make(name, torch.float32, length=21)
+                yield pytest.param(public(operator), sample, id=f"{operator.function.__name__}-{name}")
+    sample = Sample(dict(zip("qkv", rows(), strict=True)), {})
+    numbers = torch.ones(1, 2, 20, device=DEVICE)
+    for name, alpha, beta in (("alpha", numbers, None), ("beta", None, numbers)):
+        yield pytest.param(partial(nf.affine_attention, alpha=alpha, beta=beta), sample, id=f"affine_attention-{name} alone")
+
+
+@pytest.mark.parametrize("function, sample", list(calls_with_gradients()))
+def test_the_first_forward_compiles_what_its_backward_launches(function, sample, monkeypatch):
+    forget_plans()
+    ahead = Ahead(monkeypatch)
+    function(**sample.tensors, **sample.options, backend="triton")
+    assert not ahead.compiled
+    for _ in range(2):
+        tensors = {name: tensor.detach().requires_grad_() for name, tensor in sample.tensors.items()}
+        o = function(**tensors, **sample.options, backend="triton")
+        o, compiled = o[0] if isinstance(o, tuple) else o, ahead.compiled[:]
+        ahead.launched.clear()
+        torch.autograd.grad(o, list(tensors.values()), torch.zeros_like(o), allow_unused=True)
+        assert ahead.launched and set(ahead.launched) <= set(compiled)  # launches are compared by identity
+    assert len(compiled) == len(ahead.launched)  # once
 
 
 # --------------------------------------------------------------------------------------------------- tensors of numbers

@@ -12,6 +12,7 @@ from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
+    compile_ahead,
     device_of,
     empty_rows,
     kernels,
@@ -167,10 +168,14 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
 
 
 def forward(
-    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _backward_backend
+    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend,
+    ahead=None,
 ):  # fmt: skip
-    """(o, final state, inverse, states, norms); what does not exist is None. rows: layouts of qs, ks and v."""
-    options = feature_map, normalize, causal, eps, return_state, backend, uses_tf32(v)
+    """(o, final state, inverse, states, norms); what does not exist is None.
+
+    rows: layouts of qs, ks and v. ahead: see compile_ahead.
+    """
+    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
     outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
     o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
@@ -196,10 +201,13 @@ def forward(
 @planned
 def _plan_forward(*arguments):
     """Layouts of the outputs of the forward and its partial sums, the problem, the launches of the states and the last."""
-    *tensors, feature_map, normalize, causal, eps, return_state, backend, _tf32 = arguments
+    *tensors, feature_map, normalize, causal, eps, return_state, backend, backward_backend, _tf32, ahead = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+    if backward_backend == "triton":
+        given = qs, ks, v, initial_state, cu_seqlens, outputs[0], *outputs[2:]
+        compile_ahead(ahead, backward, outputs[0], None, *given, feature_map, normalize, causal, backward_backend)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
     q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
     if backend == "cuda":
@@ -397,7 +405,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, rows, *arguments):
         tensors, options = arguments[:-7], arguments[-7:]
         inputs = *_split(tensors), *options
-        output = forward(rows, *inputs)
+        output = forward(rows, *inputs, ahead=rows[0][3])
         _save(ctx, inputs, output)
         return output[0], output[1]
 
