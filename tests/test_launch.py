@@ -218,6 +218,11 @@ def test_the_stub_of_a_kernel_that_another_launch_has_loaded_is_left_alone(kerne
     assert len(kernel.compiled) == 1 and not kernel.stubs
 
 
+def test_nothing_is_built_for_what_is_never_new(kernel):
+    """As the launches of CUDA kernels, which were compiled with the package."""
+    assert build_ahead((SimpleNamespace(is_new=lambda surveyed: False), on_meta(torch.zeros(4)))) == []
+
+
 def test_a_launch_waits_for_its_own_kernel_only(kernel):
     launch, single, half = launch_of(kernel), torch.zeros(4), torch.zeros(4, dtype=torch.float16)
     begun, done = threading.Event(), threading.Event()

@@ -2,19 +2,20 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import samples
 import torch
 from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
+from nearfar.triton_kernels import launch
 from samples import public
 
 import nearfar as nf
-from nearfar import checks
+from nearfar import _cuda, checks
 from nearfar.ops import factored, kuramoto, pairwise, softmax
 from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
 from nearfar.registry import OPERATORS
-from nearfar.triton_kernels import launch
 
 each_operator = pytest.mark.parametrize(
     "operator", [op for op in OPERATORS if op.differentiable], ids=lambda op: op.function.__name__
@@ -173,7 +174,8 @@ class Ahead:
             monkeypatch.setattr(module, "compile_ahead", self.compile)
 
     def build(self, *launches):
-        self.compiled += [(made, launch.survey(tensors)[1][1:]) for made, tensors in launches]
+        of_triton = [pair for pair in launches if isinstance(pair[0], launch.Launch)]
+        self.compiled += [(made, launch.survey(tensors)[1][1:]) for made, tensors in of_triton]
 
     def compile(self, device, backward, *arguments):
         assert device is None or device.type == DEVICE
@@ -208,6 +210,24 @@ def test_the_first_forward_compiles_what_its_backward_launches(function, sample,
         torch.autograd.grad(o, list(tensors.values()), torch.zeros_like(o), allow_unused=True)
         assert ahead.launched and set(ahead.launched) <= set(compiled)  # launches are compared by identity
     assert len(compiled) == len(ahead.launched)  # once
+
+
+def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
+    """Its own kernels need no compiler, and are not launched for meta tensors."""
+    forget_plans()
+    ahead, walked = Ahead(monkeypatch), []
+    names = "linear_forward", "linear_grad_queries", "linear_grad_keys"
+    extension = SimpleNamespace(**{name: lambda *_, name=name: walked.append(name) for name in names})
+    monkeypatch.setattr(_cuda, "extension", extension)
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
+    state = torch.zeros(1, 2, 64, 65, device=DEVICE)
+    options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
+    o, _ = factored.attend(layouts(q, k, v), (q,), (k,), v, state, *options)
+    assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
+    ahead.launched.clear()
+    torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+    assert walked[1:] == ["linear_grad_queries", "linear_grad_keys"] and ahead.launched == ahead.compiled
 
 
 # --------------------------------------------------------------------------------------------------- tensors of numbers

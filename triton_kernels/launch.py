@@ -105,11 +105,7 @@ class Launch:
 
     def is_new(self, surveyed):
         _, kinds, aligned = surveyed
-        return self.has_programs and aligned and kinds not in self._compiled
-
-    @property
-    def has_programs(self):
-        return self._grid[0] > 0
+        return kinds not in self._compiled and aligned and self._grid[0] > 0
 
     def compile(self, tensors, kinds):
         """Build and load the kernel for tensors of these kinds, all of them aligned."""
@@ -203,12 +199,13 @@ def build_ahead(*launches):
     """
     if knobs.runtime.interpret:
         return
-    surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
-    device = torch.cuda.current_device()  # kinds begin with it; addresses of meta tensors are 0 and count as aligned
-    in_threads(
-        Launch.build_ahead,
-        {(launch, (device, *kinds[1:])): tensors for launch, tensors, (_, kinds, _) in surveyed if launch.has_programs},
-    )
+    device, new = torch.cuda.current_device(), {}
+    for launch, tensors in launches:
+        addresses, (_, *dtypes), aligned = survey(tensors)  # addresses are 0
+        kinds = (device, *dtypes)
+        if launch.is_new((addresses, kinds, aligned)):
+            new[launch, kinds] = tensors
+    in_threads(Launch.build_ahead, new)
 
 
 def in_threads(method, launches):
