@@ -1,6 +1,8 @@
 """What is looked up by signature: checks, plans, tensors of numbers. None of them may serve a call that it does not fit."""
 
 import math
+import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import torch
 from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
 from nearfar.triton_kernels import launch
 from samples import public
+from triton.runtime.jit import JITFunction
 
 import nearfar as nf
 from nearfar import _cuda, checks
@@ -228,6 +231,46 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
     assert walked[1:] == ["linear_grad_queries", "linear_grad_keys"] and ahead.launched == ahead.compiled
+    forget_plans()
+
+
+def fresh_rows(count, width):
+    """Of a width that hardly another test has, whose kernels nothing has compiled in this process."""
+    return [randn(1, 2, 272, width, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(count)]
+
+
+ORDER = torch.ones(1, 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("count, call", [
+    (3, lambda q, k, v: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(37), backend="triton")),
+    (3, lambda q, k, v: nf.affine_attention(q, k, v, None, v[..., 0], causal=True)),
+    (5, lambda q, r, k, s, v: nf.hadamard_attention((q, r), (k, s), v, causal=True)),
+    (2, lambda omega, v: nf.synchronization_attention(omega, v, 2.0, 0.5, ORDER.to(v.device))),
+], ids=["krause", "affine", "hadamard", "synchronization"])  # fmt: skip
+def test_a_backward_compiles_nothing(count, call, monkeypatch):
+    tensors = fresh_rows(count, width=104)
+    o = call(*tensors)
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(timeout=120)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *arguments: pytest.fail("something is compiled"))
+    gradients = torch.autograd.grad(o, tensors, torch.ones_like(o))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@needs_gpu
+def test_a_graph_is_captured_while_a_backward_is_compiled():
+    q, k, v = fresh_rows(3, width=168)
+    o = nf.softmax_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = 2 * o.detach()
+        time.sleep(3)
+    graph.replay()
+    assert torch.equal(doubled, 2 * o)
+    assert torch.isfinite(torch.autograd.grad(o, q, torch.ones_like(o))[0]).all()
 
 
 # --------------------------------------------------------------------------------------------------- tensors of numbers
