@@ -430,7 +430,7 @@ def test_every_element_is_written_and_the_same_every_time(sigma):
 def test_selection_geometry_as_a_torch_operator():
     sample = random_sample(length=19, causal=True)
     q, k, v = sample.tensors.values()
-    arguments = q, k, v, None, 3, -1, 0, 0.25
+    arguments = q, k, v, None, 3, -1, 0, 0.25, "triton"
     torch.library.opcheck(torch.ops.nearfar.selection_geometry.default, arguments)
     expected = geometry(sample, 3)
     with FakeTensorMode() as mode:

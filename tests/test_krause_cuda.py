@@ -185,13 +185,13 @@ def test_the_same_bits_every_time(name, dtype):
 
 @gpu
 def test_fifty_processes_give_the_same_bits():
-    """Of every CUDA kernel."""
+    """Of every CUDA kernel. The first one fills Triton's cache, which is not safe from processes that fill it at one time."""
 
     def fresh(_):
         return subprocess.run([sys.executable, Path(__file__).with_name("cuda_kernels.py")], capture_output=True, text=True)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        runs = list(pool.map(fresh, range(50)))
+        runs = [fresh(0), *pool.map(fresh, range(49))]
     assert not [(done.returncode, done.stderr) for done in runs if done.returncode]
     assert len({done.stdout for done in runs}) == 1 and runs[0].stdout
 

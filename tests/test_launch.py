@@ -1,5 +1,10 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -20,8 +25,8 @@ class Compiled:
     packed_metadata = "packed"
 
     def __init__(self, kernel, stages):
-        self.metadata = SimpleNamespace(shared=STAGE_BYTES * stages)
-        self._kernel, self._variant = kernel, len(kernel.compiled) - 1
+        self.src, self.metadata = kernel, SimpleNamespace(shared=STAGE_BYTES * stages)
+        self.module, self._kernel, self._variant = kernel.module, kernel, len(kernel.compiled) - 1
 
     def __getitem__(self, grid):
         self.function = f"function {self._variant}"  # it is loaded here
@@ -35,13 +40,18 @@ class Compiled:
 
 
 class Kernel:
-    """Stands for a triton.jit function: compiles to something that notes its arguments under the number of its variant."""
+    """Stands for a triton.jit function: compiles to something that notes its arguments under the number of its variant.
+
+    compiler: what compiling does besides, given the arguments.
+    """
 
     def __init__(self):
         self.compiled, self.calls, self.calls_with_hooks, self.slow_calls = [], [], [], []
+        self.compiler, self.stubs, self.module = lambda arguments: None, [], None
 
     def warmup(self, *arguments, grid, **options):
         self.compiled.append((arguments, options))
+        self.compiler(arguments)
         return Compiled(self, options["num_stages"])
 
     def __getitem__(self, grid):
@@ -52,8 +62,16 @@ class Kernel:
 def kernel(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     monkeypatch.setattr(launch_module, "shared_memory", lambda: 4 * STAGE_BYTES)
-    active = SimpleNamespace(get_current_stream=lambda device: STREAM, get_current_target=lambda: None)
+    active = SimpleNamespace(
+        get_current_stream=lambda device: STREAM,
+        get_current_target=lambda: None,
+        launcher_cls=lambda kernel, metadata: kernel.stubs.append(metadata),
+    )
     monkeypatch.setattr(launch_module, "driver", SimpleNamespace(active=active))
+    # Tensors of these tests are on the CPU, whose index is that of the meta device.
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: -1 if tensor.is_meta else 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return Kernel()
 
 
@@ -156,13 +174,126 @@ def test_a_hook_may_be_a_function(hook, are_set, monkeypatch):
     assert launch_module.hooks_are_set() == are_set
 
 
-def test_launches_are_made_in_order_and_new_kernels_compiled_once(kernel, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+def test_launches_are_made_in_order_and_new_kernels_compiled_once(kernel):
     first, second, tensor = launch_of(kernel), launch_of(kernel), torch.zeros(4)
     for _ in range(2):
         launch_module.launch_all((first, (tensor,)), (second, (tensor, None)), (first, (tensor,)))
     assert len(kernel.compiled) == 2 and [len(arguments) for _, arguments in kernel.calls] == 2 * [3, 4, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------- ahead of time
+
+
+def on_meta(*tensors):
+    return tuple(None if tensor is None else tensor.to("meta") for tensor in tensors)
+
+
+def build_ahead(*launches):
+    """The same, waited for, and what it failed with."""
+    in_threads, started = launch_module.in_threads, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_module, "in_threads", lambda *arguments: started.extend(in_threads(*arguments)))
+        launch_module.build_ahead(*launches)
+    return [future.exception(timeout=60) for future in started]
+
+
+def test_what_was_built_ahead_is_loaded_by_the_launch(kernel):
+    """For the kinds that it was built for, and no others."""
+    launch, single, half = launch_of(kernel), torch.zeros(4), torch.zeros(4, dtype=torch.float16)
+    assert build_ahead((launch, on_meta(single, None)), (launch, on_meta(half, None))) == [None, None]
+    assert len(kernel.compiled) == len(kernel.stubs) == 2 and not kernel.calls
+    assert launch.is_new(survey((single, None)))  # a graph is perhaps being captured: nothing was loaded
+    for tensors in ((half, None), (single, None), (single, None)):
+        launch_module.launch_all((launch, tensors))
+    assert len(kernel.compiled) == 2
+    kinds = [kernel.compiled[variant][0][0].dtype for variant, _ in kernel.calls]
+    assert kinds == [half.dtype, single.dtype, single.dtype]
+    launch(single, single)
+    assert len(kernel.compiled) == 3
+
+
+def test_the_stub_of_a_kernel_that_another_launch_has_loaded_is_left_alone(kernel):
+    kernel.module = "loaded"
+    assert build_ahead((launch_of(kernel), on_meta(torch.zeros(4)))) == [None]
+    assert len(kernel.compiled) == 1 and not kernel.stubs
+
+
+def test_nothing_is_built_for_what_is_never_new(kernel):
+    """As the launches of CUDA kernels, which were compiled with the package."""
+    assert build_ahead((SimpleNamespace(is_new=lambda surveyed: False), on_meta(torch.zeros(4)))) == []
+
+
+def test_a_launch_waits_for_its_own_kernel_only(kernel):
+    launch, single, half = launch_of(kernel), torch.zeros(4), torch.zeros(4, dtype=torch.float16)
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(arguments):
+        if arguments[0].dtype == half.dtype:
+            begun.set()
+            assert done.wait(60)
+
+    kernel.compiler = slow
+    launch_module.build_ahead((launch, on_meta(half)))
+    assert begun.wait(60)
+    launch(single)  # of other kinds: not kept waiting
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(launch, half)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        done.set()
+        waiting.result(timeout=60)
+    assert [arguments[0].dtype for arguments, _ in kernel.compiled] == [half.dtype, single.dtype]
+    assert [arguments[0] for _, arguments in kernel.calls] == [single.data_ptr(), half.data_ptr()]
+
+
+def test_what_failed_ahead_of_time_fails_in_the_launch_or_is_mended(kernel, capfd):
+    launch, tensor = launch_of(kernel), torch.zeros(4)
+
+    def broken(arguments):
+        raise RuntimeError("no compiler")
+
+    kernel.compiler = broken
+    (failed,) = build_ahead((launch, on_meta(tensor)))
+    assert "no compiler" in str(failed)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        launch(tensor)
+    kernel.compiler = lambda arguments: None
+    launch(tensor)
+    assert len(kernel.compiled) == 3 and len(kernel.calls) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_built_for_no_programs_or_for_the_interpreter(kernel, monkeypatch):
+    assert build_ahead((launch_of(kernel, programs=0), on_meta(torch.zeros(4)))) == []
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    assert build_ahead((launch_of(kernel), on_meta(torch.zeros(4)))) == [] and not kernel.compiled
+
+
+def test_python_ends_in_order_while_a_kernel_is_built():
+    code = """
+import sys, time, threading, torch
+from types import SimpleNamespace
+from contextlib import nullcontext
+from nearfar.triton_kernels import launch
+
+class Kernel:
+    def warmup(self, *arguments, **options):
+        begun.set()
+        time.sleep(0.5)
+        print("built")
+        return SimpleNamespace(metadata=SimpleNamespace(shared=0), src=None, module=None)
+
+begun = threading.Event()
+launch.shared_memory = lambda: 1
+launch.driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: 0, launcher_cls=lambda *_: 0))
+torch.cuda.current_device, torch.cuda.device = lambda: 0, lambda device: nullcontext()
+made = launch.Launch(Kernel(), 1, (), launch.LaunchParameters(16, 16, 4, 1))
+launch.build_ahead((made, (torch.empty(4, device="meta"),)))
+begun.wait()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "built\n", "")
 
 
 def test_survey():

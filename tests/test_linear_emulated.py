@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
-from harness import GRADIENTS, LAYOUTS, Sample, like, randn
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
 from samples.linear import check, features, op_arguments, random_state, spans, with_ones
 
 from nearfar import _cuda
@@ -201,13 +201,16 @@ class Extension:
         self._launch("linear_grad_keys", LinearGradKeys, *arguments)
 
 
+@pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
 @pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
-def test_through_the_operator(options, kernels, monkeypatch):
-    """Arguments arrive where they belong, forward and backward, and what autograd hands over is copied where it has to be."""
+def test_through_the_operator(options, layout, kernels, monkeypatch):
+    """Arguments arrive where they belong, forward and backward, and what does not start at 16 bytes is copied."""
     monkeypatch.setattr(_cuda, "extension", Extension(kernels))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(heads=(4, 2), batch=2, length=150, **options)
-    tensors = {name: LAYOUTS["tokens before heads"](x).requires_grad_() for name, x in sample.tensors.items()}
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: change(x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
     o, *_ = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
     do = GRADIENTS["width before rows"](like(sample.tensors["q"]))
     gradients = torch.autograd.grad(o, list(tensors.values()), do)

@@ -1,15 +1,22 @@
 """What is looked up by signature: checks, plans, tensors of numbers. None of them may serve a call that it does not fit."""
 
 import math
+import threading
+import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import samples
 import torch
 from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
+from nearfar.triton_kernels import launch
 from samples import public
+from triton.runtime.jit import JITFunction
 
 import nearfar as nf
-from nearfar import checks
+from nearfar import _cuda, checks
+from nearfar.ops import factored, kuramoto, pairwise, softmax
 from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
 from nearfar.registry import OPERATORS
 
@@ -153,6 +160,117 @@ def test_plans_depend_on_layouts_and_options_alone():
         ((2, 3), (1, 2), torch.float32, "meta", None, 1),
         ((2, 3), (3, 1), torch.float16, "meta", None, 1),
     ]
+
+
+# ------------------------------------------------------------------------------------------------------- ahead of time
+
+
+class Ahead:
+    """Notes (launch, dtypes) of what is launched, and of what a GPU would compile ahead; nothing runs."""
+
+    def __init__(self, monkeypatch):
+        self.launched, self.compiled = [], []
+        monkeypatch.setattr(launch.Launch, "run", lambda made, _, surveyed: self.launched.append((made, surveyed[1][1:])))
+        monkeypatch.setattr(launch.Launch, "is_new", lambda made, surveyed: False)
+        monkeypatch.setattr(launch, "build_ahead", self.build)
+        for module in (factored, kuramoto, pairwise, softmax):
+            monkeypatch.setattr(module, "compile_ahead", self.compile)
+
+    def build(self, *launches):
+        of_triton = [pair for pair in launches if isinstance(pair[0], launch.Launch)]
+        self.compiled += [(made, launch.survey(tensors)[1][1:]) for made, tensors in of_triton]
+
+    def compile(self, device, backward, *arguments):
+        assert device is None or device.type == DEVICE
+        if device is not None:
+            backward(*arguments)
+
+
+def calls_with_gradients():
+    """(function, sample) of every eager operator."""
+    for operator in OPERATORS:
+        if operator.room != "diagnostics":
+            for name in samples.names(operator):
+                sample = samples.of(operator).make(name, torch.float32, length=21)
+                yield pytest.param(public(operator), sample, id=f"{operator.function.__name__}-{name}")
+    sample = Sample(dict(zip("qkv", rows(), strict=True)), {})
+    numbers = torch.ones(1, 2, 20, device=DEVICE)
+    for name, alpha, beta in (("alpha", numbers, None), ("beta", None, numbers)):
+        yield pytest.param(partial(nf.affine_attention, alpha=alpha, beta=beta), sample, id=f"affine_attention-{name} alone")
+
+
+@pytest.mark.parametrize("function, sample", list(calls_with_gradients()))
+def test_the_first_forward_compiles_what_its_backward_launches(function, sample, monkeypatch):
+    forget_plans()
+    ahead = Ahead(monkeypatch)
+    function(**sample.tensors, **sample.options, backend="triton")
+    assert not ahead.compiled
+    for _ in range(2):
+        tensors = {name: tensor.detach().requires_grad_() for name, tensor in sample.tensors.items()}
+        o = function(**tensors, **sample.options, backend="triton")
+        o, compiled = o[0] if isinstance(o, tuple) else o, ahead.compiled[:]
+        ahead.launched.clear()
+        torch.autograd.grad(o, list(tensors.values()), torch.zeros_like(o), allow_unused=True)
+        assert ahead.launched and set(ahead.launched) <= set(compiled)  # launches are compared by identity
+    assert len(compiled) == len(ahead.launched)  # once
+
+
+def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
+    """Its own kernels need no compiler, and are not launched for meta tensors."""
+    forget_plans()
+    ahead, walked = Ahead(monkeypatch), []
+    names = "linear_forward", "linear_grad_queries", "linear_grad_keys"
+    extension = SimpleNamespace(**{name: lambda *_, name=name: walked.append(name) for name in names})
+    monkeypatch.setattr(_cuda, "extension", extension)
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
+    state = torch.zeros(1, 2, 64, 65, device=DEVICE)
+    options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
+    o, _ = factored.attend(layouts(q, k, v), (q,), (k,), v, state, *options)
+    assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
+    ahead.launched.clear()
+    torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+    assert walked[1:] == ["linear_grad_queries", "linear_grad_keys"] and ahead.launched == ahead.compiled
+    forget_plans()
+
+
+def fresh_rows(count, width):
+    """Of a width that hardly another test has, whose kernels nothing has compiled in this process."""
+    return [randn(1, 2, 272, width, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(count)]
+
+
+ORDER = torch.ones(1, 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("count, call", [
+    (3, lambda q, k, v: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(37), backend="triton")),
+    (3, lambda q, k, v: nf.affine_attention(q, k, v, None, v[..., 0], causal=True)),
+    (5, lambda q, r, k, s, v: nf.hadamard_attention((q, r), (k, s), v, causal=True)),
+    (2, lambda omega, v: nf.synchronization_attention(omega, v, 2.0, 0.5, ORDER.to(v.device))),
+], ids=["krause", "affine", "hadamard", "synchronization"])  # fmt: skip
+def test_a_backward_compiles_nothing(count, call, monkeypatch):
+    tensors = fresh_rows(count, width=104)
+    o = call(*tensors)
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(timeout=120)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *arguments: pytest.fail("something is compiled"))
+    gradients = torch.autograd.grad(o, tensors, torch.ones_like(o))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@needs_gpu
+def test_a_graph_is_captured_while_a_backward_is_compiled():
+    q, k, v = fresh_rows(3, width=168)
+    o = nf.softmax_attention(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = 2 * o.detach()
+        time.sleep(3)
+    graph.replay()
+    assert torch.equal(doubled, 2 * o)
+    assert torch.isfinite(torch.autograd.grad(o, q, torch.ones_like(o))[0]).all()
 
 
 # --------------------------------------------------------------------------------------------------- tensors of numbers

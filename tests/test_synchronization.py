@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, randn, run
 from hypothesis import strategies as st
+from nearfar.triton_kernels import launch as launch_module
 from samples.synchronization import check, differences, parameters
 
 import nearfar as nf
@@ -144,9 +145,8 @@ class Spy:
     """Counts of cells that the kernels were told to walk; with `everything`, lock radii are infinite first."""
 
     def __init__(self, monkeypatch, everything):
-        launch = kuramoto._launchers()
         self.visited, self.possible = 0, 0
-        original = launch.launch_all
+        original = launch_module.launch_all
 
         def launch_all(*launches):
             for made, tensors in launches:
@@ -159,7 +159,7 @@ class Spy:
                     self.visited += int(counts.sum())
                     self.possible += lists.numel()
 
-        monkeypatch.setattr(launch, "launch_all", launch_all if DEVICE == "cpu" else original)
+        monkeypatch.setattr(launch_module, "launch_all", launch_all if DEVICE == "cpu" else original)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
@@ -188,18 +188,18 @@ def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
     """Every pair of a cell outside the lists has S = 0 in float64. exact: and on a line no cell is visited in vain."""
     omega = sample.tensors["omega"]
     recorded = []
-    launch = kuramoto._launchers()
-    original = launch.launch_all
+    original = launch_module.launch_all
 
     def record(*launches):
         original(*launches)
         recorded.extend(tensors[-2:] for made, tensors in launches if made._kernel.__name__ == "neighbours")
 
-    monkeypatch.setattr(launch, "launch_all", record)
+    monkeypatch.setattr(launch_module, "launch_all", record)
     nf.synchronization_attention(**sample.tensors, backend="triton")
     ((lists, counts),) = recorded
-    cells = -(-omega.shape[2] // launch.CELL)
-    tile = -(-cells // counts.shape[2]) * launch.CELL
+    size = kuramoto._launchers().CELL
+    cells = -(-omega.shape[2] // size)
+    tile = -(-cells // counts.shape[2]) * size
     t = {name: tensor.double() for name, tensor in sample.tensors.items()}
     delta2 = differences(t["omega"], t["omega"])
     margin = (-2 * t["bandwidth"][:, None, None] * delta2).exp() - delta2 / (t["coupling"] * t["order"])[..., None, None] ** 2
@@ -209,7 +209,7 @@ def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
             listed = set(lists[0, head, index, : counts[0, head, index]].tolist())
             for cell in range(cells):
                 rows = slice(index * tile, (index + 1) * tile)
-                locks = margin[0, head, rows, cell * launch.CELL : (cell + 1) * launch.CELL].max() > 0
+                locks = margin[0, head, rows, cell * size : (cell + 1) * size].max() > 0
                 assert cell in listed or not locks
                 skipped += cell not in listed
                 unlocked += not locks

@@ -125,12 +125,11 @@ def plan_accumulate(problem, of_queries, x_strides, y_strides):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_combine(problem, of_queries):
+def plan_combine(problem, pieces, backwards):
     block = max(1, 1024 // problem.value_block)
     sequences = problem.num_sequences or problem.batch
-    pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     scalars = (
-        problem.key_heads, pieces, sequences, problem.causal, of_queries and problem.causal,
+        problem.key_heads, pieces, sequences, problem.causal, backwards,
         problem.num_features, problem.value_width, PIECES_AT_ONCE, block, problem.value_block,
     )  # fmt: skip
     programs = triton.cdiv(problem.num_features, block) * problem.key_heads * sequences

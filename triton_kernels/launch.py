@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +78,7 @@ class Launch:
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
         if parameters.maxnreg is not None:
             self._options["maxnreg"] = parameters.maxnreg
-        self._compiled = {}  # by kinds
+        self._locks, self._built, self._compiled = {}, {}, {}  # by kinds; what is compiled has been loaded, too
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
@@ -104,22 +105,36 @@ class Launch:
 
     def is_new(self, surveyed):
         _, kinds, aligned = surveyed
-        return self._grid[0] > 0 and aligned and kinds not in self._compiled
+        return kinds not in self._compiled and aligned and self._grid[0] > 0
 
     def compile(self, tensors, kinds):
-        """Compile and load the kernel for tensors of these kinds, all of them aligned.
-
-        The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
-        """
-        room = shared_memory()
-        for stages in range(self._options["num_stages"], 0, -1):
-            options = {**self._options, "num_stages": stages}
-            compiled = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **options)
-            if compiled.metadata.shared <= room:
-                break
+        """Build and load the kernel for tensors of these kinds, all of them aligned."""
+        compiled = self.build(tensors, kinds)
         compiled[self._grid]  # loads it
         self._compiled[kinds] = compiled
         return compiled
+
+    def build(self, tensors, kinds):
+        """The kernel for tensors of these kinds, not loaded; waits for a thread that builds the same.
+
+        The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
+        """
+        with self._locks.setdefault(kinds, threading.Lock()):
+            if kinds not in self._built:
+                room = shared_memory()
+                for stages in range(self._options["num_stages"], 0, -1):
+                    options = {**self._options, "num_stages": stages}
+                    built = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **options)
+                    if built.metadata.shared <= room:
+                        break
+                self._built[kinds] = built
+            return self._built[kinds]
+
+    def build_ahead(self, tensors, kinds):
+        """Build the kernel, and into Triton's cache the C stub that launches it, which loading it would build."""
+        built = self.build(tensors, kinds)
+        if built.module is None:  # else another launch has loaded it
+            driver.active.launcher_cls(built.src, built.metadata)
 
 
 def hooks_are_set():
@@ -169,15 +184,40 @@ def launch_all(*launches):
     surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
     new = {(launch, seen[1]): tensors for launch, tensors, seen in surveyed if launch.is_new(seen)}
     if len(new) > 1 and not knobs.runtime.interpret:
-        device = torch.cuda.current_device()
-
-        def compile_on_device(item):
-            (launch, kinds), tensors = item
-            with torch.cuda.device(device):
-                launch.compile(tensors, kinds)
-
-        driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
-        with ThreadPoolExecutor(len(new)) as pool:
-            list(pool.map(compile_on_device, new.items()))
+        for compiled in in_threads(Launch.compile, new):
+            compiled.result()
     for launch, tensors, seen in surveyed:
         launch.run(tensors, seen)
+
+
+def build_ahead(*launches):
+    """Start to build the kernels of (launch, meta tensors) pairs for launches to come on the current device.
+
+    Those launches wait for what is being built, and build what has failed here once more, so that they raise its error; nobody
+    else waits, but that Python joins the threads at its exit: compilers do not bear being stopped. No kernel is loaded, which
+    might happen while the main thread captures a CUDA graph, and end the capture.
+    """
+    if knobs.runtime.interpret:
+        return
+    device, new = torch.cuda.current_device(), {}
+    for launch, tensors in launches:
+        addresses, (_, *dtypes), aligned = survey(tensors)  # addresses are 0
+        kinds = (device, *dtypes)
+        if launch.is_new((addresses, kinds, aligned)):
+            new[launch, kinds] = tensors
+    in_threads(Launch.build_ahead, new)
+
+
+def in_threads(method, launches):
+    """Futures of method(launch, tensors, kinds) for each {(launch, kinds): tensors}, in a thread of its own each."""
+    device = torch.cuda.current_device()
+
+    def on_device(launch, tensors, kinds):
+        with torch.cuda.device(device):
+            method(launch, tensors, kinds)
+
+    driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
+    pool = ThreadPoolExecutor(max(1, len(launches)))
+    futures = [pool.submit(on_device, launch, tensors, kinds) for (launch, kinds), tensors in launches.items()]
+    pool.shutdown(wait=False)
+    return futures

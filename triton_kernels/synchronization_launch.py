@@ -5,7 +5,7 @@ import functools
 import triton
 
 from . import locking, pairwise_launch, synchronization
-from .launch import Launch, LaunchParameters, launch_all, width_block
+from .launch import Launch, LaunchParameters, width_block
 from .locking import CELL as _CELL
 from .pairwise_launch import WORD, resident_parameters
 
@@ -178,35 +178,35 @@ def neighbours(own, other, lists):
     return own.centres, own.extents, other.centres, other.extents, *lists
 
 
-def forward(launches, omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists, o, total, bits):
-    """Fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words); without it, lists."""
+def forward(omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists, o, total, bits):
+    """What `forward_launches` are given to fill o (B, Hq, N, Dv), total (B, Hq, N) and bits (B, Hq, N, words) or lists."""
     k = omega if omega_k is None else omega_k
     inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
     given = surveys(omega, omega_k, coupling, bandwidth, order, queries, keys)
-    selection = ((*inputs, bits),) if lists is None else (neighbours(queries, keys, lists), (*inputs, *lists))
-    launch_all(*zip(launches, (*given, *selection), strict=True))
+    if lists is None:
+        return *given, (*inputs, bits)
+    return *given, neighbours(queries, keys, lists), (*inputs, *lists)
 
 
 def backward(
-    launches, omega, omega_k, v, coupling, bandwidth, order, queries, keys, query_lists, key_lists, o, total, bits,
+    omega, omega_k, v, coupling, bandwidth, order, queries, keys, query_lists, key_lists, o, total, bits,
     do, inverse, shift, dw, dk, dv, dalpha, dradius,
 ):  # fmt: skip
-    """Fill dw, dk, dv, and dalpha and dradius (B, Hq, N); key_lists None: where S is symmetric, dw is that of queries and keys.
+    """What `backward_launches` are given to fill dw, dk, dv, and dalpha and dradius (B, Hq, N).
 
-    Without omega_k, dk is the gradient of omega, and dw (B, H, N, D) float32 that of its part as queries.
+    key_lists None: where S is symmetric, dw is that of queries and keys. Without omega_k, dk is the gradient of omega, and
+    dw (B, H, N, D) float32 that of its part as queries.
     """
     k = omega if omega_k is None else omega_k
     given = *surveys(omega, omega_k, coupling, bandwidth, order, queries, keys), (o, do, total, inverse, shift)
     if key_lists is None:
         tensors = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *query_lists
-        launch_all(*zip(launches, (*given, neighbours(queries, keys, query_lists), tensors), strict=True))
-        return
+        return *given, neighbours(queries, keys, query_lists), tensors
     inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits
-    tensors = (
+    return (
         *given,
         neighbours(queries, keys, query_lists),
         (*inputs, dw, dalpha, dradius, *query_lists),
         neighbours(keys, queries, key_lists),
         (*inputs, dw if omega_k is None else None, dk, dv, *key_lists),
     )
-    launch_all(*zip(launches, tensors, strict=True))

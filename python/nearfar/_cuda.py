@@ -137,7 +137,7 @@ def _runs_on(name, major, minor):
     return major == built_major and (minor == built_minor or (minor > built_minor and name.isdigit()))
 
 
-def _aligned(tensor):
+def aligned(tensor):
     """The tensor, or a copy where its rows do not all start at multiples of 16 bytes. What is traced has no address to ask."""
     *strides, last_stride = tensor.stride()
     if tensor.data_ptr() % 16 or last_stride != 1 or any([stride % 8 for stride in strides]):
@@ -145,9 +145,9 @@ def _aligned(tensor):
     return tensor
 
 
-def _aligned_starts(*tensors):
+def aligned_starts(*tensors):
     """Tensors without a _rows_reason; copies of those that do not start at a multiple of 16 bytes."""
-    return [_aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
+    return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
 
 
 def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
@@ -165,7 +165,7 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
     def launch(q, k, v, sigma, token_bounds, o, lse, bits):
         starts = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if (starts[0] | starts[1] | starts[2]) % 16:
-            rows = _aligned_starts(q, k, v)
+            rows = aligned_starts(q, k, v)
             plan_krause_forward(*rows, sigma, left, right, top_k, o)(*rows, sigma, token_bounds, o, lse, bits)
             return
         extension.krause_forward(
@@ -178,7 +178,7 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
 
 def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
     """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what the forward was given and has filled."""
-    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)  # autograd hands over whatever layout it has
+    (q, k, v), do = aligned_starts(q, k, v), aligned(do)  # autograd hands over whatever layout it has
     strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
     partials = lse.new_empty(*q.shape[:2], strips)
     addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
@@ -240,44 +240,32 @@ def _linear_device_reason(index, width):
     return _memory_reason(index, width, extension.linear_shared_bytes(width))
 
 
-def linear_forward(q, k, v, states, norms, o, inverse, pieces, num_pieces, piece_length, feature_map, eps):
-    """walk_read of triton_kernels/walk.py for a call without linear_reason: fill o and, unless None, inverse."""
-    q, k, v = _aligned_starts(q, k, v)
-    _walk(
-        extension.linear_forward, (q, k, v, states, norms, o, inverse, pieces), (q, k, v, o),
-        q, k, num_pieces, piece_length, feature_map, eps,
-    )  # fmt: skip
+class Walk:
+    """A launch of a linear_ kernel, made among those of Triton's kernels (launch.Launch): all but its tensors is fixed.
 
+    It is given what its namesake in triton_kernels/walk.py is given; its q, k, v and do start at multiples of 16 bytes.
+    """
 
-def linear_grad_queries(
-    q, k, v, do, inverse, states, norms, dq, weights, pieces, num_pieces, piece_length, feature_map
-):  # fmt: skip
-    """walk_grad_queries, which needs no o: fill dq and weights."""
-    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)
-    _walk(
-        extension.linear_grad_queries, (q, k, v, do, inverse, states, norms, dq, weights, pieces), (q, k, v, do, dq),
-        q, k, num_pieces, piece_length, feature_map,
-    )  # fmt: skip
+    _FUNCTIONS = {
+        "walk_read": "linear_forward", "walk_grad_queries": "linear_grad_queries", "walk_grad_keys": "linear_grad_keys"
+    }  # fmt: skip
 
+    def __init__(self, problem, kernel, strides, eps=()):
+        """Arguments as for factored_launch.plan_walk."""
+        self._function = getattr(extension, self._FUNCTIONS[kernel])
+        self._unread = slice(3, 4 if kernel == "walk_grad_queries" else 3)  # o, between v and do
+        strides = [stride[:3] for stride in strides]
+        del strides[self._unread]
+        sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, problem.widths[0], *problem.spans
+        self._fixed = problem.feature_map, sizes, strides, *eps
 
-def linear_grad_keys(
-    k, v, q, do, inverse, weights, states, norms, dk, dv, pieces, num_pieces, piece_length, feature_map
-):  # fmt: skip
-    """walk_grad_keys: fill dk and dv."""
-    (q, k, v), do = _aligned_starts(q, k, v), _aligned(do)
-    _walk(
-        extension.linear_grad_keys, (k, v, q, do, inverse, weights, states, norms, dk, dv, pieces), (k, v, q, do, dk, dv),
-        q, k, num_pieces, piece_length, feature_map,
-    )  # fmt: skip
+    def is_new(self, _surveyed):
+        return False  # it was compiled with the package
 
-
-def _walk(function, tensors, strided, q, k, num_pieces, piece_length, feature_map, *eps):
-    sizes = (*q.shape[:2], k.shape[1], *q.shape[2:], num_pieces, piece_length)
-    function(
-        [0 if tensor is None else tensor.data_ptr() for tensor in tensors], feature_map, sizes,
-        [tensor.stride()[:3] for tensor in strided], *eps,
-        q.get_device(), stream_of(q),
-    )  # fmt: skip
+    def run(self, tensors, surveyed):
+        addresses = [address or 0 for address in surveyed[0]]
+        del addresses[self._unread]
+        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
 
 
 DIAGNOSTICS_WIDTHS = (64, 128)
@@ -315,7 +303,7 @@ def _hopper_reason(index):
 def _boxed(tensor):
     """The tensor, or a copy where the tensor memory accelerator cannot read it: it takes no strides of zero."""
     repeats = any([size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-    return tensor.contiguous() if repeats else _aligned(tensor)
+    return tensor.contiguous() if repeats else aligned(tensor)
 
 
 def _whole_tiles(length):

@@ -192,7 +192,11 @@ def compile_candidate(kernel, width, bits, parameters):
 
     launch.table()[kernel][f"{bits}-bit"][str(width)] = list(parameters)
     forget_plans()
-    with patch.object(launch.Launch, "run", compile_only), patch.object(launch.Launch, "is_new", lambda *_: False):
+    with (
+        patch.object(launch.Launch, "run", compile_only),
+        patch.object(launch.Launch, "is_new", lambda *_: False),
+        patch.object(launch, "build_ahead", lambda *_: None),
+    ):
         cached_call(kernel, width, bits)()
 
 

@@ -12,6 +12,7 @@ from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
+    compile_ahead,
     device_of,
     empty_rows,
     kernels,
@@ -167,10 +168,16 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
 
 
 def forward(
-    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _backward_backend
+    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend,
+    ahead=None,
 ):  # fmt: skip
-    """(o, final state, inverse, states, norms); what does not exist is None. rows: layouts of qs, ks and v."""
-    options = feature_map, normalize, causal, eps, return_state, backend, uses_tf32(v)
+    """(o, final state, inverse, states, norms); what does not exist is None.
+
+    rows: layouts of qs, ks and v. ahead: see compile_ahead.
+    """
+    if backend == "cuda":
+        rows, qs, ks, v = _aligned(rows, qs, ks, v)
+    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
     outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
     o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
@@ -181,10 +188,6 @@ def forward(
             (accumulate, (ks, v, None, None, partials, partial_norms, pieces)),
             (combine, (partials, partial_norms, initial_state, states, norms, state, first_pieces)),
         ]
-    if backend == "cuda":
-        launch_all(v, *launches)
-        _cuda.linear_forward(*qs, *ks, v, states, norms, o, inverse, pieces, *problem.spans, feature_map, float(eps))
-        return o, state, inverse, states, norms
     if problem.walks and (causal or states is not None):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
@@ -196,29 +199,43 @@ def forward(
 @planned
 def _plan_forward(*arguments):
     """Layouts of the outputs of the forward and its partial sums, the problem, the launches of the states and the last."""
-    *tensors, feature_map, normalize, causal, eps, return_state, backend, _tf32 = arguments
+    *tensors, feature_map, normalize, causal, eps, return_state, backend, backward_backend, _tf32, ahead = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+    saved = outputs[0], *outputs[2:]
+    given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
+    compile_ahead(ahead, backward, outputs[0], None, *given)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
     q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
-    if backend == "cuda":
-        read = None
-    elif problem.walks and (causal or stateful):
-        read = launch.plan_walk(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
+    if problem.walks and (causal or stateful):
+        read = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
     else:
         read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
     partials, of_states = _plan_states(problem, False, ks, v) if stateful else ((None, None), None)
     return layouts(*outputs, *partials), problem, of_states, read
 
 
+def _aligned(rows, qs, ks, v):
+    """Layouts and tensors, of one factor, that start where the CUDA kernels need it. rows: layouts before it, or None."""
+    (q,), (k,) = qs, ks
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        q, k, v = _cuda.aligned_starts(q, k, v)
+        rows = None if rows is None else layouts(q, k, v)
+    return rows, (q,), (k,), v
+
+
+def _plan_walk(backend):
+    return _cuda.Walk if backend == "cuda" else _launchers().plan_walk
+
+
 def _plan_states(problem, of_queries, xs, y):
     """Partial sums over the keys, or over the queries for the gradients, not filled; the launches accumulate and combine."""
-    launch, length = _launchers(), problem.num_queries if of_queries else problem.num_keys
-    shape = problem.batch, problem.key_heads, problem.num_pieces(length), problem.num_features
+    launch, pieces = _launchers(), problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
+    shape = problem.batch, problem.key_heads, pieces, problem.num_features
     partials = y.new_empty((*shape, problem.value_width), dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
-    launches = launch.plan_accumulate(problem, of_queries, _strides(xs), y.stride()), launch.plan_combine(problem, of_queries)
-    return partials, launches
+    accumulate = launch.plan_accumulate(problem, of_queries, _strides(xs), y.stride())
+    return partials, (accumulate, launch.plan_combine(problem, pieces, of_queries and problem.causal))
 
 
 def _strides(tensors):
@@ -237,6 +254,8 @@ def backward(
     """(dqs, dks, dv, gradient of the initial state or None)."""
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
+    if backend == "cuda":
+        do, (_, qs, ks, v) = _cuda.aligned(do), _aligned(None, qs, ks, v)
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
     outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
@@ -250,12 +269,6 @@ def backward(
             (accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)),
             (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
         ]
-    if backend == "cuda":
-        options = *problem.spans, feature_map
-        _cuda.linear_grad_queries(*qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces, *options)
-        launch_all(v, *state_launches)
-        _cuda.linear_grad_keys(*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces, *options)
-        return dqs, dks, dv, dinitial
     if problem.walks and (causal or states is not None):
         queries, keys = launches
         launches = [
@@ -290,13 +303,11 @@ def _plan_backward(do, o, states, norms, *arguments):
         partials, of_states = _plan_states(problem, True, qs, do)
     q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
-    if backend == "cuda":
-        launches = None
-    elif problem.walks and (causal or states is not None):
-        strides = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
-        queries = launch.plan_walk(problem, "walk_grad_queries", strides)
-        strides = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
-        launches = queries, launch.plan_walk(problem, "walk_grad_keys", strides)
+    if problem.walks and (causal or states is not None):
+        plan = _plan_walk(backend)
+        of_queries = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
+        of_keys = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
+        launches = plan(problem, "walk_grad_queries", of_queries), plan(problem, "walk_grad_keys", of_keys)
     else:
         direct = causal or states is None
         queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, o_strides, k_strides, v_strides, dq_strides)
@@ -397,7 +408,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, rows, *arguments):
         tensors, options = arguments[:-7], arguments[-7:]
         inputs = *_split(tensors), *options
-        output = forward(rows, *inputs)
+        output = forward(rows, *inputs, ahead=rows[0][3])
         _save(ctx, inputs, output)
         return output[0], output[1]
 

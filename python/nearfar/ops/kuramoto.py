@@ -9,9 +9,10 @@ from nearfar.ops.pairwise import no_bits, selection_words
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
-    device_of,
+    compile_ahead,
     empty_rows,
     kernels,
+    launch_all,
     layouts,
     planned,
     register,
@@ -84,21 +85,24 @@ def _empty_outputs(omega, v, top_k):
     return empty_rows(omega, v.shape[3]), total, bits
 
 
-def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
-    """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it."""
+def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, ahead=None):
+    """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it.
+
+    ahead: see compile_ahead.
+    """
     tensors = omega, omega_k, v, coupling, bandwidth, order
-    outputs, launches = _plan_forward(layouts(*tensors), causal, top_k, uses_tf32(omega))
+    outputs, launches = _plan_forward(layouts(*tensors), causal, top_k, grad_floor, uses_tf32(omega), ahead)
     o, total, bits, *workspaces = allocate(outputs, omega.device)
     if not o.numel() or not v.shape[2]:
         return o.zero_(), total.zero_(), bits
     queries, keys, lists = _surveys(omega_k, workspaces)
-    with device_of(omega):
-        _launchers().forward(launches, *tensors, queries, keys, lists if top_k is None else None, o, total, bits)
+    given = _launchers().forward(*tensors, queries, keys, lists if top_k is None else None, o, total, bits)
+    launch_all(omega, *zip(launches, given, strict=True))
     return o, total, bits
 
 
 @planned
-def _plan_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, _tf32):
+def _plan_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, _tf32, ahead):
     """Layouts of o, total, bits and the workspaces, and the launches."""
     launch = _launchers()
     outputs, surveys = _empty_outputs(omega, v, top_k), _empty_surveys(omega, omega_k, launch)
@@ -106,6 +110,7 @@ def _plan_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, 
     lists = _empty_lists(omega, call, "sync_attend", launch) if top_k is None else ()
     given = omega, omega_k, v, coupling, bandwidth, order
     launches = launch.forward_launches(*given, causal, top_k, outputs[0], outputs[2])
+    compile_ahead(ahead, backward, outputs[0], *given, *outputs, causal, top_k, grad_floor)
     return layouts(*outputs, *_workspaces(omega_k, surveys), *lists), launches
 
 
@@ -133,12 +138,12 @@ def backward(do, omega, omega_k, v, coupling, bandwidth, order, o, total, bits, 
     queries, keys, lists = _surveys(omega_k, workspaces)
     # What tokens get as queries is kept unrounded, in part, until what they get as keys is added.
     of_queries, of_keys = (dw, dk) if part is None else (part, dw)
-    with device_of(omega):
-        _launchers().backward(
-            launches, *tensors, queries, keys, lists[:2], lists[2:] or None, o, total, bits,
-            do, inverse, shift, of_queries, of_keys, dv, dalpha, dradius,
-        )  # fmt: skip
-        return dw, dk, dv, *_parameters(dalpha, dradius, coupling, bandwidth, order)
+    given = _launchers().backward(
+        *tensors, queries, keys, lists[:2], lists[2:] or None, o, total, bits,
+        do, inverse, shift, of_queries, of_keys, dv, dalpha, dradius,
+    )  # fmt: skip
+    launch_all(omega, *zip(launches, given, strict=True))
+    return dw, dk, dv, *_parameters(dalpha, dradius, coupling, bandwidth, order)
 
 
 @planned
@@ -219,7 +224,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        output = forward(*arguments)
+        output = forward(*arguments, ahead=arguments[0].device)
         _save(ctx, arguments, output)
         return output[0]
 

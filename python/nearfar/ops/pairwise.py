@@ -11,6 +11,7 @@ from nearfar.localities import keys_in_window
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
+    compile_ahead,
     device_of,
     empty_rows,
     launch_all,
@@ -81,10 +82,12 @@ class PairwiseOp:
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def forward(self, rows, q, k, v, parameter, token_bounds, left, right, top_k, backend, _backward_backend):
-        """(o, lse, bits), bits None without top_k. rows: layouts of q, k and v."""
-        tensors = *rows, *layouts(parameter, token_bounds)
-        outputs, launch, squares_ahead = _plan_forward(tensors, self, left, right, top_k, backend, uses_tf32(q))
+    def forward(
+        self, rows, q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend, ahead=None
+    ):  # fmt: skip
+        """(o, lse, bits), bits None without top_k. rows: layouts of q, k and v. ahead: see compile_ahead."""
+        options = left, right, top_k, backend, backward_backend, uses_tf32(q), ahead
+        outputs, launch, squares_ahead = _plan_forward((*rows, *layouts(parameter, token_bounds)), self, *options)
         o, lse, bits = allocate(outputs, q.device)
         if not o.numel() or not k.shape[2]:
             return o.zero_(), lse.zero_(), bits
@@ -134,7 +137,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, rows, *arguments):
-        output = op.forward(rows, *arguments)
+        output = op.forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         ctx.op = op
         return output[0]
@@ -154,12 +157,14 @@ def _save(ctx, inputs, output):
 
 
 @planned
-def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, backend, _tf32):
+def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, backend, backward_backend, _tf32, ahead):
     """Layouts of o, lse and bits, the launch, and whether |k|^2 is to be computed ahead of Triton's.
 
     One more pass over k, by a CUDA kernel, was measured to pay for wide heads and windows (docs/krause.md).
     """
     outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
+    if backward_backend == "triton":
+        compile_ahead(ahead, op.backward, outputs[0], q, k, v, parameter, token_bounds, *outputs, left, right, top_k)
     if backend == "cuda":
         return layouts(*outputs), op.plan_cuda_forward(q, k, v, parameter, left, right, top_k, outputs[0]), False
     launchers, pair = op.modules

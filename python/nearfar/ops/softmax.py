@@ -11,6 +11,7 @@ from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
+    compile_ahead,
     empty_rows,
     kernels,
     launch_all,
@@ -64,9 +65,12 @@ def _allocate_forward(q, v, epilogue):
     return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=precision)
 
 
-def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
-    """(o, u, lse), u None without alpha and beta: o is the plain attention output then. rows: layouts of q, k and v."""
-    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q)
+def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, ahead=None):
+    """(o, u, lse), u None without alpha and beta: o is the plain attention output then.
+
+    rows: layouts of q, k and v. ahead: see compile_ahead.
+    """
+    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q), ahead
     outputs, attend, sum_values = _plan_forward(rows, *options)
     o, u, lse, sums = allocate(outputs, q.device)
     launches = [] if beta is None else [(sum_values, (v, None, sums))]
@@ -75,9 +79,12 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
 
 
 @planned
-def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, _tf32):
+def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, _tf32, ahead):
     """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and that of the sums."""
     o, u, lse = _allocate_forward(q, v, scaled or shifted)
+    numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
+    given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
+    compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale)
     launch = _launchers()
     call = launch.signature(q, k, v, None, packed, left, right)
     sums = _empty_sums(v, launch) if shifted else None
@@ -167,7 +174,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, *arguments):
-        output = forward(rows, *arguments)
+        output = forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         return output[0]
 

@@ -106,9 +106,24 @@ _launch = kernels("launch")
 
 
 def launch_all(tensor, *launches):
-    """Make (launch, tensors) pairs in order on the device of a tensor."""
+    """Make (launch, tensors) pairs in order on the device of a tensor; on the meta device, see compile_ahead."""
+    if tensor.is_meta:
+        _launch().build_ahead(*launches)
+        return
     with device_of(tensor):
         _launch().launch_all(*launches)
+
+
+def compile_ahead(device, backward, *arguments):
+    """Start to compile what `backward(*arguments)`, for meta tensors, will launch on this device; None: nothing.
+
+    A forward whose result needs gradients calls it while it is planned, that is once for each signature, so that the kernels
+    of both directions are compiled at one time. The upstream gradient is taken to be laid out as the output is; the kernels
+    of another one are compiled when it comes.
+    """
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            backward(*arguments)
 
 
 def unit_stride(tensor):
