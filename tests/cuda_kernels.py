@@ -7,6 +7,7 @@ to the tests: racecheck breaks kernels of cuBLAS, and initcheck takes what these
 import hashlib
 import itertools
 
+import test_diagnostics_cuda
 import test_krause_cuda
 import test_linear_cuda
 import torch
@@ -29,6 +30,8 @@ def results(dtype):
             positions = positions_of(**options)
             sample = sample_of(dtype=dtype, batch=len(positions), **options)
             yield step(sample, positions, cache_before(sample, positions), "cuda")
+    for options in test_diagnostics_cuda.SAMPLES.values():
+        yield from test_diagnostics_cuda.everything(test_diagnostics_cuda.cuda_sample(dtype, **options))
     for width in (16, 64, 100, 256):
         yield _cuda.row_sumsq(randn(2, 3, 65, width, dtype=dtype))
 
