@@ -6,8 +6,10 @@ from harness import DEVICE, DTYPES, Sample, assert_accurate, generator, needs_gp
 from samples.krause import best, dense, plain, scales
 
 import nearfar as nf
-from nearfar import _cuda
+from nearfar import _cuda, dispatch
+from nearfar.ops import krause_step as operator
 from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.ops.torch_operator import Layout
 
 needs_extension = pytest.mark.skipif(
     DEVICE != "cuda" or _cuda.extension is None, reason=f"needs a CUDA device and nearfar._C ({_cuda.unavailable_reason})"
@@ -436,3 +438,18 @@ def test_an_empty_cache():
     made = nf.KrauseCache.empty(3, 2, 7, 16, device=DEVICE, dtype=torch.float16)
     assert made.k.shape == made.v.shape == (3, 2, 7, 16) and made.k.dtype == made.v.dtype == torch.float16
     assert made.length.dtype == torch.int32 and made.length.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("window", "selects", "first"), [
+    (1, False, "triton"), (32, True, "cuda"), (33, False, "cuda"), (1024, True, "cuda"), (1025, False, "triton"),
+])  # fmt: skip
+@pytest.mark.parametrize("hopper", [True, False])
+def test_auto_asks_first_what_was_measured_faster(window, selects, first, hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+
+    def layout(*shape, dtype=torch.bfloat16):
+        return Layout(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype, torch.device("cuda", 0))
+
+    q, k, length = layout(2, 4, 1, 64), layout(2, 4, window, 64), layout(2, dtype=torch.int32)
+    _, order, _ = operator._checked.__wrapped__((q, q, q, k, k, length), selects)
+    assert order[0] == (first if hopper else "triton")

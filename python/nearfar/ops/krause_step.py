@@ -11,6 +11,17 @@ from nearfar.reference.krause import krause_attention_step as reference_step
 
 NAMES = "q", "k", "v", "cache.k", "cache.v", "cache.length"
 
+# Microseconds of a step by the CUDA and the Triton kernels, by slots of the cache and whether it selects: bfloat16 on an H100,
+# B64 H8 D64 with 32 slots, B32 Hq32 Hkv8 D128 with more (docs/krause.md). "auto" takes the faster of the next larger entry.
+MEASURED = {
+    (32, False): (8.33, 7.63),
+    (32, True): (13.41, 20.74),
+    (128, False): (13.95, 25.32),
+    (128, True): (19.48, 49.85),
+    (MAX_CANDIDATES, False): (59.30, 236.63),
+    (MAX_CANDIDATES, True): (66.06, 327.21),
+}
+
 
 class KrauseCache(NamedTuple):
     """The last W keys and values of each sequence, which `nearfar.krause_attention_step` goes on from; it never grows.
@@ -105,7 +116,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     if not isinstance(cache, KrauseCache):
         raise TypeError(f"cache must be a KrauseCache, got {type(cache).__name__}")
     tensors = q, k, v, *cache
-    shape, kernel_reason = _checked(checks.plain_layouts(*tensors), NAMES, tensors)
+    shape, order, kernel_reason = _checked(checks.plain_layouts(*tensors), NAMES, tensors, top_k is not None)
     for name, tensor in zip(NAMES[3:], cache, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, as it is updated in place")
@@ -119,7 +130,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    chosen = dispatch.choose(backend, reasons, q.device, order=dispatch.TRITON_FIRST)  # neither has been measured yet
+    chosen = dispatch.choose(backend, reasons, q.device, order)
     with torch.no_grad():
         if top_k is not None and top_k >= cache.k.shape[2]:
             top_k = None
@@ -136,8 +147,8 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
 
 
 @checks.once
-def _checked(metas):
-    """Shape of the output, and why the kernels cannot serve these shapes, or None."""
+def _checked(metas, selects):
+    """Shape of the output, the order in which "auto" asks the kernels, and why they cannot serve these shapes, or None."""
     q, k, v, cached_k, cached_v, length = metas
     checks.check_qkv(q, k, v)
     for name, x in (("q", q), ("k", k)):
@@ -153,7 +164,9 @@ def _checked(metas):
     reason = checks.kernel_width_reason("q", width) or checks.kernel_width_reason("v", v.shape[3])
     if window > MAX_CANDIDATES:
         reason = reason or f"cache has {window} slots; kernels take at most {MAX_CANDIDATES}"
-    return (*q.shape[:3], v.shape[3]), reason
+    measured = next((times for (slots, how), times in MEASURED.items() if slots >= window and how == selects), None)
+    order, _ = dispatch.measured_orders(None if measured is None else (measured, measured), q.device)
+    return (*q.shape[:3], v.shape[3]), order, reason
 
 
 _kernels = kernels("krause_step")
