@@ -43,7 +43,8 @@ def build(folder, **functions):
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copy(EMULATION / "ptx.cuh", sources / "common/ptx.cuh")
+    for name in ("ptx.cuh", "hopper.cuh"):
+        shutil.copy(EMULATION / name, sources / "common" / name)
     # nvcc hands C++ to g++, with the path of its headers.
     command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
     command += [f"-I{sources}", f"-I{EMULATION}"]

@@ -1,9 +1,6 @@
 // Instructions of sm_90a: products of 64 rows by a warp group of four warps, from tiles in shared memory, which run on while
 // the group computes; copies of tiles by the tensor memory accelerator; and the barriers that both are waited for with.
 // Machine code for other architectures traps: callers ask for the architecture first. tests/emulation replaces this file.
-//
-// An operand is made of panels: `rows` rows of 64 numbers, 128 bytes each, permuted as Tile<64> says, from a multiple of 1,024
-// bytes on. A tile of 128 columns is two panels.
 #pragma once
 
 #include <cuda.h>
@@ -13,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "panel.cuh"
 #include "ptx.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -84,13 +82,7 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 
 // ---- products
 
-// A panel as an operand of a product: 16 columns of it, from byte `offset` of its rows on.
-__device__ __forceinline__ uint64_t panel_operand(uint32_t panel, int offset) {
-    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;  // bytes from eight rows to the next eight; 128 bytes are permuted
-    return kPermuted << 62 | kEightRows << 32 | uint64_t{1} << 16 | (panel + offset) >> 4;
-}
-
-// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b. A warp has 16 of the rows of c, as fragments c of
+// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b, both by panel_operand. A warp has 16 of the rows of c, as fragments c of
 // mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
 template <typename T, int N>
 __device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {

@@ -2,7 +2,8 @@
 //
 // Nothing here knows time. Instead it looks for trouble: lanes run in a random order from one exchange to the next, a warp
 // may run far ahead of the others until a barrier stops it, shared memory starts as NaN, and asynchronous copies land as soon
-// as they are issued or, in another run, not before they are waited for.
+// as they are issued or, in another run, not before they are waited for. Asynchronous products do the opposite: they read
+// shared memory when they are waited for or, where copies land late, as soon as they are issued.
 #pragma once
 
 #include <ucontext.h>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -56,12 +58,21 @@ struct Copy {
     }
 };
 
+struct Product {  // this lane's share of a warp group's
+    float* c;
+    std::vector<float> before;  // what c was; it is NaN until the product was waited for
+    std::function<void()> compute;
+};
+
 struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool waits, done;
     std::vector<Copy> copies;    // that have yet to land
     std::vector<size_t> groups;  // how many of them are in each group, the oldest first
+    std::vector<Product> products;  // that have yet to be computed
+    size_t committed;               // of them
+    bool may_multiply;              // since a fence
 
     void land_copies(size_t count) {
         for (size_t i = 0; i < count; ++i) copies[i].land();
@@ -75,10 +86,22 @@ struct Warp {
     alignas(16) char in[kLanes][kExchanged], out[kLanes][kExchanged];
 };
 
+// A barrier in shared memory, whose phase ends when all have arrived and the bytes of copies have come that it was to expect.
+struct Barrier {
+    int arrivals, missing;  // of each phase; yet to come in this one
+    int64_t bytes;          // yet to come; below 0 those that came before they were expected
+    unsigned phases;        // that are over
+    bool published;
+    std::vector<std::function<void()>> copies;  // that have yet to land
+    std::vector<unsigned> waiting;              // threads
+};
+
 struct Block {
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
-    unsigned arrived, done;  // at a barrier; returned
+    std::map<uint32_t, Barrier> barriers;  // by address
+    unsigned arrived, done;                // at the barrier of all threads; returned
+    unsigned registers;                    // that threads have claimed
     const std::function<void()>* body;
     ucontext_t scheduler;
     std::string error;
@@ -94,9 +117,9 @@ inline void leave() { swapcontext(&this_lane().context, &block.scheduler); }
     while (true) leave();
 }
 
-inline void check_shared(uint32_t address, const char* instruction) {
-    if (address % 16) fail(std::string(instruction) + ": shared address not a multiple of 16");
-    if (address + 16ull > shared.bytes) fail(std::string(instruction) + ": shared address beyond what was asked for");
+inline void check_shared(uint32_t address, const char* instruction, unsigned alignment = 16, unsigned bytes = 16) {
+    if (address % alignment) fail(std::string(instruction) + ": shared address not a multiple of " + std::to_string(alignment));
+    if (address + uint64_t{bytes} > shared.bytes) fail(std::string(instruction) + ": shared address beyond what was asked for");
 }
 
 inline void wait() {
@@ -115,6 +138,63 @@ inline void barrier() {
     if (++block.arrived < block.lanes.size()) return wait();
     block.arrived = 0;
     for (Warp& warp : block.warps) wake(warp);
+}
+
+constexpr uint64_t kBarrierMark = 0x6261727269657221;  // in its memory
+
+inline void make_barrier(uint32_t address, int arrivals) {
+    check_shared(address, "mbarrier", 8, 8);
+    if (!block.barriers.insert({address, {arrivals, arrivals, 0, 0, false, {}, {}}}).second) fail("mbarrier: made twice");
+    std::memcpy(shared.begin + address, &kBarrierMark, sizeof kBarrierMark);
+}
+
+inline Barrier& barrier_at(uint32_t address) {
+    const auto found = block.barriers.find(address);
+    if (found == block.barriers.end()) fail("mbarrier: none was made at this address");
+    if (!found->second.published) fail("mbarrier: made, but not published");
+    if (std::memcmp(shared.begin + address, &kBarrierMark, sizeof kBarrierMark)) fail("mbarrier: something was written over it");
+    return found->second;
+}
+
+inline void end_phase_of(Barrier& barrier) {
+    if (barrier.missing > 0 || barrier.bytes != 0) return;
+    barrier.missing = barrier.arrivals;
+    ++barrier.phases;
+    for (unsigned thread : std::exchange(barrier.waiting, {})) {
+        block.lanes[thread].waits = false;
+        ++block.warps[thread / kLanes].ready;
+    }
+}
+
+inline void arrive(Barrier& barrier, int bytes) {
+    if (barrier.missing == 0) fail("mbarrier: more arrivals than it counts, or bytes that never come");
+    barrier.bytes += bytes;
+    --barrier.missing;
+    end_phase_of(barrier);
+}
+
+inline void wait_for(Barrier& barrier, int parity) {
+    while (static_cast<int>(barrier.phases % 2) == parity) {
+        if (barrier.copies.empty()) {
+            barrier.waiting.push_back(threadIdx.x);
+            wait();
+        } else {
+            for (const auto& land : std::exchange(barrier.copies, {})) land();
+        }
+    }
+}
+
+// A copy of bytes to shared memory that the barrier counts: write() makes it. Until it lands nobody may use what was there.
+template <typename Write>
+void start_copy(uint32_t to, int bytes, Barrier& barrier, const Write& write) {
+    const auto land = [bytes, &barrier, write] {
+        write();
+        barrier.bytes -= bytes;
+        end_phase_of(barrier);
+    };
+    if (!late_copies || !barrier.waiting.empty()) return land();
+    std::memset(shared.begin + to, 0xff, bytes);
+    barrier.copies.push_back(land);
 }
 
 // What the lanes of a warp do at once: compute(in, out) gets what each handed in, and sets what each gets.
@@ -166,11 +246,14 @@ inline void run_warp(unsigned index) {
 inline void run_block(unsigned threads) {
     block.lanes.resize(threads);
     block.warps.assign(threads / kLanes, Warp{0, kLanes, nullptr, {}, {}});
-    block.arrived = block.done = 0;
+    block.barriers.clear();
+    block.arrived = block.done = block.registers = 0;
     for (Lane& lane : block.lanes) {
-        lane.waits = lane.done = false;
+        lane.waits = lane.done = lane.may_multiply = false;
         lane.copies.clear();
         lane.groups.clear();
+        lane.products.clear();
+        lane.committed = 0;
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.get();
         lane.context.uc_stack.ss_size = kStackBytes;
@@ -189,6 +272,8 @@ inline void run_block(unsigned threads) {
         }
         run_warp(warp);
     }
+    for (const auto& [address, barrier] : block.barriers)
+        if (!barrier.copies.empty()) throw std::runtime_error("copies that nobody waited for");
     if (shared.overrun()) throw std::runtime_error("a thread wrote beyond the shared memory that was asked for");
 }
 

@@ -26,7 +26,7 @@
 // The dynamic shared memory that kernels declare within their functions, as extern __shared__ uint4 memory[].
 namespace nearfar {
 namespace {
-alignas(128) thread_local uint4 memory[(emulation::kSharedBytes + emulation::kGuardBytes) / sizeof(uint4)];
+alignas(1024) thread_local uint4 memory[(emulation::kSharedBytes + emulation::kGuardBytes) / sizeof(uint4)];
 }
 }  // namespace nearfar
 
@@ -83,6 +83,7 @@ inline int __reduce_max_sync(unsigned, int mine) {
 // ----------------------------------------------------------------------------------------------------------------- one lane
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, unsigned shift) {
     return static_cast<uint32_t>(((uint64_t{high} << 32 | low) << shift % 32) >> 32);
 }

@@ -121,4 +121,10 @@ inline void keep_exceeding(float& first, float& second, uint32_t x, uint32_t cut
     if (half_of<__half>(x, 1) <= half_of<__half>(cut, 1)) second = -INFINITY;
 }
 
+inline void count_below(float& least, int& count, float key, float limit, float x, float most) {
+    if (!(key < limit)) return;
+    least = fminf(least, x);
+    count += x <= most;
+}
+
 }  // namespace nearfar

@@ -1,0 +1,17 @@
+// Operands of the products of hopper.cuh in shared memory.
+//
+// An operand is made of panels: `rows` rows of 64 numbers, 128 bytes each, permuted as Tile<64> says, from a multiple of 1,024
+// bytes on. A tile of 128 columns is two panels.
+#pragma once
+
+#include <cstdint>
+
+namespace nearfar {
+
+// A panel as an operand of a product: 16 columns of it, from byte `offset` of its rows on.
+__device__ __forceinline__ uint64_t panel_operand(uint32_t panel, int offset) {
+    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;  // bytes from eight rows to the next eight; 128 bytes are permuted
+    return kPermuted << 62 | kEightRows << 32 | uint64_t{1} << 16 | (panel + offset) >> 4;
+}
+
+}  // namespace nearfar
