@@ -22,16 +22,6 @@ struct Arguments {
     float unit;  // of scores, in base 2
 };
 
-// Of the four lanes that share a row the first or any, for them all.
-template <typename Number, typename Choose>
-__device__ __forceinline__ Number across_row(Number mine, const Choose& choose) {
-    mine = choose(mine, __shfl_xor_sync(kWholeWarp, mine, 1));
-    return choose(mine, __shfl_xor_sync(kWholeWarp, mine, 2));
-}
-__device__ __forceinline__ float row_max(float x) { return across_row(x, [](float a, float b) { return fmaxf(a, b); }); }
-__device__ __forceinline__ float row_sum(float x) { return across_row(x, [](float a, float b) { return a + b; }); }
-__device__ __forceinline__ int row_min(int x) { return across_row(x, [](int a, int b) { return min(a, b); }); }
-
 // What is known of the weights of a row, relative to 2^level. Entropy is log(total) - weighted / total with x = log(weight) <= 0:
 // two terms of one sign, so that small entropies keep their digits.
 struct Summary {
@@ -76,13 +66,14 @@ struct StatisticsBody {
         for (int i = 0; i < 2 * kCount; ++i) top[i % 2][i / 2 % 2] = fmaxf(top[i % 2][i / 2 % 2], at(i % 2, i / 2));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float highest = row_max(fmaxf(top[r][0], top[r][1]));
+            const float highest = quad_max(fmaxf(top[r][0], top[r][1]));
             if (!__any_sync(kWholeWarp, highest > summary[r].highest)) continue;
             int found = Stream::kTile;
 #pragma unroll
             for (int i = kCount - 1; i >= 0; --i)
                 if (at(r, i) == highest) found = column(i);
-            found = row_min(found);
+            found = min(found, __shfl_xor_sync(kWholeWarp, found, 1));
+            found = min(found, __shfl_xor_sync(kWholeWarp, found, 2));
             if (highest > summary[r].highest) summary[r].raise(highest, first + found, unit);
         }
         float total[2][2] = {}, weighted[2][2] = {};
@@ -115,7 +106,7 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) statistics_kernel(const _
     const int64_t head = static_cast<int64_t>(place.batch) * arguments.stream.heads + place.head;
     for (int r = 0; r < 2; ++r) {
         const Summary& mine = body.summary[r];
-        const float total = row_sum(mine.total), weighted = row_sum(mine.weighted);
+        const float total = quad_sum(mine.total), weighted = quad_sum(mine.weighted);
         const int query = row + 8 * r;
         if (lane % 4 > 0 || query >= band.num_rows) continue;
         const int64_t at = head * band.num_rows + query;
@@ -168,7 +159,7 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) key_mass_kernel(const __g
     const float* const levels = arguments.levels + head * arguments.padded_queries;
     if (!for_each_tile<Stream>(arguments.stream, place, levels, reinterpret_cast<char*>(memory), body)) return;
     for (int r = 0; r < 2; ++r) {
-        const float total = row_sum(body.total[r]);
+        const float total = quad_sum(body.total[r]);
         const int key = row + 8 * r;
         if (lane % 4 == 0 && key < band.num_rows) arguments.mass[head * band.num_rows + key] = total;
     }
@@ -180,7 +171,8 @@ void statistics_of(const Statistics& call, cudaStream_t stream) {
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
     const Rows k{call.k, {call.batches, call.kv_heads, call.num_keys, Width}, call.k_strides};
     const Sight sight{call.num_queries, call.num_keys, call.left, call.right};
-    const auto heads = static_cast<int>(call.heads), group = static_cast<int>(call.heads / call.kv_heads);
+    const auto heads = static_cast<int>(call.heads);
+    const auto group = static_cast<int>(call.heads / call.kv_heads);
     Arguments arguments{{}, call.lse, call.entropy, call.max_weight, call.max_key, call.mass, call.levels,
                         static_cast<int>(whole_tiles(call.num_queries, kDiagnosticsTile)),
                         static_cast<float>(call.scale) * kLog2E};

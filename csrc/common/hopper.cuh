@@ -82,52 +82,78 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 
 // ---- products
 
-// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b, both by panel_operand. A warp has 16 of the rows of c, as fragments c of
-// mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
-template <typename T, int N>
-__device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
-    constexpr bool kHalf = std::is_same_v<T, __half>;
-    static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
-    static_assert(N == 64 || N == 128, "the shapes written out here");
 #define NEARFAR_8(i) \
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define NEARFAR_32(i) NEARFAR_8(i), NEARFAR_8(i + 8), NEARFAR_8(i + 16), NEARFAR_8(i + 24)
 #define NEARFAR_NAMES_32 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NEARFAR_NAMES_64                                                                                                      \
-    NEARFAR_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"  \
+#define NEARFAR_NAMES_64                                                                                                     \
+    NEARFAR_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
                      "%57,%58,%59,%60,%61,%62,%63"
-#define NEARFAR_PRODUCT(SHAPE, TYPES, NAMES, A, B, ADD, ...)                                                          \
-    NEARFAR_HOPPER(asm volatile("{\n\t"                                                                               \
-                                ".reg .pred p;\n\t"                                                                   \
-                                "setp.ne.b32 p, %" ADD ", 0;\n\t"                                                     \
-                                "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPES " {" NAMES "}, %" A ", %" B    \
-                                ", p, 1, 1, 0, 0;\n\t"                                                                \
-                                "}"                                                                                   \
-                                : __VA_ARGS__                                                                         \
-                                : "l"(a), "l"(b), "r"(static_cast<int>(add))))
-#define NEARFAR_PRODUCTS(TYPES)                                                                                        \
-    if constexpr (N == 64) NEARFAR_PRODUCT("m64n64", TYPES, NEARFAR_NAMES_32, "32", "33", "34", NEARFAR_32(0));        \
-    else NEARFAR_PRODUCT("m64n128", TYPES, NEARFAR_NAMES_64, "64", "65", "66", NEARFAR_32(0), NEARFAR_32(32))
-    if constexpr (kHalf) { NEARFAR_PRODUCTS("f16.f16"); }
+// One instruction for each number of columns and type: the text before the results and after them, which names the operands and
+// the predicate p; the number of the flag that becomes p.
+#define NEARFAR_PRODUCT(SHAPE, TYPES, NAMES, OPERANDS, ADD, RESULTS, ...)                                    \
+    NEARFAR_HOPPER(asm volatile("{\n\t"                                                                      \
+                                ".reg .pred p;\n\t"                                                          \
+                                "setp.ne.b32 p, %" ADD ", 0;\n\t"                                            \
+                                "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPES " {" NAMES "}, " OPERANDS ";\n\t" \
+                                "}"                                                                          \
+                                : RESULTS                                                                    \
+                                : __VA_ARGS__, "r"(static_cast<int>(add))))
+
+// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b, both by panel_operand. A warp has 16 of the rows of
+// c, as fragments c of mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
+template <typename T, int N>
+__device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
+    static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
+    static_assert(N == 64 || N == 128, "the shapes written out here");
+#define NEARFAR_PRODUCTS(TYPES)                                                                                             \
+    if constexpr (N == 64)                                                                                                  \
+        NEARFAR_PRODUCT("m64n64", TYPES, NEARFAR_NAMES_32, "%32, %33, p, 1, 1, 0, 0", "34", NEARFAR_ARGUMENTS(NEARFAR_32(0)), \
+                        "l"(a), "l"(b));                                                                                    \
+    else                                                                                                                    \
+        NEARFAR_PRODUCT("m64n128", TYPES, NEARFAR_NAMES_64, "%64, %65, p, 1, 1, 0, 0", "66",                                 \
+                        NEARFAR_ARGUMENTS(NEARFAR_32(0), NEARFAR_32(32)), "l"(a), "l"(b))
+#define NEARFAR_ARGUMENTS(...) __VA_ARGS__
+    if constexpr (std::is_same_v<T, __half>) { NEARFAR_PRODUCTS("f16.f16"); }
     else { NEARFAR_PRODUCTS("bf16.bf16"); }
 #undef NEARFAR_PRODUCTS
+}
+
+// c += a b for 16 columns of 64 rows of a, each warp's 16 rows as a fragment a of mma.cuh, and 16 rows of N columns of b, by
+// rows_operand. Starts it: neither c nor a may be touched before it was waited for.
+template <typename T, int N>
+__device__ __forceinline__ void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+    static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
+    static_assert(N == 64 || N == 128, "the shapes written out here");
+    constexpr bool add = true;
+#define NEARFAR_PRODUCTS(TYPES)                                                                                             \
+    if constexpr (N == 64)                                                                                                  \
+        NEARFAR_PRODUCT("m64n64", TYPES, NEARFAR_NAMES_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "37",                     \
+                        NEARFAR_ARGUMENTS(NEARFAR_32(0)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));              \
+    else                                                                                                                    \
+        NEARFAR_PRODUCT("m64n128", TYPES, NEARFAR_NAMES_64, "{%64, %65, %66, %67}, %68, p, 1, 1, 1", "69",                    \
+                        NEARFAR_ARGUMENTS(NEARFAR_32(0), NEARFAR_32(32)), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+    if constexpr (std::is_same_v<T, __half>) { NEARFAR_PRODUCTS("f16.f16"); }
+    else { NEARFAR_PRODUCTS("bf16.bf16"); }
+#undef NEARFAR_PRODUCTS
+}
+#undef NEARFAR_ARGUMENTS
 #undef NEARFAR_PRODUCT
 #undef NEARFAR_NAMES_64
 #undef NEARFAR_NAMES_32
 #undef NEARFAR_32
 #undef NEARFAR_8
-}
 
 // Before the first product of a group of them, after anything else has written their results.
 __device__ __forceinline__ void begin_products() { NEARFAR_HOPPER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 
 __device__ __forceinline__ void commit_products() { NEARFAR_HOPPER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
 
-// Waits for all products, of which c are results.
-template <int Count, int Numbers>
+// Waits for all groups of products but the last `Pending`; c are results of the others.
+template <int Pending, int Count, int Numbers>
 __device__ __forceinline__ void wait_for_products(float (&c)[Count][Numbers]) {
-    NEARFAR_HOPPER(asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"));
+    NEARFAR_HOPPER(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"));
 #pragma unroll
     for (int i = 0; i < Numbers * Count; ++i) asm volatile("" : "+f"(c[i / Numbers][i % Numbers])::"memory");  // not read before
 }

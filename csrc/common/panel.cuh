@@ -14,4 +14,11 @@ __device__ __forceinline__ uint64_t panel_operand(uint32_t panel, int offset) {
     return kPermuted << 62 | kEightRows << 32 | uint64_t{1} << 16 | (panel + offset) >> 4;
 }
 
+// 16 rows of a tile as the right operand of a product whose inner dimension they are: `panel` is the first of its panels at the
+// first of these rows, a multiple of 16, the others follow `stride` bytes after each other.
+__device__ __forceinline__ uint64_t rows_operand(uint32_t panel, uint32_t stride) {
+    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;
+    return kPermuted << 62 | kEightRows << 32 | static_cast<uint64_t>(stride >> 4) << 16 | panel >> 4;
+}
+
 }  // namespace nearfar

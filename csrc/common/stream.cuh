@@ -10,7 +10,7 @@
 #include <limits>
 
 #include "hopper.cuh"
-#include "tile.cuh"
+#include "mma.cuh"
 
 namespace nearfar {
 
@@ -50,7 +50,6 @@ struct Place {
     int tile, batch, head, other_head;
 };
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -130,7 +129,7 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
                 products[i / 4 / kPanelsEach], panel_operand(rows + i / 4 * Stream::kOwnPanel, i % 4 * 32),
                 panel_operand(others + i / 4 * Stream::kPanel, i % 4 * 32), i % (4 * kPanelsEach) > 0);
         commit_products();
-        wait_for_products(products);
+        wait_for_products<0>(products);
         const auto* const vector = reinterpret_cast<const float*>(memory + Stream::kVectors) + slot * kTile;
         if (first >= all_begin && first + kTile <= all_end) body.template add<false>(products, first, vector);
         else body.template add<true>(products, first, vector);

@@ -71,7 +71,7 @@ struct Lane {
     std::vector<Copy> copies;    // that have yet to land
     std::vector<size_t> groups;  // how many of them are in each group, the oldest first
     std::vector<Product> products;  // that have yet to be computed
-    size_t committed;               // of them
+    std::vector<size_t> product_groups;  // how many of them are in each group, the oldest first
     bool may_multiply;              // since a fence
 
     void land_copies(size_t count) {
@@ -253,7 +253,7 @@ inline void run_block(unsigned threads) {
         lane.copies.clear();
         lane.groups.clear();
         lane.products.clear();
-        lane.committed = 0;
+        lane.product_groups.clear();
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.get();
         lane.context.uc_stack.ss_size = kStackBytes;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "block.h"
 #include "panel.cuh"
@@ -177,6 +178,55 @@ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
     std::fill_n(c, N / 2, NAN);
 }
 
+// Columns of 16 rows of an operand by rows_operand: number (k, column).
+template <typename T>
+float number_at(uint64_t operand, int k, int column) {
+    const auto start = static_cast<uint32_t>(operand & 0x3fff) << 4, stride = static_cast<uint32_t>(operand >> 16 & 0x3fff) << 4;
+    const uint32_t address = permuted(start + column / 64 * stride + 128 * k + column % 64 / 2 * 4);
+    uint32_t word;
+    std::memcpy(&word, emulation::shared.begin + address, sizeof word);
+    return half_of<T>(word, column % 2);
+}
+
+template <typename T, int N>
+void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+    emulation::Lane& lane = emulation::this_lane();
+    if (!lane.may_multiply) emulation::fail("wgmma: begin_products is missing");
+    if ((b & ~uint64_t{0x3fff3fff}) != (uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32)) emulation::fail("wgmma: an operand of another layout");
+    const auto start = static_cast<uint32_t>(b & 0x3fff) << 4, stride = static_cast<uint32_t>(b >> 16 & 0x3fff) << 4;
+    if (start % 1024 || stride % 1024) emulation::fail("wgmma: an operand that is no panel");
+    emulation::check_shared(start + (N / 64 - 1) * stride, "wgmma", 1024, 2048);
+    struct In {
+        uint32_t a[4];
+        uint64_t b;
+    };
+    struct Rows {
+        uint32_t word[2][8];  // of the two rows of this lane
+    };
+    const Rows rows = emulation::exchange<Rows>(In{{a[0], a[1], a[2], a[3]}, b}, [](const In(&in)[32], Rows(&out)[32]) {
+        for (const In& other : in)
+            if (other.b != in[0].b) emulation::fail("wgmma: lanes disagree");
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 16; ++i) out[lane].word[i % 2][i / 8 * 4 + i / 2 % 4] = in[lane / 4 * 4 + i / 2 % 4].a[i / 8 * 2 + i % 2];
+    });
+    const auto compute = [&c, rows, b] {
+        const int lane = threadIdx.x % 32;
+        for (int column = 0; column < N / 4; ++column) {
+            for (int r = 0; r < 2; ++r) {
+                float& number = c[column / 2 * 4 + 2 * r + column % 2];
+                double sum = number;
+                for (int k = 0; k < 16; ++k)
+                    sum += static_cast<double>(half_of<T>(rows.word[r][k / 2], k % 2)) *
+                           number_at<T>(b, k, column / 2 * 8 + 2 * (lane % 4) + column % 2);
+                number = static_cast<float>(sum);
+            }
+        }
+    };
+    if (emulation::late_copies) return compute();
+    lane.products.push_back({c, {c, c + N / 2}, compute});
+    std::fill_n(c, N / 2, NAN);
+}
+
 inline void begin_products() {
     __syncwarp();
     emulation::this_lane().may_multiply = true;
@@ -184,22 +234,25 @@ inline void begin_products() {
 
 inline void commit_products() {
     __syncwarp();
-    emulation::this_lane().committed = emulation::this_lane().products.size();
+    emulation::Lane& lane = emulation::this_lane();
+    lane.product_groups.push_back(lane.products.size() - std::accumulate(lane.product_groups.begin(), lane.product_groups.end(), size_t{0}));
 }
 
-template <int Count, int Numbers>
+template <int Pending, int Count, int Numbers>
 void wait_for_products(float (&)[Count][Numbers]) {
     __syncwarp();
     emulation::Lane& lane = emulation::this_lane();
-    const auto begin = lane.products.begin(), end = begin + lane.committed;
-    for (auto product = end; product != begin;) {  // back to what c was before the first of them
-        --product;
-        std::copy(product->before.begin(), product->before.end(), product->c);
-    }
-    for (auto product = begin; product != end; ++product) product->compute();
-    lane.products.erase(begin, end);
-    lane.committed = 0;
     lane.may_multiply = false;
+    while (lane.product_groups.size() > Pending) {
+        const auto begin = lane.products.begin(), end = begin + lane.product_groups.front();
+        for (auto product = end; product != begin;) {  // back to what c was before the first of them
+            --product;
+            std::copy(product->before.begin(), product->before.end(), product->c);
+        }
+        for (auto product = begin; product != end; ++product) product->compute();
+        lane.products.erase(begin, end);
+        lane.product_groups.erase(lane.product_groups.begin());
+    }
 }
 
 }  // namespace nearfar

@@ -1,0 +1,119 @@
+"""The forward of softmax and affine-scaled attention in CUDA C++ without a GPU, in the emulation."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from emulated import Conditions, Guarded, build, fields, launch, strides
+from harness import Sample, assert_accurate, randn
+from samples import affine as oracle
+
+CHUNK = 64  # kSoftmaxChunk
+
+
+class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v alpha beta sink sums o u lse"),
+        *strides(*"qkvo"),
+        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width right"),
+        *fields(ctypes.c_double, "scale"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulated"), softmax_forward=["softmax_forward"])["softmax_forward"]
+
+
+# Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
+ALL_CONDITIONS = (Conditions(), Conditions(late_copies=True, seed=1))
+
+SAMPLES = {
+    "causal": dict(length=300, causal=True, affine=True),
+    "causal, plain": dict(length=300, causal=True),
+    "128 wide, heads share keys": dict(width=128, heads=(2, 1), length=200, causal=True, affine=True, sink=True),
+    "full": dict(length=70, keys=300, affine=True),
+    "full, whole tiles": dict(length=128, keys=256, affine=True, batch=2),
+    "last queries": dict(length=40, keys=700, causal=True, affine=True, sink=True),
+    "some keys ahead": dict(length=150, window_size=(-1, 70), affine=True),
+    "queries without keys": dict(length=200, keys=60, causal=True, affine=True, sink=True),
+    "one token": dict(length=1, causal=True, affine=True),
+    "sharp weights": dict(length=140, scale=2.0, causal=True),
+}
+
+
+def make(dtype, width=64, heads=(1, 1), length=200, keys=None, batch=1, affine=False, sink=False, **options):
+    keys = length if keys is None else keys
+    tensors = {
+        name: randn(batch, count, rows, width, dtype=dtype, seed=seed, device="cpu")
+        for seed, (name, count, rows) in enumerate((("q", heads[0], length), ("k", heads[1], keys), ("v", heads[1], keys)))
+    }
+    if affine:
+        for seed, name in enumerate(("alpha", "beta")):
+            tensors[name] = randn(batch, heads[0], length, seed=7 + seed, device="cpu")
+    if sink:
+        tensors["sink"] = randn(heads[0], seed=9, device="cpu")
+    return Sample(tensors, options)
+
+
+def forward(kernel, sample, conditions):
+    guarded = Guarded(poison=conditions.seed)
+    given = {name: guarded.copy(x) if x.dim() == 4 else x for name, x in sample.tensors.items()}
+    q, k, v = (given[name] for name in "qkv")
+    o = guarded.copy(torch.full_like(q, math.nan))
+    found = dict(o=o, lse=guarded.empty(q.shape[:3], torch.float32))
+    if "alpha" in given:
+        found["u"] = guarded.empty(q.shape, q.dtype)
+        padded = torch.nn.functional.pad(v.float(), (0, 0, 0, -k.shape[2] % CHUNK))
+        given["sums"] = padded.unflatten(2, (-1, CHUNK)).sum(3)
+    _, right = oracle.window(sample.options)
+    launch(
+        kernel, SoftmaxForward, str(q.dtype).removeprefix("torch."), given | found, conditions,
+        batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_queries=q.shape[2], num_keys=k.shape[2],
+        width=q.shape[3], right=right, scale=oracle.score_factor(sample.options, q),
+    )  # fmt: skip
+    guarded.assert_intact()
+    return found
+
+
+def check(sample, found):
+    tensors, dtype = sample.tensors, sample.tensors["q"].dtype
+    call = oracle.visible(sample), oracle.score_factor(sample.options, tensors["q"])
+    for name in ("o", "u") if "u" in found else ("o",):
+        inputs = {n: x for n, x in tensors.items() if name == "o" or n not in ("alpha", "beta")}
+        exact, rough = (
+            function(*call, **{n: x.to(kind if n in "qkv" else torch.promote_types(kind, torch.float32)) for n, x in inputs.items()})
+            for function, kind in ((oracle.dense, torch.float64), (oracle.plain, dtype))
+        )
+        scale = oracle.scales(*call, torch.ones_like(exact), **{n: x.double() for n, x in inputs.items()})[0]
+        assert_accurate(name, found[name], exact, rough, scale, dtype)
+    q, k = (tensors[name].double() for name in "qk")
+    scores = ((q @ oracle.to_query_heads(q, k).mT) * call[1]).masked_fill(~call[0], -math.inf)
+    if "sink" in tensors:
+        scores = torch.cat((scores, tensors["sink"].double()[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+    lse = torch.where(call[0].any(-1), scores.logsumexp(-1) * math.log2(math.e), 0)
+    torch.testing.assert_close(found["lse"].double(), lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(kernel, name, dtype):
+    sample = make(dtype, **SAMPLES[name])
+    first = None
+    for conditions in ALL_CONDITIONS:
+        found = forward(kernel, sample, conditions)
+        check(sample, found)
+        first = found if first is None else first
+        for which, x in found.items():
+            assert torch.equal(x, first[which]), f"{which} depends on the order"
+
+
+def test_what_a_query_cannot_see_changes_no_bit(kernel):
+    sample = make(torch.float16, length=300, causal=True, affine=True)
+    before = forward(kernel, sample, Conditions())
+    for name in "qkv":
+        sample.tensors[name][:, :, 130:] = 1e4 * randn(*sample.tensors[name][:, :, 130:].shape, seed=5, device="cpu")
+    after = forward(kernel, sample, Conditions(seed=3))
+    for name, x in before.items():
+        assert torch.equal(x[:, :, :130], after[name][:, :, :130]), name
