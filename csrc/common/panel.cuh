@@ -10,7 +10,7 @@ namespace nearfar {
 
 // A panel as an operand of a product: 16 columns of it, from byte `offset` of its rows on.
 __device__ __forceinline__ uint64_t panel_operand(uint32_t panel, int offset) {
-    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;  // bytes from eight rows to the next eight; 128 bytes are permuted
+    constexpr uint64_t kEightRows = 1024 >> 4, kPermuted = 1;  // bytes from eight rows to the next; 128 bytes are permuted
     return kPermuted << 62 | kEightRows << 32 | uint64_t{1} << 16 | (panel + offset) >> 4;
 }
 

@@ -102,6 +102,7 @@ struct Block {
     std::map<uint32_t, Barrier> barriers;  // by address
     unsigned arrived, done;                // at the barrier of all threads; returned
     unsigned registers;                    // that threads have claimed
+    bool paused;                           // a lane, so that other warps may run
     const std::function<void()>* body;
     ucontext_t scheduler;
     std::string error;
@@ -152,7 +153,7 @@ inline Barrier& barrier_at(uint32_t address) {
     const auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("mbarrier: none was made at this address");
     if (!found->second.published) fail("mbarrier: made, but not published");
-    if (std::memcmp(shared.begin + address, &kBarrierMark, sizeof kBarrierMark)) fail("mbarrier: something was written over it");
+    if (std::memcmp(shared.begin + address, &kBarrierMark, sizeof kBarrierMark)) fail("mbarrier: overwritten");
     return found->second;
 }
 
@@ -166,11 +167,14 @@ inline void end_phase_of(Barrier& barrier) {
     }
 }
 
+// Those who waited may run before other lanes of this warp, which have not come as far.
 inline void arrive(Barrier& barrier, int bytes) {
     if (barrier.missing == 0) fail("mbarrier: more arrivals than it counts, or bytes that never come");
     barrier.bytes += bytes;
     --barrier.missing;
     end_phase_of(barrier);
+    block.paused = random_below(2) == 0;
+    if (block.paused) leave();
 }
 
 inline void wait_for(Barrier& barrier, int parity) {
@@ -231,7 +235,7 @@ inline void run_lane() {
     while (true) leave();
 }
 
-// Runs every lane of a warp that can run, in a random order.
+// Runs every lane of a warp that can run, in a random order, or those that come before one that pauses.
 inline void run_warp(unsigned index) {
     const unsigned start = random_below(kLanes), step = 2 * random_below(kLanes / 2) + 1;
     for (unsigned i = 0; i < kLanes; ++i) {
@@ -240,6 +244,7 @@ inline void run_warp(unsigned index) {
         if (lane.waits || lane.done) continue;
         swapcontext(&block.scheduler, &lane.context);
         if (!block.error.empty()) throw std::runtime_error(std::exchange(block.error, {}));
+        if (block.paused) return;
     }
 }
 
@@ -248,6 +253,7 @@ inline void run_block(unsigned threads) {
     block.warps.assign(threads / kLanes, Warp{0, kLanes, nullptr, {}, {}});
     block.barriers.clear();
     block.arrived = block.done = block.registers = 0;
+    block.paused = false;
     for (Lane& lane : block.lanes) {
         lane.waits = lane.done = lane.may_multiply = false;
         lane.copies.clear();
@@ -263,7 +269,8 @@ inline void run_block(unsigned threads) {
     unsigned warp = 0;
     while (block.done < threads) {
         // It stays with a warp for a while: one that runs far ahead of the others meets what a missing barrier lets through.
-        if (block.warps[warp].ready == 0 || random_below(64) == 0) {
+        const bool paused = std::exchange(block.paused, false);
+        if (paused || block.warps[warp].ready == 0 || random_below(64) == 0) {
             std::vector<unsigned> ready;
             for (unsigned i = 0; i < block.warps.size(); ++i)
                 if (block.warps[i].ready > 0) ready.push_back(i);

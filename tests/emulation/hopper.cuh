@@ -239,7 +239,7 @@ inline void commit_products() {
 }
 
 template <int Pending, int Count, int Numbers>
-void wait_for_products(float (&)[Count][Numbers]) {
+void wait_for_products(float (&c)[Count][Numbers]) {
     __syncwarp();
     emulation::Lane& lane = emulation::this_lane();
     lane.may_multiply = false;
@@ -247,6 +247,7 @@ void wait_for_products(float (&)[Count][Numbers]) {
         const auto begin = lane.products.begin(), end = begin + lane.product_groups.front();
         for (auto product = end; product != begin;) {  // back to what c was before the first of them
             --product;
+            if (product->c < c[0] || product->c >= c[0] + Count * Numbers) emulation::fail("wgmma: waited for by other results");
             std::copy(product->before.begin(), product->before.end(), product->c);
         }
         for (auto product = begin; product != end; ++product) product->compute();
