@@ -21,6 +21,7 @@
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "row_sumsq.h"
+#include "softmax_forward.h"
 #include "statistics.h"
 
 namespace py = pybind11;
@@ -266,10 +267,11 @@ PYBIND11_MODULE(_C, m) {
         m.def(
             name,
             [kernel](const std::array<uintptr_t, 13>& tensors, const std::string& dtype, const std::array<int64_t, 7>& sizes,
-                     const std::array<std::array<int64_t, 3>, 3>& strides, int64_t left, int64_t right, double scale, int device,
-                     uintptr_t stream) {
+                     const std::array<std::array<int64_t, 3>, 3>& strides, int64_t left, int64_t right, double scale,
+                     int device, uintptr_t stream) {
                 const DeviceGuard guard(device);
-                const auto [q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score] = tensors;
+                const auto [q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score] =
+                    tensors;
                 const auto& [q_strides, k_strides, v_strides] = strides;
                 const auto [batches, heads, kv_heads, num_queries, num_keys, width, top_n] = sizes;
                 Geometry call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
@@ -289,4 +291,25 @@ PYBIND11_MODULE(_C, m) {
                     "Fills scores and chosen. tensors: q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, "
                     "recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in csrc/geometry.h.");
     define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
+
+    m.def(
+        "softmax_forward",
+        [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right, double scale, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
+                                reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
+                                reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o), reinterpret_cast<void*>(u),
+                                reinterpret_cast<float*>(lse), q_strides, k_strides, v_strides, o_strides,
+                                batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+            softmax_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
+        py::arg("device"), py::arg("stream"),
+        "Softmax and affine attention: fills o, u and lse. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse; strides: of "
+        "q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
 }

@@ -126,7 +126,7 @@ template <typename T, int N>
 __device__ __forceinline__ void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
     static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
     static_assert(N == 64 || N == 128, "the shapes written out here");
-    constexpr bool add = true;
+    [[maybe_unused]] constexpr bool add = true;
 #define NEARFAR_PRODUCTS(TYPES)                                                                                             \
     if constexpr (N == 64)                                                                                                  \
         NEARFAR_PRODUCT("m64n64", TYPES, NEARFAR_NAMES_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "37",                     \

@@ -268,30 +268,33 @@ class Walk:
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
 
 
-DIAGNOSTICS_WIDTHS = (64, 128)
+HOPPER_WIDTHS = (64, 128)
 
 
-def diagnostics_reason(tensors, sigma, scale):
-    """Why the CUDA kernels cannot serve attention_statistics of q and k or selection_geometry of q, k and v, or None.
-
-    tensors: they or their layouts, by name.
-    """
+def hopper_reason(tensors):
+    """Why CUDA kernels that are for Hopper cannot serve these tensors or layouts, by name, or None."""
     q = tensors["q"]
     if reason := _absence_reason("q", q):
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
     widths = [int(x.shape[3]) for x in tensors.values()]
-    if widths[0] not in DIAGNOSTICS_WIDTHS or any(width != widths[0] for width in widths):
+    if widths[0] not in HOPPER_WIDTHS or any(width != widths[0] for width in widths):
         return f"{', '.join(tensors)} are {', '.join(map(str, widths))} wide; the CUDA kernels take one width of 64 or 128"
-    if sigma is not None or scale <= 0:
-        return "the CUDA kernels score by dot products with a positive scale"
+    for name, x in tensors.items():  # the tensor memory accelerator takes no such strides
+        if any(x.shape[i] > 1 and x.strides[i] == 0 for i in range(3)):
+            return f"{name} is expanded (a stride of 0), which the CUDA kernels cannot read: pass .contiguous() tensors"
     reason = _rows_reason(**tensors)
-    return reason if reason or torch.compiler.is_compiling() else _hopper_reason(q.device.index)
+    return reason if reason or torch.compiler.is_compiling() else _hopper_device_reason(q.device.index)
+
+
+def scale_reason(scale):
+    """Why the same kernels cannot serve this scale, or None."""
+    return None if scale > 0 else f"the CUDA kernels take a positive scale, not {scale}"
 
 
 @functools.cache
-def _hopper_reason(index):
+def _hopper_device_reason(index):
     """Kernels whose instructions only sm_90a has."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) != (9, 0) or "90a" not in extension.architectures():
@@ -300,19 +303,13 @@ def _hopper_reason(index):
     return None
 
 
-def _boxed(tensor):
-    """The tensor, or a copy where the tensor memory accelerator cannot read it: it takes no strides of zero."""
-    repeats = any([size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
-    return tensor.contiguous() if repeats else aligned(tensor)
-
-
 def _whole_tiles(length):
     return -(-length // extension.DIAGNOSTICS_TILE) * extension.DIAGNOSTICS_TILE
 
 
 def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass):
     """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
-    q, k = _boxed(q), _boxed(k)
+    q, k = aligned_starts(q, k)
     levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2]))
     extension.statistics(
         [tensor.data_ptr() for tensor in (q, k, lse, entropy, max_weight, max_key, mass, levels)], _DTYPES[q.dtype],
@@ -326,7 +323,7 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
 
     centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
     """
-    q, k, v = _boxed(q), _boxed(k), _boxed(v)
+    q, k, v = aligned_starts(q, k, v)
     squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(v.shape[2]) - v.shape[2]))
     addressed = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
     call = (
@@ -337,3 +334,28 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
     extension.geometry_select(*call)
     centre()
     extension.geometry_separate(*call)
+
+
+def softmax_reason(q, k, v, left, packed):
+    """Why the CUDA kernel cannot serve calls of softmax_attention or affine_attention with these layouts, or None."""
+    if left >= 0 or packed:
+        return "the CUDA kernel takes no window with a limit on the left, and no packed sequences"
+    return hopper_reason(dict(q=q, k=k, v=v))
+
+
+class SoftmaxForward:
+    """A launch of softmax_forward among those of Triton's kernels: all but its tensors is fixed.
+
+    It is given what `attend` in triton_kernels/affine.py is given; its q, k and v start at multiples of 16 bytes.
+    """
+
+    def __init__(self, q, k, v, o, right, scale):
+        sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
+        self._fixed = _DTYPES[q.dtype], sizes, [x.stride()[:3] for x in (q, k, v, o)], right, scale
+
+    def is_new(self, _surveyed):
+        return False  # it was compiled with the package
+
+    def run(self, tensors, surveyed):
+        *addresses, _ = [address or 0 for address in surveyed[0]]  # without token_bounds
+        extension.softmax_forward(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))

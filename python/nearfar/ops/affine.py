@@ -4,15 +4,23 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import checks, dispatch
+from nearfar import _cuda, checks, dispatch
 from nearfar.localities import UNLIMITED
 from nearfar.ops import softmax
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
 
+# Milliseconds of the forward by the CUDA and the Triton kernels by width of a head: bfloat16, causal with alpha and beta, B4 H16
+# N4096 D128 and B4 H32 N4096 D64 on an H100 (docs/affine.md). "auto" takes the faster; the gradients are Triton's.
+MEASURED = {}
+
+
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward. layouts: of q, k and v in a plain call.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -25,7 +33,8 @@ class Call(NamedTuple):
     scale: float
     cu_seqlens: torch.Tensor | None
     reasons: dict
-    layouts: tuple | None  # of q, k and v in a plain call
+    orders: tuple
+    layouts: tuple | None
 
 
 def affine_attention(
@@ -52,7 +61,8 @@ def affine_attention(
         scale: of the products q . k, a finite number; None for D^-0.5.
         sink: (Hq,) logits of the attention sink, which adds exp(sink) to the denominators of its head; None for none.
         cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
+            "cuda" are computed by Triton's kernels.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, alpha, beta and sink (twice on the reference).
@@ -96,28 +106,30 @@ def prepare_affine_attention(
     q, k, v, alpha, beta, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None
 ):
     """Check the arguments of affine_attention and return its Call."""
-    return _prepare("affine_attention", q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
+    return _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
 
 
 def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None):
     """Check the arguments of softmax_attention and return its Call."""
-    return _prepare("softmax_attention", q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
+    return _prepare(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
 
 
 def _attend(call, backend):
-    *tensors, left, right, scale, cu_seqlens, reasons, layouts = call
-    if dispatch.choose(backend, reasons, call.q.device) == "reference":
+    *tensors, left, right, scale, cu_seqlens, _, _, layouts = call
+    served, _ = dispatch.served(call, backend)
+    if served == "reference":
         with checks.no_autocast(call.q):
             return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(layouts, *tensors, bounds, left, right, scale)
+    return softmax.attend(layouts, *tensors, bounds, left, right, scale, served)
 
 
-def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
+def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
     q, k, v = checks.autocast(q, k, v)
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
-    kernel_reason = _checked(layouts, "qkv", (q, k, v))
+    kernel_reason, orders, cuda_reason = _checked(layouts, "qkv", (q, k, v), left, cu_seqlens is not None)
+    scale = checks.finite_scale(scale, q.shape[3])
     rows = q.shape[:3]
     alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
     beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
@@ -125,20 +137,22 @@ def _prepare(name, q, k, v, alpha, beta, causal, window_size, scale, sink, cu_se
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     reasons = {
-        "cuda": f"there is no CUDA kernel of {name} yet",
+        "cuda": cuda_reason or _cuda.scale_reason(scale),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
-    scale = checks.finite_scale(scale, q.shape[3])
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, reasons, layouts)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, reasons, orders, layouts)
 
 
 @checks.once
-def _checked(metas):
-    """Why the kernels cannot serve these shapes, or None."""
+def _checked(metas, left, packed):
+    """Why no kernel can serve these layouts, the orders in which "auto" asks them, and why none in CUDA C++ can."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
-    return checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+    reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+    times = MEASURED.get(int(q.shape[3]))
+    orders = dispatch.measured_orders(None if times is None else (times, times), q.device)
+    return reason, orders, reason or _cuda.softmax_reason(q, k, v, left, packed)
 
 
 def _window(window_size, causal):

@@ -165,11 +165,18 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     scale = checks.finite_scale(scale, q.shape[3])
     reasons = {
-        "cuda": kernel_reason or _cuda.diagnostics_reason(dict(zip("qkv", tensors, strict=False)), sigma, scale),
+        "cuda": kernel_reason or _cuda_reason(tensors, sigma, scale),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
     return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons, orders)
+
+
+def _cuda_reason(tensors, sigma, scale):
+    """Why the kernels in CUDA C++ cannot serve q and k, or q, k and v."""
+    if sigma is not None:
+        return "the CUDA kernels score by dot products"
+    return _cuda.hopper_reason(dict(zip("qkv", tensors, strict=False))) or _cuda.scale_reason(scale)
 
 
 @checks.once

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from nearfar import _cuda
 from nearfar.checks import is_plain
 from nearfar.ops.torch_operator import (
     allocate,
@@ -25,7 +26,7 @@ from nearfar.ops.torch_operator import (
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, int left, int right,"
-    " float scale) -> (Tensor, Tensor, Tensor)"
+    ' float scale, str backend="triton") -> (Tensor, Tensor, Tensor)'
 )
 _BACKWARD = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, Tensor o,"
@@ -33,14 +34,14 @@ _BACKWARD = (
 )
 
 
-def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale):
+def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend):
     """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited.
 
-    rows: layouts of q, k and v, None where the call is not plain.
+    rows: layouts of q, k and v, None where the call is not plain. backend: "triton" or "cuda", of the forward.
     """
     rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
-    arguments = q, k, v, *scalars, token_bounds, left, right, scale
+    arguments = q, k, v, *scalars, token_bounds, left, right, scale, backend
     given = [tensor for tensor in scalars if tensor is not None]
     if rows is None or not is_plain(*given):
         return torch.ops.nearfar.affine_attention(*arguments)[0]
@@ -65,12 +66,15 @@ def _allocate_forward(q, v, epilogue):
     return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=precision)
 
 
-def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, ahead=None):
+def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, ahead=None):
     """(o, u, lse), u None without alpha and beta: o is the plain attention output then.
 
     rows: layouts of q, k and v. ahead: see compile_ahead.
     """
-    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q), ahead
+    if backend == "cuda" and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        q, k, v = _cuda.aligned_starts(q, k, v)
+        rows = layouts(q, k, v)
+    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
     outputs, attend, sum_values = _plan_forward(rows, *options)
     o, u, lse, sums = allocate(outputs, q.device)
     launches = [] if beta is None else [(sum_values, (v, None, sums))]
@@ -79,16 +83,19 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, 
 
 
 @planned
-def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, _tf32, ahead):
+def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, backend, _tf32, ahead):
     """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and that of the sums."""
     o, u, lse = _allocate_forward(q, v, scaled or shifted)
     numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
     given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
     compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale)
     launch = _launchers()
-    call = launch.signature(q, k, v, None, packed, left, right)
     sums = _empty_sums(v, launch) if shifted else None
-    return layouts(o, u, lse, sums), launch.plan_attend(call, o.stride(), scale), launch.plan_sums(v.shape, v.stride())
+    if backend == "cuda":
+        attend = _cuda.SoftmaxForward(q, k, v, o, right, scale)
+    else:
+        attend = launch.plan_attend(launch.signature(q, k, v, None, packed, left, right), o.stride(), scale)
+    return layouts(o, u, lse, sums), attend, launch.plan_sums(v.shape, v.stride())
 
 
 def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
@@ -152,7 +159,7 @@ def _fake_backward(do, q, k, v, alpha, beta, sink, *_):
 
 
 def _save(ctx, inputs, output):
-    *tensors, left, right, scale = inputs
+    *tensors, left, right, scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
     ctx.options = left, right, scale
@@ -161,7 +168,7 @@ def _save(ctx, inputs, output):
 def _given(inputs, results):
     """The gradients of all arguments: what the backward returned, None for tensors that are None and for numbers."""
     gradients = (None if tensor is None else result for tensor, result in zip(inputs, results, strict=True))
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 def _autograd_backward(ctx, do, *_):

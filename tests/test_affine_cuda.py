@@ -1,0 +1,175 @@
+"""The forward of softmax and affine attention in CUDA C++: what it serves, and the promises of Triton's in test_affine.py."""
+
+import math
+
+import pytest
+import torch
+from harness import DEVICE, GRADIENTS, LAYOUTS, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
+from samples.affine import check, op_arguments
+from test_affine import attention
+from test_krause_cuda import tensor
+
+import nearfar as nf
+from nearfar import _cuda, dispatch
+from nearfar.ops import affine as operator
+
+# ---------------------------------------------------------------------------------------------------- what it serves
+
+REASONS = {
+    None: dict(),
+    "no window with a limit on the left": dict(left=5),
+    "no packed sequences": dict(packed=True),
+    "q has dtype torch.float32": dict(q=tensor(dtype=torch.float32)),
+    "q, k, v are 64, 64, 128 wide": dict(v=tensor(128)),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_a_call_is_not_served(reason, monkeypatch):
+    monkeypatch.setattr(_cuda, "extension", object())
+    monkeypatch.setattr(_cuda, "_hopper_device_reason", lambda index: None)
+    given = dict(q=tensor(), k=tensor(), v=tensor(), left=-1, packed=False) | REASONS[reason]
+    found = _cuda.softmax_reason(**given)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
+    monkeypatch.setattr(_cuda, "softmax_reason", lambda *arguments: None)
+    monkeypatch.setattr(operator, "MEASURED", {64: (1.0, 2.0), 128: (2.0, 1.0)})
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+    for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton")):
+        q = tensor(width)
+        reason, orders, _ = operator._checked.__wrapped__((q, q, q), -1, False)
+        assert reason is None and [order[0] for order in orders] == [first, first]
+
+
+@needs_extension
+def test_errors_of_the_extension_raise():
+    sizes, strides = (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 4
+    with pytest.raises(RuntimeError, match="cudaError"):
+        _cuda.extension.softmax_forward([0] * 10, "bfloat16", sizes, strides, -1, 1.0, 4096, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cuda.extension.softmax_forward([0] * 9, "bfloat16", sizes, strides, -1, 1.0, 0, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- the kernel
+
+SAMPLES = {
+    "causal": dict(length=700, causal=True),
+    "plain, grouped heads": dict(length=700, heads=(4, 2), causal=True, affine=False),
+    "128 wide, grouped heads, sink": dict(width=128, heads=(6, 2), length=500, causal=True, sink=True),
+    "full": dict(length=70, keys=700, batch=2),
+    "full, whole tiles": dict(length=256, keys=512, width=128),
+    "last queries": dict(length=40, keys=900, causal=True, sink=True),
+    "some keys ahead": dict(length=450, window_size=(-1, 70)),
+    "queries without keys": dict(length=500, keys=160, causal=True, sink=True),
+    "one token": dict(length=1, causal=True, batch=3),
+    "sharp weights": dict(length=340, scale=2.0, causal=True, affine=False),
+}
+each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+each_sample = pytest.mark.parametrize("name", SAMPLES)
+
+
+def cuda_sample(dtype=torch.bfloat16, width=64, heads=(2, 2), length=300, keys=None, batch=1, affine=True, sink=False, **options):
+    keys = length if keys is None else keys
+    shapes = (("q", heads[0], length), ("k", heads[1], keys), ("v", heads[1], keys))
+    tensors = {name: randn(batch, *shape, width, dtype=dtype, seed=seed) for seed, (name, *shape) in enumerate(shapes)}
+    if affine:
+        tensors |= {name: randn(batch, heads[0], length, seed=7 + seed) for seed, name in enumerate(("alpha", "beta"))}
+    if sink:
+        tensors["sink"] = randn(heads[0], seed=9)
+    return Sample(tensors, options)
+
+
+def run_cuda(sample, do=None):
+    return run(attention(sample), sample, do, backend="cuda")
+
+
+@gpu
+@each_half
+@each_sample
+def test_against_the_oracle(name, dtype):
+    sample = cuda_sample(dtype, **SAMPLES[name])
+    o, gradients = run_cuda(sample)
+    check(sample, like(o), o, gradients)
+    for repeat in range(20):
+        assert_same((o, gradients), run_cuda(sample), f"at repeat {repeat}")
+
+
+@gpu
+@each_sample
+def test_saves_what_triton_saves(name):
+    sample = cuda_sample(**SAMPLES[name])
+    ours, tritons = (torch.ops.nearfar.affine_attention(*op_arguments(sample), backend) for backend in ("cuda", "triton"))
+    for a, b in zip(ours, tritons, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+    torch.testing.assert_close(ours[2], tritons[2], rtol=1e-5, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous" and "expanded" not in name])
+def test_layouts(layout):
+    sample = cuda_sample(causal=True)
+    strided = {name: LAYOUTS[layout](x) if x.dim() == 4 else x for name, x in sample.tensors.items()}
+    dense = {name: x.contiguous() for name, x in strided.items()}
+    assert_same(*(run_cuda(Sample(x, sample.options)) for x in (strided, dense)))
+
+
+@gpu
+@pytest.mark.parametrize("layout", GRADIENTS)
+def test_upstream_gradients_of_any_layout(layout):
+    sample = cuda_sample(causal=True)
+    do = GRADIENTS[layout](like(sample.tensors["q"]))
+    assert_same(*(run_cuda(sample, x) for x in (do, do.contiguous())))
+
+
+@gpu
+def test_starts_that_are_not_aligned():
+    sample = cuda_sample(causal=True)
+    shifted = {n: torch.cat((x.new_zeros(4), x.flatten()))[4:].view(x.shape) for n, x in sample.tensors.items()}
+    assert_same(run_cuda(sample), run_cuda(Sample(shifted, sample.options)))
+
+
+@gpu
+def test_what_a_query_cannot_see_changes_no_bit():
+    sample = cuda_sample(length=900, causal=True)
+    o, gradients = run_cuda(sample)
+    other = Sample({name: x.clone() for name, x in sample.tensors.items()}, sample.options)
+    for name in "qkv":
+        other.tensors[name][:, :, 500:] = 1e4 * randn(*other.tensors[name][:, :, 500:].shape, dtype=torch.bfloat16, seed=5)
+    assert torch.equal(o[:, :, :500], run_cuda(other)[0][:, :, :500])
+
+
+@gpu
+def test_how_close_it_is_to_torchs_attention():
+    sample = cuda_sample(width=128, length=4096, heads=(4, 4), causal=True, affine=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in sample.tensors.values()), is_causal=True)
+    o = nf.softmax_attention(**sample.tensors, causal=True, backend="cuda")
+    torchs = torch.nn.functional.scaled_dot_product_attention(*sample.tensors.values(), is_causal=True)
+    assert (o - expected).norm() <= 1.1 * (torchs - expected).norm()
+
+
+@gpu
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
+    sample = cuda_sample(length=600, causal=True, sink=True)
+    expected = run_cuda(sample)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # capture fails if a launch goes to any other stream
+        o = nf.affine_attention(**sample.tensors, **sample.options, backend="cuda")
+    o.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(o, expected[0])
+    arguments = op_arguments(Sample(leaves(sample), sample.options))
+    torch.library.opcheck(torch.ops.nearfar.affine_attention.default, (*arguments, "cuda"))
+    compiled = torch.compile(nf.affine_attention, backend="aot_eager", fullgraph=True)
+    assert_same(expected, run(compiled, sample, backend="cuda"))
+
+
+@gpu
+def test_explain():
+    sample = cuda_sample()
+    text = nf.explain(nf.affine_attention, **sample.tensors, causal=True)
+    assert ("cuda       can serve this call" in text) == (torch.cuda.get_device_capability() == (9, 0))
+    assert "served by triton" in nf.explain(nf.affine_attention, **sample.tensors, window_size=(9, 0))
+    assert DEVICE == "cuda"
