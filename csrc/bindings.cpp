@@ -292,6 +292,7 @@ PYBIND11_MODULE(_C, m) {
                     "recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in csrc/geometry.h.");
     define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
 
+    m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(
         "softmax_forward",
         [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,

@@ -2,7 +2,7 @@
 //
 // Two warp groups have 64 queries each. While the weights of one tile are multiplied with its values and the products of the next
 // keys are under way, a group does nothing that needs them: it rescales the sum of a tile when the next one's weights are known.
-// One warp of a third group copies tiles ahead, and the others add up the chunks of values that all queries of the block see.
+// One thread of a third group copies tiles ahead.
 #include "softmax_forward.h"
 
 #include <cstdint>
@@ -21,14 +21,13 @@ struct Shape {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64;
     static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
     static constexpr int kTile = 128, kStages = 2;  // keys at once
-    static constexpr int kRegisters = 232, kProducerRegisters = 40;
+    static constexpr int kRegisters = 240, kProducerRegisters = 24;
     static constexpr int kPanel = 128 * kTile, kTileBytes = kPanels * kPanel;
+    static_assert(kTile == kSoftmaxChunk);
     static_assert(kRows == kTile, "queries, keys and values have tiles of one size");
-    // Bytes from the start of shared memory: queries, slots of keys and of values, the bias that all rows share, and barriers.
-    static constexpr int kKeys = kTileBytes, kValues = kKeys + kStages * kTileBytes, kBias = kValues + kStages * kTileBytes;
-    static constexpr int kBarriers = kBias + 4 * kWidth;
-    static constexpr int kBytes = kBarriers + 8 * (4 * kStages + 2);
-    static constexpr int kHelpers = 96;  // threads of the third group that add up chunks
+    // Bytes from the start of shared memory: queries, slots of keys and of values, and barriers.
+    static constexpr int kKeys = kTileBytes, kValues = kKeys + kStages * kTileBytes, kBarriers = kValues + kStages * kTileBytes;
+    static constexpr int kBytes = kBarriers + 8 * (4 * kStages + 1);
 };
 
 template <typename Number>
@@ -53,7 +52,6 @@ struct Barriers {
         return base + Shape::kBarriers + 8 * (kind * Shape::kStages + step % Shape::kStages);
     }
     __device__ uint32_t queries() const { return base + Shape::kBarriers + 8 * 4 * Shape::kStages; }
-    __device__ uint32_t bias() const { return queries() + 8; }
 
     // Steps use slots in turn: of step `step`, the use before it has ended, or its own copies have come.
     __device__ void wait_empty(Kind kind, int step) const {
@@ -68,22 +66,20 @@ __device__ __forceinline__ const float (&tiles_of(const float (&c)[Count]))[Coun
     return reinterpret_cast<const float(&)[Count / 4][4]>(c);
 }
 
-// The tiles of keys that a block needs: all from `tiles` - 1 down to 0, and for the bias once more those from `cut` on, which some
-// of its queries do not see to the end. Chunks before `cut` are seen by all.
+// The tiles of keys that a block needs: all from `tiles` - 1 down to 0, and for the bias the values of those from `cut` on once
+// more, which some of its queries do not see to the end. Those before `cut` are seen by all, and have running sums.
 struct Extent {
-    int tiles, cut, whole_chunks;
+    int tiles, cut;
 
     __device__ Extent(const Band& band, int first_row, int rows, int tile, bool biased)
-        : tiles((max(0, band.end(first_row + rows - 1)) + tile - 1) / tile), cut(tiles), whole_chunks(0) {
-        if (!biased) return;
+        : tiles((max(0, band.end(first_row + rows - 1)) + tile - 1) / tile), cut(tiles) {
         const int seen_by_all = max(0, band.end(first_row));
-        if (seen_by_all < band.num_others) cut = min(tiles, seen_by_all / tile);
-        whole_chunks = (min(cut * tile, band.num_others) + kSoftmaxChunk - 1) / kSoftmaxChunk;
+        if (biased && seen_by_all < band.num_others) cut = min(tiles, seen_by_all / tile);
     }
 };
 
 template <typename Shape>
-__device__ void copy_tile(const Shape*, const CUtensorMap& tensor, uint32_t to, int row, int head, int batch, uint32_t full) {
+__device__ void copy_tile(const CUtensorMap& tensor, uint32_t to, int row, int head, int batch, uint32_t full) {
     arrive_expecting(full, Shape::kTileBytes);
 #pragma unroll
     for (int panel = 0; panel < Shape::kPanels; ++panel)
@@ -97,10 +93,10 @@ __device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, c
     using B = Barriers<Shape>;
     const auto copy = [&](typename B::Kind full, typename B::Kind empty, const CUtensorMap& tensor, int slots, int step, int tile) {
         barriers.wait_empty(empty, step);
-        copy_tile<Shape>(nullptr, tensor, barriers.base + slots + step % Shape::kStages * Shape::kTileBytes, tile * Shape::kTile,
+        copy_tile<Shape>(tensor, barriers.base + slots + step % Shape::kStages * Shape::kTileBytes, tile * Shape::kTile,
                          head / arguments.group, batch, barriers.at(full, step));
     };
-    copy_tile<Shape>(nullptr, arguments.q, barriers.base, first_row, head, batch, barriers.queries());
+    copy_tile<Shape>(arguments.q, barriers.base, first_row, head, batch, barriers.queries());
     int step = 0;
     for (; step < extent.tiles; ++step) {
         copy(B::kKeysFull, B::kKeysEmpty, arguments.k, Shape::kKeys, step, extent.tiles - 1 - step);
@@ -151,7 +147,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     constexpr int kWidth = Shape::kWidth, kTile = Shape::kTile, kSteps = kTile / 16;
     extern __shared__ __align__(1024) uint4 memory[];
     const B barriers{shared_address(memory)};
-    float* const bias_of_all = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + Shape::kBias);
     const Band& band = arguments.band;
 
     // `together` heads side by side, so that L2 holds their keys and values; their last queries first, which see most.
@@ -168,7 +163,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
             for (const auto empty : {B::kKeysEmpty, B::kValuesEmpty}) make_barrier(barriers.at(empty, slot), 4 * Shape::kGroups);
         }
         make_barrier(barriers.queries(), 1);
-        make_barrier(barriers.bias(), Shape::kHelpers);
         publish_barriers();
     }
     __syncthreads();
@@ -176,18 +170,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     if (group == Shape::kGroups) {
         release_registers<Shape::kProducerRegisters>();
-        const int thread = threadIdx.x % 128;
-        if (thread == 0) copy_tiles<Shape>(arguments, barriers, extent, first_row, batch, head);
-        if (thread < 32 || arguments.beta == nullptr) return;
-        const int kv_heads = arguments.heads / arguments.group, chunks = (band.num_others + kSoftmaxChunk - 1) / kSoftmaxChunk;
-        const float* const sums = arguments.sums + (static_cast<int64_t>(batch) * kv_heads + kv_head) * chunks * kWidth;
-        for (int column = thread - 32; column < kWidth; column += Shape::kHelpers) {
-            float sum = 0;
-#pragma unroll 8
-            for (int chunk = 0; chunk < extent.whole_chunks; ++chunk) sum += sums[static_cast<int64_t>(chunk) * kWidth + column];
-            bias_of_all[column] = sum;
-        }
-        arrive(barriers.bias());
+        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, barriers, extent, first_row, batch, head);
         return;
     }
     claim_registers<Shape::kRegisters>();
@@ -301,12 +284,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
             wait_for_products<0>(bias);
             leave(barriers.at(B::kValuesEmpty, step));
         }
-        wait_for_barrier(barriers.bias(), 0);
+        if (extent.cut > 0) {
+            const int64_t kv_index = static_cast<int64_t>(batch) * (arguments.heads / arguments.group) + kv_head;
+            const int chunks = (band.num_others + kTile - 1) / kTile;
+            const float* const sums = arguments.sums + (kv_index * chunks + extent.cut - 1) * kWidth;
+#pragma unroll
+            for (int i = 0; i < kWidth / 2; ++i) bias[0][i] += sums[product_column(lane, i)];
+        }
         float beta[2];
         of_rows(arguments.beta, beta);
 #pragma unroll
-        for (int i = 0; i < kWidth / 2; ++i)
-            acc[0][i] += beta[i / 2 % 2] * (bias[0][i] + bias_of_all[product_column(lane, i)]);
+        for (int i = 0; i < kWidth / 2; ++i) acc[0][i] += beta[i / 2 % 2] * bias[0][i];
     }
     store_rows<Number, kWidth>(tiles_of(acc[0]), 1.0f, lane, rows_left, arguments.o.row,
                                arguments.o.at(batch, head) + (row - lane / 4) * arguments.o.row);

@@ -18,7 +18,7 @@ namespace nearfar {
 //
 // alpha, beta (B, Hq, N) float32 or null, u (B, Hq, N, D) like o or null: without alpha and beta o is u. sink (Hq,) float32, a
 // logit in the denominator alone, or null. lse (B, Hq, N) float32, in base 2, without the sink's share 0 where a query sees no
-// key. sums (B, Hkv, M / kSoftmaxChunk rounded up, D) float32, with beta: the sums of chunks of values. All of these contiguous.
+// key. sums (B, Hkv, M / kSoftmaxChunk rounded up, D) float32, with beta: of the values of all chunks up to each. All contiguous.
 struct SoftmaxForward {
     const void *q, *k, *v;
     const float *alpha, *beta, *sink, *sums;
@@ -29,7 +29,7 @@ struct SoftmaxForward {
     double scale;
 };
 
-inline constexpr int kSoftmaxChunk = 64;  // tokens
+inline constexpr int kSoftmaxChunk = 128;  // tokens
 
 void softmax_forward(const SoftmaxForward& call, DType dtype, cudaStream_t stream);
 

@@ -7,6 +7,7 @@ to the tests: racecheck breaks kernels of cuBLAS, and initcheck takes what these
 import hashlib
 import itertools
 
+import test_affine_cuda
 import test_diagnostics_cuda
 import test_krause_cuda
 import test_linear_cuda
@@ -32,6 +33,9 @@ def results(dtype):
             yield step(sample, positions, cache_before(sample, positions), "cuda")
     for options in test_diagnostics_cuda.SAMPLES.values():
         yield from test_diagnostics_cuda.everything(test_diagnostics_cuda.cuda_sample(dtype, **options))
+    for options in test_affine_cuda.SAMPLES.values():
+        sample = test_affine_cuda.cuda_sample(dtype, **options)
+        yield test_affine_cuda.attention(sample)(**sample.tensors, **sample.options, backend="cuda")
     for width in (16, 64, 100, 256):
         yield _cuda.row_sumsq(randn(2, 3, 65, width, dtype=dtype))
 
