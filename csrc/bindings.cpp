@@ -288,8 +288,9 @@ PYBIND11_MODULE(_C, m) {
             py::arg("scale"), py::arg("device"), py::arg("stream"), description);
     };
     define_geometry("geometry_select", &geometry_select,
-                    "Fills scores and chosen. tensors: q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, "
-                    "recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in csrc/geometry.h.");
+                    "Fills scores and chosen. tensors: q, k, v, scores, chosen, s, shift, farthest, excess, squares, "
+                    "precision, recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in "
+                    "csrc/geometry.h.");
     define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
 
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;

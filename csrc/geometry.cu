@@ -291,7 +291,9 @@ void select_of(const Geometry& call, cudaStream_t stream) {
                               call.scores, call.chosen, static_cast<int>(call.top_n), 0};
     for (; arguments.first_rank < arguments.top_n; arguments.first_rank += kRound) {
         const int64_t heads = call.batches * call.heads;
-        const auto launch = [&](auto kernel) { launch_stream<kernel.value, Stream>(arguments, heads, stream, "select launch"); };
+        const auto launch = [&](auto kernel) {
+            launch_stream<kernel.value, Stream>(arguments, heads, stream, "select launch");
+        };
         if (arguments.first_rank > 0) launch(Constant<select_kernel<Stream, kRound, true>>());
         else if (arguments.top_n > kRound / 2) launch(Constant<select_kernel<Stream, kRound, false>>());
         else launch(Constant<select_kernel<Stream, kRound / 2, false>>());

@@ -1,8 +1,7 @@
 // Softmax attention with an affine epilogue: an online softmax over tiles of keys, the last one first.
 //
-// Two warp groups have 64 queries each. While the weights of one tile are multiplied with its values and the products of the next
-// keys are under way, a group does nothing that needs them: it rescales the sum of a tile when the next one's weights are known.
-// One thread of a third group copies tiles ahead.
+// Two warp groups have 64 queries each. While the weights of one tile are multiplied with its values, a group turns the
+// products of the next keys into weights, and rescales the sum behind it. One thread of a third group copies tiles ahead.
 #include "softmax_forward.h"
 
 #include <cstdint>
@@ -88,10 +87,10 @@ __device__ void copy_tile(const CUtensorMap& tensor, uint32_t to, int row, int h
 
 // What one thread does for the others: all copies, in the order of their use.
 template <typename Shape>
-__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Barriers<Shape>& barriers, const Extent& extent, int first_row,
-                           int batch, int head) {
+__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Barriers<Shape>& barriers,
+                           const Extent& extent, int first_row, int batch, int head) {
     using B = Barriers<Shape>;
-    const auto copy = [&](typename B::Kind full, typename B::Kind empty, const CUtensorMap& tensor, int slots, int step, int tile) {
+    const auto copy = [&](auto full, auto empty, const CUtensorMap& tensor, int slots, int step, int tile) {
         barriers.wait_empty(empty, step);
         copy_tile<Shape>(tensor, barriers.base + slots + step % Shape::kStages * Shape::kTileBytes, tile * Shape::kTile,
                          head / arguments.group, batch, barriers.at(full, step));
@@ -160,7 +159,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < Shape::kStages; ++slot) {
             for (const auto full : {B::kKeysFull, B::kValuesFull}) make_barrier(barriers.at(full, slot), 1);
-            for (const auto empty : {B::kKeysEmpty, B::kValuesEmpty}) make_barrier(barriers.at(empty, slot), 4 * Shape::kGroups);
+            for (const auto empty : {B::kKeysEmpty, B::kValuesEmpty})
+                make_barrier(barriers.at(empty, slot), 4 * Shape::kGroups);
         }
         make_barrier(barriers.queries(), 1);
         publish_barriers();
@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
             rescale = exp2_approximate(highest - top);
             norm = norm * rescale + exp2_approximate(logit - top);
         }
-        if (lane % 4 == 0 && row + 8 * r < band.num_rows) arguments.lse[numbers + row + 8 * r] = sees_a_key ? top + log2f(norm) : 0.0f;
+        if (lane % 4 == 0 && row + 8 * r < band.num_rows)
+            arguments.lse[numbers + row + 8 * r] = sees_a_key ? top + log2f(norm) : 0.0f;
         const float factor = sees_a_key ? rescale / norm : 0.0f;
 #pragma unroll
         for (int i = 0; i < kWidth / 4; ++i) acc[0][i / 2 * 4 + 2 * r + i % 2] *= factor;
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
         for (int tile = extent.cut, step = extent.tiles; tile < extent.tiles; ++tile, ++step) {
 #pragma unroll
             for (int i = 0; i < 4 * kSteps; ++i) {
-                const int r = i % 2, key = tile * kTile + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4), end = band.end(row + 8 * r);
+                const int key = tile * kTile + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4), end = band.end(row + i % 2 * 8);
                 weight[i / 4][i % 4] = pack<Number>(key < end ? 1.0f : 0.0f, key + 1 < end ? 1.0f : 0.0f);
             }
             barriers.wait_full(B::kValuesFull, step);
@@ -311,7 +312,8 @@ void launch(const SoftmaxForward& call, cudaStream_t stream) {
     };
     const int64_t group = call.heads / call.kv_heads, heads = call.batches * call.heads;
     const int64_t tiles = (call.num_queries + Shape::kRows - 1) / Shape::kRows;
-    const int64_t together = std::min(heads, group * std::max<int64_t>(1, kShared / std::max<int64_t>(1, call.num_keys * 4 * Width)));
+    const int64_t bytes = std::max<int64_t>(1, call.num_keys * 4 * Width);  // of the keys and values of a head
+    const int64_t together = std::min(heads, group * std::max<int64_t>(1, kShared / bytes));
     const Arguments<Number> arguments{map(call.q, call.heads, call.num_queries, call.q_strides),
                               map(call.k, call.kv_heads, call.num_keys, call.k_strides),
                               map(call.v, call.kv_heads, call.num_keys, call.v_strides),
@@ -322,8 +324,8 @@ void launch(const SoftmaxForward& call, cudaStream_t stream) {
                               static_cast<int>(together), static_cast<int>(heads), static_cast<float>(call.scale) * kLog2E};
     resident_blocks<kKernel>(Shape::kThreads, Shape::kBytes);
     void* parameters[] = {const_cast<Arguments<Number>*>(&arguments)};
-    check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(heads * tiles)), dim3(Shape::kThreads), parameters, Shape::kBytes,
-                           stream), "softmax_forward launch");
+    const dim3 blocks(static_cast<unsigned>(heads * tiles)), threads(Shape::kThreads);
+    check(cudaLaunchKernel(kKernel, blocks, threads, parameters, Shape::kBytes, stream), "softmax_forward launch");
 }
 
 }  // namespace

@@ -17,8 +17,8 @@ namespace nearfar {
 // i + M - N + right, all of them if right < 0.
 //
 // alpha, beta (B, Hq, N) float32 or null, u (B, Hq, N, D) like o or null: without alpha and beta o is u. sink (Hq,) float32, a
-// logit in the denominator alone, or null. lse (B, Hq, N) float32, in base 2, without the sink's share 0 where a query sees no
-// key. sums (B, Hkv, M / kSoftmaxChunk rounded up, D) float32, with beta: of the values of all chunks up to each. All contiguous.
+// logit in the denominator alone, or null. lse (B, Hq, N) float32, in base 2, 0 where a query sees no key. sums (B, Hkv, M /
+// kSoftmaxChunk rounded up, D) float32, with beta: of the values of all chunks up to each. All of these are contiguous.
 struct SoftmaxForward {
     const void *q, *k, *v;
     const float *alpha, *beta, *sink, *sums;

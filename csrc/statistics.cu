@@ -22,8 +22,8 @@ struct Arguments {
     float unit;  // of scores, in base 2
 };
 
-// What is known of the weights of a row, relative to 2^level. Entropy is log(total) - weighted / total with x = log(weight) <= 0:
-// two terms of one sign, so that small entropies keep their digits.
+// What is known of the weights of a row, relative to 2^level. Entropy is log(total) - weighted / total with
+// x = log(weight) <= 0: two terms of one sign, so that small entropies keep their digits.
 struct Summary {
     float highest = -kInfinity;  // product
     float level = 0;             // highest * unit, rounded once
@@ -176,10 +176,10 @@ void statistics_of(const Statistics& call, cudaStream_t stream) {
     Arguments arguments{{}, call.lse, call.entropy, call.max_weight, call.max_key, call.mass, call.levels,
                         static_cast<int>(whole_tiles(call.num_queries, kDiagnosticsTile)),
                         static_cast<float>(call.scale) * kLog2E};
-    arguments.stream = StreamArguments<1>{{q.map<Number>(Stream::kRows)}, {k.map<Number>(Stream::kTile)}, sight.of_queries(),
+    arguments.stream = {{q.map<Number>(Stream::kRows)}, {k.map<Number>(Stream::kTile)}, sight.of_queries(),
                         heads, group, num_tiles<Stream>(call.num_queries)};
     launch_stream<statistics_kernel<Stream>, Stream>(arguments, call.batches * heads, stream, "statistics launch");
-    arguments.stream = StreamArguments<1>{{k.map<Number>(Stream::kRows)}, {q.map<Number>(Stream::kTile)}, sight.of_keys(),
+    arguments.stream = {{k.map<Number>(Stream::kRows)}, {q.map<Number>(Stream::kTile)}, sight.of_keys(),
                         heads, group, num_tiles<Stream>(call.num_keys)};
     launch_stream<key_mass_kernel<Stream>, Stream>(arguments, call.batches * heads, stream, "key_mass launch");
 }

@@ -12,9 +12,9 @@ namespace nearfar {
 
 // What softmax attention does with scores scale q.k, scale > 0, on the current device, a GPU of compute capability 9.0.
 //
-// q (B, Hq, N, D), k (B, Hkv, M, D): float16 or bfloat16, strides in numbers for the first three dimensions, 1 for the last; rows
-// start at multiples of 16 bytes. D is 64 or 128. Query i sees the keys from i + M - N - left to i + M - N + right; left or
-// right below 0 is without limit; every query sees one.
+// q (B, Hq, N, D), k (B, Hkv, M, D): float16 or bfloat16, strides in numbers for the first three dimensions, 1 for the last;
+// rows start at multiples of 16 bytes. D is 64 or 128. Query i sees the keys from i + M - N - left to i + M - N + right; left
+// or right below 0 is without limit; every query sees one.
 //
 // lse, entropy, max_weight: (B, Hq, N) float32, max_key likewise int64; mass (B, Hq, M) float32; all contiguous. levels is a
 // workspace of (B, Hq, N') float32, where N' is N as a multiple of kDiagnosticsTile.

@@ -28,7 +28,9 @@ __device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {
 }
 
 // After they were made, and before a barrier of all threads.
-__device__ __forceinline__ void publish_barriers() { NEARFAR_HOPPER(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory")); }
+__device__ __forceinline__ void publish_barriers() {
+    NEARFAR_HOPPER(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+}
 
 __device__ __forceinline__ void arrive(uint32_t barrier) {
     NEARFAR_HOPPER(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"));
@@ -36,7 +38,8 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
 
 // Arrives, and lets the barrier wait for this many bytes of copies, too.
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
-    NEARFAR_HOPPER(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"));
+    NEARFAR_HOPPER(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                                : "memory"));
 }
 
 // Waits for the end of a phase: the first one, third one, .. have parity 0.
@@ -75,8 +78,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor,
 
 // Bytes from a multiple of 16, as many as a multiple of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    NEARFAR_HOPPER(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                                "l"(from), "r"(bytes), "r"(barrier)
+    NEARFAR_HOPPER(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                                "[%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
                                 : "memory"));
 }
 
@@ -101,8 +104,8 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
                                 : RESULTS                                                                    \
                                 : __VA_ARGS__, "r"(static_cast<int>(add))))
 
-// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b, both by panel_operand. A warp has 16 of the rows of
-// c, as fragments c of mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
+// c = a b^T, or c += a b^T, for 16 columns of 64 rows of a and of N rows of b, both by panel_operand. A warp has 16 of the rows
+// of c, as fragments c of mma.cuh one after the other. Starts it: c may not be touched before it was waited for.
 template <typename T, int N>
 __device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
     static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>, "16-bit numbers only");
@@ -148,14 +151,17 @@ __device__ __forceinline__ void start_product_of_rows(float (&c)[N / 2], const u
 // Before the first product of a group of them, after anything else has written their results.
 __device__ __forceinline__ void begin_products() { NEARFAR_HOPPER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 
-__device__ __forceinline__ void commit_products() { NEARFAR_HOPPER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+__device__ __forceinline__ void commit_products() {
+    NEARFAR_HOPPER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"));
+}
 
 // Waits for all groups of products but the last `Pending`; c are results of the others.
 template <int Pending, int Count, int Numbers>
 __device__ __forceinline__ void wait_for_products(float (&c)[Count][Numbers]) {
     NEARFAR_HOPPER(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"));
+    // They are not read before.
 #pragma unroll
-    for (int i = 0; i < Numbers * Count; ++i) asm volatile("" : "+f"(c[i / Numbers][i % Numbers])::"memory");  // not read before
+    for (int i = 0; i < Numbers * Count; ++i) asm volatile("" : "+f"(c[i / Numbers][i % Numbers])::"memory");
 }
 
 }  // namespace nearfar

@@ -1,8 +1,8 @@
 // Every pair of a block's own rows with a stream of others: what kernels share that score pairs and keep little of them.
 //
-// One warp starts copies of the stream's tiles into a ring of slots. Warp groups, each with 64 of the block's rows, multiply them
-// with one tile after the other at their own pace: while some compute with their products, those of others run. So the stream is
-// read once for all groups.
+// One thread starts copies of the stream's tiles into a ring of slots. Warp groups, each with 64 of the block's rows, multiply
+// them with one tile after the other at their own pace: while some compute with their products, those of others run. So the
+// stream is read once for all groups.
 #pragma once
 
 #include <algorithm>
@@ -67,8 +67,8 @@ __device__ int own_row(const Place& place) {
 // with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows reach all of them.
 // vectors: numbers of the head's others in global memory, padded to whole tiles, or null. True to the threads that have rows.
 template <typename Stream, typename Arguments, typename Body>
-__device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors, char* memory,
-                                              Body& body) {
+__device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors,
+                                              char* memory, Body& body) {
     constexpr int kTile = Stream::kTile, kGroups = Stream::kGroups, kStages = Stream::kStages;
     constexpr int kPanelsEach = Stream::kPanels / Stream::kProducts;
     const Band& band = arguments.band;
@@ -103,8 +103,9 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
             arrive_expecting(full(slot), Stream::kSlotBytes + (vectors == nullptr ? 0 : Stream::kVectorBytes));
 #pragma unroll
             for (int i = 0; i < Stream::kPanels; ++i)
-                copy_box(base + Stream::kSlots + slot * Stream::kSlotBytes + i * Stream::kPanel, arguments.others[i / kPanelsEach],
-                         i % kPanelsEach * 64, tile * kTile, place.other_head, place.batch, full(slot));
+                copy_box(base + Stream::kSlots + slot * Stream::kSlotBytes + i * Stream::kPanel,
+                         arguments.others[i / kPanelsEach], i % kPanelsEach * 64, tile * kTile, place.other_head, place.batch,
+                         full(slot));
             if (vectors != nullptr)
                 copy_bytes(base + Stream::kVectors + slot * Stream::kVectorBytes, vectors + tile * kTile, Stream::kVectorBytes,
                            full(slot));

@@ -178,10 +178,23 @@ void start_product(float (&c)[N / 2], uint64_t a, uint64_t b, bool add) {
     std::fill_n(c, N / 2, NAN);
 }
 
-// Columns of 16 rows of an operand by rows_operand: number (k, column).
+// 16 rows by rows_operand.
+struct InnerRows {
+    uint32_t start, stride;
+
+    InnerRows(uint64_t operand, int columns)
+        : start(static_cast<uint32_t>(operand & 0x3fff) << 4), stride(static_cast<uint32_t>(operand >> 16 & 0x3fff) << 4) {
+        if ((operand & ~uint64_t{0x3fff3fff}) != (uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32))
+            emulation::fail("wgmma: an operand of another layout");
+        if (start % 1024 || stride % 1024) emulation::fail("wgmma: an operand that is no panel");
+        emulation::check_shared(start + (columns / 64 - 1) * stride, "wgmma", 1024, 2048);
+    }
+    template <typename T>
+    float at(int k, int column) const;
+};
+
 template <typename T>
-float number_at(uint64_t operand, int k, int column) {
-    const auto start = static_cast<uint32_t>(operand & 0x3fff) << 4, stride = static_cast<uint32_t>(operand >> 16 & 0x3fff) << 4;
+float InnerRows::at(int k, int column) const {
     const uint32_t address = permuted(start + column / 64 * stride + 128 * k + column % 64 / 2 * 4);
     uint32_t word;
     std::memcpy(&word, emulation::shared.begin + address, sizeof word);
@@ -192,10 +205,7 @@ template <typename T, int N>
 void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {
     emulation::Lane& lane = emulation::this_lane();
     if (!lane.may_multiply) emulation::fail("wgmma: begin_products is missing");
-    if ((b & ~uint64_t{0x3fff3fff}) != (uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32)) emulation::fail("wgmma: an operand of another layout");
-    const auto start = static_cast<uint32_t>(b & 0x3fff) << 4, stride = static_cast<uint32_t>(b >> 16 & 0x3fff) << 4;
-    if (start % 1024 || stride % 1024) emulation::fail("wgmma: an operand that is no panel");
-    emulation::check_shared(start + (N / 64 - 1) * stride, "wgmma", 1024, 2048);
+    const InnerRows inner(b, N);
     struct In {
         uint32_t a[4];
         uint64_t b;
@@ -206,10 +216,12 @@ void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b
     const Rows rows = emulation::exchange<Rows>(In{{a[0], a[1], a[2], a[3]}, b}, [](const In(&in)[32], Rows(&out)[32]) {
         for (const In& other : in)
             if (other.b != in[0].b) emulation::fail("wgmma: lanes disagree");
-        for (int lane = 0; lane < 32; ++lane)
-            for (int i = 0; i < 16; ++i) out[lane].word[i % 2][i / 8 * 4 + i / 2 % 4] = in[lane / 4 * 4 + i / 2 % 4].a[i / 8 * 2 + i % 2];
+        for (int i = 0; i < 16 * 32; ++i) {
+            const int lane = i / 16, pair = i / 2 % 4, half = i / 8 % 2, row = i % 2;
+            out[lane].word[row][half * 4 + pair] = in[lane / 4 * 4 + pair].a[half * 2 + row];
+        }
     });
-    const auto compute = [&c, rows, b] {
+    const auto compute = [&c, rows, inner] {
         const int lane = threadIdx.x % 32;
         for (int column = 0; column < N / 4; ++column) {
             for (int r = 0; r < 2; ++r) {
@@ -217,7 +229,7 @@ void start_product_of_rows(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b
                 double sum = number;
                 for (int k = 0; k < 16; ++k)
                     sum += static_cast<double>(half_of<T>(rows.word[r][k / 2], k % 2)) *
-                           number_at<T>(b, k, column / 2 * 8 + 2 * (lane % 4) + column % 2);
+                           inner.at<T>(k, column / 2 * 8 + 2 * (lane % 4) + column % 2);
                 number = static_cast<float>(sum);
             }
         }
@@ -235,7 +247,8 @@ inline void begin_products() {
 inline void commit_products() {
     __syncwarp();
     emulation::Lane& lane = emulation::this_lane();
-    lane.product_groups.push_back(lane.products.size() - std::accumulate(lane.product_groups.begin(), lane.product_groups.end(), size_t{0}));
+    std::vector<size_t>& groups = lane.product_groups;
+    groups.push_back(lane.products.size() - std::accumulate(groups.begin(), groups.end(), size_t{0}));
 }
 
 template <int Pending, int Count, int Numbers>
@@ -247,7 +260,8 @@ void wait_for_products(float (&c)[Count][Numbers]) {
         const auto begin = lane.products.begin(), end = begin + lane.product_groups.front();
         for (auto product = end; product != begin;) {  // back to what c was before the first of them
             --product;
-            if (product->c < c[0] || product->c >= c[0] + Count * Numbers) emulation::fail("wgmma: waited for by other results");
+            if (product->c < c[0] || product->c >= c[0] + Count * Numbers)
+                emulation::fail("wgmma: waited for by other results");
             std::copy(product->before.begin(), product->before.end(), product->c);
         }
         for (auto product = begin; product != end; ++product) product->compute();
