@@ -246,6 +246,16 @@ def test_geometry(name, dtype, kernels):
 
 
 @each_dtype
+def test_equal_values_cannot_be_told_apart(dtype, kernels):
+    """Every excess is the same number, whether a key comes in the tile of the last that was selected or after it."""
+    sample = make(dtype, length=5, keys=200)
+    for tensor in sample.tensors.values():
+        tensor.fill_(1)
+    _, found = geometry(kernels, sample, 4, ALL_CONDITIONS[0])
+    assert (found.precision == 4 / 200).all() and (found.recall == 0).all() and (found.f_score == 0).all()
+
+
+@each_dtype
 def test_geometry_of_random_scores(dtype, kernels):
     """A score has the very bits by which it was selected or not, and rows that have no number have no results."""
     sample = make(dtype, length=100, keys=300)
