@@ -86,9 +86,9 @@ def assert_same(first, second):
 # -------------------------------------------------------------------------------------------------------------- statistics
 
 
-def statistics(kernels, sample, conditions):
+def statistics(kernels, sample, conditions, view=lambda x: x):
     guarded = Guarded(poison=conditions.seed)
-    q, k = (guarded.copy(sample.tensors[name]) for name in "qk")
+    q, k = (view(guarded.copy(sample.tensors[name])) for name in "qk")
     rows = q.shape[:3]
     outputs = {name: guarded.empty(rows, torch.float32) for name in ("lse", "entropy", "max_weight")}
     outputs["max_key"] = guarded.empty(rows, torch.int64)
@@ -131,6 +131,12 @@ def test_statistics(name, dtype, kernels):
         assert_accurate(part, getattr(found, part), *expected, torch.float32)
     for conditions in ALL_CONDITIONS[1:]:
         assert_same(found, statistics(kernels, sample, conditions))
+
+
+def test_dimensions_of_one_have_any_stride(kernels):
+    sample = make(torch.float16, length=9)
+    found = statistics(kernels, sample, ALL_CONDITIONS[0])
+    assert_same(found, statistics(kernels, sample, ALL_CONDITIONS[0], lambda x: x.as_strided(x.shape, (3, 5, 64, 1))))
 
 
 @each_dtype
