@@ -86,9 +86,9 @@ def assert_same(first, second):
 # -------------------------------------------------------------------------------------------------------------- statistics
 
 
-def statistics(kernels, sample, conditions):
+def statistics(kernels, sample, conditions, view=lambda x: x):
     guarded = Guarded(poison=conditions.seed)
-    q, k = (guarded.copy(sample.tensors[name]) for name in "qk")
+    q, k = (view(guarded.copy(sample.tensors[name])) for name in "qk")
     rows = q.shape[:3]
     outputs = {name: guarded.empty(rows, torch.float32) for name in ("lse", "entropy", "max_weight")}
     outputs["max_key"] = guarded.empty(rows, torch.int64)
@@ -131,6 +131,12 @@ def test_statistics(name, dtype, kernels):
         assert_accurate(part, getattr(found, part), *expected, torch.float32)
     for conditions in ALL_CONDITIONS[1:]:
         assert_same(found, statistics(kernels, sample, conditions))
+
+
+def test_dimensions_of_one_have_any_stride(kernels):
+    sample = make(torch.float16, length=9)
+    found = statistics(kernels, sample, ALL_CONDITIONS[0])
+    assert_same(found, statistics(kernels, sample, ALL_CONDITIONS[0], lambda x: x.as_strided(x.shape, (3, 5, 64, 1))))
 
 
 @each_dtype
@@ -243,6 +249,16 @@ def test_geometry(name, dtype, kernels):
     for conditions in ALL_CONDITIONS[1:]:
         again, found_again = geometry(kernels, sample, top_n, conditions)
         assert_same((scores, chosen, *found), (*again, *found_again))
+
+
+@each_dtype
+def test_equal_values_cannot_be_told_apart(dtype, kernels):
+    """Every excess is the same number, whether a key comes in the tile of the last that was selected or after it."""
+    sample = make(dtype, length=5, keys=200)
+    for tensor in sample.tensors.values():
+        tensor.fill_(1)
+    _, found = geometry(kernels, sample, 4, ALL_CONDITIONS[0])
+    assert (found.precision == 4 / 200).all() and (found.recall == 0).all() and (found.f_score == 0).all()
 
 
 @each_dtype

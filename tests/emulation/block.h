@@ -68,8 +68,8 @@ struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     bool waits, done;
-    std::vector<Copy> copies;    // that have yet to land
-    std::vector<size_t> groups;  // how many of them are in each group, the oldest first
+    std::vector<Copy> copies;       // that have yet to land
+    std::vector<size_t> groups;     // how many of them are in each group, the oldest first
     std::vector<Product> products;  // that have yet to be computed
     std::vector<size_t> product_groups;  // how many of them are in each group, the oldest first
     bool may_multiply;              // since a fence
