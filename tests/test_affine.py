@@ -9,6 +9,7 @@ import torch
 from harness import DEVICE, DTYPES, GRADIENTS, LAYOUTS, Sample, assert_accurate, assert_same, needs_gpu, randn, run
 from hypothesis import strategies as st
 from nearfar.triton_kernels import affine_launch
+from nearfar.triton_kernels.launch import launch_parameters
 from samples.affine import check, random_rows, visible
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,6 +121,16 @@ def test_windows(window_size, length, keys, backend):
     sample = random_sample(length=length, keys=keys, window_size=window_size)
     do = randn(1, 2, length, 16, seed=9)
     check(sample, do, *run_sample(sample, do, backend))
+
+
+# Chunks of values have 32 tokens in float32 and 64 in float16, as the tiles of keys do.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length, keys", [(32, 64), (33, 63), (64, 64), (65, 129), (128, 65), (130, 64)])
+def test_lengths_about_whole_chunks(length, keys, causal, dtype):
+    sample = random_sample(dtype, length, keys, heads=(2, 1), causal=causal)
+    do = randn(1, 2, length, 16, dtype=dtype, seed=9)
+    check(sample, do, *run_sample(sample, do))
 
 
 @each_backend
@@ -261,6 +272,43 @@ def test_window_sums_of_the_reference_over_64k_tokens(left, right):
 
     for got, truth in ((sums, exact(v, left, right)), (dv, exact(weight, right, left))):
         assert (got.double() - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+def running_sums(sums):
+    """What the kernel makes of sums (B, H, chunks, width) of single chunks, float64 for values in float32."""
+    batch, heads, chunks, width = sums.shape
+    dtype = torch.float32 if sums.dtype == torch.float64 else torch.float16
+    chunk = launch_parameters("softmax_attend", 64, dtype.itemsize).block_n
+    v = torch.empty(batch, heads, chunks * chunk - 1, width, dtype=dtype, device="meta")
+    call = affine_launch.signature(v, v, v, None, False, -1, 0)
+    assert affine_launch.sums_shape(call, chunk) == sums.shape
+    _, run = affine_launch.plan_sums(call, chunk)
+    sums = sums.clone()
+    run(sums)
+    return sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("chunks", [1, 127, 128, 129, 1030])
+def test_running_sums_about_whole_blocks(chunks, dtype):
+    """Blocks of 128 chunks and 16 columns: each sum of positive numbers within one rounding for each addition behind it."""
+    sums = 1 + torch.rand(2, 3, chunks, 40, dtype=dtype, device=DEVICE)
+    exact = sums.double().cumsum(2)
+    additions = 128 + chunks // 128
+    assert ((running_sums(sums).double() - exact).abs() <= additions * torch.finfo(dtype).eps * exact).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_running_sums_change_no_bit_by_what_follows(dtype):
+    """Within a block of 128 chunks and behind it, be it infinite."""
+    sums = randn(1, 2, 300, 24, dtype=dtype)
+    expected = running_sums(sums)
+    for chunk, value in ((0, 1e12), (70, -1e12), (100, float("inf")), (127, float("nan")), (128, 1e12), (299, 1e12)):
+        changed = sums.clone()
+        changed[:, :, chunk] = value
+        got = running_sums(changed)
+        assert torch.equal(got[:, :, :chunk], expected[:, :, :chunk])
+        assert (got[:, :, chunk:] != expected[:, :, chunk:]).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- isolation

@@ -1,16 +1,16 @@
 """Softmax attention and affine-scaled attention (arXiv 2602.23057): o_i = alpha_i softmax(..)_i V + beta_i c_i.
 
-c_i is the sum of the values that query i may see. It needs no pairs: chunks of values that a whole tile of queries sees enter
-by their sums, and only the chunks that the ends of its windows cut are multiplied by their mask. The backward uses the same
-for dv, whose bias part is the sum of beta_i dO_i over the queries that see a key.
+c_i is the sum of the values that query i may see. It needs no pass over pairs: tiles of keys that a whole tile of queries sees
+enter by their sums, chunks here, and only those at the ends of its windows are multiplied by their mask.
 
-    chunk_sums       sums of values, or of scaled dO, over chunks of CHUNK tokens
+    chunk_sums       sums of values over chunks of as many tokens as the tiles of keys have
+    running_sums     those of all chunks up to each
     attend           o, the plain attention output u, and lse
     grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
     grad_keys        dk and dv, summed over the query heads of a group
 
-With P = softmax and dP = dO v^T, dS = alpha P (dP - m). A sink adds its logit to the denominator only. lse is in base 2, and
-float64 where the inputs are float32. Rows without keys have u = c = m = 0.
+With P = softmax and dP = dO v^T, dS = alpha P (dP - m), and dv gets dO by the weights alpha P + beta. A sink adds its logit to
+the denominator only. lse is in base 2, and float64 where the inputs are float32. Rows without keys have u = c = m = 0.
 """
 
 import triton
@@ -36,66 +36,63 @@ from .tiles import (
     transpose_window,
 )
 
-CHUNK: tl.constexpr = tl.constexpr(64)  # tokens
-CHUNKS_AT_ONCE: tl.constexpr = tl.constexpr(16)
-
-
-@triton.jit
-def load_scaled(base, rows, stride, num_rows, factors, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """A float32 tile of rows, multiplied by their factors if there are any."""
-    tile = load_tile(base, rows, stride, num_rows, WIDTH, BLOCK_WIDTH).to(tl.float32)
-    if factors is not None:
-        tile *= load_vector(factors, rows, num_rows, 0.0)[:, None]
-    return tile
+CHUNKS_AT_ONCE: tl.constexpr = tl.constexpr(16)  # of those that are added up where running sums do not serve
+RUN: tl.constexpr = tl.constexpr(128)  # chunks that running_sums adds up at once
+COLUMNS: tl.constexpr = tl.constexpr(16)  # and of how many columns
 
 
 @triton.jit
 def chunk_sums(
-    values, factors, sums, strides, num_rows, num_heads, num_chunks,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    values, sums, strides, num_rows, num_heads, num_chunks,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """sums (B, H, chunks, width) float32: the sum of the values of each chunk."""
+    """sums (B, H, chunks, width): the sum of the values of each chunk, in float32."""
     chunk, head, batch = program_coordinates(num_chunks, num_heads)
-    index = batch.to(tl.int64) * num_heads + head
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
-    if factors is not None:
-        factors += index * num_rows
-    tile = load_scaled(at(values, strides, batch, head), rows, strides[2], num_rows, factors, WIDTH, BLOCK_WIDTH)
+    tile = load_tile(at(values, strides, batch, head), rows, strides[2], num_rows, WIDTH, BLOCK_WIDTH)
     column = tl.arange(0, BLOCK_WIDTH)
-    sums += (index * num_chunks + chunk) * WIDTH
-    tl.store(sums + column, tl.sum(tile, 0), mask=column < WIDTH)
+    sums += ((batch.to(tl.int64) * num_heads + head) * num_chunks + chunk) * WIDTH
+    tl.store(sums + column, tl.sum(tile.to(tl.float32), 0), mask=column < WIDTH)
 
 
 @triton.jit
-def window_sums(
-    total, values, stride, factors, sums, begin, end, tile_begin, all_begin, all_end, tile_end, num_rows,
-    PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """total (rows, BLOCK_WIDTH) plus the sums of the values in the interval [begin, end) of each row.
+def running_sums(sums, num_chunks, num_blocks, WIDTH: tl.constexpr):
+    """sums (B, H, chunks, width) of single chunks become those of all chunks up to each, in place, some columns a program."""
+    program = tl.program_id(0)
+    column = program % num_blocks * COLUMNS + tl.arange(0, COLUMNS)
+    sums += (program // num_blocks).to(tl.int64) * num_chunks * WIDTH
+    before = tl.zeros((COLUMNS,), sums.dtype.element_ty)
+    for first in range(0, num_chunks, RUN):
+        chunk = first + tl.arange(0, RUN)
+        places = sums + chunk.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        mask = (chunk < num_chunks)[:, None] & (column < WIDTH)[None, :]
+        tile = tl.load(places, mask=mask, other=0.0)
+        tl.store(places, before[None, :] + tl.cumsum(tile, 0), mask=mask)
+        before += tl.sum(tile, 0)
 
-    The intervals cover [all_begin, all_end) all, and nothing beyond [tile_begin, tile_end); see tile_reach. Sums of chunks are
-    added, not taken from prefix sums: in a difference of those, what a row cannot see would leave its roundings.
+
+@triton.jit
+def sum_whole_tiles(
+    sums, batch, head, num_heads, num_keys, tiles, SUM: tl.constexpr,
+    RUNNING: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_DV,) sum of the values of the keys in the whole tiles. RUNNING: sums are running ones, and no window has a begin.
+
+    Where windows have one the chunks are added up, as in a difference of running sums what a row cannot see would leave its
+    roundings.
     """
-    chunks = tile_ranges(tile_begin, all_begin, all_end, tile_end, CHUNK)
-    start, stop = steps(chunks, False)
-    seen_by_all = tl.zeros((BLOCK_WIDTH,), total.dtype)
-    for step in range(start // CHUNK, stop // CHUNK, CHUNKS_AT_ONCE):
-        chunk = step + tl.arange(0, CHUNKS_AT_ONCE)
-        seen_by_all += tl.sum(load_tile(sums, chunk, WIDTH, stop // CHUNK, WIDTH, BLOCK_WIDTH).to(total.dtype), 0)
-    total += seen_by_all[None, :]
-    start, stop = steps(chunks, True)
-    for step in range(start, stop, CHUNK):
-        rows = position(step, chunks, True) + tl.arange(0, CHUNK)
-        mask = tl.where(inside(rows, begin, end), 1.0, 0.0)
-        if factors is None:
-            tile = load_tile(values, rows, stride, num_rows, WIDTH, BLOCK_WIDTH)
-            total = add_product(total, mask.to(tile.dtype), tile, PRECISION)
-        else:
-            # Factors may be as small as 1 / N, where float16 has few bits left: tf32 has its bits and a wider range.
-            tile = load_scaled(values, rows, stride, num_rows, factors, WIDTH, BLOCK_WIDTH)
-            SCALED: tl.constexpr = "tf32" if values.dtype.element_ty.primitive_bitwidth == 16 else PRECISION
-            total = add_product(total, mask, tile, SCALED)
-    return total
+    sums += (batch.to(tl.int64) * num_heads + head) * tl.cdiv(num_keys, BLOCK_N) * DV
+    start, stop = steps(tiles, False)
+    if RUNNING:
+        column = tl.arange(0, BLOCK_DV)
+        last = (stop // BLOCK_N - 1).to(tl.int64)
+        return tl.load(sums + last * DV + column, mask=(column < DV) & (last >= 0), other=0.0)
+    else:
+        total = tl.zeros((BLOCK_DV,), SUM)
+        for step in range(start // BLOCK_N, stop // BLOCK_N, CHUNKS_AT_ONCE):
+            chunk = step + tl.arange(0, CHUNKS_AT_ONCE)
+            total += tl.sum(load_tile(sums, chunk, DV, stop // BLOCK_N, DV, BLOCK_DV), 0)
+        return total
 
 
 @triton.jit
@@ -119,11 +116,13 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend_tiles(
-    highest, norm, acc, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    NEGATIVE: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    highest, norm, acc, bias, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc).
+    """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc, bias).
+
+    SHIFTED: bias gets the sums of the values that each row sees, at the edges.
 
     Products are scaled where they enter the exponent, by one fused multiply-add. That takes a positive factor: NEGATIVE says
     that its sign has to go to them. highest is scaled and rounded once: what is added up is relative to this very number.
@@ -137,7 +136,13 @@ def attend_tiles(
         if NEGATIVE:
             product = -product
         if EDGES:
-            product = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), product, float("-inf"))
+            sees = inside(first + tl.arange(0, BLOCK_N), begin, end)
+            if SHIFTED:
+                # Asking for the products, too, leaves the mask where they are, in registers; alone it goes through shared
+                # memory, as large as a tile. A row with a NaN among its products is NaN anyway.
+                mask = tl.where(sees & (product == product), 1.0, 0.0)
+                bias = add_product(bias, mask.to(v_tile.dtype), v_tile, PRECISION)
+            product = tl.where(sees, product, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(product, 1) * factor)
         shift = new_highest
         if EDGES:  # rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf
@@ -147,7 +152,7 @@ def attend_tiles(
         norm = norm * decay + tl.sum(weight, 1)
         acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
         highest = new_highest
-    return highest, norm, acc
+    return highest, norm, acc, bias
 
 
 @triton.jit(do_not_specialize=["together"])
@@ -155,10 +160,10 @@ def attend(
     q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds,
     q_strides, k_strides, v_strides, o_strides,
     num_queries, num_keys, num_heads, group, num_tiles, together, window, factor,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    NEGATIVE: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """u None: o is u. factor: of q . k in the exponent of 2, without its sign."""
+    """u None: o is u. sums: see sum_whole_tiles. factor: of q . k in the exponent of 2, without its sign."""
     tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
     tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -170,15 +175,26 @@ def attend(
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    SUM: tl.constexpr = lse.dtype.element_ty
+    # What the epilogue reads is read ahead: there is nothing left that would hide the latency by then.
+    if alpha is not None:
+        row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
+    if beta is not None:
+        row_beta = load_vector(beta + row_offset, rows, num_queries, 0.0)
+        whole = sum_whole_tiles(
+            sums, batch, head // group, num_heads // group, num_keys, tiles, SUM, RUNNING, DV, BLOCK_N, BLOCK_DV
+        )
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    SUM: tl.constexpr = lse.dtype.element_ty
     norm = tl.zeros((BLOCK_M,), SUM)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), SUM)
+    bias = tl.zeros((BLOCK_M, BLOCK_DV), SUM)
     for EDGES in tl.static_range(2):
-        highest, norm, acc = attend_tiles(
-            highest, norm, acc, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
-            NEGATIVE, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        if EDGES and beta is not None:
+            bias += whole[None, :]
+        highest, norm, acc, bias = attend_tiles(
+            highest, norm, acc, bias, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
+            NEGATIVE, beta is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
     sees_a_key = begin < end
@@ -197,24 +213,22 @@ def attend(
         u += row_offset * DV
         store_tile(u, rows, DV, num_queries, acc, DV, BLOCK_DV)
     if alpha is not None:
-        acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
+        acc *= row_alpha[:, None]
     if beta is not None:
-        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
-        bias = window_sums(
-            tl.zeros((BLOCK_M, BLOCK_DV), SUM), v, v_strides[2], None, sums, begin, end,
-            tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
-        )  # fmt: skip
-        acc += load_vector(beta + row_offset, rows, num_queries, 0.0)[:, None] * bias
+        acc += row_beta[:, None] * bias
     store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, acc, DV, BLOCK_DV)
 
 
 @triton.jit
 def grad_queries_tiles(
-    acc, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    acc, dbeta, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    SHIFTED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges."""
+    """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges.
+
+    SHIFTED: dbeta gets the sums of dP, at the edges.
+    """
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_N):
         first = position(step, tiles, EDGES)
@@ -222,12 +236,15 @@ def grad_queries_tiles(
         v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         weight = exp2(product * factor - shift[:, None])
-        if EDGES:
-            weight = tl.where(inside(first + tl.arange(0, BLOCK_N), begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        if EDGES:
+            sees = inside(first + tl.arange(0, BLOCK_N), begin, end)
+            weight = tl.where(sees, weight, 0.0)
+            if SHIFTED:
+                dbeta += tl.sum(tl.where(sees, dp, 0.0), 1)
         ds = weight * (dp - row_m[:, None])
         acc = add_product(acc, ds.to(k_tile.dtype), k_tile, PRECISION)
-    return acc
+    return acc, dbeta
 
 
 @triton.jit(do_not_specialize=["together"])
@@ -235,15 +252,14 @@ def grad_queries(
     q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
     q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
     num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
-    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    RUNNING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dbeta None: there is no bias."""
+    """dbeta None: there is no bias. sums: see sum_whole_tiles."""
     tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
     tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
-    do = at(do, do_strides, batch, head)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(
@@ -251,38 +267,40 @@ def grad_queries(
     )
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
     u_tile = load_tile(at(u, u_strides, batch, head), rows, u_strides[2], num_queries, DV, BLOCK_DV)
-    do_tile = load_tile(do, rows, do_strides[2], num_queries, DV, BLOCK_DV)
+    do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
     row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     shift, rest = shift_and_factor(load_vector(lse + row_offset, rows, num_queries, 0.0))
+    if alpha is not None:
+        row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
 
     SUM: tl.constexpr = lse.dtype.element_ty
+    row_dbeta = tl.zeros((BLOCK_M,), SUM)
+    if dbeta is not None:
+        whole = sum_whole_tiles(
+            sums, batch, head // group, num_heads // group, num_keys, tiles, SUM, RUNNING, DV, BLOCK_N, BLOCK_DV
+        )
+        row_dbeta += tl.sum(do_tile.to(tl.float32) * whole[None, :], 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), SUM)
     for EDGES in tl.static_range(2):
-        acc = grad_queries_tiles(
-            acc, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
-            scale * LOG2E, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, row_dbeta = grad_queries_tiles(
+            acc, row_dbeta, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
+            scale * LOG2E, dbeta is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if lse.dtype.element_ty == tl.float64:
         acc *= rest[:, None]
     if alpha is not None:
-        acc *= load_vector(alpha + row_offset, rows, num_queries, 0.0)[:, None]
+        acc *= row_alpha[:, None]
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc * scale, D, BLOCK_D)
-
     if dbeta is not None:
-        sums += (batch.to(tl.int64) * (num_heads // group) + head // group) * tl.cdiv(num_keys, CHUNK) * DV
-        bias = window_sums(
-            tl.zeros((BLOCK_M, BLOCK_DV), SUM), v, v_strides[2], None, sums, begin, end,
-            tile_begin, all_begin, all_end, tile_end, num_keys, PRECISION, DV, BLOCK_DV,
-        )  # fmt: skip
-        do_tile = load_tile(do, rows, do_strides[2], num_queries, DV, BLOCK_DV)
-        tl.store(dbeta + row_offset + rows, tl.sum(bias * do_tile.to(tl.float32), 1), mask=rows < num_queries)
+        tl.store(dbeta + row_offset + rows, row_dbeta, mask=rows < num_queries)
 
 
 @triton.jit
 def grad_keys_tiles(
-    dk_tile, dv_tile, k_tile, v_tile, q, do, lse, m, alpha, q_stride, do_stride, num_queries, tiles, begin, end, factor,
+    dk_tile, dv_tile, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin, end,
+    factor,
     EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -298,14 +316,23 @@ def grad_keys_tiles(
         # Transposed, (keys, queries), so that the weights feed the next product from registers.
         product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weight = exp2(product * factor - shift[None, :])
-        if EDGES:
-            weight = tl.where(inside(rows, begin, end), weight, 0.0)
         if lse.dtype.element_ty == tl.float64:
             weight *= rest[None, :]
-        if alpha is not None:
-            weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
-        dv_tile = add_product(dv_tile, weight.to(do_tile.dtype), do_tile, PRECISION)
+        if EDGES:
+            sees = inside(rows, begin, end)
+            weight = tl.where(sees, weight, 0.0)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        dv_weight = weight
+        if alpha is not None:  # a factor of dp and m, not of the weights, makes one fused multiply-add of each of two lines
+            row_alpha = load_numbers(alpha, rows, num_queries, EDGES)
+            dv_weight *= row_alpha[None, :]
+            dp *= row_alpha[None, :]
+            row_m *= row_alpha
+        if beta is not None:
+            dv_weight += load_numbers(beta, rows, num_queries, EDGES)[None, :]
+            if EDGES:
+                dv_weight = tl.where(sees, dv_weight, 0.0)
+        dv_tile = add_product(dv_tile, dv_weight.to(do_tile.dtype), do_tile, PRECISION)
         ds = weight * (dp - row_m[None, :])
         dk_tile = add_product(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
     return dk_tile, dv_tile
@@ -313,7 +340,7 @@ def grad_keys_tiles(
 
 @triton.jit(do_not_specialize=["together"])
 def grad_keys(
-    q, k, v, alpha, beta, sums, do, lse, m, dk, dv, token_bounds,
+    q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -338,17 +365,12 @@ def grad_keys(
         q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
         row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
         alpha_head = None if alpha is None else alpha + row_offset
+        beta_head = None if beta is None else beta + row_offset
         for EDGES in tl.static_range(2):
             dk_tile, dv_tile = grad_keys_tiles(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head,
+                dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head, beta_head,
                 q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
                 EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        if beta is not None:
-            head_sums = sums + (batch.to(tl.int64) * num_heads + head) * tl.cdiv(num_queries, CHUNK) * DV
-            dv_tile = window_sums(
-                dv_tile, do_head, do_strides[2], beta + row_offset, head_sums, begin, end,
-                tile_begin, all_begin, all_end, tile_end, num_queries, PRECISION, DV, BLOCK_DV,
             )  # fmt: skip
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)

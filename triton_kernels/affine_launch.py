@@ -9,14 +9,15 @@ from . import affine
 from .launch import Launch, LaunchParameters, width_block
 from .pairwise_launch import signature
 
-__all__ = ["plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_sums", "signature"]
+__all__ = ["chunk", "plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_sums", "signature", "sums_shape"]
 
 SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
 SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
 
 
-def num_chunks(length):
-    return triton.cdiv(length, affine.CHUNK.value)
+def runs(call):
+    """Whether sums over all keys before a tile serve a call: no window begins, and no packed sequence."""
+    return call.left < 0 and not call.packed
 
 
 def heads_together(call, keys):
@@ -30,13 +31,28 @@ def heads_together(call, keys):
     return min(together, call.q_shape[0] * num_heads)
 
 
+def chunk(call, kernel):
+    """Tokens of the chunks that a kernel reads the sums of: its tiles of keys."""
+    return call.tuned(kernel).block_n
+
+
+def sums_shape(call, chunk):
+    """What chunk_sums fills: (B, Hkv, chunks, width of v)."""
+    batch, heads, length, width = call.v_shape
+    return batch, heads, triton.cdiv(length, chunk), width
+
+
 @functools.lru_cache(maxsize=1024)
-def plan_sums(shape, strides):
-    """chunk_sums of (B, H, N, width) values."""
-    batch, heads, length, width = shape
-    chunks = num_chunks(length)
-    scalars = strides, length, heads, chunks, width, width_block(width)
-    return Launch(affine.chunk_sums, chunks * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
+def plan_sums(call, chunk):
+    """Launches that fill them: chunk_sums of (v, sums) and, where running sums serve, running_sums of (sums,)."""
+    batch, heads, chunks, width = sums_shape(call, chunk)
+    parameters = LaunchParameters(None, None, 4, 1)
+    scalars = call.v_strides, call.v_shape[2], heads, chunks, width, width_block(width), chunk
+    sum_chunks = Launch(affine.chunk_sums, chunks * heads * batch, scalars, parameters)
+    if not runs(call):
+        return (sum_chunks,)
+    blocks = triton.cdiv(width, affine.COLUMNS.value)
+    return sum_chunks, Launch(affine.running_sums, blocks * heads * batch, (chunks, blocks, width), parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -46,7 +62,7 @@ def plan_attend(call, o_strides, scale):
     factor = max(abs(scale) * math.log2(math.e), SMALLEST)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
-        call.window, factor, scale < 0, call.precision, *call.sizes(parameters),
+        call.window, factor, scale < 0, runs(call), call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -57,7 +73,7 @@ def plan_grad_queries(call, u_strides, do_strides, dq_strides, scale):
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
-        heads_together(call, keys=True), call.window, scale, call.precision, *call.sizes(parameters),
+        heads_together(call, keys=True), call.window, scale, runs(call), call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 

@@ -53,17 +53,25 @@ def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, b
 _launchers = kernels("affine_launch")
 
 
-def _empty_sums(values, launch):
-    """What chunk_sums fills: sums over chunks of values (B, H, N, width)."""
-    batch, heads, length, width = values.shape
-    return values.new_empty((batch, heads, launch.num_chunks(length), width), dtype=torch.float32)
+def _precision(q):
+    """The dtype of lse and of sums over tiles."""
+    return torch.float64 if q.dtype == torch.float32 else torch.float32
 
 
 def _allocate_forward(q, v, epilogue):
     """o, u and lse, not filled; u, the plain attention output, only with an epilogue, else None."""
     u = q.new_empty((*q.shape[:3], v.shape[3])) if epilogue else None
-    precision = torch.float64 if q.dtype == torch.float32 else torch.float32
-    return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=precision)
+    return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=_precision(q))
+
+
+def _plan_sums(launch, call, v, chunk):
+    """The sums of chunks of values that a kernel reads for the bias, not filled, and the launches that fill them."""
+    return v.new_empty(launch.sums_shape(call, chunk), dtype=_precision(v)), launch.plan_sums(call, chunk)
+
+
+def _sum_values(launches, v, sums):
+    """(launch, tensors) pairs that fill the sums of values, none where there is no bias."""
+    return [(launch, tensors) for launch, tensors in zip(launches, ((v, sums), (sums,)), strict=False) if sums is not None]
 
 
 def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, ahead=None):
@@ -77,39 +85,38 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, 
     options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
     outputs, attend, sum_values = _plan_forward(rows, *options)
     o, u, lse, sums = allocate(outputs, q.device)
-    launches = [] if beta is None else [(sum_values, (v, None, sums))]
-    launch_all(q, *launches, (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
+    launch_all(q, *_sum_values(sum_values, v, sums), (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
     return o, u, lse
 
 
 @planned
 def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, backend, _tf32, ahead):
-    """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and that of the sums."""
+    """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and those of the sums."""
     o, u, lse = _allocate_forward(q, v, scaled or shifted)
     numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
     given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
     compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale)
     launch = _launchers()
-    sums = _empty_sums(v, launch) if shifted else None
+    call = launch.signature(q, k, v, None, packed, left, right)
     if backend == "cuda":
-        attend = _cuda.SoftmaxForward(q, k, v, o, right, scale)
+        attend, chunk = _cuda.SoftmaxForward(q, k, v, o, right, scale), _cuda.extension.SOFTMAX_CHUNK
     else:
-        attend = launch.plan_attend(launch.signature(q, k, v, None, packed, left, right), o.stride(), scale)
-    return layouts(o, u, lse, sums), attend, launch.plan_sums(v.shape, v.stride())
+        attend, chunk = launch.plan_attend(call, o.stride(), scale), launch.chunk(call, "softmax_attend")
+    sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
+    return layouts(o, u, lse, sums), attend, sum_values
 
 
 def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
     """(dq, dk, dv, dalpha, dbeta, dsink); None where there is no input."""
     do, u = unit_stride(do), o if u is None else u
     options = beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q)
-    outputs, (queries, keys, sum_values, sum_do) = _plan_backward(layouts(do, q, k, v, u), *options)
-    dq, dk, dv, m, dbeta, value_sums, do_sums = allocate(outputs, q.device)
-    launches = [] if beta is None else [(sum_values, (v, None, value_sums)), (sum_do, (do, beta, do_sums))]
+    outputs, queries, keys, sum_values = _plan_backward(layouts(do, q, k, v, u), *options)
+    dq, dk, dv, m, dbeta, sums = allocate(outputs, q.device)
     launch_all(
         q,
-        *launches,
-        (queries, (q, k, v, alpha, dbeta, value_sums, u, do, lse, dq, m, token_bounds)),
-        (keys, (q, k, v, alpha, beta, do_sums, do, lse, m, dk, dv, token_bounds)),
+        *_sum_values(sum_values, v, sums),
+        (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds)),
+        (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds)),
     )
     dsink = None
     if sink is not None:
@@ -121,7 +128,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
 
 @planned
 def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, _tf32):
-    """Layouts of dq, dk, dv, m (B, Hq, N), and with beta dbeta and the sums of v and of beta dO; launches of both halves."""
+    """Layouts of dq, dk, dv, m (B, Hq, N), and with beta dbeta and the sums of v; launches of both halves and of the sums."""
     gradients = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
     m = q.new_empty(q.shape[:3], dtype=torch.float32)
     launch = _launchers()
@@ -129,9 +136,9 @@ def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, _tf32):
     strides = [gradient.stride() for gradient in gradients]
     queries = launch.plan_grad_queries(call, u.stride(), do.stride(), strides[0], scale)
     keys = launch.plan_grad_keys(call, do.stride(), *strides[1:], scale)
-    sums = [launch.plan_sums(x.shape, x.stride()) for x in (v, do)]
-    workspaces = (torch.empty_like(m), _empty_sums(v, launch), _empty_sums(do, launch)) if shifted else (None,) * 3
-    return layouts(*gradients, m, *workspaces), (queries, keys, *sums)
+    sums, sum_values = _plan_sums(launch, call, v, launch.chunk(call, "softmax_grad_queries")) if shifted else (None, ())
+    dbeta = torch.empty_like(m) if shifted else None
+    return layouts(*gradients, m, dbeta, sums), queries, keys, sum_values
 
 
 def _or_empty(tensors, like):
