@@ -36,10 +36,10 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(_cuda, "softmax_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {64: (1.0, 2.0), 128: (2.0, 1.0)})
+    monkeypatch.setattr(operator, "MEASURED", {64: {9: (1.0, 2.0)}, 128: {10: (1.0, 2.0)}, 32: {8: (1.0, 2.0), 9: (2.0, 1.0)}})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
-    for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton")):
-        q = tensor(width)
+    for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton"), (32, "triton")):
+        q = tensor(width)  # of 9 tokens
         reason, orders, _ = operator._checked.__wrapped__((q, q, q), -1, False)
         assert reason is None and [order[0] for order in orders] == [first, first]
 

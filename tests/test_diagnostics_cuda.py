@@ -22,8 +22,6 @@ REASONS = {
     "float32; the CUDA kernels take float16 and bfloat16": dict(q=tensor(dtype=torch.float32)),
     "q, k, v are 32, 32, 32 wide": dict(q=tensor(32), k=tensor(32), v=tensor(32)),
     "q, k, v are 64, 64, 128 wide": dict(v=tensor(128)),
-    "a positive scale, not -1.0": dict(scale=-1.0),
-    "score by dot products": dict(sigma=torch.ones(1)),
     "rows of k do not start": dict(k=tensor(row=68)),
     "k is expanded": dict(k=tensor()._replace(strides=(0, 0, 64, 1))),
 }
@@ -34,8 +32,7 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", object())
     monkeypatch.setattr(_cuda, "_hopper_device_reason", lambda index: None)
     given = dict(q=tensor(), k=tensor(), v=tensor()) | REASONS[reason]
-    sigma, scale = given.pop("sigma", None), given.pop("scale", 0.125)
-    found = operator._cuda_reason(tuple(given.values()), sigma, scale)
+    found = _cuda.hopper_reason(given)
     assert found is None if reason is None else reason in found
 
 
@@ -54,12 +51,21 @@ def test_which_devices_are_served(built, capability, runs, monkeypatch):
 
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
+    monkeypatch.setattr(_cuda, "hopper_reason", lambda layouts: None)
     monkeypatch.setattr(operator, "MEASURED", {"selection_geometry": {64: (1.0, 2.0), 128: (2.0, 1.0)}})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
     for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton")):
         q = tensor(width)
-        reason, orders = operator._checked.__wrapped__((q, q, q), False, "selection_geometry")
-        assert reason is None and [order[0] for order in orders] == [first, first]
+        *reasons, orders = operator._checked.__wrapped__((q, q, q), False, "selection_geometry")
+        assert reasons == [None, None] and [order[0] for order in orders] == [first, first]
+
+
+def test_distances_and_scales_that_are_not_positive_are_not_served():
+    q = randn(1, 1, 5, 64, dtype=torch.bfloat16)
+    for options, reason in ((dict(sigma=1.0), "score by dot products"), (dict(scale=-1.0), "positive scale, not -1.0")):
+        with pytest.raises(ValueError, match="backend='cuda' cannot serve this call") as error:
+            nf.attention_statistics(q, q, **options, backend="cuda")
+        assert DEVICE == "cpu" or reason in str(error.value)
 
 
 @needs_extension

@@ -190,7 +190,7 @@ def test_fifty_processes_give_the_same_bits():
     def fresh(_):
         return subprocess.run([sys.executable, Path(__file__).with_name("cuda_kernels.py")], capture_output=True, text=True)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
         runs = [fresh(0), *pool.map(fresh, range(49))]
     assert not [(done.returncode, done.stderr) for done in runs if done.returncode]
     assert len({done.stdout for done in runs}) == 1 and runs[0].stdout

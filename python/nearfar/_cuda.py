@@ -272,7 +272,7 @@ HOPPER_WIDTHS = (64, 128)
 
 
 def hopper_reason(tensors):
-    """Why CUDA kernels that are for Hopper cannot serve these tensors or layouts, by name, or None."""
+    """Why CUDA kernels that are for Hopper cannot serve tensors of these layouts, by name, or None."""
     q = tensors["q"]
     if reason := _absence_reason("q", q):
         return reason

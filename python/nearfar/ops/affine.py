@@ -11,9 +11,13 @@ from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
 
-# Milliseconds of the forward by the CUDA and the Triton kernels by width of a head: bfloat16, causal with alpha and beta, B4 H16
-# N4096 D128 and B4 H32 N4096 D64 on an H100 (docs/affine.md). "auto" takes the faster; the gradients are Triton's.
-MEASURED = {}
+# Milliseconds of the forward by the CUDA and the Triton kernels by width of a head and number of keys: bfloat16, with alpha and
+# beta, causal (but 64 wide with 16,384 keys), 65,536 tokens of heads 128 wide in all, on an H100 (docs/affine.md). "auto" takes
+# the faster of the longest entry that a call reaches, and Triton below; the gradients are Triton's.
+MEASURED = {
+    64: {4096: (0.802, 0.743), 16384: (4.820, 5.108)},
+    128: {1024: (0.281, 0.303), 4096: (0.557, 0.662), 16384: (1.685, 2.108)},
+}
 
 
 class Call(NamedTuple):
@@ -150,7 +154,8 @@ def _checked(metas, left, packed):
     q, k, v = metas
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    times = MEASURED.get(int(q.shape[3]))
+    reached = [times for length, times in MEASURED.get(int(q.shape[3]), {}).items() if k.shape[2] >= length]
+    times = reached[-1] if reached else None
     orders = dispatch.measured_orders(None if times is None else (times, times), q.device)
     return reason, orders, reason or _cuda.softmax_reason(q, k, v, left, packed)
 

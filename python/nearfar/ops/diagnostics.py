@@ -18,6 +18,7 @@ MEASURED = {
     "attention_statistics": {64: (3.282, 4.007), 128: (4.049, 5.401)},
     "selection_geometry": {64: (7.05, 9.05), 128: (9.20, 12.89)},
 }
+DISTANCES_REASON = "the CUDA kernels score by dot products: leave sigma out"
 
 
 class AttentionStatistics(NamedTuple):
@@ -159,29 +160,25 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
     left, right = _window(causal, locality)
     tensors = q, k, *values
     layouts = checks.plain_layouts(*tensors)
-    kernel_reason, orders = _checked(layouts, "qkv", tensors, left >= 0 or right >= 0, name)
+    kernel_reason, cuda_reason, orders = _checked(layouts, "qkv", tensors, left >= 0 or right >= 0, name)
     if sigma is not None:
         checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     scale = checks.finite_scale(scale, q.shape[3])
     reasons = {
-        "cuda": kernel_reason or _cuda_reason(tensors, sigma, scale),
+        "cuda": cuda_reason or (DISTANCES_REASON if sigma is not None else _cuda.scale_reason(scale)),
         "triton": dispatch.triton_device_reason(q) or kernel_reason,
         "reference": None,
     }
     return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons, orders)
 
 
-def _cuda_reason(tensors, sigma, scale):
-    """Why the kernels in CUDA C++ cannot serve q and k, or q, k and v."""
-    if sigma is not None:
-        return "the CUDA kernels score by dot products"
-    return _cuda.hopper_reason(dict(zip("qkv", tensors, strict=False))) or _cuda.scale_reason(scale)
-
-
 @checks.once
 def _checked(metas, limited, name):
-    """Why no kernel can serve these shapes, or None, and the orders in which "auto" asks them. limited: by position."""
+    """Why no kernel, or none in CUDA C++, can serve these layouts, and the orders in which "auto" asks them.
+
+    limited: whether causality or a locality limits what a query sees.
+    """
     q, k, *values = metas
     checks.check_qkv(q, k, *(values or [k]))
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -195,7 +192,8 @@ def _checked(metas, limited, name):
     reason = checks.kernel_width_reason("q", q.shape[3])
     reason = reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
     times = MEASURED[name].get(int(q.shape[3]))
-    return reason, dispatch.measured_orders(None if times is None else (times, times), q.device)
+    cuda_reason = reason or _cuda.hopper_reason(dict(zip("qkv", metas, strict=False)))
+    return reason, cuda_reason, dispatch.measured_orders(None if times is None else (times, times), q.device)
 
 
 def _window(causal, locality):
