@@ -1,4 +1,4 @@
-"""Statistics and geometry in CUDA C++: what is served, and the promises of Triton's kernels, which test_diagnostics.py tests."""
+"""Statistics and geometry in CUDA C++: what is served, and the promises of Triton's kernels in test_diagnostics.py."""
 
 import math
 
@@ -89,7 +89,7 @@ SAMPLES = {
 }
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-EXACT_ROWS = 0.3  # half-precision roundings of s leave the rest of the rows some room
+EXACT_ROWS = {torch.float16: 0.3, torch.bfloat16: 0.2}  # roundings of s leave the rest of the rows some room
 
 
 def cuda_sample(dtype=torch.bfloat16, **options):
@@ -123,7 +123,7 @@ def test_statistics_against_the_oracle(name, dtype):
 def test_geometry_by_brute_force(name, top_n, dtype):
     sample = cuda_sample(dtype, **SAMPLES[name])
     found = geometry(sample, top_n, "cuda")
-    check_geometry(sample, top_n, found, EXACT_ROWS if sample.tensors["k"].shape[2] > 4 * top_n else 0)
+    check_geometry(sample, top_n, found, EXACT_ROWS[dtype] if sample.tensors["k"].shape[2] > 4 * top_n else 0)
     for ours, tritons in zip(found, geometry(sample, top_n), strict=True):
         assert (ours == tritons).double().mean() > 0.99
 
@@ -213,9 +213,10 @@ def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
         x.zero_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    q, k, v = leaves(sample).values()
+    q, k, _ = leaves(sample).values()
     torch.library.opcheck(torch.ops.nearfar.attention_statistics.default, (q, k, None, -1, 0, 0.125, "cuda"))
-    torch.library.opcheck(torch.ops.nearfar.selection_geometry.default, (q, k, v, None, 4, -1, 0, 0.125, "cuda"))
+    constants = *sample.tensors.values(), None, 4, -1, 0, 0.125, "cuda"
+    torch.library.opcheck(torch.ops.nearfar.selection_geometry.default, constants)
     compiled = torch.compile(lambda: everything(sample), backend="aot_eager", fullgraph=True)
     assert all(torch.equal(a, b) for a, b in zip(compiled(), expected, strict=True))
 

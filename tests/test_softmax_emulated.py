@@ -82,10 +82,12 @@ def check(sample, found):
     call = oracle.visible(sample), oracle.score_factor(sample.options, tensors["q"])
     for name in ("o", "u") if "u" in found else ("o",):
         inputs = {n: x for n, x in tensors.items() if name == "o" or n not in ("alpha", "beta")}
-        exact, rough = (
-            function(*call, **{n: x.to(kind if n in "qkv" else torch.promote_types(kind, torch.float32)) for n, x in inputs.items()})
-            for function, kind in ((oracle.dense, torch.float64), (oracle.plain, dtype))
-        )
+
+        def evaluate(function, dtype, inputs=inputs):
+            numbers = torch.promote_types(dtype, torch.float32)
+            return function(*call, **{n: x.to(dtype if n in "qkv" else numbers) for n, x in inputs.items()})
+
+        exact, rough = evaluate(oracle.dense, torch.float64), evaluate(oracle.plain, dtype)
         scale = oracle.scales(*call, torch.ones_like(exact), **{n: x.double() for n, x in inputs.items()})[0]
         assert_accurate(name, found[name], exact, rough, scale, dtype)
     q, k = (tensors[name].double() for name in "qk")

@@ -10,7 +10,6 @@ from nearfar.ops import softmax
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
-
 # Milliseconds of the forward by the CUDA and the Triton kernels by width of a head and number of keys: bfloat16, with alpha and
 # beta, causal (but 64 wide with 16,384 keys), 65,536 tokens of heads 128 wide in all, on an H100 (docs/affine.md). "auto" takes
 # the faster of the longest entry that a call reaches, and Triton below; the gradients are Triton's.

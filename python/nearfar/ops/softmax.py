@@ -74,7 +74,7 @@ def _sum_values(launches, v, sums):
     return [(launch, tensors) for launch, tensors in zip(launches, ((v, sums), (sums,)), strict=False) if sums is not None]
 
 
-def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, ahead=None):
+def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend="triton", ahead=None):
     """(o, u, lse), u None without alpha and beta: o is the plain attention output then.
 
     rows: layouts of q, k and v. ahead: see compile_ahead.
