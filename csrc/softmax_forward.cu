@@ -52,6 +52,15 @@ struct Barriers {
     }
     __device__ uint32_t queries() const { return base + Shape::kBarriers + 8 * 4 * Shape::kStages; }
 
+    __device__ void make() const {
+        for (int slot = 0; slot < Shape::kStages; ++slot) {
+            for (const auto full : {kKeysFull, kValuesFull}) make_barrier(at(full, slot), 1);
+            for (const auto empty : {kKeysEmpty, kValuesEmpty}) make_barrier(at(empty, slot), 4 * Shape::kGroups);
+        }
+        make_barrier(queries(), 1);
+        publish_barriers();
+    }
+
     // Steps use slots in turn: of step `step`, the use before it has ended, or its own copies have come.
     __device__ void wait_empty(Kind kind, int step) const {
         if (step >= Shape::kStages) wait_for_barrier(at(kind, step), (step / Shape::kStages - 1) % 2);
@@ -156,15 +165,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     const int first_row = (arguments.tiles - 1 - blockIdx.x % span / side_by_side) * Shape::kRows;
     const Extent extent(band, first_row, Shape::kRows, kTile, arguments.beta != nullptr);
 
-    if (threadIdx.x == 0) {
-        for (int slot = 0; slot < Shape::kStages; ++slot) {
-            for (const auto full : {B::kKeysFull, B::kValuesFull}) make_barrier(barriers.at(full, slot), 1);
-            for (const auto empty : {B::kKeysEmpty, B::kValuesEmpty})
-                make_barrier(barriers.at(empty, slot), 4 * Shape::kGroups);
-        }
-        make_barrier(barriers.queries(), 1);
-        publish_barriers();
-    }
+    if (threadIdx.x == 0) barriers.make();
     __syncthreads();
 
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;

@@ -23,6 +23,7 @@ REASONS = {
     "q, k, v are 32, 32, 32 wide": dict(q=tensor(32), k=tensor(32), v=tensor(32)),
     "q, k, v are 64, 64, 128 wide": dict(v=tensor(128)),
     "rows of k do not start": dict(k=tensor(row=68)),
+    "k is empty, (2, 4, 0, 64)": dict(k=tensor()._replace(shape=torch.Size((2, 4, 0, 64)))),
     "k is expanded": dict(k=tensor()._replace(strides=(0, 0, 64, 1))),
 }
 

@@ -281,7 +281,9 @@ def hopper_reason(tensors):
     widths = [int(x.shape[3]) for x in tensors.values()]
     if widths[0] not in HOPPER_WIDTHS or any(width != widths[0] for width in widths):
         return f"{', '.join(tensors)} are {', '.join(map(str, widths))} wide; the CUDA kernels take one width of 64 or 128"
-    for name, x in tensors.items():  # the tensor memory accelerator takes no such strides
+    for name, x in tensors.items():  # the tensor memory accelerator takes no such sizes and strides
+        if any(size == 0 for size in x.shape):
+            return f"{name} is empty, {tuple(x.shape)}; the CUDA kernels take at least one row"
         if any(x.shape[i] > 1 and x.strides[i] == 0 for i in range(3)):
             return f"{name} is expanded (a stride of 0), which the CUDA kernels cannot read: pass .contiguous() tensors"
     reason = _rows_reason(**tensors)
