@@ -51,7 +51,7 @@ def test_unknown_backend():
 
 def test_cuda_backend_says_that_it_is_missing():
     with pytest.raises(ValueError, match="backend='cuda' cannot serve this call: there is no CUDA kernel"):
-        nf.softmax_attention(*qkv(), backend="cuda")
+        nf.order_parameter(qkv()[0], backend="cuda")
 
 
 def test_triton_refuses_cpu_tensors_outside_the_interpreter():
