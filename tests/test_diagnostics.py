@@ -187,8 +187,8 @@ def test_a_sigma_that_is_not_positive_poisons_its_head():
     """Public calls refuse it on the CPU, where it can be read."""
     q, k = randn(1, 2, 9, 16), randn(1, 2, 9, 16)
     v, sigma = randn(1, 2, 9, 16), torch.tensor([-1.0, 2.0], device=DEVICE)
-    floating = [x for x in torch.ops.nearfar.attention_statistics(q, k, sigma, -1, -1, 1.0, "triton") if x.is_floating_point()]
-    for found in (*floating, *torch.ops.nearfar.selection_geometry(q, k, v, sigma, 3, -1, -1, 1.0, "triton")):
+    floating = [x for x in torch.ops.nearfar.attention_statistics(q, k, sigma, -1, -1, 1.0) if x.is_floating_point()]
+    for found in (*floating, *torch.ops.nearfar.selection_geometry(q, k, v, sigma, 3, -1, -1, 1.0)):
         assert torch.isnan(found[:, 0]).all() and torch.isfinite(found[:, 1]).all()
 
 
@@ -430,7 +430,7 @@ def test_every_element_is_written_and_the_same_every_time(sigma):
 def test_selection_geometry_as_a_torch_operator():
     sample = random_sample(length=19, causal=True)
     q, k, v = sample.tensors.values()
-    arguments = q, k, v, None, 3, -1, 0, 0.25, "triton"
+    arguments = q, k, v, None, 3, -1, 0, 0.25
     torch.library.opcheck(torch.ops.nearfar.selection_geometry.default, arguments)
     expected = geometry(sample, 3)
     with FakeTensorMode() as mode:

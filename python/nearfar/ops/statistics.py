@@ -13,7 +13,7 @@ from nearfar import _cuda
 from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register
 
 _STATISTICS = (
-    "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend)"
+    '(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend="triton")'
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _STATISTICS_BACKWARD = (
@@ -21,7 +21,7 @@ _STATISTICS_BACKWARD = (
     " float scale) -> (Tensor, Tensor, Tensor)"
 )
 _GEOMETRY = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale, str backend)"
+    '(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale, str backend="triton")'
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -53,7 +53,7 @@ def _common(q, sigma):
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 
 
-def statistics(q, k, sigma, left, right, scale, backend):
+def statistics(q, k, sigma, left, right, scale, backend="triton"):
     """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
     outputs = _empty_statistics(q, k)
     if not q.numel():
@@ -89,7 +89,7 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
 
 
-def geometry(q, k, v, sigma, top_n, left, right, scale, backend):
+def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
     """(precision, recall, f_score). backend: "triton" or "cuda"."""
     outputs = _per_query(q, 3)
     if not q.numel():
