@@ -11,8 +11,8 @@ from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
 # Milliseconds of the forward by the CUDA and the Triton kernels by width of a head and number of keys: bfloat16, with alpha and
-# beta, causal (but 64 wide with 16,384 keys), 65,536 tokens of heads 128 wide in all, on an H100 (docs/affine.md). "auto" takes
-# the faster of the longest entry that a call reaches, and Triton below; the gradients are Triton's.
+# beta, causal (but 64 wide with 16,384 keys), 16,384 tokens of 32 heads 64 wide or 16 heads 128 wide, on an H100
+# (docs/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below; gradients are Triton's.
 MEASURED = {
     64: {4096: (0.802, 0.743), 16384: (4.820, 5.108)},
     128: {1024: (0.281, 0.303), 4096: (0.557, 0.662), 16384: (1.685, 2.108)},
