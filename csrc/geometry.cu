@@ -268,15 +268,13 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) separate_kernel(const __g
 struct Tensors {
     Rows q, k, v, s;
     Sight sight;
-    int heads, group;
 
     explicit Tensors(const Geometry& call)
         : q{call.q, {call.batches, call.heads, call.num_queries, call.width}, call.q_strides},
           k{call.k, {call.batches, call.kv_heads, call.num_keys, call.width}, call.k_strides},
           v{call.v, {call.batches, call.kv_heads, call.num_keys, call.width}, call.v_strides},
           s{call.s, q.sizes, {call.heads * call.num_queries * call.width, call.num_queries * call.width, call.width}},
-          sight{call.num_queries, call.num_keys, call.left, call.right},
-          heads(static_cast<int>(call.heads)), group(static_cast<int>(call.heads / call.kv_heads)) {}
+          sight{call.num_queries, call.num_keys, call.left, call.right} {}
 };
 
 template <auto kKernel>
@@ -286,8 +284,8 @@ template <typename Number, int Width>
 void select_of(const Geometry& call, cudaStream_t stream) {
     using Stream = Stream<Number, Width, 1, 4, kDiagnosticsTile, 4>;
     const Tensors tensors(call);
-    SelectArguments arguments{{{tensors.q.map<Number>(Stream::kRows)}, {tensors.k.map<Number>(Stream::kTile)},
-                               tensors.sight.of_queries(), tensors.heads, tensors.group, num_tiles<Stream>(call.num_queries)},
+    const auto band = tensors.sight.of_queries();
+    SelectArguments arguments{stream_arguments<Stream>({tensors.q}, {tensors.k}, band, call.heads, call.kv_heads),
                               call.scores, call.chosen, static_cast<int>(call.top_n), 0};
     for (; arguments.first_rank < arguments.top_n; arguments.first_rank += kRound) {
         const int64_t heads = call.batches * call.heads;
@@ -304,10 +302,9 @@ template <typename Number, int Width>
 void separate_of(const Geometry& call, cudaStream_t stream) {
     using Stream = Stream<Number, Width, 2, 3, kDiagnosticsTile / 2, Width == 64 ? 4 : 3>;
     const Tensors tensors(call);
+    const auto band = tensors.sight.of_queries();
     SeparateArguments arguments{
-        {{tensors.q.map<Number>(Stream::kRows), tensors.s.map<Number>(Stream::kRows)},
-         {tensors.k.map<Number>(Stream::kTile), tensors.v.map<Number>(Stream::kTile)},
-         tensors.sight.of_queries(), tensors.heads, tensors.group, num_tiles<Stream>(call.num_queries)},
+        stream_arguments<Stream>({tensors.q, tensors.s}, {tensors.k, tensors.v}, band, call.heads, call.kv_heads),
         call.scores, call.shift, call.farthest, call.excess, call.squares, call.chosen,
         call.precision, call.recall, call.f_score, static_cast<int>(call.top_n),
         static_cast<int>(whole_tiles(call.num_keys, kDiagnosticsTile)), static_cast<float>(call.scale) * kLog2E};

@@ -12,7 +12,6 @@
 namespace nearfar {
 namespace {
 
-
 struct Arguments {
     StreamArguments<1> stream;
     float *lse, *entropy, *max_weight;
@@ -171,17 +170,12 @@ void statistics_of(const Statistics& call, cudaStream_t stream) {
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
     const Rows k{call.k, {call.batches, call.kv_heads, call.num_keys, Width}, call.k_strides};
     const Sight sight{call.num_queries, call.num_keys, call.left, call.right};
-    const auto meet = [&](const Rows& own, const Rows& others, const Band& band) {
-        return StreamArguments<1>{{own.map<Number>(Stream::kRows)}, {others.map<Number>(Stream::kTile)}, band,
-                                  static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
-                                  num_tiles<Stream>(own.sizes[2])};
-    };
     Arguments arguments{{}, call.lse, call.entropy, call.max_weight, call.max_key, call.mass, call.levels,
                         static_cast<int>(whole_tiles(call.num_queries, kDiagnosticsTile)),
                         static_cast<float>(call.scale) * kLog2E};
-    arguments.stream = meet(q, k, sight.of_queries());
+    arguments.stream = stream_arguments<Stream>({q}, {k}, sight.of_queries(), call.heads, call.kv_heads);
     launch_stream<statistics_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "statistics launch");
-    arguments.stream = meet(k, q, sight.of_keys());
+    arguments.stream = stream_arguments<Stream>({k}, {q}, sight.of_keys(), call.heads, call.kv_heads);
     launch_stream<key_mass_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "key_mass launch");
 }
 

@@ -93,6 +93,7 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 #define NEARFAR_NAMES_64                                                                                                     \
     NEARFAR_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
                      "%57,%58,%59,%60,%61,%62,%63"
+#define NEARFAR_ARGUMENTS(...) __VA_ARGS__
 // One instruction for each number of columns and type: the text before the results and after them, which names the operands and
 // the predicate p; the number of the flag that becomes p.
 #define NEARFAR_PRODUCT(SHAPE, TYPES, NAMES, OPERANDS, ADD, RESULTS, ...)                                    \
@@ -117,7 +118,6 @@ __device__ __forceinline__ void start_product(float (&c)[N / 2], uint64_t a, uin
     else                                                                                                                    \
         NEARFAR_PRODUCT("m64n128", TYPES, NEARFAR_NAMES_64, "%64, %65, p, 1, 1, 0, 0", "66",                                 \
                         NEARFAR_ARGUMENTS(NEARFAR_32(0), NEARFAR_32(32)), "l"(a), "l"(b))
-#define NEARFAR_ARGUMENTS(...) __VA_ARGS__
     if constexpr (std::is_same_v<T, __half>) { NEARFAR_PRODUCTS("f16.f16"); }
     else { NEARFAR_PRODUCTS("bf16.bf16"); }
 #undef NEARFAR_PRODUCTS

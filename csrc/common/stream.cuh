@@ -53,8 +53,7 @@ struct Place {
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The layout of lane `lane` in the products: element i is of row product_row(lane, i), column product_column(lane, i).
-__device__ constexpr int product_row(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+// Element i of the products of a lane is of the first of its two rows, or of the second where i / 2 is odd, and of this column.
 __device__ constexpr int product_column(int lane, int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
 
 // The first of the two rows of this thread, the other one is 8 further; beyond all rows in the warps that have none.
@@ -63,8 +62,9 @@ __device__ int own_row(const Place& place) {
     return place.tile * Stream::kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-// Calls body.add<Edges>(products, first, vector) for each tile of others that the rows of a group reach; the products are those
-// with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows reach all of them.
+// Calls body.add<Edges>(products, first, vector) for each tile of others that some row of the block reaches; the products are
+// those with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows of the group
+// reach all of them.
 // vectors: numbers of the head's others in global memory, padded to whole tiles, or null. True to the threads that have rows.
 template <typename Stream, typename Arguments, typename Body>
 __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors,

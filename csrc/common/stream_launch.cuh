@@ -68,9 +68,21 @@ struct StreamArguments {
     }
 };
 
+// own and others: of each product, a tensor of rows and one that they meet.
 template <typename Stream>
-int num_tiles(int64_t rows) {
-    return static_cast<int>((rows + Stream::kRows - 1) / Stream::kRows);
+StreamArguments<Stream::kProducts> stream_arguments(const std::array<Rows, Stream::kProducts>& own,
+                                                    const std::array<Rows, Stream::kProducts>& others, const Band& band,
+                                                    int64_t heads, int64_t kv_heads) {
+    using Number = typename Stream::Number;
+    StreamArguments<Stream::kProducts> arguments{};
+    for (int i = 0; i < Stream::kProducts; ++i) {
+        arguments.own[i] = own[i].template map<Number>(Stream::kRows);
+        arguments.others[i] = others[i].template map<Number>(Stream::kTile);
+    }
+    arguments.band = band;
+    arguments.heads = static_cast<int>(heads), arguments.group = static_cast<int>(heads / kv_heads);
+    arguments.tiles = static_cast<int>((own[0].sizes[2] + Stream::kRows - 1) / Stream::kRows);
+    return arguments;
 }
 
 // Calls `body` with a null `Number*` and the width as an integral constant.
