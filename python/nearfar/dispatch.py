@@ -67,14 +67,19 @@ def choose(backend, reasons, device, order=KERNELS):
 
 
 def measured_orders(times, device):
-    """In which "auto" asks the kernels, in the forward and in the backward.
+    """The `measured_order` of the forward and that of the backward. times: those of both, or None."""
+    return tuple(measured_order(direction, device) for direction in times or (None, None))
 
-    times: ((cuda, triton), (cuda, triton)), measured on a Hopper GPU; None where nothing was, which means Triton, as other
-    architectures do.
+
+def measured_order(times, device):
+    """In which "auto" asks the kernels.
+
+    times: (cuda, triton), measured on a Hopper GPU; None where nothing was, which means Triton, as other architectures do.
     """
     if times is None or device.type != "cuda" or not _is_hopper(device.index):
-        return TRITON_FIRST, TRITON_FIRST
-    return tuple(CUDA_FIRST if cuda < triton else TRITON_FIRST for cuda, triton in times)
+        return TRITON_FIRST
+    cuda, triton = times
+    return CUDA_FIRST if cuda < triton else TRITON_FIRST
 
 
 def _is_hopper(index):

@@ -154,9 +154,8 @@ def _checked(metas, left, packed):
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     reached = [times for length, times in MEASURED.get(int(q.shape[3]), {}).items() if k.shape[2] >= length]
-    times = reached[-1] if reached else None
-    orders = dispatch.measured_orders(None if times is None else (times, times), q.device)
-    return reason, orders, reason or _cuda.softmax_reason(q, k, v, left, packed)
+    order = dispatch.measured_order(reached[-1] if reached else None, q.device)
+    return reason, (order, order), reason or _cuda.softmax_reason(q, k, v, left, packed)
 
 
 def _window(window_size, causal):

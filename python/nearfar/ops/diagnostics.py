@@ -191,9 +191,9 @@ def _checked(metas, limited, name):
         )
     reason = checks.kernel_width_reason("q", q.shape[3])
     reason = reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
-    times = MEASURED[name].get(int(q.shape[3]))
+    order = dispatch.measured_order(MEASURED[name].get(int(q.shape[3])), q.device)
     cuda_reason = reason or _cuda.hopper_reason(dict(zip("qkv", metas, strict=False)))
-    return reason, cuda_reason, dispatch.measured_orders(None if times is None else (times, times), q.device)
+    return reason, cuda_reason, (order, order)
 
 
 def _window(causal, locality):

@@ -165,8 +165,7 @@ def _checked(metas, selects):
     if window > MAX_CANDIDATES:
         reason = reason or f"cache has {window} slots; kernels take at most {MAX_CANDIDATES}"
     measured = next((times for (slots, how), times in MEASURED.items() if slots >= window and how == selects), None)
-    order, _ = dispatch.measured_orders(None if measured is None else (measured, measured), q.device)
-    return (*q.shape[:3], v.shape[3]), order, reason
+    return (*q.shape[:3], v.shape[3]), dispatch.measured_order(measured, q.device), reason
 
 
 _kernels = kernels("krause_step")
