@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from nearfar.ops.torch_operator import stream_of
+from nearfar.ops.torch_operator import layouts, stream_of
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -148,6 +148,14 @@ def aligned(tensor):
 def aligned_starts(*tensors):
     """Tensors without a _rows_reason; copies of those that do not start at a multiple of 16 bytes."""
     return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
+
+
+def aligned_rows(rows, q, k, v):
+    """(rows, q, k, v): the aligned_starts of q, k and v, and their layouts. rows: the layouts of what is given."""
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        q, k, v = aligned_starts(q, k, v)
+        rows = layouts(q, k, v)
+    return rows, q, k, v
 
 
 def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):

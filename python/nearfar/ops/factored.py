@@ -176,7 +176,8 @@ def forward(
     rows: layouts of qs, ks and v. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, qs, ks, v = _aligned(rows, qs, ks, v)
+        rows, q, k, v = _cuda.aligned_rows(rows, *qs, *ks, v)  # of one factor
+        qs, ks = (q,), (k,)
     options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
     outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
     o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
@@ -216,15 +217,6 @@ def _plan_forward(*arguments):
     return layouts(*outputs, *partials), problem, of_states, read
 
 
-def _aligned(rows, qs, ks, v):
-    """Layouts and tensors, of one factor, that start where the CUDA kernels need it. rows: layouts before it, or None."""
-    (q,), (k,) = qs, ks
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        q, k, v = _cuda.aligned_starts(q, k, v)
-        rows = None if rows is None else layouts(q, k, v)
-    return rows, (q,), (k,), v
-
-
 def _plan_walk(backend):
     return _cuda.Walk if backend == "cuda" else _launchers().plan_walk
 
@@ -255,7 +247,8 @@ def backward(
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
     if backend == "cuda":
-        do, (_, qs, ks, v) = _cuda.aligned(do), _aligned(None, qs, ks, v)
+        do, (q, k, v) = _cuda.aligned(do), _cuda.aligned_starts(*qs, *ks, v)  # of one factor
+        qs, ks = (q,), (k,)
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
     outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))

@@ -79,9 +79,8 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, 
 
     rows: layouts of q, k and v. ahead: see compile_ahead.
     """
-    if backend == "cuda" and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        q, k, v = _cuda.aligned_starts(q, k, v)
-        rows = layouts(q, k, v)
+    if backend == "cuda":
+        rows, q, k, v = _cuda.aligned_rows(rows, q, k, v)
     options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
     outputs, attend, sum_values = _plan_forward(rows, *options)
     o, u, lse, sums = allocate(outputs, q.device)
