@@ -205,7 +205,8 @@ def build_ahead(*launches):
         kinds = (device, *dtypes)
         if launch.is_new((addresses, kinds, aligned)):
             new[launch, kinds] = tensors
-    in_threads(Launch.build_ahead, new)
+    if new:
+        in_threads(Launch.build_ahead, new)
 
 
 def in_threads(method, launches):
@@ -217,7 +218,7 @@ def in_threads(method, launches):
             method(launch, tensors, kinds)
 
     driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
-    pool = ThreadPoolExecutor(max(1, len(launches)))
+    pool = ThreadPoolExecutor(len(launches))
     futures = [pool.submit(on_device, launch, tensors, kinds) for (launch, kinds), tensors in launches.items()]
     pool.shutdown(wait=False)
     return futures
