@@ -13,7 +13,7 @@ from test_diagnostics import check_constants, check_geometry
 import nearfar as nf
 from nearfar.ops.diagnostics import AttentionStatistics, SelectionGeometry
 
-TILE = 128  # kStatisticsTile and kGeometryTile
+TILE = 128  # kDiagnosticsTile
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
