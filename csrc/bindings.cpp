@@ -21,6 +21,7 @@
 #include "linear_backward.h"
 #include "linear_forward.h"
 #include "row_sumsq.h"
+#include "softmax_backward.h"
 #include "softmax_forward.h"
 #include "statistics.h"
 
@@ -296,22 +297,50 @@ PYBIND11_MODULE(_C, m) {
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(
         "softmax_forward",
-        [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+        [](const std::array<uintptr_t, 11>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
            const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right, double scale, int device, uintptr_t stream) {
             const DeviceGuard guard(device);
-            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse] = tensors;
+            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
             const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
             SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
                                 reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
                                 reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
                                 reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o), reinterpret_cast<void*>(u),
-                                reinterpret_cast<float*>(lse), q_strides, k_strides, v_strides, o_strides,
+                                reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(counter),
+                                q_strides, k_strides, v_strides, o_strides,
                                 batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
             softmax_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
         py::arg("device"), py::arg("stream"),
-        "Softmax and affine attention: fills o, u and lse. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse; strides: of "
-        "q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
+        "Softmax and affine attention: fills o, u and lse. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; "
+        "strides: of q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
+
+    m.attr("SOFTMAX_TERMS") = kSoftmaxTerms;
+    m.def(
+        "softmax_backward",
+        [](const std::array<uintptr_t, 16>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 8>& strides, int64_t right, double scale, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters] = tensors;
+            const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
+                strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                 reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
+                                 reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
+                                 reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
+                                 reinterpret_cast<const float*>(lse), reinterpret_cast<void*>(dq),
+                                 reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(m),
+                                 reinterpret_cast<float*>(dbeta), reinterpret_cast<float*>(terms),
+                                 reinterpret_cast<int32_t*>(counters),
+                                 q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides,
+                                 batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+            softmax_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
+        py::arg("device"), py::arg("stream"),
+        "Gradients of softmax_forward. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters; "
+        "strides: of q, k, v, u, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_backward.h.");
 }

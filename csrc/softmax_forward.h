@@ -19,11 +19,13 @@ namespace nearfar {
 // alpha, beta (B, Hq, N) float32 or null, u (B, Hq, N, D) like o or null: without alpha and beta o is u. sink (Hq,) float32, a
 // logit in the denominator alone, or null. lse (B, Hq, N) float32, in base 2, 0 where a query sees no key. sums (B, Hkv, M /
 // kSoftmaxChunk rounded up, D) float32, with beta: of the values of all chunks up to each. All of these are contiguous.
+// counter: one int32, a workspace.
 struct SoftmaxForward {
     const void *q, *k, *v;
     const float *alpha, *beta, *sink, *sums;
     void *o, *u;
     float* lse;
+    int32_t* counter;
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides;
     int64_t batches, heads, kv_heads, num_queries, num_keys, width, right;
     double scale;

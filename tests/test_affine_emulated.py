@@ -1,4 +1,4 @@
-"""The forward of softmax and affine-scaled attention in CUDA C++ without a GPU, in the emulation."""
+"""Softmax and affine-scaled attention in CUDA C++ without a GPU, in the emulation."""
 
 import ctypes
 import math
@@ -14,16 +14,26 @@ CHUNK = 128  # kSoftmaxChunk
 
 class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
     _fields_ = [
-        *fields(ctypes.c_void_p, "q k v alpha beta sink sums o u lse"),
+        *fields(ctypes.c_void_p, "q k v alpha beta sink sums o u lse counter"),
         *strides(*"qkvo"),
         *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width right"),
         *fields(ctypes.c_double, "scale"),
     ]
 
 
+class SoftmaxBackward(ctypes.Structure):  # as in csrc/softmax_backward.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "q k v u do alpha beta sums lse dq dk dv m dbeta terms counters"),
+        *strides("q", "k", "v", "u", "do", "dq", "dk", "dv"),
+        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width right"),
+        *fields(ctypes.c_double, "scale"),
+    ]
+
+
 @pytest.fixture(scope="session")
-def kernel(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulated"), softmax_forward=["softmax_forward"])["softmax_forward"]
+def kernels(tmp_path_factory):
+    functions = {name: [name] for name in ("softmax_forward", "softmax_backward")}
+    return build(tmp_path_factory.mktemp("emulated"), **functions)
 
 
 # Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
@@ -57,24 +67,58 @@ def make(dtype, width=64, heads=(1, 1), length=200, keys=None, batch=1, affine=F
     return Sample(tensors, options)
 
 
-def forward(kernel, sample, conditions):
-    guarded = Guarded(poison=conditions.seed)
+def numbers(q, k, sample):
+    """What both launchers take beside tensors."""
+    return dict(
+        batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_queries=q.shape[2], num_keys=k.shape[2],
+        width=q.shape[3], right=oracle.window(sample.options)[1], scale=oracle.score_factor(sample.options, q),
+    )  # fmt: skip
+
+
+def guard(guarded, sample):
+    """The inputs, and the sums of values that beta needs."""
     given = {name: guarded.copy(x) if x.dim() == 4 else x for name, x in sample.tensors.items()}
-    q, k, v = (given[name] for name in "qkv")
-    o = guarded.copy(torch.full_like(q, math.nan))
-    found = dict(o=o, lse=guarded.empty(q.shape[:3], torch.float32))
+    if "beta" in given:
+        v = given["v"].float()
+        padded = torch.nn.functional.pad(v, (0, 0, 0, -v.shape[2] % CHUNK))
+        given["sums"] = padded.unflatten(2, (-1, CHUNK)).sum(3).cumsum(2).contiguous()
+    return given
+
+
+def forward(kernels, sample, conditions):
+    guarded = Guarded(poison=conditions.seed)
+    given = guard(guarded, sample)
+    q, k, _ = (given[name] for name in "qkv")
+    found = dict(o=guarded.copy(torch.full_like(q, math.nan)), lse=guarded.empty(q.shape[:3], torch.float32))
     if "alpha" in given:
         found["u"] = guarded.empty(q.shape, q.dtype)
-        padded = torch.nn.functional.pad(v.float(), (0, 0, 0, -k.shape[2] % CHUNK))
-        given["sums"] = padded.unflatten(2, (-1, CHUNK)).sum(3).cumsum(2)
-    _, right = oracle.window(sample.options)
-    launch(
-        kernel, SoftmaxForward, str(q.dtype).removeprefix("torch."), given | found, conditions,
-        batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_queries=q.shape[2], num_keys=k.shape[2],
-        width=q.shape[3], right=right, scale=oracle.score_factor(sample.options, q),
-    )  # fmt: skip
+    tensors = given | found | dict(counter=guarded.empty((1,), torch.int32))
+    kind = str(q.dtype).removeprefix("torch.")
+    launch(kernels["softmax_forward"], SoftmaxForward, kind, tensors, conditions, **numbers(q, k, sample))
     guarded.assert_intact()
     return found
+
+
+def backward(kernels, sample, do, found, conditions):
+    """Gradients by name, of what the forward has found."""
+    guarded = Guarded(poison=conditions.seed)
+    given = guard(guarded, sample)
+    q, k, v = (given[name] for name in "qkv")
+    rows, padded = q.shape[:3], -(-q.shape[2] // CHUNK) * CHUNK
+    given |= dict(do=guarded.copy(do), lse=found["lse"], u=guarded.copy(found.get("u", found["o"])))
+    gradients = {f"d{name}": guarded.copy(torch.full_like(x, math.nan)) for name, x in dict(q=q, k=k, v=v).items()}
+    gradients["m"] = guarded.empty(rows, torch.float32)
+    if "beta" in given:
+        gradients["dbeta"] = guarded.empty(rows, torch.float32)
+    spaces = dict(
+        terms=guarded.empty((4, *rows[:2], padded), torch.float32), counters=guarded.empty((2,), torch.int32)
+    )
+    kind = str(q.dtype).removeprefix("torch.")
+    tensors = given | gradients | spaces
+    launch(kernels["softmax_backward"], SoftmaxBackward, kind, tensors, conditions, **numbers(q, k, sample))
+    guarded.assert_intact()
+    m = gradients.pop("m")
+    return gradients | (dict(dalpha=m) if "alpha" in given else {})
 
 
 def check(sample, found):
@@ -98,24 +142,40 @@ def check(sample, found):
     torch.testing.assert_close(found["lse"].double(), lse, rtol=1e-5, atol=1e-5)
 
 
+def check_gradients(sample, do, o, gradients):
+    named = {name: gradients[f"d{name}"] for name in sample.tensors if name != "sink"}  # that of the sink is torch's work
+    oracle.check(sample, do, o, named, names=list(named))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
-def test_against_the_oracle(kernel, name, dtype):
+def test_against_the_oracle(kernels, name, dtype):
     sample = make(dtype, **SAMPLES[name])
+    do = randn(*sample.tensors["q"].shape, dtype=dtype, seed=11, device="cpu")
     first = None
     for conditions in ALL_CONDITIONS:
-        found = forward(kernel, sample, conditions)
+        found = forward(kernels, sample, conditions)
         check(sample, found)
+        gradients = backward(kernels, sample, do, found, conditions)
+        check_gradients(sample, do, found["o"], gradients)
+        found |= gradients
         first = found if first is None else first
         for which, x in found.items():
             assert torch.equal(x, first[which]), f"{which} depends on the order"
 
 
-def test_what_a_query_cannot_see_changes_no_bit(kernel):
+def test_what_a_query_cannot_see_changes_no_bit(kernels):
+    """Later keys change nothing for it, nor later queries for the keys that only they see."""
     sample = make(torch.float16, length=300, causal=True, affine=True)
-    before = forward(kernel, sample, Conditions())
+    do = randn(*sample.tensors["q"].shape, dtype=torch.float16, seed=11, device="cpu")
+    do[:, :, 130:] = 0
+    before = forward(kernels, sample, Conditions())
+    before |= backward(kernels, sample, do, before, Conditions())
     for name in "qkv":
-        sample.tensors[name][:, :, 130:] = 1e4 * randn(*sample.tensors[name][:, :, 130:].shape, seed=5, device="cpu")
-    after = forward(kernel, sample, Conditions(seed=3))
+        sample.tensors[name][:, :, 130:] = 1e3 * randn(*sample.tensors[name][:, :, 130:].shape, seed=5, device="cpu")
+    for name in ("alpha", "beta"):
+        sample.tensors[name][:, :, 130:] = 9
+    after = forward(kernels, sample, Conditions(seed=3))
+    after |= backward(kernels, sample, do, after, Conditions(seed=3))
     for name, x in before.items():
         assert torch.equal(x[:, :, :130], after[name][:, :, :130]), name

@@ -347,25 +347,40 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
 
 
 def softmax_reason(q, k, v, left, packed):
-    """Why the CUDA kernel cannot serve calls of softmax_attention or affine_attention with these layouts, or None."""
+    """Why the CUDA kernels cannot serve calls of softmax_attention or affine_attention with these layouts, or None."""
     if left >= 0 or packed:
-        return "the CUDA kernel takes no window with a limit on the left, and no packed sequences"
+        return "the CUDA kernels take no window with a limit on the left, and no packed sequences"
     return hopper_reason(dict(q=q, k=k, v=v))
 
 
-class SoftmaxForward:
-    """A launch of softmax_forward among those of Triton's kernels: all but its tensors is fixed.
+def rows_apart(tensor):
+    """The tensor, aligned, or a copy where it is expanded: the tensor memory accelerator takes no stride of 0."""
+    expanded = any([step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)])
+    return tensor.contiguous() if expanded else aligned(tensor)
 
-    It is given what `attend` in triton_kernels/affine.py is given; its q, k and v start at multiples of 16 bytes.
+
+def softmax_terms_shape(q):
+    """Of a workspace of softmax_backward, float32."""
+    terms = extension.SOFTMAX_TERMS
+    return 4, *q.shape[:2], -(-q.shape[2] // terms) * terms
+
+
+class Softmax:
+    """A launch of softmax_forward or softmax_backward among those of Triton's kernels: all but its tensors is fixed.
+
+    It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose strides
+    they take, the first two q and k.
     """
 
-    def __init__(self, q, k, v, o, right, scale):
+    def __init__(self, function, strided, right, scale):
+        q, k, *_ = strided
         sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
-        self._fixed = _DTYPES[q.dtype], sizes, [x.stride()[:3] for x in (q, k, v, o)], right, scale
+        self._function = getattr(extension, function)
+        self._fixed = _DTYPES[q.dtype], sizes, [x.stride()[:3] for x in strided], right, scale
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
-        *addresses, _ = [address or 0 for address in surveyed[0]]  # without token_bounds
-        extension.softmax_forward(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+        addresses = [address or 0 for address in surveyed[0]]
+        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))

@@ -82,6 +82,7 @@ inline int __reduce_max_sync(unsigned, int mine) {
 
 // ----------------------------------------------------------------------------------------------------------------- one lane
 
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }  // lanes take turns
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, unsigned shift) {
@@ -145,6 +146,10 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {  // the number of multiprocessors is asked
     *value = device + 1;
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+    std::memset(to, value, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }

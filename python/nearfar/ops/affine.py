@@ -64,8 +64,7 @@ def affine_attention(
         scale: of the products q . k, a finite number; None for D^-0.5.
         sink: (Hq,) logits of the attention sink, which adds exp(sink) to the denominators of its head; None for none.
         cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
-            "cuda" are computed by Triton's kernels.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, alpha, beta and sink (twice on the reference).

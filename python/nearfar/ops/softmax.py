@@ -30,14 +30,15 @@ _FORWARD = (
 )
 _BACKWARD = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, Tensor o,"
-    " Tensor u, Tensor lse, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor u, Tensor lse, int left, int right, float scale, str backend=\"triton\")"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend):
     """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited.
 
-    rows: layouts of q, k and v, None where the call is not plain. backend: "triton" or "cuda", of the forward.
+    rows: layouts of q, k and v, None where the call is not plain. backend: "triton" or "cuda".
     """
     rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
@@ -83,40 +84,45 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, 
         rows, q, k, v = _cuda.aligned_rows(rows, q, k, v)
     options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
     outputs, attend, sum_values = _plan_forward(rows, *options)
-    o, u, lse, sums = allocate(outputs, q.device)
-    launch_all(q, *_sum_values(sum_values, v, sums), (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
+    o, u, lse, sums, counter = allocate(outputs, q.device)
+    last = token_bounds if counter is None else counter
+    launch_all(q, *_sum_values(sum_values, v, sums), (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, last)))
     return o, u, lse
 
 
 @planned
 def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, backend, _tf32, ahead):
-    """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and those of the sums."""
+    """Layouts of o, u, lse, the sums of v and a counter, the launch that fills the first three, and those of the sums."""
     o, u, lse = _allocate_forward(q, v, scaled or shifted)
     numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
     given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
-    compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale)
+    compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale, backend)
     launch = _launchers()
     call = launch.signature(q, k, v, None, packed, left, right)
+    counter = None
     if backend == "cuda":
-        attend, chunk = _cuda.SoftmaxForward(q, k, v, o, right, scale), _cuda.extension.SOFTMAX_CHUNK
+        counter = q.new_empty(1, dtype=torch.int32)
+        attend, chunk = _cuda.Softmax("softmax_forward", (q, k, v, o), right, scale), _cuda.extension.SOFTMAX_CHUNK
     else:
         attend, chunk = launch.plan_attend(call, o.stride(), scale), launch.chunk(call, "softmax_attend")
     sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
-    return layouts(o, u, lse, sums), attend, sum_values
+    return layouts(o, u, lse, sums, counter), attend, sum_values
 
 
-def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
+def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale, backend="triton"):
     """(dq, dk, dv, dalpha, dbeta, dsink); None where there is no input."""
     do, u = unit_stride(do), o if u is None else u
-    options = beta is not None, token_bounds is not None, left, right, scale, uses_tf32(q)
-    outputs, queries, keys, sum_values = _plan_backward(layouts(do, q, k, v, u), *options)
-    dq, dk, dv, m, dbeta, sums = allocate(outputs, q.device)
-    launch_all(
-        q,
-        *_sum_values(sum_values, v, sums),
-        (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds)),
-        (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds)),
-    )
+    if backend == "cuda":
+        (q, k, v), do = _cuda.aligned_starts(q, k, v), _cuda.rows_apart(do)
+    options = beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q)
+    outputs, gradients, sum_values = _plan_backward(layouts(do, q, k, v, u), *options)
+    dq, dk, dv, m, dbeta, sums, terms, counters = allocate(outputs, q.device)
+    if backend == "cuda":
+        given = ((q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters),)
+    else:
+        of_queries = q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds
+        given = of_queries, (q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds)
+    launch_all(q, *_sum_values(sum_values, v, sums), *zip(gradients, given, strict=True))
     dsink = None
     if sink is not None:
         # The sink is one more column of the weights, with dP = 0; rows without keys have m = 0.
@@ -126,18 +132,25 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
 
 
 @planned
-def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, _tf32):
-    """Layouts of dq, dk, dv, m (B, Hq, N), and with beta dbeta and the sums of v; launches of both halves and of the sums."""
-    gradients = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
+def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, backend, _tf32):
+    """Layouts of dq, dk, dv, m (B, Hq, N), with beta dbeta and the sums of v, and workspaces; launches of them and of the sums."""
+    gradients = dq, dk, dv = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
     m = q.new_empty(q.shape[:3], dtype=torch.float32)
     launch = _launchers()
     call = launch.signature(q, k, v, None, packed, left, right)
-    strides = [gradient.stride() for gradient in gradients]
-    queries = launch.plan_grad_queries(call, u.stride(), do.stride(), strides[0], scale)
-    keys = launch.plan_grad_keys(call, do.stride(), *strides[1:], scale)
-    sums, sum_values = _plan_sums(launch, call, v, launch.chunk(call, "softmax_grad_queries")) if shifted else (None, ())
+    terms = counters = None
+    if backend == "cuda":
+        terms = m.new_empty(_cuda.softmax_terms_shape(q))
+        counters = q.new_empty(2, dtype=torch.int32)
+        launches = (_cuda.Softmax("softmax_backward", (q, k, v, u, do, *gradients), right, scale),)
+        chunk = _cuda.extension.SOFTMAX_CHUNK
+    else:
+        queries = launch.plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
+        launches = queries, launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
+        chunk = launch.chunk(call, "softmax_grad_queries")
+    sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
     dbeta = torch.empty_like(m) if shifted else None
-    return layouts(*gradients, m, dbeta, sums), queries, keys, sum_values
+    return layouts(*gradients, m, dbeta, sums, terms, counters), launches, sum_values
 
 
 def _or_empty(tensors, like):
@@ -149,9 +162,9 @@ def _dispatched_forward(q, k, v, *arguments):
     return _or_empty(forward(layouts(q, k, v), q, k, v, *arguments), q)
 
 
-def _dispatched_backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
+def _dispatched_backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, *arguments):
     u = u if u.dim() == 4 else None
-    return _or_empty(backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale), q)
+    return _or_empty(backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, *arguments), q)
 
 
 def _fake_forward(q, k, v, alpha, beta, *_):
@@ -165,10 +178,10 @@ def _fake_backward(do, q, k, v, alpha, beta, sink, *_):
 
 
 def _save(ctx, inputs, output):
-    *tensors, left, right, scale, _ = inputs
+    *tensors, left, right, scale, backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.options = left, right, scale
+    ctx.options = left, right, scale, backend
 
 
 def _given(inputs, results):

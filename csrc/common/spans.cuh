@@ -1,0 +1,57 @@
+// Spans of rows, which the blocks of a launch take one after the other, each as soon as it is free.
+//
+// A block stays on its multiprocessor: what comes before and after the work on one span passes beside the products of another,
+// and copies for the next span start early. Which block takes which span changes no result.
+#pragma once
+
+#include <cstdint>
+
+#include "hopper.cuh"
+
+namespace nearfar {
+
+// Spans are tiles of the rows of one head. Their numbers put `together` heads side by side, so that L2 holds what they meet.
+struct Spans {
+    int tiles, together, heads;  // of a head, heads in all
+
+    __device__ int count() const { return tiles * heads; }
+    __device__ void locate(int number, int& head, int& tile) const {
+        const int size = together * tiles, first = number / size * together, side_by_side = min(together, heads - first);
+        head = first + number % size % side_by_side, tile = number % size / side_by_side;
+    }
+};
+
+// How one thread tells the others of its block the number of the next span, while they work on the nth one. It may do so once
+// they have all left the span before: a place and its barrier serve every other span.
+struct NextSpan {
+    static constexpr int kBytes = 2 * (8 + 4);
+    uint32_t barriers;
+    int* numbers;
+
+    __device__ NextSpan(void* memory, int offset)
+        : barriers(shared_address(memory) + offset), numbers(reinterpret_cast<int*>(static_cast<char*>(memory) + offset) + 4) {}
+    __device__ uint32_t barrier(int nth) const { return barriers + 8 * (nth % 2); }
+    __device__ void make() const {
+        make_barrier(barrier(0), 1);
+        make_barrier(barrier(1), 1);
+    }
+    // counter: in global memory, of the spans that were taken beside the first of each block; 0 at launch.
+    __device__ int take(int nth, int* counter) const {
+        const int number = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+        numbers[nth % 2] = number;
+        arrive(barrier(nth));
+        return number;
+    }
+    __device__ int wait(int nth) const {
+        wait_for_barrier(barrier(nth), nth / 2 % 2);
+        return numbers[nth % 2];
+    }
+};
+
+// Of a warp: it has read what the barrier guards.
+__device__ __forceinline__ void leave(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+}  // namespace nearfar
