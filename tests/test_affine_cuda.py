@@ -1,10 +1,10 @@
-"""The forward of softmax and affine attention in CUDA C++: what it serves, and the promises of Triton's in test_affine.py."""
+"""Softmax and affine attention in CUDA C++: what it serves, and the promises of Triton's in test_affine.py."""
 
 import math
 
 import pytest
 import torch
-from harness import DEVICE, GRADIENTS, LAYOUTS, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
+from harness import GRADIENTS, LAYOUTS, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
 from samples.affine import check, op_arguments
 from test_affine import attention
 from test_krause_cuda import tensor
@@ -46,11 +46,12 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
 
 @needs_extension
 def test_errors_of_the_extension_raise():
-    sizes, strides = (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 4
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.softmax_forward([0] * 10, "bfloat16", sizes, strides, -1, 1.0, 4096, 0)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.softmax_forward([0] * 9, "bfloat16", sizes, strides, -1, 1.0, 0, 0)
+    sizes, step = (1, 1, 1, 1, 1, 64), (64, 64, 64)
+    for function, tensors, strides in (("softmax_forward", 11, [step] * 4), ("softmax_backward", 16, [step] * 8)):
+        with pytest.raises(RuntimeError, match="cudaError"):
+            getattr(_cuda.extension, function)([0] * tensors, "bfloat16", sizes, strides, -1, 1.0, 4096, 0)
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            getattr(_cuda.extension, function)([0] * (tensors - 1), "bfloat16", sizes, strides, -1, 1.0, 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernel
@@ -65,6 +66,7 @@ SAMPLES = {
     "some keys ahead": dict(length=450, window_size=(-1, 70)),
     "queries without keys": dict(length=500, keys=160, causal=True, sink=True),
     "one token": dict(length=1, causal=True, batch=3),
+    "more spans than multiprocessors": dict(length=1500, heads=(16, 4), batch=2, causal=True),
     "sharp weights": dict(length=340, scale=2.0, causal=True, affine=False),
 }
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -135,12 +137,18 @@ def test_starts_that_are_not_aligned():
 
 @gpu
 def test_what_a_query_cannot_see_changes_no_bit():
+    """Later keys change nothing for it, nor queries without a gradient for earlier keys, whatever they are."""
     sample = cuda_sample(length=900, causal=True)
-    o, gradients = run_cuda(sample)
+    do = like(sample.tensors["q"])
+    do[:, :, 500:] = 0
+    o, gradients = run_cuda(sample, do)
     other = Sample({name: x.clone() for name, x in sample.tensors.items()}, sample.options)
     for name in "qkv":
         other.tensors[name][:, :, 500:] = 1e4 * randn(*other.tensors[name][:, :, 500:].shape, dtype=torch.bfloat16, seed=5)
-    assert torch.equal(o[:, :, :500], run_cuda(other)[0][:, :, :500])
+    changed_o, changed = run_cuda(other, do)
+    assert torch.equal(o[:, :, :500], changed_o[:, :, :500])
+    for name in sample.tensors:
+        assert torch.equal(gradients[name][:, :, :500], changed[name][:, :, :500]), name
 
 
 @gpu
@@ -174,4 +182,3 @@ def test_explain():
     text = nf.explain(nf.affine_attention, **sample.tensors, causal=True)
     assert ("cuda       can serve this call" in text) == (torch.cuda.get_device_capability() == (9, 0))
     assert "served by triton" in nf.explain(nf.affine_attention, **sample.tensors, window_size=(9, 0))
-    assert DEVICE == "cuda"
