@@ -171,11 +171,6 @@ struct Group {
         for (int r = 0; r < 2; ++r) mine[r] = block.number(which, row + 8 * r);
     }
 
-    __device__ void own_c(float (&mine)[2]) const {
-        const int64_t first = static_cast<int64_t>(block.index) * block.tokens.num_tokens;
-        for (int r = 0; r < 2; ++r) mine[r] = block.tokens.c[first + min(row + 8 * r, block.tokens.num_tokens - 1)];
-    }
-
     // Products of this group's rows in one tensor with the others of a step in another one, all columns of both.
     __device__ __forceinline__ void start_scores(float (&score)[Shape::kTile / 2], int own, int others, int step) const {
         const uint32_t rows = block.own(own, group), columns = block.others(step, others);
@@ -247,9 +242,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
     const float factor = -2.0f * block.decay, apart = fminf(-kNever / factor, 1e38f);
     float square[2], slope[2], total[2];
     group.own_numbers(0, square);
-    group.own_c(slope);
+    const float* const c = block.tokens.c + static_cast<int64_t>(block.index) * block.tokens.num_tokens;
     for (int r = 0; r < 2; ++r) {
-        slope[r] /= -block.decay;
+        slope[r] = c[min(group.row + 8 * r, block.tokens.num_tokens - 1)] / -block.decay;
         total[r] = 0.0f * square[r] + 0.0f * slope[r];  // NaN where an input is broken
     }
 

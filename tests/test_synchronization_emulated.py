@@ -70,13 +70,13 @@ def cells_of(sample, rows, everything):
     tiles, cells = -(-length // rows), -(-length // CELL)
     delta2 = differences(w, w)
     radius = (t["coupling"] * (t["order"][..., None] if causal else t["order"][..., None, None])).double()
-    locks = (-2 * t["bandwidth"][:, None, None] * delta2).exp() * 1.01 + 1e-3 > delta2 / radius**2
+    apart = (-2 * t["bandwidth"][:, None, None] * delta2).exp() * 1.01 + 1e-3 <= delta2 / radius**2  # NaN skips nothing
     lists = torch.full((*w.shape[:2], tiles, cells), -1, dtype=torch.int32)
     counts = torch.zeros(w.shape[:2] + (tiles,), dtype=torch.int32)
     for b, h, tile, cell in torch.cartesian_prod(*map(torch.arange, lists.shape)).reshape(-1, 4).tolist():
         mine, theirs = slice(tile * rows, (tile + 1) * rows), slice(cell * CELL, (cell + 1) * CELL)
         seen = not causal or cell * CELL < min((tile + 1) * rows, length)
-        if seen and (everything or locks[b, h, mine, theirs].any()):
+        if seen and (everything or not apart[b, h, mine, theirs].all()):
             lists[b, h, tile, counts[b, h, tile]] = cell
             counts[b, h, tile] += 1
     return {"lists": lists, "counts": counts}
@@ -86,7 +86,7 @@ def given(sample, guarded):
     t = sample.tensors
     squares = t["omega"].float().square().sum(-1)
     radius = t["coupling"] * t["order"]
-    c = (radius**-2).float().expand(squares.shape) if radius.dim() == 3 else (radius**-2).float()[..., None].expand(squares.shape)
+    c = (radius if radius.dim() == 3 else radius[..., None]).pow(-2).float().expand(squares.shape)
     numbers = dict(squares=squares, c=c.contiguous(), bandwidth=t["bandwidth"])
     copies = {name: guarded.empty(x.shape, x.dtype).copy_(x) for name, x in numbers.items()}
     return copies | {name: guarded.copy(t[name]) for name in ("omega", "v")}
@@ -132,8 +132,7 @@ def backward(kernels, sample, do, o, total, conditions, everything=False):
 
 
 def gradients(sample, found):
-    parameters = (sample.tensors[name] for name in ("coupling", "bandwidth", "order"))
-    coupling, bandwidth, order = parameters
+    coupling, bandwidth, order = (sample.tensors[name] for name in ("coupling", "bandwidth", "order"))
     of_parameters = _parameters(found["dalpha"], found["dradius"], coupling.reshape(1), bandwidth, order)
     named = dict(zip(("coupling", "bandwidth", "order"), of_parameters, strict=True))
     return {"omega": found["dw"], "v": found["dv"], **named, "coupling": named["coupling"].reshape(())}
@@ -142,6 +141,51 @@ def gradients(sample, found):
 def same(first, second, what):
     for name, x in first.items():
         assert torch.equal(x, second[name]), f"{name} {what}"
+
+
+def backward_of(kernels, sample, conditions, everything=False, do=None):
+    do = randn(*sample.tensors["omega"].shape, dtype=torch.float16, seed=9, device="cpu") if do is None else do
+    o, total = forward(kernels, sample, conditions, everything).values()
+    return dict(o=o, total=total) | backward(kernels, sample, do, o, total, conditions, everything)
+
+
+def test_pruning_changes_no_bit(kernels):
+    sample = make(torch.float16, **SAMPLES["clusters"])
+    counts = cells_of(sample, GRAD_ROWS, False)["counts"]
+    assert counts.sum() < 0.7 * cells_of(sample, GRAD_ROWS, True)["counts"].sum()
+    pruned, full = (backward_of(kernels, sample, Conditions(), everything) for everything in (False, True))
+    same(pruned, full, "changes when nothing is pruned")
+
+
+def test_tiles_that_meet_nothing(kernels, monkeypatch):
+    """Lists made by hand: rows get zeros, but for a token's own share of dv."""
+    sample = make(torch.float16, **SAMPLES["ragged"])
+    original = cells_of
+
+    def without(*arguments):
+        lists = original(*arguments)
+        lists["counts"][:, 1] = 0
+        return lists
+
+    monkeypatch.setitem(globals(), "cells_of", without)
+    do = randn(*sample.tensors["omega"].shape, dtype=torch.float16, seed=9, device="cpu")
+    found = backward_of(kernels, sample, Conditions(seed=2), do=do)
+    for name, x in found.items():
+        assert x[:, 0].isfinite().all() and x[:, 0].abs().max() > 0, name
+        assert name == "dv" or x[:, 1].abs().max() == 0, name
+    torch.testing.assert_close(found["dv"][:, 1], do[:, 1] * 1e8, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("omega", math.nan), ("omega", math.inf), ("v", math.nan), ("order", math.nan)])
+def test_broken_inputs_reach_the_outputs_of_their_head_alone(kernels, name, value):
+    sample = make(torch.float16, length=90)
+    sample.tensors[name][(0, 1, 70, 5)[: sample.tensors[name].dim()]] = value
+    found = backward_of(kernels, sample, Conditions())
+    assert found["o"][:, 1].isnan().any(-1).all()
+    for which, x in found.items():
+        assert x[:, 0].isfinite().all(), which
+        if name != "v" or which not in ("total", "dv"):  # which do not depend on v
+            assert not x[:, 1].isfinite().all(), which
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -153,7 +197,7 @@ def test_against_the_oracle(kernels, name, dtype):
     same(*runs, "depends on the order")
     o, total = runs[0].values()
     if sample.options.get("causal"):  # its gradients are Triton's
-        check(sample, do, o, {}, names=("",)[:0] or [])
+        check(sample, do, o, {}, names=())
         return
     runs = [backward(kernels, sample, do, o, total, conditions) for conditions in ALL_CONDITIONS]
     same(*runs, "depends on the order")
