@@ -1,11 +1,11 @@
 // Selective synchronization attention where the keys are the queries: tiles of rows meet the cells that may lock with them.
 //
-// Warp groups have 64 rows each. While the weights of one step are multiplied with its values, a group turns the products of the
-// next step into weights; several groups share the tensor cores and the special functions. A warp of a further group copies what
-// they meet, in the order of the lists, into a ring of slots.
+// Warp groups have 64 rows each. While the weights of one step are multiplied with its values, a group turns the products of
+// the next step into weights; several groups share the tensor cores and the special functions. A warp of a further group copies
+// what they meet, in the order of the lists, into a ring of slots.
 //
 // log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. Nothing bounds it: the margin J^2 - c d^2 is saturated
-// to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another way: see `copy`.
+// to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another way: see copy.
 #include "synchronization.h"
 
 #include <cstdint>
@@ -31,8 +31,9 @@ struct Shape {
     static constexpr int kOwn = kOwn_, kOthers = kOthers_, kNumbers = kNumbers_, kGroups = kGroups_, kCells = kCells_;
     static constexpr int kStages = kStages_, kRows = kCell * kGroups, kTile = kCell * kCells, kThreads = 128 * (kGroups + 1);
     static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kProducerRegisters = kGroups == 2 ? 24 : 32;
-    // Bytes from the start of shared memory: own rows, slots, numbers of the tokens in them, and barriers.
-    static constexpr int kSlotBytes = kOthers * kCells * kPanel, kNumberBytes = 4 * kNumbers * kTile;
+    // Bytes from the start of shared memory: own rows, slots, numbers of the tokens in them and which cells
+    // they are, and barriers.
+    static constexpr int kSlotBytes = kOthers * kCells * kPanel, kNumberBytes = 4 * (kNumbers * kTile + 2 * kCells);
     static constexpr int kSlots = kOwn * kGroups * kPanel, kNumbersAt = kSlots + kStages * kSlotBytes;
     static constexpr int kBarriers = kNumbersAt + kStages * kNumberBytes;
     static constexpr int kBytes = kBarriers + Ring<kStages>::kBytes + 8;
@@ -95,12 +96,9 @@ struct Block {
         return reinterpret_cast<float*>(memory + Shape::kNumbersAt + step % Shape::kStages * Shape::kNumberBytes) +
                which * Shape::kTile;
     }
+    __device__ int* cells(int step) const { return reinterpret_cast<int*>(numbers(step, Shape::kNumbers)); }
     // Place `place` of the list; a cell beyond all tokens behind its end.
     __device__ int cell(int place) const { return place < count ? list[place] : tokens.cells; }
-
-    __device__ void cells_of(int step, int (&of_step)[Shape::kCells]) const {
-        for (int i = 0; i < Shape::kCells; ++i) of_step[i] = cell(step * Shape::kCells + i);
-    }
 
     // A number of a token in this head.
     __device__ float number(int which, int token) const {
@@ -151,6 +149,10 @@ __device__ void copy(const Tokens& tokens, void* memory) {
 #pragma unroll
         for (int i = 0; i < Shape::kNumbers * kEach; ++i)
             block.numbers(step, i / kEach)[i % kEach * 32 + lane] = number[i / kEach][i % kEach];
+        if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < Shape::kCells; ++i) block.cells(step)[i] = cell[i];
+        }
         __syncwarp();
         if (lane == 0) arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
     }
@@ -189,8 +191,10 @@ struct Group {
             start_product_of_rows<typename Shape::Number, kWidth>(sum, weight[i], rows_operand(rows + 16 * 128 * i, kPanel));
     }
 
-    // How far the first token of a cell is behind the first row of the group.
-    __device__ int behind(int cell) const { return cell * kCell - (row - row % kCell); }
+    // How far the first token of a step's cell is behind the first row of the group.
+    __device__ int behind(int step, int cell) const {
+        return (block.cells(step)[cell] - block.tile * Shape::kGroups - group) * kCell;
+    }
 
     // Stores this lane's share of the group's rows.
     __device__ void store(const float (&sum)[kWidth / 2], const Tensor<typename Shape::Number>& to) const {
@@ -214,6 +218,9 @@ __device__ __forceinline__ void round_to_words(uint32_t (&word)[Shape::kTile / 1
 #pragma unroll
     for (int i = 0; i < Shape::kTile / 4; ++i) word[i / 4][i % 4] = pack<typename Shape::Number>(x[2 * i], x[2 * i + 1]);
 }
+
+// A product of which log2 J^2 is 1e30, beside any squares.
+__device__ __forceinline__ float product_of_far(float factor) { return fminf(-kNever / factor, 1e38f); }
 
 template <typename Shape>
 struct ForwardArguments {
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
     const Block<Shape, decltype(arguments.tokens)> block(arguments.tokens, memory);
     const Group group(block);
     const int lane = group.lane;
-    const float factor = -2.0f * block.decay, apart = fminf(-kNever / factor, 1e38f);
+    const float factor = -2.0f * block.decay;
     float square[2], slope[2], total[2];
     group.own_numbers(0, square);
     const float* const c = block.tokens.c + static_cast<int64_t>(block.index) * block.tokens.num_tokens;
@@ -261,6 +268,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
     // Products become weights: of one cell with its squares, `behind` the rows.
     const auto weigh_cell = [&](float* score, const float* squares, int behind) {
         if (behind == 0 || (arguments.causal && behind > 0)) {  // a token is at distance 0 from itself
+            const float apart = product_of_far(factor);
 #pragma unroll
             for (int i = 0; i < kCell / 2; ++i) {
                 const int further = behind + product_column(lane, i) - (group.row % kCell + i / 2 % 2 * 8);
@@ -279,31 +287,28 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
         // By cells, so that those without a weight change no bit.
         for (int r = 0; r < 2; ++r) total[r] += (sum[r][0] + sum[r][1]) + 0.0f * squares[product_column(lane, 0)];
     };
-    const auto weigh = [&](int step, const int (&cell)[Shape::kCells]) {
+    const auto weigh = [&](int step) {
 #pragma unroll
         for (int i = 0; i < Shape::kCells; ++i)
-            weigh_cell(score[0] + i * kCell / 2, block.numbers(step, 0) + i * kCell, group.behind(cell[i]));
+            weigh_cell(score[0] + i * kCell / 2, block.numbers(step, 0) + i * kCell, group.behind(step, i));
     };
 
     wait_for_barrier(block.loaded(), 0);
     if (block.steps > 0) {
-        int cell[Shape::kCells];
-        block.cells_of(0, cell);
         block.ring.wait_full(0);
         begin_products();
         start_scores(0);
         wait_for_products<0>(score);
-        weigh(0, cell);
+        weigh(0);
         round_to_words<Shape>(weight, score[0]);
 #pragma unroll 1
         for (int step = 1; step < block.steps; ++step) {
-            block.cells_of(step, cell);
             block.ring.wait_full(step);
             begin_products();
             start_scores(step);
             start_values(step - 1);
             wait_for_products<1>(score);
-            weigh(step, cell);
+            weigh(step);
             wait_for_products<0>(acc);
             block.ring.leave(step - 1);
             round_to_words<Shape>(weight, score[0]);
@@ -356,7 +361,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
     const Block<Shape, decltype(arguments.tokens)> block(arguments.tokens, memory);
     const Group group(block);
     const int lane = group.lane;
-    const float factor = -2.0f * block.decay, apart = fminf(-kNever / factor, 1e38f);
+    const float factor = -2.0f * block.decay;
     const Rates rates(block);
     const float of_near = rates.two_alpha / rates.unit, of_all = rates.c / rates.unit, slope_c = rates.c / -rates.decay;
     float square[2], inverse[2], shift[2];
@@ -379,8 +384,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         group.start_values(acc[1], weight, kGradO, step);
         commit_products();
     };
-    const auto weigh = [&](int step, int cell) {
-        if (group.behind(cell) == 0) {  // a token's own share of dv is added in the end
+    const auto weigh = [&](int step) {
+        if (group.behind(step, 0) == 0) {  // a token's own share of dv is added in the end
+            const float apart = product_of_far(factor);
 #pragma unroll
             for (int i = 0; i < kCell / 2; ++i)
                 if (product_column(lane, i) == group.row % kCell + i / 2 % 2 * 8) pair[0][i] = -apart;
@@ -414,23 +420,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
 
     wait_for_barrier(block.loaded(), 0);
     if (block.steps > 0) {
-        int cell[1];
-        block.cells_of(0, cell);
         block.ring.wait_full(0);
         begin_products();
         start_pairs(0);
         wait_for_products<0>(pair);
-        weigh(0, cell[0]);
+        weigh(0);
         round();
 #pragma unroll 1
         for (int step = 1; step < block.steps; ++step) {
-            block.cells_of(step, cell);
             block.ring.wait_full(step);
             begin_products();
             start_pairs(step);
             start_sums(step - 1);
             wait_for_products<1>(pair);
-            weigh(step, cell[0]);
+            weigh(step);
             wait_for_products<0>(acc);
             block.ring.leave(step - 1);
             round();
@@ -469,7 +472,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
 template <typename Number>
 using Forward = Shape<Number, 1, 2, 1, kSynchronizationRows / kCell, 1, 4>;
 template <typename Number>
-using Backward = Shape<Number, 3, 3, 3, kSynchronizationGradRows / kCell, 1, 3>;
+using Backward = Shape<Number, 3, 3, 3, kSynchronizationGradRows / kCell, 1, 4>;
 
 // data, strides: of omega, v and, in the backward, grad_o; numbers: squares and, in the backward, inverse and shift.
 template <typename Shape, typename Call>
