@@ -175,20 +175,19 @@ struct Group {
 
     // Products of this group's rows in one tensor with the others of a step in another one, all columns of both.
     __device__ __forceinline__ void start_scores(float (&score)[Shape::kTile / 2], int own, int others, int step) const {
-        const uint32_t rows = block.own(own, group), columns = block.others(step, others);
+        const uint64_t rows = panel_operand(block.own(own, group), 0), columns = panel_operand(block.others(step, others), 0);
 #pragma unroll
         for (int i = 0; i < kWidth / 16; ++i)
-            start_product<typename Shape::Number, Shape::kTile>(score, panel_operand(rows, 32 * i),
-                                                                panel_operand(columns, 32 * i), i > 0);
+            start_product<typename Shape::Number, Shape::kTile>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
     }
 
     // sum += weights of the others of a step times their rows in one tensor.
     __device__ __forceinline__ void start_values(float (&sum)[kWidth / 2], const uint32_t (&weight)[Shape::kTile / 16][4],
                                                  int others, int step) const {
-        const uint32_t rows = block.others(step, others);
+        const uint64_t rows = rows_operand(block.others(step, others), kPanel);
 #pragma unroll
         for (int i = 0; i < Shape::kTile / 16; ++i)
-            start_product_of_rows<typename Shape::Number, kWidth>(sum, weight[i], rows_operand(rows + 16 * 128 * i, kPanel));
+            start_product_of_rows<typename Shape::Number, kWidth>(sum, weight[i], further(rows, 16 * 128 * i));
     }
 
     // How far the first token of a step's cell is behind the first row of the group.
@@ -266,14 +265,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
         commit_products();
     };
     // Products become weights: of one cell with its squares, `behind` the rows.
+    const bool causal = arguments.causal;
     const auto weigh_cell = [&](float* score, const float* squares, int behind) {
-        if (behind == 0 || (arguments.causal && behind > 0)) {  // a token is at distance 0 from itself
+        if (behind == 0 || (causal && behind > 0)) {  // a token is at distance 0 from itself
             const float apart = product_of_far(factor);
 #pragma unroll
             for (int i = 0; i < kCell / 2; ++i) {
-                const int further = behind + product_column(lane, i) - (group.row % kCell + i / 2 % 2 * 8);
-                if (further == 0) score[i] = apart;
-                else if (arguments.causal && further > 0) score[i] = -apart;
+                const int ahead = behind + product_column(lane, i) - (group.row % kCell + i / 2 % 2 * 8);
+                if (ahead == 0) score[i] = apart;
+                else if (causal && ahead > 0) score[i] = -apart;
             }
         }
         float sum[2][2] = {};
@@ -295,22 +295,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
 
     wait_for_barrier(block.loaded(), 0);
     if (block.steps > 0) {
-        block.ring.wait_full(0);
-        begin_products();
-        start_scores(0);
-        wait_for_products<0>(score);
-        weigh(0);
-        round_to_words<Shape>(weight, score[0]);
 #pragma unroll 1
-        for (int step = 1; step < block.steps; ++step) {
+        for (int step = 0; step < block.steps; ++step) {
             block.ring.wait_full(step);
             begin_products();
             start_scores(step);
-            start_values(step - 1);
-            wait_for_products<1>(score);
+            if (step > 0) {
+                begin_products();
+                start_values(step - 1);
+                wait_for_products<1>(score);
+            } else {
+                wait_for_products<0>(score);
+            }
             weigh(step);
             wait_for_products<0>(acc);
-            block.ring.leave(step - 1);
+            if (step > 0) block.ring.leave(step - 1);
             round_to_words<Shape>(weight, score[0]);
         }
         begin_products();
@@ -420,22 +419,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
 
     wait_for_barrier(block.loaded(), 0);
     if (block.steps > 0) {
-        block.ring.wait_full(0);
-        begin_products();
-        start_pairs(0);
-        wait_for_products<0>(pair);
-        weigh(0);
-        round();
 #pragma unroll 1
-        for (int step = 1; step < block.steps; ++step) {
+        for (int step = 0; step < block.steps; ++step) {
             block.ring.wait_full(step);
             begin_products();
             start_pairs(step);
-            start_sums(step - 1);
-            wait_for_products<1>(pair);
+            if (step > 0) {
+                begin_products();
+                start_sums(step - 1);
+                wait_for_products<1>(pair);
+            } else {
+                wait_for_products<0>(pair);
+            }
             weigh(step);
             wait_for_products<0>(acc);
-            block.ring.leave(step - 1);
+            if (step > 0) block.ring.leave(step - 1);
             round();
         }
         begin_products();
