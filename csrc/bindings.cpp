@@ -362,6 +362,6 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"),
         py::arg("grad_floor"), py::arg("device"), py::arg("stream"),
-        "Its gradients where one order is given for each head: fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, bandwidth, do, "
+        "Its gradients for orders by head: fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, bandwidth, do, "
         "inverse, shift, dw, dv, dalpha, dradius, lists, counts; strides: of omega, v, do, dw, dv; sizes: B, H, N.");
 }

@@ -5,7 +5,8 @@
 // what they meet, in the order of the lists, into a ring of slots.
 //
 // log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. Nothing bounds it: the margin J^2 - c d^2 is saturated
-// to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another way: see copy.
+// to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another
+// way: see copy_cells.
 #include "synchronization.h"
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct Shape {
     static constexpr int kOwn = kOwn_, kOthers = kOthers_, kNumbers = kNumbers_, kGroups = kGroups_, kCells = kCells_;
     static constexpr int kStages = kStages_, kRows = kCell * kGroups, kTile = kCell * kCells, kThreads = 128 * (kGroups + 1);
     static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kProducerRegisters = kGroups == 2 ? 24 : 32;
-    // Bytes from the start of shared memory: own rows, slots, numbers of the tokens in them and which cells
-    // they are, and barriers.
+    // Bytes from the start of shared memory: own rows, slots, numbers of the tokens in them with those of the cells, an even
+    // count of numbers, and barriers.
     static constexpr int kSlotBytes = kOthers * kCells * kPanel, kNumberBytes = 4 * (kNumbers * kTile + 2 * kCells);
     static constexpr int kSlots = kOwn * kGroups * kPanel, kNumbersAt = kSlots + kStages * kSlotBytes;
     static constexpr int kBarriers = kNumbersAt + kStages * kNumberBytes;
@@ -106,14 +107,13 @@ struct Block {
         const float x = tokens.number[which][static_cast<int64_t>(index) * tokens.num_tokens + token];
         return which == 0 ? decay * x : x;
     }
-
 };
 
 // What one warp does for the others: it copies the block's own rows, and then step by step the cells that they meet and the
 // numbers of their tokens. The squares of a cell with one that is not finite become NaN, all of them, so that a look at one of
 // them tells.
 template <typename Shape, typename Tokens>
-__device__ void copy(const Tokens& tokens, void* memory) {
+__device__ void copy_cells(const Tokens& tokens, void* memory) {
     const Block<Shape, Tokens> block(tokens, memory);
     constexpr int kEach = Shape::kCells * kCell / 32;  // tokens of a lane, half a cell each
     const int lane = threadIdx.x % 32;
@@ -158,7 +158,7 @@ __device__ void copy(const Tokens& tokens, void* memory) {
     }
 }
 
-// What a warp group does: starts the products of a step and waits for them.
+// What a warp group knows and does in either direction.
 template <typename Shape, typename Tokens>
 struct Group {
     const Block<Shape, Tokens>& block;
@@ -203,7 +203,7 @@ struct Group {
                                                    to.at(block.batch, block.head) + first * to.row);
     }
 
-    // Calls body(r, at) for those of this lane's rows that there are: a row's place among numbers of rows, by one of its lanes.
+    // Calls body(r, at) for the lane's rows, those that there are, in one lane of each; at: its place among rows of all heads.
     template <typename Body>
     __device__ void for_each_row(const Body& body) const {
         for (int r = 0; r < 2; ++r)
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
     make_barriers<Shape>(shared_address(memory));
     if (threadIdx.x / 128 == Shape::kGroups) {
         release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 < 32) copy<Shape>(arguments.tokens, memory);
+        if (threadIdx.x % 128 < 32) copy_cells<Shape>(arguments.tokens, memory);
         return;
     }
     claim_registers<Shape::kRegisters>();
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
     make_barriers<Shape>(shared_address(memory));
     if (threadIdx.x / 128 == Shape::kGroups) {
         release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 < 32) copy<Shape>(arguments.tokens, memory);
+        if (threadIdx.x % 128 < 32) copy_cells<Shape>(arguments.tokens, memory);
         return;
     }
     claim_registers<Shape::kRegisters>();

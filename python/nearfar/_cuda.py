@@ -424,6 +424,4 @@ class SynchronizationBackward:
         return False
 
     def run(self, tensors, surveyed):
-        extension.synchronization_backward(
-            surveyed[0], *self._fixed, tensors[0].get_device(), stream_of(tensors[0])
-        )
+        extension.synchronization_backward(surveyed[0], *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
