@@ -136,6 +136,7 @@ __device__ void copy_cells(const Tokens& tokens, void* memory) {
             number[i / kEach][i % kEach] = block.number(i / kEach, cell[i % kEach / 2] * kCell + i % 2 * 32 + lane);
         block.ring.wait_empty(step);
         if (lane == 0) {
+            arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
 #pragma unroll
             for (int i = 0; i < Shape::kOthers * Shape::kCells; ++i)
                 copy_box(block.others(step, 0) + i * kPanel, block.tokens.tensor[i / Shape::kCells], 0,
@@ -154,7 +155,7 @@ __device__ void copy_cells(const Tokens& tokens, void* memory) {
             for (int i = 0; i < Shape::kCells; ++i) block.cells(step)[i] = cell[i];
         }
         __syncwarp();
-        if (lane == 0) arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
+        if (lane == 0) arrive(block.ring.full(step));
     }
 }
 

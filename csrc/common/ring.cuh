@@ -1,4 +1,6 @@
 // A ring of slots in shared memory that one warp fills and others read: step s uses slot s % kStages.
+//
+// Who fills a slot arrives twice: with the bytes of the copies that it is about to start, and when it has written all else.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +20,7 @@ struct Ring {
     // By one thread, ahead of publish_barriers.
     __device__ void make(int reading_warps) const {
         for (int slot = 0; slot < kStages; ++slot) {
-            make_barrier(full(slot), 1);
+            make_barrier(full(slot), 2);
             make_barrier(empty(slot), reading_warps);
         }
     }
