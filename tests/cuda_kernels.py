@@ -11,6 +11,7 @@ import test_affine_cuda
 import test_diagnostics_cuda
 import test_krause_cuda
 import test_linear_cuda
+import test_synchronization_cuda
 import torch
 from harness import as_tuple, randn, run
 from test_krause_step import FORMS, cache_before, positions_of, sample_of, step
@@ -36,6 +37,10 @@ def results(dtype):
     for options in test_affine_cuda.SAMPLES.values():
         sample = test_affine_cuda.cuda_sample(dtype, **options)
         yield test_affine_cuda.attention(sample)(**sample.tensors, **sample.options, backend="cuda")
+    for options in test_synchronization_cuda.SAMPLES.values():
+        sample = test_synchronization_cuda.cuda_sample(dtype, **options)
+        o, gradients = run(nf.synchronization_attention, sample, backend="cuda")
+        yield from (o, *gradients.values())
     for width in (16, 64, 100, 256):
         yield _cuda.row_sumsq(randn(2, 3, 65, width, dtype=dtype))
 

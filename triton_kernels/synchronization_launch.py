@@ -36,12 +36,17 @@ def own_block(call, kernel):
     return parameters.block_n if kernel == "sync_grad_keys" else parameters.block_m
 
 
-def lists_shapes(call, kernel):
-    """Shapes of the lists of cells for the tiles of a kernel, and of their counts."""
+def list_rows(call, kernel, cuda=None):
+    """Tokens that share a list of cells. cuda: the launch in CUDA C++ that takes the place of the kernel's, or None."""
+    return max(own_block(call, kernel), CELL) if cuda is None else cuda.rows
+
+
+def lists_shapes(call, kernel, rows):
+    """Shapes of the lists of cells for the tiles of a kernel, of `rows` tokens each, and of their counts."""
     own, other = call.q_shape[2], call.k_shape[2]
     if kernel == "sync_grad_keys":
         own, other = other, own
-    tiles = triton.cdiv(own, max(own_block(call, kernel), CELL))
+    tiles = triton.cdiv(own, rows)
     return (*call.q_shape[:2], tiles, triton.cdiv(other, CELL)), (*call.q_shape[:2], tiles)
 
 
@@ -56,15 +61,15 @@ def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_tok
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_neighbours(call, kernel):
+def plan_neighbours(call, kernel, rows):
     queries = kernel != "sync_grad_keys"
     num_queries, num_keys, heads, group = call.geometry
     own, other = (num_queries, num_keys) if queries else (num_keys, num_queries)
-    tiles = lists_shapes(call, kernel)[1][2]
+    tiles = lists_shapes(call, kernel, rows)[1][2]
     width = call.q_shape[3]
     scalars = (
         own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
-        call.window[0], queries, call.right == 0, max(own_block(call, kernel) // CELL, 1), width, width_block(width),
+        call.window[0], queries, call.right == 0, rows // CELL, width, width_block(width),
     )  # fmt: skip
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
 
@@ -133,30 +138,36 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 
 
-def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, bits):
-    """The launches of `forward`, in order."""
+def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, bits, cuda):
+    """The launches of `forward`, in order. cuda: the launch in CUDA C++ that takes the place of `attend`, or None."""
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
     if top_k is None:
-        return *launches, plan_neighbours(call, "sync_attend"), plan_attend(call, self, o.stride(), stride(bandwidth))
+        neighbours = plan_neighbours(call, "sync_attend", list_rows(call, "sync_attend", cuda))
+        return *launches, neighbours, cuda or plan_attend(call, self, o.stride(), stride(bandwidth))
     return *launches, plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
 
 
-def backward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric, o, bits, do, dw, dk, dv):
-    """The launches of `backward`, in order; symmetric: S is, and dw is the gradient of omega as queries and as keys."""
+def backward_launches(
+    omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric, o, bits, do, dw, dk, dv, cuda
+):  # fmt: skip
+    """The launches of `backward`, in order; symmetric: S is, and dw is the gradient of omega as queries and as keys.
+
+    cuda: the launch in CUDA C++ that takes the place of `grad_tokens`, or None.
+    """
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
     surveys = survey_launches(omega, omega_k, coupling, bandwidth, order)
     launches = *surveys, plan_row_terms(o.shape, o.stride(), do.stride())
     if symmetric:
-        tokens = plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
-        return *launches, plan_neighbours(call, "sync_grad_tokens"), tokens
+        tokens = cuda or plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
+        return *launches, plan_neighbours(call, "sync_grad_tokens", list_rows(call, "sync_grad_tokens", cuda)), tokens
     num_words = 0 if bits is None else bits.shape[-1]
     return (
         *launches,
-        plan_neighbours(call, "sync_grad_queries"),
+        plan_neighbours(call, "sync_grad_queries", list_rows(call, "sync_grad_queries")),
         plan_grad_queries(call, self, do.stride(), dw.stride(), by_head, num_words, steepest),
-        plan_neighbours(call, "sync_grad_keys"),
+        plan_neighbours(call, "sync_grad_keys", list_rows(call, "sync_grad_keys")),
         plan_grad_keys(call, self, do.stride(), dk.stride(), dv.stride(), by_head, num_words, steepest),
     )
 

@@ -21,4 +21,9 @@ __device__ __forceinline__ uint64_t rows_operand(uint32_t panel, uint32_t stride
     return kPermuted << 62 | kEightRows << 32 | static_cast<uint64_t>(stride >> 4) << 16 | panel >> 4;
 }
 
+// An operand that starts this many bytes, a multiple of 16, further on: one addition.
+__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
+    return (operand >> 32) << 32 | (static_cast<uint32_t>(operand) + bytes / 16);
+}
+
 }  // namespace nearfar

@@ -82,6 +82,26 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
     return result;
 }
 
+// The square root of x >= 0 and its inverse likewise; x below 2^-126 is taken for zero.
+__device__ __forceinline__ float sqrt_approximate(float x) {
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float rsqrt_approximate(float x) {
+    float result;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// a b + c, but 0 below 2^-126 and where it is not a number, and at most 1: the bounds are free.
+__device__ __forceinline__ float fma_saturated(float a, float b, float c) {
+    float result;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+    return result;
+}
+
 // Sets `first` (`second`) to -infinity unless the lower (upper) half of `x` exceeds that of `cut` or is not a number.
 __device__ __forceinline__ void keep_exceeding(float& first, float& second, uint32_t x, uint32_t cut) {
     asm("{\n\t"

@@ -145,6 +145,12 @@ def aligned(tensor):
     return tensor
 
 
+def aligned_boxes(tensor):
+    """The tensor, or a copy where the tensor memory accelerator does not read it: see hopper_reason and _rows_reason."""
+    expanded = any([stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return tensor.contiguous() if expanded else aligned(tensor)
+
+
 def aligned_starts(*tensors):
     """Tensors without a _rows_reason; copies of those that do not start at a multiple of 16 bytes."""
     return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
@@ -281,11 +287,11 @@ HOPPER_WIDTHS = (64, 128)
 
 def hopper_reason(tensors):
     """Why CUDA kernels that are for Hopper cannot serve tensors of these layouts, by name, or None."""
-    q = tensors["q"]
-    if reason := _absence_reason("q", q):
+    first, q = next(iter(tensors.items()))
+    if reason := _absence_reason(first, q):
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"q has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
+        return f"{first} has dtype {q.dtype}; the CUDA kernels take float16 and bfloat16"
     widths = [int(x.shape[3]) for x in tensors.values()]
     if widths[0] not in HOPPER_WIDTHS or any(width != widths[0] for width in widths):
         return f"{', '.join(tensors)} are {', '.join(map(str, widths))} wide; the CUDA kernels take one width of 64 or 128"
@@ -353,12 +359,6 @@ def softmax_reason(q, k, v, left, packed):
     return hopper_reason(dict(q=q, k=k, v=v))
 
 
-def rows_apart(tensor):
-    """The tensor, aligned, or a copy where it is expanded: the tensor memory accelerator takes no stride of 0."""
-    expanded = any([step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)])
-    return tensor.contiguous() if expanded else aligned(tensor)
-
-
 def softmax_terms_shape(q):
     """Of a workspace of softmax_backward, float32."""
     terms = extension.SOFTMAX_TERMS
@@ -368,8 +368,8 @@ def softmax_terms_shape(q):
 class Softmax:
     """A launch of softmax_forward or softmax_backward among those of Triton's kernels: all but its tensors is fixed.
 
-    It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose strides
-    they take, the first two q and k.
+    It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose
+    strides they take, the first two q and k.
     """
 
     def __init__(self, function, strided, right, scale):
@@ -384,3 +384,53 @@ class Softmax:
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+
+
+SYNCHRONIZATION_WIDTH = 64
+
+
+def synchronization_reason(omega, v, separate, top_k):
+    """Why the CUDA kernels cannot serve calls of synchronization_attention with these layouts, or None."""
+    if separate or top_k is not None:
+        return "the CUDA kernels take neither omega_k nor top_k"
+    reason = hopper_reason(dict(omega=omega, v=v))
+    if reason is None and omega.shape[3] != SYNCHRONIZATION_WIDTH:
+        return f"omega and v are {omega.shape[3]} wide; the CUDA kernels take {SYNCHRONIZATION_WIDTH}"
+    return reason
+
+
+class SynchronizationForward:
+    """A launch of synchronization_forward among those of Triton's kernels: all but its tensors is fixed.
+
+    It is given what `attend` in triton_kernels/synchronization.py is given, with lists for tiles of `rows` tokens; its omega
+    and v start at multiples of 16 bytes.
+    """
+
+    def __init__(self, omega, v, bandwidth, o, causal):
+        self.rows = extension.SYNCHRONIZATION_ROWS
+        strides = [x.stride()[:3] for x in (omega, v, o)]
+        self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, causal
+
+    def is_new(self, _surveyed):
+        return False  # it was compiled with the package
+
+    def run(self, tensors, surveyed):
+        omega, _, v, squares, _, *others = surveyed[0]  # without those of the keys, which are the queries
+        extension.synchronization_forward(
+            [omega, v, squares, *others], *self._fixed, tensors[0].get_device(), stream_of(tensors[0])
+        )
+
+
+class SynchronizationBackward:
+    """A launch of synchronization_backward likewise, in the place of `grad_tokens`; its do starts like omega and v."""
+
+    def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
+        self.rows = extension.SYNCHRONIZATION_GRAD_ROWS
+        strides = [x.stride()[:3] for x in (omega, v, do, dw, dv)]
+        self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, grad_floor
+
+    def is_new(self, _surveyed):
+        return False
+
+    def run(self, tensors, surveyed):
+        extension.synchronization_backward(surveyed[0], *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))

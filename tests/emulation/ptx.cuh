@@ -116,6 +116,14 @@ inline float exp2_approximate(float x) {
 
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
+inline float sqrt_approximate(float x) { return x < 0x1p-126f ? 0.0f : sqrtf(x); }
+inline float rsqrt_approximate(float x) { return 1.0f / sqrt_approximate(x); }
+
+inline float fma_saturated(float a, float b, float c) {
+    const float result = fmaf(a, b, c);
+    return result < 0x1p-126f || std::isnan(result) ? 0.0f : fminf(result, 1.0f);
+}
+
 inline void keep_exceeding(float& first, float& second, uint32_t x, uint32_t cut) {
     if (half_of<__half>(x, 0) <= half_of<__half>(cut, 0)) first = -INFINITY;
     if (half_of<__half>(x, 1) <= half_of<__half>(cut, 1)) second = -INFINITY;

@@ -196,7 +196,7 @@ def check(sample, do, o, gradients, names=None):
     scale_o, scale = scales(sample, do, chosen)
     assert o.dtype == dtype
     assert_accurate("o", o, exact_o, plain_o, scale_o, dtype)
-    for name in names or sample.tensors:
+    for name in sample.tensors if names is None else names:
         assert gradients[name].dtype == sample.tensors[name].dtype
         assert_accurate(f"gradient of {name}", gradients[name], exact[name], plain[name], scale[name], dtype)
 

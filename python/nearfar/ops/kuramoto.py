@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from nearfar import _cuda
 from nearfar.checks import is_plain
 from nearfar.ops.pairwise import no_bits, selection_words
 from nearfar.ops.torch_operator import (
@@ -22,11 +23,11 @@ from nearfar.ops.torch_operator import (
 
 _FORWARD = (
     "(Tensor omega, Tensor? omega_k, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order, bool causal, int? top_k,"
-    " float grad_floor) -> (Tensor, Tensor, Tensor)"
+    ' float grad_floor, str backend="triton", str backward_backend="triton") -> (Tensor, Tensor, Tensor)'
 )
 _BACKWARD = (
     "(Tensor do, Tensor omega, Tensor? omega_k, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order, Tensor o,"
-    " Tensor total, Tensor bits, bool causal, int? top_k, float grad_floor)"
+    ' Tensor total, Tensor bits, bool causal, int? top_k, float grad_floor, str backend="triton")'
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -40,11 +41,15 @@ class Survey(NamedTuple):
     extents: torch.Tensor
 
 
-def attend(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
-    """o (B, Hq, N, Dv). coupling, bandwidth (1,) or (Hq,), order (B, Hq) or (B, Hq, N): float32. omega_k None: omega."""
+def attend(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend):
+    """o (B, Hq, N, Dv). coupling, bandwidth (1,) or (Hq,), order (B, Hq) or (B, Hq, N): float32. omega_k None: omega.
+
+    backend, backward_backend: "triton" or "cuda"; what the latter does not serve of the backward, the former does.
+    """
     omega, v = unit_stride(omega), unit_stride(v)
     omega_k = None if omega_k is None else unit_stride(omega_k)
-    arguments = omega, omega_k, v, coupling, bandwidth, order.contiguous(), causal, top_k, grad_floor
+    options = causal, top_k, grad_floor, backend, backward_backend
+    arguments = omega, omega_k, v, coupling, bandwidth, order.contiguous(), *options
     tensors = [tensor for tensor in arguments[:6] if tensor is not None]
     if not is_plain(*tensors):
         return torch.ops.nearfar.synchronization_attention(*arguments)[0]
@@ -72,8 +77,9 @@ def _empty_surveys(omega, omega_k, launch):
     return queries, queries if omega_k is None else survey(omega_k, False)
 
 
-def _empty_lists(omega, call, kernel, launch):
-    return tuple(omega.new_empty(shape, dtype=torch.int32) for shape in launch.lists_shapes(call, kernel))
+def _empty_lists(omega, call, kernel, launch, cuda=None):
+    shapes = launch.lists_shapes(call, kernel, launch.list_rows(call, kernel, cuda))
+    return tuple(omega.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 def _empty_outputs(omega, v, top_k):
@@ -85,13 +91,19 @@ def _empty_outputs(omega, v, top_k):
     return empty_rows(omega, v.shape[3]), total, bits
 
 
-def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, ahead=None):
+def forward(
+    omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend="triton", backward_backend="triton",
+    ahead=None,
+):  # fmt: skip
     """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it.
 
     ahead: see compile_ahead.
     """
+    if backend == "cuda":
+        omega, v = _cuda.aligned_starts(omega, v)
     tensors = omega, omega_k, v, coupling, bandwidth, order
-    outputs, launches = _plan_forward(layouts(*tensors), causal, top_k, grad_floor, uses_tf32(omega), ahead)
+    options = causal, top_k, grad_floor, backend, backward_backend, uses_tf32(omega), ahead
+    outputs, launches = _plan_forward(layouts(*tensors), *options)
     o, total, bits, *workspaces = allocate(outputs, omega.device)
     if not o.numel() or not v.shape[2]:
         return o.zero_(), total.zero_(), bits
@@ -102,15 +114,18 @@ def forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_f
 
 
 @planned
-def _plan_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, _tf32, ahead):
+def _plan_forward(
+    omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend, _tf32, ahead
+):  # fmt: skip
     """Layouts of o, total, bits and the workspaces, and the launches."""
     launch = _launchers()
     outputs, surveys = _empty_outputs(omega, v, top_k), _empty_surveys(omega, omega_k, launch)
     call = launch.signature(omega, omega_k, v, causal)
-    lists = _empty_lists(omega, call, "sync_attend", launch) if top_k is None else ()
+    cuda = _cuda.SynchronizationForward(omega, v, bandwidth, outputs[0], causal) if backend == "cuda" else None
+    lists = _empty_lists(omega, call, "sync_attend", launch, cuda) if top_k is None else ()
     given = omega, omega_k, v, coupling, bandwidth, order
-    launches = launch.forward_launches(*given, causal, top_k, outputs[0], outputs[2])
-    compile_ahead(ahead, backward, outputs[0], *given, *outputs, causal, top_k, grad_floor)
+    launches = launch.forward_launches(*given, causal, top_k, outputs[0], outputs[2], cuda)
+    compile_ahead(ahead, backward, outputs[0], *given, *outputs, causal, top_k, grad_floor, backward_backend)
     return layouts(*outputs, *_workspaces(omega_k, surveys), *lists), launches
 
 
@@ -126,11 +141,15 @@ def _surveys(omega_k, workspaces):
     return (queries, queries, workspaces[4:]) if omega_k is None else (queries, Survey(*workspaces[4:8]), workspaces[8:])
 
 
-def backward(do, omega, omega_k, v, coupling, bandwidth, order, o, total, bits, causal, top_k, grad_floor):
+def backward(
+    do, omega, omega_k, v, coupling, bandwidth, order, o, total, bits, causal, top_k, grad_floor, backend="triton"
+):  # fmt: skip
     """(domega, domega_k, dv, dcoupling, dbandwidth, dorder); domega_k None without omega_k."""
     do, bits = unit_stride(do), None if top_k is None else bits
+    if backend == "cuda":
+        (omega, v), do = _cuda.aligned_starts(omega, v), _cuda.aligned_boxes(do)
     tensors = omega, omega_k, v, coupling, bandwidth, order
-    outputs, launches = _plan_backward(layouts(do, o, bits, *tensors), causal, grad_floor, uses_tf32(omega))
+    outputs, launches = _plan_backward(layouts(do, o, bits, *tensors), causal, grad_floor, backend, uses_tf32(omega))
     dw, dk, dv, inverse, shift, dalpha, dradius, part, *workspaces = allocate(outputs, omega.device)
     if not o.numel() or not v.shape[2]:
         dk = None if dk is None else dk.zero_()
@@ -146,21 +165,29 @@ def backward(do, omega, omega_k, v, coupling, bandwidth, order, o, total, bits, 
     return dw, dk, dv, *_parameters(dalpha, dradius, coupling, bandwidth, order)
 
 
+def is_symmetric(causal, order):
+    """Whether S is, where the keys are the queries and nothing is selected."""
+    return not causal and order.dim() == 2
+
+
 @planned
-def _plan_backward(do, o, bits, omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, _tf32):
+def _plan_backward(do, o, bits, omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, backend, _tf32):
     """Layouts of the gradients and the workspaces, and the launches."""
     launch = _launchers()
     dw, dv = empty_rows(omega, omega.shape[3]), empty_rows(v, v.shape[3])
     dk = None if omega_k is None else empty_rows(omega_k, omega_k.shape[3])
     of_rows = [omega.new_empty(omega.shape[:3], dtype=torch.float32) for _ in range(4)]
-    symmetric = omega_k is None and bits is None and not causal and order.dim() == 2
+    symmetric = omega_k is None and bits is None and is_symmetric(causal, order)
+    cuda = None
+    if symmetric and backend == "cuda":
+        cuda = _cuda.SynchronizationBackward(omega, v, bandwidth, do, dw, dv, grad_floor)
     part = None if symmetric or omega_k is not None else omega.new_empty(omega.shape, dtype=torch.float32)
     kernels = ("sync_grad_tokens",) if symmetric else ("sync_grad_queries", "sync_grad_keys")
     call = launch.signature(omega, omega_k, v, causal)
-    lists = [tensor for kernel in kernels for tensor in _empty_lists(omega, call, kernel, launch)]
+    lists = [tensor for kernel in kernels for tensor in _empty_lists(omega, call, kernel, launch, cuda)]
     of_queries, of_keys = (dw, dk) if part is None else (part, dw)
     given = omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric
-    launches = launch.backward_launches(*given, o, bits, do, of_queries, of_keys, dv)
+    launches = launch.backward_launches(*given, o, bits, do, of_queries, of_keys, dv, cuda)
     workspaces = _workspaces(omega_k, _empty_surveys(omega, omega_k, launch))
     return layouts(dw, dk, dv, *of_rows, part, *workspaces, *lists), launches
 
@@ -190,7 +217,7 @@ def _dispatched_backward(do, *arguments):
     return dw, _or_empty(dk, dw), *others
 
 
-def _fake_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor):
+def _fake_forward(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, *_):
     o, total, bits = _empty_outputs(omega, v, top_k)
     return o, total, no_bits(omega) if bits is None else bits
 
@@ -202,16 +229,16 @@ def _fake_backward(do, omega, omega_k, v, coupling, bandwidth, order, *_):
 
 
 def _save(ctx, inputs, output):
-    *tensors, causal, top_k, grad_floor = inputs
+    *tensors, causal, top_k, grad_floor, _, backward_backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.options = causal, top_k, grad_floor
+    ctx.options = causal, top_k, grad_floor, backward_backend
 
 
 def _given(omega_k, results):
     """The gradients of all arguments; None for an omega_k that is None and for what is no tensor."""
     dw, dk, *others = results
-    return dw, None if omega_k is None else dk, *others, None, None, None
+    return dw, None if omega_k is None else dk, *others, None, None, None, None, None
 
 
 def _autograd_backward(ctx, do, *_):

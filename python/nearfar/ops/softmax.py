@@ -113,7 +113,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
     """(dq, dk, dv, dalpha, dbeta, dsink); None where there is no input."""
     do, u = unit_stride(do), o if u is None else u
     if backend == "cuda":
-        (q, k, v), do = _cuda.aligned_starts(q, k, v), _cuda.rows_apart(do)
+        (q, k, v), do = _cuda.aligned_starts(q, k, v), _cuda.aligned_boxes(do)
     options = beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q)
     outputs, gradients, sum_values = _plan_backward(layouts(do, q, k, v, u), *options)
     dq, dk, dv, m, dbeta, sums, terms, counters = allocate(outputs, q.device)
@@ -133,7 +133,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
 
 @planned
 def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, backend, _tf32):
-    """Layouts of dq, dk, dv, m (B, Hq, N), with beta dbeta and the sums of v, and workspaces; launches of them and of the sums."""
+    """Layouts of dq, dk, dv, m (B, Hq, N), with beta dbeta and sums of v, and workspaces; the launches that fill them."""
     gradients = dq, dk, dv = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
     m = q.new_empty(q.shape[:3], dtype=torch.float32)
     launch = _launchers()

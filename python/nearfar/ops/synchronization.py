@@ -6,17 +6,23 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import checks, dispatch
+from nearfar import _cuda, checks, dispatch
 from nearfar.ops import kuramoto, phases
 from nearfar.ops.ordering import by_frequency, permute
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.reference import synchronization as reference
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
+# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head: bfloat16, B4 H32 N4096, every pair
+# locks, on an H100 (docs/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
+MEASURED = {}
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
+
+    orders: in which "auto" asks the kernels, in the forward and in the backward.
+    """
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -25,6 +31,7 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     reasons: dict
+    orders: tuple
 
 
 def order_parameter(theta, *, causal=False, backend="auto"):
@@ -92,7 +99,8 @@ def synchronization_attention(
             pays where few pairs lock and tokens that do are far apart in the sequence.
         grad_floor: the derivative of S_ij is taken as that of max(S_ij, grad_floor), so that gradients stay finite at the lock
             boundary; positive.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
+            "cuda" with causal or an order for each query are computed by Triton's kernels.
 
     coupling, bandwidth and order on CUDA are not read back, which would stall the stream: values out of range turn the outputs
     of their tokens into NaN.
@@ -110,19 +118,19 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
-    *tensors, reasons = call
-    chosen = dispatch.choose(backend, reasons, omega.device)
+    *tensors, _, _ = call
+    forward, backward = dispatch.served(call, backend)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
         if call.order.dim() == 3:
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
-    if chosen == "reference":
+    if forward == "reference":
         q, k, v, *parameters = tensors
         with checks.no_autocast(q):
             o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
     else:
-        o = kuramoto.attend(*tensors, bool(causal), top_k, float(grad_floor))
+        o = kuramoto.attend(*tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
 
 
@@ -162,27 +170,33 @@ def prepare(
         raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
     keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
     tensors = omega, keys, v
-    kernel_reason = _checked(checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k)
+    kernel_reason, orders, cuda_reason = _checked(
+        checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k
+    )
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
     reasons = {
-        "cuda": "there is no CUDA kernel of synchronization_attention yet",
+        "cuda": cuda_reason,
         "triton": dispatch.triton_device_reason(omega) or kernel_reason,
         "reference": None,
     }
-    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), reasons)
+    order = _order(order, omega, causal)
+    if not kuramoto.is_symmetric(causal, order):
+        orders = orders[0], dispatch.TRITON_FIRST
+    return Call(omega, omega_k, v, coupling, bandwidth, order, reasons, orders)
 
 
 @checks.once
 def _checked(metas, key_name, top_k):
-    """Why the kernels cannot serve these shapes, or None."""
+    """Why no kernel can serve these layouts, the orders in which "auto" asks them, and why none in CUDA C++ can."""
     omega, keys, v = metas
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
-    return reason
+    orders = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
+    return reason, orders, reason or _cuda.synchronization_reason(omega, v, key_name == "omega_k", top_k)
 
 
 def _check_grad_floor(grad_floor):

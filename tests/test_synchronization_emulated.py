@@ -1,0 +1,204 @@
+"""Selective synchronization attention in CUDA C++ without a GPU, in the emulation."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from emulated import Conditions, Guarded, build, fields, launch, strides
+from harness import Sample, randn
+from samples.synchronization import check, differences, parameters
+
+from nearfar.ops.kuramoto import _parameters
+
+WIDTH, CELL = 64, 64
+ROWS, GRAD_ROWS = 192, 128  # kSynchronizationRows, kSynchronizationGradRows
+FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
+
+
+class Forward(ctypes.Structure):  # as in csrc/synchronization.h
+    _fields_ = [
+        *fields(ctypes.c_void_p, "omega v squares c bandwidth o total lists counts"),
+        *strides("omega", "v", "o"),
+        *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride causal"),
+    ]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *fields(ctypes.c_void_p, "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts"),
+        *strides("omega", "v", "grad_o", "dw", "dv"),
+        *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride"),
+        *fields(ctypes.c_double, "grad_floor"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    names = ["synchronization_forward", "synchronization_backward"]
+    return build(tmp_path_factory.mktemp("emulated"), synchronization=names)
+
+
+# Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
+ALL_CONDITIONS = (Conditions(), Conditions(late_copies=True, seed=1))
+
+SAMPLES = {
+    "clusters": dict(length=330, heads=1, clusters=3),
+    "ragged": dict(length=150, spread=0.08),
+    "whole tiles": dict(length=384, heads=1, spread=0.04),
+    "about half lock": dict(length=70, batch=2, spread=0.12),
+    "one token": dict(length=1),
+    "causal": dict(length=210, heads=1, causal=True, spread=0.08),
+}
+
+
+def make(dtype, length, batch=1, heads=2, clusters=1, spread=0.05, **options):
+    """Tokens around centres that are too far apart to lock; those of a cell of 64 share one."""
+    centre = 2.0 * randn(clusters, WIDTH, seed=3, device="cpu")[torch.arange(length) // CELL % clusters]
+    tensors = {
+        "omega": (0.3 * centre + spread * randn(batch, heads, length, WIDTH, seed=1, device="cpu")).to(dtype),
+        "v": randn(batch, heads, length, WIDTH, dtype=dtype, seed=2, device="cpu"),
+    }
+    rows = (batch, heads, length) if options.get("causal") else (batch, heads)
+    return Sample(tensors | parameters(rows, device="cpu"), {"grad_floor": FLOOR, **options})
+
+
+def cells_of(sample, rows, everything):
+    """(lists, counts) for tiles of this many rows: cells with a pair that locks or, with `everything`, all; not later ones."""
+    t, causal = sample.tensors, sample.options.get("causal")
+    w, length = t["omega"].double(), t["omega"].shape[2]
+    tiles, cells = -(-length // rows), -(-length // CELL)
+    delta2 = differences(w, w)
+    radius = (t["coupling"] * (t["order"][..., None] if causal else t["order"][..., None, None])).double()
+    apart = (-2 * t["bandwidth"][:, None, None] * delta2).exp() * 1.01 + 1e-3 <= delta2 / radius**2  # NaN skips nothing
+    lists = torch.full((*w.shape[:2], tiles, cells), -1, dtype=torch.int32)
+    counts = torch.zeros(w.shape[:2] + (tiles,), dtype=torch.int32)
+    for b, h, tile, cell in torch.cartesian_prod(*map(torch.arange, lists.shape)).reshape(-1, 4).tolist():
+        mine, theirs = slice(tile * rows, (tile + 1) * rows), slice(cell * CELL, (cell + 1) * CELL)
+        seen = not causal or cell * CELL < min((tile + 1) * rows, length)
+        if seen and (everything or not apart[b, h, mine, theirs].all()):
+            lists[b, h, tile, counts[b, h, tile]] = cell
+            counts[b, h, tile] += 1
+    return {"lists": lists, "counts": counts}
+
+
+def given(sample, guarded):
+    t = sample.tensors
+    squares = t["omega"].float().square().sum(-1)
+    radius = t["coupling"] * t["order"]
+    c = (radius if radius.dim() == 3 else radius[..., None]).pow(-2).float().expand(squares.shape)
+    numbers = dict(squares=squares, c=c.contiguous(), bandwidth=t["bandwidth"])
+    copies = {name: guarded.empty(x.shape, x.dtype).copy_(x) for name, x in numbers.items()}
+    return copies | {name: guarded.copy(t[name]) for name in ("omega", "v")}
+
+
+def sizes(omega):
+    return dict(batches=omega.shape[0], heads=omega.shape[1], num_tokens=omega.shape[2], bandwidth_stride=1)
+
+
+def dtype_of(sample):
+    return str(sample.tensors["omega"].dtype).removeprefix("torch.")
+
+
+def forward(kernels, sample, conditions, everything=False):
+    guarded = Guarded(poison=conditions.seed)
+    tensors, causal = given(sample, guarded), bool(sample.options.get("causal"))
+    omega = tensors["omega"]
+    found = dict(o=guarded.copy(torch.full_like(omega, math.nan)), total=guarded.empty(omega.shape[:3], torch.float32))
+    tensors |= cells_of(sample, ROWS, everything)
+    kernel = kernels["synchronization_forward"]
+    launch(kernel, Forward, dtype_of(sample), tensors | found, conditions, causal=causal, **sizes(omega))
+    guarded.assert_intact()
+    return found
+
+
+def backward(kernels, sample, do, o, total, conditions, everything=False):
+    guarded = Guarded(poison=conditions.seed)
+    tensors = given(sample, guarded)
+    omega = tensors["omega"]
+    inverse = 1 / (total + 1e-8)
+    rows = dict(inverse=inverse, shift=(o.float() * do.float()).sum(-1) * inverse)
+    tensors |= {name: guarded.empty(x.shape, x.dtype).copy_(x) for name, x in rows.items()} | {"grad_o": guarded.copy(do)}
+    found = {name: guarded.copy(torch.full_like(omega, math.nan)) for name in ("dw", "dv")}
+    found |= {name: guarded.empty(omega.shape[:3], torch.float32) for name in ("dalpha", "dradius")}
+    tensors |= cells_of(sample, GRAD_ROWS, everything)
+    floor = sample.options["grad_floor"]
+    launch(
+        kernels["synchronization_backward"], Backward, dtype_of(sample), tensors | found, conditions,
+        grad_floor=floor, **sizes(omega),
+    )  # fmt: skip
+    guarded.assert_intact()
+    return found
+
+
+def gradients(sample, found):
+    coupling, bandwidth, order = (sample.tensors[name] for name in ("coupling", "bandwidth", "order"))
+    of_parameters = _parameters(found["dalpha"], found["dradius"], coupling.reshape(1), bandwidth, order)
+    named = dict(zip(("coupling", "bandwidth", "order"), of_parameters, strict=True))
+    return {"omega": found["dw"], "v": found["dv"], **named, "coupling": named["coupling"].reshape(())}
+
+
+def same(first, second, what):
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), f"{name} {what}"
+
+
+def backward_of(kernels, sample, conditions, everything=False, do=None):
+    do = randn(*sample.tensors["omega"].shape, dtype=torch.float16, seed=9, device="cpu") if do is None else do
+    o, total = forward(kernels, sample, conditions, everything).values()
+    return dict(o=o, total=total) | backward(kernels, sample, do, o, total, conditions, everything)
+
+
+def test_pruning_changes_no_bit(kernels):
+    sample = make(torch.float16, **SAMPLES["clusters"])
+    counts = cells_of(sample, GRAD_ROWS, False)["counts"]
+    assert counts.sum() < 0.7 * cells_of(sample, GRAD_ROWS, True)["counts"].sum()
+    pruned, full = (backward_of(kernels, sample, Conditions(), everything) for everything in (False, True))
+    same(pruned, full, "changes when nothing is pruned")
+
+
+def test_tiles_that_meet_nothing(kernels, monkeypatch):
+    """Lists made by hand: rows get zeros, but for a token's own share of dv."""
+    sample = make(torch.float16, **SAMPLES["ragged"])
+    original = cells_of
+
+    def without(*arguments):
+        lists = original(*arguments)
+        lists["counts"][:, 1] = 0
+        return lists
+
+    monkeypatch.setitem(globals(), "cells_of", without)
+    do = randn(*sample.tensors["omega"].shape, dtype=torch.float16, seed=9, device="cpu")
+    found = backward_of(kernels, sample, Conditions(seed=2), do=do)
+    for name, x in found.items():
+        assert x[:, 0].isfinite().all() and x[:, 0].abs().max() > 0, name
+        assert name == "dv" or x[:, 1].abs().max() == 0, name
+    torch.testing.assert_close(found["dv"][:, 1], do[:, 1] * 1e8, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("omega", math.nan), ("omega", math.inf), ("v", math.nan), ("order", math.nan)])
+def test_broken_inputs_reach_the_outputs_of_their_head_alone(kernels, name, value):
+    sample = make(torch.float16, length=90)
+    sample.tensors[name][(0, 1, 70, 5)[: sample.tensors[name].dim()]] = value
+    found = backward_of(kernels, sample, Conditions())
+    assert found["o"][:, 1].isnan().any(-1).all()
+    for which, x in found.items():
+        assert x[:, 0].isfinite().all(), which
+        if name != "v" or which not in ("total", "dv"):  # which do not depend on v
+            assert not x[:, 1].isfinite().all(), which
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_against_the_oracle(kernels, name, dtype):
+    sample = make(dtype, **SAMPLES[name])
+    do = randn(*sample.tensors["omega"].shape, dtype=dtype, seed=9, device="cpu")
+    runs = [forward(kernels, sample, conditions) for conditions in ALL_CONDITIONS]
+    same(*runs, "depends on the order")
+    o, total = runs[0].values()
+    if sample.options.get("causal"):  # its gradients are Triton's
+        check(sample, do, o, {}, names=())
+        return
+    runs = [backward(kernels, sample, do, o, total, conditions) for conditions in ALL_CONDITIONS]
+    same(*runs, "depends on the order")
+    check(sample, do, o, gradients(sample, runs[0]))
