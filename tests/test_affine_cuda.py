@@ -161,6 +161,16 @@ def test_how_close_it_is_to_torchs_attention():
 
 
 @gpu
+def test_more_heads_than_l2_holds():
+    """Three of seven heads are side by side."""
+    sample = cuda_sample(width=128, length=9000, heads=(7, 7), causal=True)
+    do = like(sample.tensors["q"])
+    (o, ours), (expected_o, expected) = (run(attention(sample), sample, do, backend=backend) for backend in ("cuda", "triton"))
+    for got, want in ((o, expected_o), *((ours[name], expected[name]) for name in ours)):
+        assert (got.float() - want.float()).norm() <= 0.01 * want.float().norm()
+
+
+@gpu
 def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
     sample = cuda_sample(length=600, causal=True, sink=True)
     expected = run_cuda(sample)

@@ -42,7 +42,7 @@ ALL_CONDITIONS = (Conditions(), Conditions(late_copies=True, seed=1))
 SAMPLES = {
     "causal": dict(length=300, causal=True, affine=True),
     "causal, plain": dict(length=300, causal=True),
-    "128 wide, heads share keys": dict(width=128, heads=(2, 1), length=200, causal=True, affine=True, sink=True),
+    "128 wide, heads share keys": dict(width=128, heads=(4, 2), length=150, causal=True, affine=True, sink=True),
     "full": dict(length=70, keys=300, affine=True),
     "full, whole tiles": dict(length=128, keys=256, affine=True, batch=2),
     "last queries": dict(length=40, keys=700, causal=True, affine=True, sink=True),
