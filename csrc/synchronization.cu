@@ -184,7 +184,8 @@ __device__ void copy_cells(const Block<Shape, Tokens>& block, int warp) {
         int entries = 0;  // of this warp's next turns, one in each lane
         for (int turn = 0, place = (first_step + warp) % Shape::kCopying; place < count; ++turn, place += Shape::kCopying) {
             const int step = first_step + place;
-            if (turn % 32 == 0) entries = list[min(place + lane * Shape::kCopying, tokens.cells - 1)];
+            const int mine = place + lane * Shape::kCopying;
+            if (turn % 32 == 0) entries = mine < count ? list[mine] : 0;
             const int entry = __shfl_sync(kWholeWarp, entries, turn % 32), first = cell_of(entry) * kCell;
             float number[Shape::kNumbers][2];
 #pragma unroll
