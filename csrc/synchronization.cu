@@ -33,7 +33,7 @@ struct Shape {
     static constexpr int kOwn = kOwn_, kOthers = kOthers_, kOwnNumbers = kOwnNumbers_, kNumbers = kNumbers_;
     static constexpr int kGroups = kGroups_, kStages = kStages_, kRows = kCell * kGroups, kThreads = 128 * (kGroups + 1);
     static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kCopyingRegisters = kGroups == 2 ? 24 : 32;
-    static constexpr int kCopying = 2;  // warps that copy cells, each into slots of its own
+    static constexpr int kCopying = 2;  // warps that copy cells
     // Bytes from the start of shared memory: own rows of two spans, slots of cells, the numbers that belong to them, an even
     // count, and barriers.
     static constexpr int kOwnBytes = kOwn * kGroups * kPanel, kOwnNumberBytes = 4 * (kOwnNumbers * kRows + 4);
@@ -169,8 +169,9 @@ __device__ void copy_rows(const Block<Shape, Tokens>& block) {
 }
 
 // What each of two warps does: it copies every other cell of the lists and the numbers of its tokens, which it has to load, so
-// that loads for two cells are under way at once. The squares of a cell with one that is not finite become NaN, all of them, so
-// that a look at one of them tells.
+// that loads for two cells are under way at once. A slot is always filled by the same warp: a barrier tells the last phase
+// from the one before, but not from one that another warp, less far, has yet to begin. The squares of a cell with one that is
+// not finite become NaN, all of them, so that a look at one of them tells.
 template <typename Shape, typename Tokens>
 __device__ void copy_cells(const Block<Shape, Tokens>& block, int warp) {
     const Tokens& tokens = block.tokens;
