@@ -347,35 +347,37 @@ PYBIND11_MODULE(_C, m) {
 
     m.attr("SYNCHRONIZATION_ROWS") = kSynchronizationRows;
     m.attr("SYNCHRONIZATION_GRAD_ROWS") = kSynchronizationGradRows;
+    m.attr("SYNCHRONIZATION_MEMBERS") = kSynchronizationMembers;
     m.def(
         "synchronization_forward",
-        [](const std::array<uintptr_t, 9>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
+        [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
            const std::array<std::array<int64_t, 3>, 3>& strides, int64_t bandwidth_stride, bool causal, int device,
            uintptr_t stream) {
             const DeviceGuard guard(device);
-            const auto [omega, v, squares, c, bandwidth, o, total, lists, counts] = tensors;
+            const auto [omega, v, squares, c, bandwidth, o, total, lists, counts, counter] = tensors;
             const auto& [omega_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, num_tokens] = sizes;
             SynchronizationForward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
                                         reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
                                         reinterpret_cast<const float*>(bandwidth), reinterpret_cast<void*>(o),
                                         reinterpret_cast<float*>(total), reinterpret_cast<const int32_t*>(lists),
-                                        reinterpret_cast<const int32_t*>(counts), omega_strides, v_strides, o_strides,
+                                        reinterpret_cast<const int32_t*>(counts), reinterpret_cast<int32_t*>(counter),
+                                        omega_strides, v_strides, o_strides,
                                         batches, heads, num_tokens, bandwidth_stride, causal};
             synchronization_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"),
         py::arg("causal"), py::arg("device"), py::arg("stream"),
-        "Synchronization attention: fills o and total. tensors: omega, v, squares, c, bandwidth, o, total, lists, counts; "
-        "strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
+        "Synchronization attention: fills o and total. tensors: omega, v, squares, c, bandwidth, o, total, lists, counts, "
+        "counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
     m.def(
         "synchronization_backward",
-        [](const std::array<uintptr_t, 14>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
+        [](const std::array<uintptr_t, 15>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
            const std::array<std::array<int64_t, 3>, 5>& strides, int64_t bandwidth_stride, double grad_floor, int device,
            uintptr_t stream) {
             const DeviceGuard guard(device);
-            const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts] =
-                tensors;
+            const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
+                        counter] = tensors;
             const auto& [omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides] = strides;
             const auto [batches, heads, num_tokens] = sizes;
             SynchronizationBackward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
@@ -385,6 +387,7 @@ PYBIND11_MODULE(_C, m) {
                                          reinterpret_cast<void*>(dw), reinterpret_cast<void*>(dv),
                                          reinterpret_cast<float*>(dalpha), reinterpret_cast<float*>(dradius),
                                          reinterpret_cast<const int32_t*>(lists), reinterpret_cast<const int32_t*>(counts),
+                                         reinterpret_cast<int32_t*>(counter),
                                          omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides,
                                          batches, heads, num_tokens, bandwidth_stride, grad_floor};
             synchronization_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
@@ -392,5 +395,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"),
         py::arg("grad_floor"), py::arg("device"), py::arg("stream"),
         "Its gradients for orders by head: fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, bandwidth, do, "
-        "inverse, shift, dw, dv, dalpha, dradius, lists, counts; strides: of omega, v, do, dw, dv; sizes: B, H, N.");
+        "inverse, shift, dw, dv, dalpha, dradius, lists, counts, counter; strides: of omega, v, do, dw, dv; sizes: B, H, N.");
 }

@@ -1,8 +1,9 @@
 // Selective synchronization attention where the keys are the queries: tiles of rows meet the cells that may lock with them.
 //
-// Warp groups have 64 rows each. While the weights of one step are multiplied with its values, a group turns the products of
-// the next step into weights; several groups share the tensor cores and the special functions. A warp of a further group copies
-// what they meet, in the order of the lists, into a ring of slots.
+// Warp groups have 64 rows each. While the weights of one cell are multiplied with its values, a group turns the products of
+// the next one into weights; several groups share the tensor cores and the special functions. Warps of a further group copy
+// what they meet, in the order of the lists, into a ring of slots; a group passes by the cells that only others meet. Blocks
+// take one tile after the other (spans.cuh).
 //
 // log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. Nothing bounds it: the margin J^2 - c d^2 is saturated
 // to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another
@@ -13,6 +14,7 @@
 
 #include "common/fragments.cuh"
 #include "common/ring.cuh"
+#include "common/spans_launch.cuh"
 #include "common/stream_launch.cuh"
 #include "common/tensor.cuh"
 
@@ -24,21 +26,23 @@ constexpr int kPanel = 128 * kCell;  // bytes of a cell of one tensor
 constexpr float kNever = -1e30f;     // log2 J^2 of what is not there
 constexpr float kEps = 1e-8f, kLargestC = 1e24f;
 
-// kOwn, kOthers: tensors that a block has its rows of, and the cells it meets. kNumbers: of each token in a cell.
-// kCells: at one step.
-template <typename Number_, int kOwn_, int kOthers_, int kNumbers_, int kGroups_, int kCells_, int kStages_>
+// kOwn, kOthers: tensors that a block has its rows of, and the cells it meets; kOwnNumbers, kNumbers: of each token in them.
+template <typename Number_, int kOwn_, int kOthers_, int kOwnNumbers_, int kNumbers_, int kGroups_, int kStages_>
 struct Shape {
     using Number = Number_;
-    static constexpr int kOwn = kOwn_, kOthers = kOthers_, kNumbers = kNumbers_, kGroups = kGroups_, kCells = kCells_;
-    static constexpr int kStages = kStages_, kRows = kCell * kGroups, kTile = kCell * kCells, kThreads = 128 * (kGroups + 1);
-    static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kProducerRegisters = kGroups == 2 ? 24 : 32;
-    // Bytes from the start of shared memory: own rows, slots, numbers of the tokens in them with those of the cells, an even
-    // count of numbers, and barriers.
-    static constexpr int kSlotBytes = kOthers * kCells * kPanel, kNumberBytes = 4 * (kNumbers * kTile + 2 * kCells);
-    static constexpr int kSlots = kOwn * kGroups * kPanel, kNumbersAt = kSlots + kStages * kSlotBytes;
-    static constexpr int kBarriers = kNumbersAt + kStages * kNumberBytes;
-    static constexpr int kBytes = kBarriers + Ring<kStages>::kBytes + 8;
-    static_assert(kGroups == 2 || kGroups == 3);
+    static constexpr int kOwn = kOwn_, kOthers = kOthers_, kOwnNumbers = kOwnNumbers_, kNumbers = kNumbers_;
+    static constexpr int kGroups = kGroups_, kStages = kStages_, kRows = kCell * kGroups, kThreads = 128 * (kGroups + 1);
+    static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kCopyingRegisters = kGroups == 2 ? 24 : 32;
+    static constexpr int kCopying = 2;  // warps that copy cells
+    // Bytes from the start of shared memory: own rows of two spans, slots of cells, the numbers that belong to them, an even
+    // count, and barriers.
+    static constexpr int kOwnBytes = kOwn * kGroups * kPanel, kOwnNumberBytes = 4 * (kOwnNumbers * kRows + 4);
+    static constexpr int kSlotBytes = kOthers * kPanel, kNumberBytes = 4 * (kNumbers * kCell + 2);
+    static constexpr int kSlots = 2 * kOwnBytes, kOwnNumbersAt = kSlots + kStages * kSlotBytes;
+    static constexpr int kNumbersAt = kOwnNumbersAt + 2 * kOwnNumberBytes, kBarriers = kNumbersAt + kStages * kNumberBytes;
+    static constexpr int kOwnBarriers = kBarriers + Ring<kStages>::kBytes, kNext = kOwnBarriers + Ring<2>::kBytes;
+    static constexpr int kBytes = kNext + NextSpan::kBytes;
+    static_assert((kGroups == 2 || kGroups == 3) && kStages % kCopying == 0 && kBytes <= 227 * 1024);
 };
 
 template <int kTensors, int kNumbers>
@@ -47,184 +51,299 @@ struct Tokens {
     const float* number[kNumbers];  // of each token; the first are |w|^2
     const float *c, *bandwidth;
     const int32_t *lists, *counts;
-    int heads, num_tokens, tiles, cells, bandwidth_stride;
+    int* counter;  // of spans that were taken
+    Spans spans;
+    int heads, num_tokens, cells, bandwidth_stride;
 };
 
-template <typename Shape>
-__device__ void make_barriers(uint32_t base) {
-    const Ring<Shape::kStages> ring{base + Shape::kBarriers};
-    if (threadIdx.x == 0) {
-        ring.make(4 * Shape::kGroups, 2);
-        make_barrier(ring.barriers + ring.kBytes, 1);
-        publish_barriers();
-    }
-    __syncthreads();
-}
+// A tile of rows of a head.
+struct Span {
+    int index, batch, head, tile;  // index: of the head among all
 
-// What is the same for all threads of a block.
+    // The last rows first: with causality they see most.
+    template <typename Tokens>
+    __device__ Span(const Tokens& tokens, int number) {
+        tokens.spans.locate(number, index, tile);
+        tile = tokens.spans.tiles - 1 - tile;
+        batch = index / tokens.heads, head = index % tokens.heads;
+    }
+};
+
+// What the rows of a span have in common.
+struct Common {
+    float decay, c;  // log2 J^2 of a squared distance of 1; of the head's first token
+    int count;       // of the cells in the list
+};
+
+// Places in shared memory. Steps of all of a block's spans use the slots in turn, and spans the two places of own rows.
 template <typename Shape, typename Tokens>
 struct Block {
     const Tokens& tokens;
     uint32_t base;
     char* memory;
     Ring<Shape::kStages> ring;
-    int index, batch, head, tile;  // index: of the head among all
-    const int32_t* list;
-    int count, steps;
-    float decay;
+    Ring<2> own_ring;
+    NextSpan next;
 
-    // The last rows first: with causality they see most.
     __device__ Block(const Tokens& tokens, void* shared)
         : tokens(tokens), base(shared_address(shared)), memory(static_cast<char*>(shared)), ring{base + Shape::kBarriers},
-          index(blockIdx.x / tokens.tiles), batch(index / tokens.heads), head(index % tokens.heads),
-          tile(tokens.tiles - 1 - blockIdx.x % tokens.tiles) {
-        const int64_t place = static_cast<int64_t>(index) * tokens.tiles + tile;
-        list = tokens.lists + place * tokens.cells;
-        count = tokens.counts[place];
-        steps = (count + Shape::kCells - 1) / Shape::kCells;
-        decay = load_decay();
+          own_ring{base + Shape::kOwnBarriers}, next(shared, Shape::kNext) {}
+
+    __device__ void make_barriers() const {
+        if (threadIdx.x == 0) {
+            ring.make(4 * Shape::kGroups, 2);
+            own_ring.make(4 * Shape::kGroups + Shape::kCopying, 2);
+            next.make();
+            publish_barriers();
+        }
+        __syncthreads();
     }
 
-    // log2 J^2 of a squared distance of 1.
-    __device__ float load_decay() const { return -2.0f * kLog2E * tokens.bandwidth[head * tokens.bandwidth_stride]; }
-
-    __device__ uint32_t loaded() const { return base + Shape::kBarriers + Ring<Shape::kStages>::kBytes; }
-    __device__ uint32_t own(int tensor, int group) const { return base + (tensor * Shape::kGroups + group) * kPanel; }
+    __device__ uint32_t own(int nth, int tensor, int group) const {
+        return base + nth % 2 * Shape::kOwnBytes + (tensor * Shape::kGroups + group) * kPanel;
+    }
+    __device__ float* own_numbers(int nth, int which) const {
+        return reinterpret_cast<float*>(memory + Shape::kOwnNumbersAt + nth % 2 * Shape::kOwnNumberBytes) +
+               which * Shape::kRows;
+    }
+    __device__ Common& common(int nth) const { return reinterpret_cast<Common&>(*own_numbers(nth, Shape::kOwnNumbers)); }
     __device__ uint32_t others(int step, int tensor) const {
-        return base + Shape::kSlots + step % Shape::kStages * Shape::kSlotBytes + tensor * Shape::kCells * kPanel;
+        return base + Shape::kSlots + step % Shape::kStages * Shape::kSlotBytes + tensor * kPanel;
     }
     __device__ float* numbers(int step, int which) const {
         return reinterpret_cast<float*>(memory + Shape::kNumbersAt + step % Shape::kStages * Shape::kNumberBytes) +
-               which * Shape::kTile;
+               which * kCell;
     }
-    __device__ int* cells(int step) const { return reinterpret_cast<int*>(numbers(step, Shape::kNumbers)); }
-    // Place `place` of the list; a cell beyond all tokens behind its end.
-    __device__ int cell(int place) const { return place < count ? list[place] : tokens.cells; }
+    __device__ int& entry(int step) const { return reinterpret_cast<int&>(*numbers(step, Shape::kNumbers)); }
 
-    // A number of a token in this head.
-    __device__ float number(int which, int token) const {
+    __device__ float load_decay(const Span& span) const {
+        return -2.0f * kLog2E * tokens.bandwidth[span.head * tokens.bandwidth_stride];
+    }
+    __device__ const float* of_head(const float* numbers, const Span& span) const {
+        return numbers + static_cast<int64_t>(span.index) * tokens.num_tokens;
+    }
+    // A number of a token.
+    __device__ float load_number(const Span& span, float decay, int which, int token) const {
         if (token >= tokens.num_tokens) return which == 0 ? kNever : 0.0f;
-        const float x = tokens.number[which][static_cast<int64_t>(index) * tokens.num_tokens + token];
+        const float x = of_head(tokens.number[which], span)[token];
         return which == 0 ? decay * x : x;
+    }
+    __device__ int64_t place(const Span& span) const {
+        return static_cast<int64_t>(span.index) * tokens.spans.tiles + span.tile;
     }
 };
 
-// What one warp does for the others: it copies the block's own rows, and then step by step the cells that they meet and the
-// numbers of their tokens. The squares of a cell with one that is not finite become NaN, all of them, so that a look at one of
-// them tells.
+__device__ __forceinline__ int cell_of(int entry) { return entry & ((1 << kSynchronizationMembers) - 1); }
+
+// What one warp does for the others: it takes spans, up to two ahead of the groups, and copies their rows with the numbers of
+// each and what they have in common.
 template <typename Shape, typename Tokens>
-__device__ void copy_cells(const Tokens& tokens, void* memory) {
-    const Block<Shape, Tokens> block(tokens, memory);
-    constexpr int kEach = Shape::kCells * kCell / 32;  // tokens of a lane, half a cell each
+__device__ void copy_rows(const Block<Shape, Tokens>& block) {
+    const Tokens& tokens = block.tokens;
     const int lane = threadIdx.x % 32;
-    if (lane == 0) {
-        arrive_expecting(block.loaded(), Shape::kSlots);
-        for (int i = 0; i < Shape::kOwn * Shape::kGroups; ++i)
-            copy_box(block.base + i * kPanel, block.tokens.tensor[i / Shape::kGroups], 0,
-                     block.tile * Shape::kRows + i % Shape::kGroups * kCell, block.head, block.batch, block.loaded());
-    }
-    int listed = 0;
-    for (int step = 0; step < block.steps; ++step) {
-        const int place = step * Shape::kCells;
-        if (place % 32 == 0) listed = block.cell(place + lane);
-        int cell[Shape::kCells];
-        float number[Shape::kNumbers][kEach];
-#pragma unroll
-        for (int i = 0; i < Shape::kCells; ++i) cell[i] = __shfl_sync(kWholeWarp, listed, (place + i) % 32);
-#pragma unroll
-        for (int i = 0; i < Shape::kNumbers * kEach; ++i)
-            number[i / kEach][i % kEach] = block.number(i / kEach, cell[i % kEach / 2] * kCell + i % 2 * 32 + lane);
-        block.ring.wait_empty(step);
+    int number = blockIdx.x;
+    for (int nth = 0; number < tokens.spans.count(); ++nth) {
+        const Span span(tokens, number);
+        const uint32_t full = block.own_ring.full(nth);
+        block.own_ring.wait_empty(nth);
         if (lane == 0) {
-            arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
-#pragma unroll
-            for (int i = 0; i < Shape::kOthers * Shape::kCells; ++i)
-                copy_box(block.others(step, 0) + i * kPanel, block.tokens.tensor[i / Shape::kCells], 0,
-                         cell[i % Shape::kCells] * kCell, block.head, block.batch, block.ring.full(step));
+            arrive_expecting(full, Shape::kOwnBytes);
+#pragma unroll 1
+            for (int i = 0; i < Shape::kOwn * Shape::kGroups; ++i)
+                copy_box(block.own(nth, 0, i), tokens.tensor[i / Shape::kGroups], 0,
+                         span.tile * Shape::kRows + i % Shape::kGroups * kCell, span.head, span.batch, full);
+            number = block.next.take(nth, tokens.counter);
         }
+        number = __shfl_sync(kWholeWarp, number, 0);
+        const float decay = block.load_decay(span);
 #pragma unroll
-        for (int i = 0; i < Shape::kCells; ++i) {
-            const float sum = number[0][2 * i] + number[0][2 * i + 1];
-            if (__any_sync(kWholeWarp, !(fabsf(sum) < kInfinity))) number[0][2 * i] = number[0][2 * i + 1] = NAN;
-        }
-#pragma unroll
-        for (int i = 0; i < Shape::kNumbers * kEach; ++i)
-            block.numbers(step, i / kEach)[i % kEach * 32 + lane] = number[i / kEach][i % kEach];
-        if (lane == 0) {
-#pragma unroll
-            for (int i = 0; i < Shape::kCells; ++i) block.cells(step)[i] = cell[i];
-        }
+        for (int which = 0; which < Shape::kOwnNumbers; ++which)
+#pragma unroll 2
+            for (int row = lane; row < Shape::kRows; row += 32)
+                block.own_numbers(nth, which)[row] = block.load_number(span, decay, which, span.tile * Shape::kRows + row);
+        if (lane == 0)
+            block.common(nth) = {decay, block.of_head(tokens.c, span)[0], tokens.counts[block.place(span)]};
         __syncwarp();
-        if (lane == 0) arrive(block.ring.full(step));
+        if (lane == 0) arrive(full);
     }
 }
 
-// What a warp group knows and does in either direction.
+// What each of two warps does: it copies every other cell of the lists and the numbers of its tokens, which it has to load, so
+// that loads for two cells are under way at once. A slot is always filled by the same warp: a barrier tells the last phase
+// from the one before, but not from one that another warp, less far, has yet to begin. The squares of a cell with one that is
+// not finite become NaN, all of them, so that a look at one of them tells.
+template <typename Shape, typename Tokens>
+__device__ void copy_cells(const Block<Shape, Tokens>& block, int warp) {
+    const Tokens& tokens = block.tokens;
+    const int lane = threadIdx.x % 32;
+    int first_step = 0, number = blockIdx.x;
+    for (int nth = 0; number < tokens.spans.count(); ++nth) {
+        const Span span(tokens, number);
+        const int32_t* const list = tokens.lists + block.place(span) * tokens.cells;
+        const int count = tokens.counts[block.place(span)];
+        const float decay = block.load_decay(span);
+        int entries = 0;  // of this warp's next turns, one in each lane
+        for (int turn = 0, place = (first_step + warp) % Shape::kCopying; place < count; ++turn, place += Shape::kCopying) {
+            const int step = first_step + place;
+            const int mine = place + lane * Shape::kCopying;
+            if (turn % 32 == 0) entries = mine < count ? list[mine] : 0;
+            const int entry = __shfl_sync(kWholeWarp, entries, turn % 32), first = cell_of(entry) * kCell;
+            float number[Shape::kNumbers][2];
+#pragma unroll
+            for (int i = 0; i < 2 * Shape::kNumbers; ++i)
+                number[i / 2][i % 2] = block.load_number(span, decay, i / 2, first + i % 2 * 32 + lane);
+            block.ring.wait_empty(step);
+            if (lane == 0) {
+                arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
+#pragma unroll
+                for (int i = 0; i < Shape::kOthers; ++i)
+                    copy_box(block.others(step, i), tokens.tensor[i], 0, first, span.head, span.batch, block.ring.full(step));
+                block.entry(step) = entry;
+            }
+            const float sum = number[0][0] + number[0][1];
+            if (__any_sync(kWholeWarp, !(fabsf(sum) < kInfinity))) number[0][0] = number[0][1] = NAN;
+#pragma unroll
+            for (int i = 0; i < 2 * Shape::kNumbers; ++i) block.numbers(step, i / 2)[i % 2 * 32 + lane] = number[i / 2][i % 2];
+            __syncwarp();
+            if (lane == 0) arrive(block.ring.full(step));
+        }
+        first_step += count;
+        number = block.next.wait(nth);
+        block.own_ring.leave(nth);
+    }
+}
+
+template <typename Shape, typename Tokens>
+__device__ void copy(const Block<Shape, Tokens>& block) {
+    const int warp = __shfl_sync(kWholeWarp, threadIdx.x % 128 / 32, 0);
+    if (warp < Shape::kCopying) copy_cells(block, warp);
+    else if (warp == Shape::kCopying) copy_rows(block);
+}
+
+// What a warp group knows and does in either direction, in the block's nth span.
 template <typename Shape, typename Tokens>
 struct Group {
     const Block<Shape, Tokens>& block;
-    int group, lane, row;  // row: the first of this lane's two among all tokens; the other one is 8 further
+    Span span;
+    int nth, group, lane;
 
-    __device__ explicit Group(const Block<Shape, Tokens>& block)
-        : block(block), group(__shfl_sync(kWholeWarp, threadIdx.x / 128, 0)), lane(threadIdx.x % 32),
-          row(block.tile * Shape::kRows + threadIdx.x / 32 * 16 + lane / 4) {}
+    // Once its rows have come.
+    __device__ Group(const Block<Shape, Tokens>& block, int nth, int number)
+        : block(block), span(block.tokens, number), nth(nth), group(__shfl_sync(kWholeWarp, threadIdx.x / 128, 0)),
+          lane(threadIdx.x % 32) {
+        block.own_ring.wait_full(nth);
+    }
+
+    // The first of this lane's two rows in the tile; the other one is 8 further.
+    __device__ int local_row() const { return threadIdx.x / 32 * 16 + lane / 4; }
+    __device__ int row() const { return span.tile * Shape::kRows + local_row(); }
 
     // A number of this lane's rows.
     __device__ void own_numbers(int which, float (&mine)[2]) const {
-        for (int r = 0; r < 2; ++r) mine[r] = block.number(which, row + 8 * r);
+        for (int r = 0; r < 2; ++r) mine[r] = block.own_numbers(nth, which)[local_row() + 8 * r];
     }
 
     // Products of this group's rows in one tensor with the others of a step in another one, all columns of both.
-    __device__ __forceinline__ void start_scores(float (&score)[Shape::kTile / 2], int own, int others, int step) const {
-        const uint64_t rows = panel_operand(block.own(own, group), 0), columns = panel_operand(block.others(step, others), 0);
+    __device__ __forceinline__ void start_scores(float (&score)[kCell / 2], int own, int others, int step) const {
+        const uint64_t rows = panel_operand(block.own(nth, own, group), 0);
+        const uint64_t columns = panel_operand(block.others(step, others), 0);
 #pragma unroll
         for (int i = 0; i < kWidth / 16; ++i)
-            start_product<typename Shape::Number, Shape::kTile>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
+            start_product<typename Shape::Number, kCell>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
     }
 
     // sum += weights of the others of a step times their rows in one tensor.
-    __device__ __forceinline__ void start_values(float (&sum)[kWidth / 2], const uint32_t (&weight)[Shape::kTile / 16][4],
-                                                 int others, int step) const {
+    __device__ __forceinline__ void start_values(float (&sum)[kWidth / 2], const uint32_t (&weight)[kCell / 16][4], int others,
+                                                 int step) const {
         const uint64_t rows = rows_operand(block.others(step, others), kPanel);
 #pragma unroll
-        for (int i = 0; i < Shape::kTile / 16; ++i)
+        for (int i = 0; i < kCell / 16; ++i)
             start_product_of_rows<typename Shape::Number, kWidth>(sum, weight[i], further(rows, 16 * 128 * i));
     }
 
-    // How far the first token of a step's cell is behind the first row of the group.
-    __device__ int behind(int step, int cell) const {
-        return (block.cells(step)[cell] - block.tile * Shape::kGroups - group) * kCell;
+    // Whether some of the group's rows may lock with the cell of a step, and how far its first token is behind the first row.
+    __device__ bool meets(int step) const { return block.entry(step) >> (kSynchronizationMembers + group) & 1; }
+    __device__ int behind(int step) const {
+        return (cell_of(block.entry(step)) - span.tile * Shape::kGroups - group) * kCell;
+    }
+
+    // The group's way through the steps of its span. Pairs are products of its rows with one cell; weigh makes weights of them,
+    // round those that sums take. The sums of one cell run beside the pairs of the next one that the group meets, and after
+    // them the slot is left.
+    template <int kPairs, int kSums, typename StartPairs, typename StartSums, typename Weigh, typename Round>
+    __device__ __forceinline__ void walk(int step, int end, float (&pair)[kPairs][kCell / 2], float (&sum)[kSums][kWidth / 2],
+                                         const StartPairs& start_pairs, const StartSums& start_sums, const Weigh& weigh,
+                                         const Round& round) const {
+        constexpr int kNone = -1;
+        int last = kNone;  // of the steps that it met: its sums have yet to start
+        const auto finish = [&] {
+            begin_products();
+            start_sums(last);
+            wait_for_products<0>(sum);
+            block.ring.leave(last);
+            last = kNone;
+        };
+#pragma unroll 1
+        for (; step < end; ++step) {
+            block.ring.wait_full(step);
+            if (!meets(step)) {
+                if (last != kNone) finish();  // lest it go all around the ring with a slot that it has not left
+                block.ring.leave(step);
+                continue;
+            }
+            begin_products();
+            start_pairs(step);
+            if (last != kNone) {
+                begin_products();
+                start_sums(last);
+                wait_for_products<1>(pair);
+            } else {
+                wait_for_products<0>(pair);
+            }
+            weigh(step);
+            wait_for_products<0>(sum);
+            if (last != kNone) block.ring.leave(last);
+            round();
+            last = step;
+        }
+        if (last != kNone) finish();
+    }
+
+    // Leaves its rows and what came with them, and returns the number of the next span.
+    __device__ int leave() const {
+        const int number = block.next.wait(nth);
+        block.own_ring.leave(nth);
+        return number;
     }
 
     // Stores this lane's share of the group's rows.
     __device__ void store(const float (&sum)[kWidth / 2], const Tensor<typename Shape::Number>& to) const {
-        const int first = row - lane / 4;
+        const int first = row() - lane / 4;
         store_rows<typename Shape::Number, kWidth>(reinterpret_cast<const float(&)[kWidth / 8][4]>(sum), 1.0f, lane,
                                                    block.tokens.num_tokens - first, to.row,
-                                                   to.at(block.batch, block.head) + first * to.row);
+                                                   to.at(span.batch, span.head) + first * to.row);
     }
 
     // Calls body(r, at) for the lane's rows, those that there are, in one lane of each; at: its place among rows of all heads.
     template <typename Body>
     __device__ void for_each_row(const Body& body) const {
         for (int r = 0; r < 2; ++r)
-            if (lane % 4 == 0 && row + 8 * r < block.tokens.num_tokens)
-                body(r, static_cast<int64_t>(block.index) * block.tokens.num_tokens + row + 8 * r);
+            if (lane % 4 == 0 && row() + 8 * r < block.tokens.num_tokens)
+                body(r, static_cast<int64_t>(span.index) * block.tokens.num_tokens + row() + 8 * r);
     }
 };
 
 template <typename Shape>
-__device__ __forceinline__ void round_to_words(uint32_t (&word)[Shape::kTile / 16][4], const float (&x)[Shape::kTile / 2]) {
+__device__ __forceinline__ void round_to_words(uint32_t (&word)[kCell / 16][4], const float (&x)[kCell / 2]) {
 #pragma unroll
-    for (int i = 0; i < Shape::kTile / 4; ++i) word[i / 4][i % 4] = pack<typename Shape::Number>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kCell / 4; ++i) word[i / 4][i % 4] = pack<typename Shape::Number>(x[2 * i], x[2 * i + 1]);
 }
 
 // A product of which log2 J^2 is 1e30, beside any squares.
 __device__ __forceinline__ float product_of_far(float factor) { return fminf(-kNever / factor, 1e38f); }
 
 template <typename Shape>
-struct ForwardArguments {
-    Tokens<Shape::kOthers, Shape::kNumbers> tokens;
+struct ForwardArguments : Tokens<Shape::kOthers, Shape::kOwnNumbers> {
     Tensor<typename Shape::Number> o;
     float* total;
     bool causal;
@@ -234,110 +353,89 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_kernel(
     const __grid_constant__ ForwardArguments<Shape> arguments) {
     enum { kOmega, kValues };
+    enum { kSquares, kC };
     extern __shared__ __align__(1024) uint4 memory[];
-    make_barriers<Shape>(shared_address(memory));
+    const Block<Shape, ForwardArguments<Shape>> block(arguments, memory);
+    block.make_barriers();
     if (threadIdx.x / 128 == Shape::kGroups) {
-        release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 < 32) copy_cells<Shape>(arguments.tokens, memory);
+        release_registers<Shape::kCopyingRegisters>();
+        copy(block);
         return;
     }
     claim_registers<Shape::kRegisters>();
 
-    const Block<Shape, decltype(arguments.tokens)> block(arguments.tokens, memory);
-    const Group group(block);
-    const int lane = group.lane;
-    const float factor = -2.0f * block.decay;
-    float square[2], slope[2], total[2];
-    group.own_numbers(0, square);
-    const float* const c = block.tokens.c + static_cast<int64_t>(block.index) * block.tokens.num_tokens;
-    for (int r = 0; r < 2; ++r) {
-        slope[r] = c[min(group.row + 8 * r, block.tokens.num_tokens - 1)] / -block.decay;
-        total[r] = 0.0f * square[r] + 0.0f * slope[r];  // NaN where an input is broken
-    }
+    int step = 0, number = blockIdx.x;
+#pragma unroll 1
+    for (int nth = 0; number < arguments.spans.count(); ++nth) {
+        const Group group(block, nth, number);
+        const int lane = group.lane;
+        const Common common = block.common(nth);
+        const float factor = -2.0f * common.decay;
+        float square[2], slope[2], total[2];
+        group.own_numbers(kSquares, square);
+        group.own_numbers(kC, slope);
+        for (int r = 0; r < 2; ++r) {
+            slope[r] /= -common.decay;
+            total[r] = 0.0f * square[r] + 0.0f * slope[r];  // NaN where an input is broken
+        }
 
-    float score[1][Shape::kTile / 2], acc[1][kWidth / 2] = {};
-    uint32_t weight[Shape::kTile / 16][4];
-    const auto start_scores = [&](int step) {
-        group.start_scores(score[0], kOmega, kOmega, step);
-        commit_products();
-    };
-    const auto start_values = [&](int step) {
-        group.start_values(acc[0], weight, kValues, step);
-        commit_products();
-    };
-    // Products become weights: of one cell with its squares, `behind` the rows.
-    const bool causal = arguments.causal;
-    const auto weigh_cell = [&](float* score, const float* squares, int behind) {
-        if (behind == 0 || (causal && behind > 0)) {  // a token is at distance 0 from itself
-            const float apart = product_of_far(factor);
+        float score[1][kCell / 2], acc[1][kWidth / 2] = {};
+        uint32_t weight[kCell / 16][4];
+        const auto start_scores = [&](int step) {
+            group.start_scores(score[0], kOmega, kOmega, step);
+            commit_products();
+        };
+        const auto start_values = [&](int step) {
+            group.start_values(acc[0], weight, kValues, step);
+            commit_products();
+        };
+        const bool causal = arguments.causal;
+        const auto weigh = [&](int step) {
+            const int behind = group.behind(step);
+            if (behind == 0 || (causal && behind > 0)) {  // a token is at distance 0 from itself
+                const float apart = product_of_far(factor);
+#pragma unroll
+                for (int i = 0; i < kCell / 2; ++i) {
+                    const int ahead = behind + product_column(lane, i) - (group.local_row() % kCell + i / 2 % 2 * 8);
+                    if (ahead == 0) score[0][i] = apart;
+                    else if (causal && ahead > 0) score[0][i] = -apart;
+                }
+            }
+            const float* const squares = block.numbers(step, kSquares);
+            float sum[2][2] = {};
 #pragma unroll
             for (int i = 0; i < kCell / 2; ++i) {
-                const int ahead = behind + product_column(lane, i) - (group.row % kCell + i / 2 % 2 * 8);
-                if (ahead == 0) score[i] = apart;
-                else if (causal && ahead > 0) score[i] = -apart;
+                const int r = i / 2 % 2;
+                const float x = fmaf(score[0][i], factor, square[r] + squares[product_column(lane, i)]);
+                score[0][i] = sqrt_approximate(fma_saturated(slope[r], x, exp2_approximate(x)));
+                sum[r][i % 2] += score[0][i];
             }
-        }
-        float sum[2][2] = {};
-#pragma unroll
-        for (int i = 0; i < kCell / 2; ++i) {
-            const int r = i / 2 % 2;
-            const float x = fmaf(score[i], factor, square[r] + squares[product_column(lane, i)]);
-            score[i] = sqrt_approximate(fma_saturated(slope[r], x, exp2_approximate(x)));
-            sum[r][i % 2] += score[i];
-        }
-        // By cells, so that those without a weight change no bit.
-        for (int r = 0; r < 2; ++r) total[r] += (sum[r][0] + sum[r][1]) + 0.0f * squares[product_column(lane, 0)];
-    };
-    const auto weigh = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < Shape::kCells; ++i)
-            weigh_cell(score[0] + i * kCell / 2, block.numbers(step, 0) + i * kCell, group.behind(step, i));
-    };
+            // By cells, so that those without a weight change no bit.
+            for (int r = 0; r < 2; ++r) total[r] += (sum[r][0] + sum[r][1]) + 0.0f * squares[product_column(lane, 0)];
+        };
+        const auto round = [&] { round_to_words<Shape>(weight, score[0]); };
+        group.walk(step, step + common.count, score, acc, start_scores, start_values, weigh, round);
+        step += common.count;
+        number = group.leave();
 
-    wait_for_barrier(block.loaded(), 0);
-    if (block.steps > 0) {
-#pragma unroll 1
-        for (int step = 0; step < block.steps; ++step) {
-            block.ring.wait_full(step);
-            begin_products();
-            start_scores(step);
-            if (step > 0) {
-                begin_products();
-                start_values(step - 1);
-                wait_for_products<1>(score);
-            } else {
-                wait_for_products<0>(score);
-            }
-            weigh(step);
-            wait_for_products<0>(acc);
-            if (step > 0) block.ring.leave(step - 1);
-            round_to_words<Shape>(weight, score[0]);
-        }
-        begin_products();
-        start_values(block.steps - 1);
-        wait_for_products<0>(acc);
+        for (int r = 0; r < 2; ++r) total[r] = quad_sum(total[r]);
+#pragma unroll
+        for (int i = 0; i < kWidth / 2; ++i) acc[0][i] *= 1.0f / (total[i / 2 % 2] + kEps);
+        group.store(acc[0], arguments.o);
+        group.for_each_row([&](int r, int64_t at) { arguments.total[at] = total[r]; });
     }
-
-    for (int r = 0; r < 2; ++r) total[r] = quad_sum(total[r]);
-#pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) acc[0][i] *= 1.0f / (total[i / 2 % 2] + kEps);
-    group.store(acc[0], arguments.o);
-    group.for_each_row([&](int r, int64_t at) { arguments.total[at] = total[r]; });
 }
 
-// What is one for a head. Loaded anew where it is needed, rather than held in registers all the way.
+// What is one for a head.
 struct Rates {
     float decay, two_alpha, c, unit;  // pulls are taken in this unit, lest half precision overflow: c may be large
 
-    template <typename Block>
-    __device__ explicit Rates(const Block& block)
-        : decay(block.load_decay()), two_alpha(-kLn2 * decay),
-          c(block.tokens.c[static_cast<int64_t>(block.index) * block.tokens.num_tokens]), unit(two_alpha + c) {}
+    __device__ explicit Rates(const Common& common)
+        : decay(common.decay), two_alpha(-kLn2 * decay), c(common.c), unit(two_alpha + c) {}
 };
 
 template <typename Shape>
-struct BackwardArguments {
-    Tokens<Shape::kOthers, Shape::kNumbers> tokens;
+struct BackwardArguments : Tokens<Shape::kOthers, Shape::kOwnNumbers> {
     Tensor<typename Shape::Number> dw, dv;
     float *dalpha, *dradius;
     float steepest;
@@ -350,153 +448,139 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
     enum { kOmega, kValues, kGradO };
     enum { kSquares, kInverse, kShift };
     extern __shared__ __align__(1024) uint4 memory[];
-    make_barriers<Shape>(shared_address(memory));
+    const Block<Shape, BackwardArguments<Shape>> block(arguments, memory);
+    block.make_barriers();
     if (threadIdx.x / 128 == Shape::kGroups) {
-        release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 < 32) copy_cells<Shape>(arguments.tokens, memory);
+        release_registers<Shape::kCopyingRegisters>();
+        copy(block);
         return;
     }
     claim_registers<Shape::kRegisters>();
 
-    const Block<Shape, decltype(arguments.tokens)> block(arguments.tokens, memory);
-    const Group group(block);
-    const int lane = group.lane;
-    const float factor = -2.0f * block.decay;
-    const Rates rates(block);
-    const float of_near = rates.two_alpha / rates.unit, of_all = rates.c / rates.unit, slope_c = rates.c / -rates.decay;
-    float square[2], inverse[2], shift[2];
-    group.own_numbers(kSquares, square);
-    group.own_numbers(kInverse, inverse);
-    group.own_numbers(kShift, shift);
-
-    // Products of the rows with the others: omega with omega, grad_o with v, v with grad_o. Of these the weights of dv take the
-    // place of the first, and pulls that of the second.
-    float pair[3][kCell / 2], acc[2][kWidth / 2] = {}, pulls[4] = {}, dalpha[2] = {}, dradius[2] = {};
-    uint32_t weight[kCell / 16][4], pull[kCell / 16][4];
-    const auto start_pairs = [&](int step) {
-        group.start_scores(pair[0], kOmega, kOmega, step);
-        group.start_scores(pair[1], kGradO, kValues, step);
-        group.start_scores(pair[2], kValues, kGradO, step);
-        commit_products();
-    };
-    const auto start_sums = [&](int step) {
-        group.start_values(acc[0], pull, kOmega, step);
-        group.start_values(acc[1], weight, kGradO, step);
-        commit_products();
-    };
-    const auto weigh = [&](int step) {
-        if (group.behind(step, 0) == 0) {  // a token's own share of dv is added in the end
-            const float apart = product_of_far(factor);
-#pragma unroll
-            for (int i = 0; i < kCell / 2; ++i)
-                if (product_column(lane, i) == group.row % kCell + i / 2 % 2 * 8) pair[0][i] = -apart;
-        }
-        const float *const squares = block.numbers(step, kSquares), *const inverses = block.numbers(step, kInverse);
-        const float* const shifts = block.numbers(step, kShift);
-#pragma unroll
-        for (int i = 0; i < kCell / 2; ++i) {
-            const int r = i / 2 % 2, column = product_column(lane, i);
-            const float x = fmaf(pair[0][i], factor, square[r] + squares[column]), near = exp2_approximate(x);
-            const float margin = fma_saturated(slope_c, x, near);
-            const float inverse_s = margin > 0 ? rsqrt_approximate(margin) : 0.0f;
-            const float ds = fmaf(pair[1][i], inverse[r], fmaf(pair[2][i], inverses[column], -(shift[r] + shifts[column])));
-            float slope = ds * fminf(inverse_s, arguments.steepest);
-            pair[0][i] = margin * inverse_s * inverses[column];
-            pair[1][i] = slope * fmaf(near, of_near, of_all);
-            slope *= x;
-            dradius[r] += slope;
-            dalpha[r] = fmaf(slope, near, dalpha[r]);
-        }
-    };
-    // The weights of w_j and the sum of them, the weight of w_i, are sums of the same rounded numbers: only so do they cancel
-    // for tokens whose frequencies nearly agree.
-    const auto round = [&] {
-        round_to_words<Shape>(weight, pair[0]);
-        round_to_words<Shape>(pull, pair[1]);
-        const uint32_t ones = pack<Number>(1.0f, 1.0f);
-#pragma unroll
-        for (int i = 0; i < kCell / 16; ++i) mma<Number>(pulls, pull[i], ones, ones);
-    };
-
-    wait_for_barrier(block.loaded(), 0);
-    if (block.steps > 0) {
+    int step = 0, number = blockIdx.x;
 #pragma unroll 1
-        for (int step = 0; step < block.steps; ++step) {
-            block.ring.wait_full(step);
-            begin_products();
-            start_pairs(step);
-            if (step > 0) {
-                begin_products();
-                start_sums(step - 1);
-                wait_for_products<1>(pair);
-            } else {
-                wait_for_products<0>(pair);
-            }
-            weigh(step);
-            wait_for_products<0>(acc);
-            if (step > 0) block.ring.leave(step - 1);
-            round();
-        }
-        begin_products();
-        start_sums(block.steps - 1);
-        wait_for_products<0>(acc);
-    }
+    for (int nth = 0; number < arguments.spans.count(); ++nth) {
+        const Group group(block, nth, number);
+        const int lane = group.lane;
+        const Rates rates(block.common(nth));
+        const float factor = -2.0f * rates.decay, slope_c = rates.c / -rates.decay;
+        const float of_near = rates.two_alpha / rates.unit, of_all = rates.c / rates.unit;
+        float square[2], inverse[2], shift[2];
+        group.own_numbers(kSquares, square);
+        group.own_numbers(kInverse, inverse);
+        group.own_numbers(kShift, shift);
 
-    const Rates again(block);
-    group.own_numbers(kInverse, inverse);
-    const LaneOffsets<kWidth> offsets(lane);
-    const auto own_rows = [&](int tensor, const auto& body) {
-        uint32_t word[kWidth / 16][4];
-        load_rows<kWidth>(word, block.own(tensor, group.group) + threadIdx.x % 128 / 32 * 16 * 128, offsets);
+        // Products of the rows with the others: omega with omega, grad_o with v, v with grad_o. Of these the weights of dv take
+        // the place of the first, and pulls that of the second.
+        float pair[3][kCell / 2], acc[2][kWidth / 2] = {}, pulls[4] = {}, dalpha[2] = {}, dradius[2] = {};
+        uint32_t weight[kCell / 16][4], pull[kCell / 16][4];
+        const auto start_pairs = [&](int step) {
+            group.start_scores(pair[0], kOmega, kOmega, step);
+            group.start_scores(pair[1], kGradO, kValues, step);
+            group.start_scores(pair[2], kValues, kGradO, step);
+            commit_products();
+        };
+        const auto start_sums = [&](int step) {
+            group.start_values(acc[0], pull, kOmega, step);
+            group.start_values(acc[1], weight, kGradO, step);
+            commit_products();
+        };
+        const auto weigh = [&](int step) {
+            if (group.behind(step) == 0) {  // a token's own share of dv is added in the end
+                const float apart = product_of_far(factor);
 #pragma unroll
-        for (int i = 0; i < kWidth / 4; ++i) {
-            const float2 pair = unpack<Number>(word[i / 4][i % 4]);
-            body(2 * i, i % 2, pair.x);
-            body(2 * i + 1, i % 2, pair.y);
-        }
-    };
-    own_rows(kOmega, [&](int i, int r, float w) { acc[0][i] = (acc[0][i] - pulls[2 * r] * w) * again.unit; });
-    own_rows(kGradO, [&](int i, int r, float g) { acc[1][i] = fmaf(inverse[r], g, acc[1][i]); });
-    group.store(acc[0], arguments.dw);
-    group.store(acc[1], arguments.dv);
-    // Every pair counts in the rows of both of its tokens. A c at its bound depends on neither K nor r.
-    const float half = 0.5f / again.decay, of_radius = again.c == kLargestC ? 0.0f : half * again.c * sqrtf(again.c);
-    for (int r = 0; r < 2; ++r) dalpha[r] = quad_sum(dalpha[r]), dradius[r] = quad_sum(dradius[r]);
-    group.for_each_row([&](int r, int64_t at) {
-        arguments.dalpha[at] = -half * dalpha[r];
-        arguments.dradius[at] = of_radius * dradius[r];
-    });
+                for (int i = 0; i < kCell / 2; ++i)
+                    if (product_column(lane, i) == group.local_row() % kCell + i / 2 % 2 * 8) pair[0][i] = -apart;
+            }
+            const float *const squares = block.numbers(step, kSquares), *const inverses = block.numbers(step, kInverse);
+            const float* const shifts = block.numbers(step, kShift);
+#pragma unroll
+            for (int i = 0; i < kCell / 2; ++i) {
+                const int r = i / 2 % 2, column = product_column(lane, i);
+                const float x = fmaf(pair[0][i], factor, square[r] + squares[column]), near = exp2_approximate(x);
+                const float margin = fma_saturated(slope_c, x, near);
+                const float inverse_s = margin > 0 ? rsqrt_approximate(margin) : 0.0f;
+                const float ds =
+                    fmaf(pair[1][i], inverse[r], fmaf(pair[2][i], inverses[column], -(shift[r] + shifts[column])));
+                float slope = ds * fminf(inverse_s, arguments.steepest);
+                pair[0][i] = margin * inverse_s * inverses[column];
+                pair[1][i] = slope * fmaf(near, of_near, of_all);
+                slope *= x;
+                dradius[r] += slope;
+                dalpha[r] = fmaf(slope, near, dalpha[r]);
+            }
+        };
+        // The weights of w_j and the sum of them, the weight of w_i, are sums of the same rounded numbers: only so do they
+        // cancel for tokens whose frequencies nearly agree.
+        const auto round = [&] {
+            round_to_words<Shape>(weight, pair[0]);
+            round_to_words<Shape>(pull, pair[1]);
+            const uint32_t ones = pack<Number>(1.0f, 1.0f);
+#pragma unroll
+            for (int i = 0; i < kCell / 16; ++i) mma<Number>(pulls, pull[i], ones, ones);
+        };
+        const int end = step + block.common(nth).count;
+        group.walk(step, end, pair, acc, start_pairs, start_sums, weigh, round);
+        step = end;
+
+        // Loaded anew, rather than held in registers all the way.
+        const Rates again(block.common(nth));
+        group.own_numbers(kInverse, inverse);
+        const LaneOffsets<kWidth> offsets(lane);
+        const auto own_rows = [&](int tensor, const auto& body) {
+            uint32_t word[kWidth / 16][4];
+            load_rows<kWidth>(word, block.own(nth, tensor, group.group) + threadIdx.x % 128 / 32 * 16 * 128, offsets);
+#pragma unroll
+            for (int i = 0; i < kWidth / 4; ++i) {
+                const float2 pair = unpack<Number>(word[i / 4][i % 4]);
+                body(2 * i, i % 2, pair.x);
+                body(2 * i + 1, i % 2, pair.y);
+            }
+        };
+        own_rows(kOmega, [&](int i, int r, float w) { acc[0][i] = (acc[0][i] - pulls[2 * r] * w) * again.unit; });
+        own_rows(kGradO, [&](int i, int r, float g) { acc[1][i] = fmaf(inverse[r], g, acc[1][i]); });
+        number = group.leave();
+        group.store(acc[0], arguments.dw);
+        group.store(acc[1], arguments.dv);
+        // Every pair counts in the rows of both of its tokens. A c at its bound depends on neither K nor r.
+        const float half = 0.5f / again.decay, of_radius = again.c == kLargestC ? 0.0f : half * again.c * sqrtf(again.c);
+        for (int r = 0; r < 2; ++r) dalpha[r] = quad_sum(dalpha[r]), dradius[r] = quad_sum(dradius[r]);
+        group.for_each_row([&](int r, int64_t at) {
+            arguments.dalpha[at] = -half * dalpha[r];
+            arguments.dradius[at] = of_radius * dradius[r];
+        });
+    }
 }
 
 template <typename Number>
-using Forward = Shape<Number, 1, 2, 1, kSynchronizationRows / kCell, 1, 4>;
+using Forward = Shape<Number, 1, 2, 2, 1, kSynchronizationRows / kCell, 8>;
 template <typename Number>
-using Backward = Shape<Number, 3, 3, 3, kSynchronizationGradRows / kCell, 1, 4>;
+using Backward = Shape<Number, 3, 3, 3, 3, kSynchronizationGradRows / kCell, 4>;
 
-// data, strides: of omega, v and, in the backward, grad_o; numbers: squares and, in the backward, inverse and shift.
+// data, strides: of omega, v and, in the backward, grad_o; numbers: squares and c or, in the backward, inverse and shift.
 template <typename Shape, typename Call>
-Tokens<Shape::kOthers, Shape::kNumbers> tokens_of(const Call& call, const std::array<const void*, Shape::kOthers>& data,
-                                                  const std::array<std::array<int64_t, 3>, Shape::kOthers>& strides,
-                                                  const std::array<const float*, Shape::kNumbers>& numbers) {
-    Tokens<Shape::kOthers, Shape::kNumbers> tokens{};
+Tokens<Shape::kOthers, Shape::kOwnNumbers> tokens_of(const Call& call, const std::array<const void*, Shape::kOthers>& data,
+                                                     const std::array<std::array<int64_t, 3>, Shape::kOthers>& strides,
+                                                     const std::array<const float*, Shape::kOwnNumbers>& numbers) {
+    Tokens<Shape::kOthers, Shape::kOwnNumbers> tokens{};
     for (int i = 0; i < Shape::kOthers; ++i)
         tokens.tensor[i] = Rows{data[i], {call.batches, call.heads, call.num_tokens, kWidth}, strides[i]}
                                .template map<typename Shape::Number>(kCell);
     std::copy(numbers.begin(), numbers.end(), tokens.number);
     tokens.c = call.c, tokens.bandwidth = call.bandwidth, tokens.lists = call.lists, tokens.counts = call.counts;
+    tokens.counter = call.counter;
+    tokens.spans = make_spans(call.num_tokens, Shape::kRows, call.batches * call.heads, 1,
+                              Shape::kOthers * 2 * kWidth * call.num_tokens);
     tokens.heads = static_cast<int>(call.heads), tokens.num_tokens = static_cast<int>(call.num_tokens);
-    tokens.tiles = static_cast<int>((call.num_tokens + Shape::kRows - 1) / Shape::kRows);
     tokens.cells = static_cast<int>((call.num_tokens + kCell - 1) / kCell);
     tokens.bandwidth_stride = static_cast<int>(call.bandwidth_stride);
     return tokens;
 }
 
-template <auto kKernel, typename Shape, typename Arguments, typename Call>
-void launch(const Arguments& arguments, const Call& call, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Shape::kThreads, Shape::kBytes);
-    void* parameters[] = {const_cast<Arguments*>(&arguments)};
-    const auto blocks = static_cast<unsigned>(call.batches * call.heads * arguments.tokens.tiles);
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Shape::kThreads), parameters, Shape::kBytes, stream), name);
+template <auto kKernel, typename Shape, typename Arguments>
+void launch(Arguments& arguments, cudaStream_t stream, const char* name) {
+    NEARFAR_CHECK(cudaMemsetAsync(arguments.counter, 0, sizeof(int), stream));
+    launch_spans<kKernel, Shape>(arguments, stream, name);
 }
 
 }  // namespace
@@ -505,10 +589,10 @@ void synchronization_forward(const SynchronizationForward& call, DType dtype, cu
     dispatch_stream(dtype, kWidth, [&](auto* type, auto width) {
         if constexpr (width == kWidth) {
             using Shape = Forward<std::remove_pointer_t<decltype(type)>>;
-            const ForwardArguments<Shape> arguments{
-                tokens_of<Shape>(call, {call.omega, call.v}, {call.omega_strides, call.v_strides}, {call.squares}),
+            ForwardArguments<Shape> arguments{
+                tokens_of<Shape>(call, {call.omega, call.v}, {call.omega_strides, call.v_strides}, {call.squares, call.c}),
                 output_tensor<typename Shape::Number>(call.o, call.o_strides), call.total, call.causal != 0};
-            launch<synchronization_forward_kernel<Shape>, Shape>(arguments, call, stream, "synchronization_forward launch");
+            launch<synchronization_forward_kernel<Shape>, Shape>(arguments, stream, "synchronization_forward launch");
         }
     });
 }
@@ -518,13 +602,13 @@ void synchronization_backward(const SynchronizationBackward& call, DType dtype, 
         if constexpr (width == kWidth) {
             using Shape = Backward<std::remove_pointer_t<decltype(type)>>;
             using Number = typename Shape::Number;
-            const BackwardArguments<Shape> arguments{
+            BackwardArguments<Shape> arguments{
                 tokens_of<Shape>(call, {call.omega, call.v, call.grad_o},
                                  {call.omega_strides, call.v_strides, call.grad_o_strides},
                                  {call.squares, call.inverse, call.shift}),
                 output_tensor<Number>(call.dw, call.dw_strides), output_tensor<Number>(call.dv, call.dv_strides),
                 call.dalpha, call.dradius, static_cast<float>(1.0 / call.grad_floor)};
-            launch<synchronization_backward_kernel<Shape>, Shape>(arguments, call, stream, "synchronization_backward launch");
+            launch<synchronization_backward_kernel<Shape>, Shape>(arguments, stream, "synchronization_backward launch");
         }
     });
 }

@@ -15,11 +15,13 @@ namespace nearfar {
 // omega, v, grad_o and what is like them (B, H, N, 64): float16 or bfloat16, strides in numbers for the first three dimensions,
 // 1 for the last; rows start at multiples of 16 bytes. What follows is contiguous, floats but for the lists. By the kernels of
 // locking.py: squares and c (B, H, N), and for each tile of rows the cells of 64 tokens that it meets, lists (B, H, tiles,
-// cells) and their number, counts (B, H, tiles), int32; tiles of kSynchronizationRows and kSynchronizationGradRows rows.
-// bandwidth: of each head, or of all with a stride of 0.
+// cells) and their number, counts (B, H, tiles), int32; tiles of kSynchronizationRows and kSynchronizationGradRows rows. An
+// entry of a list has from bit kSynchronizationMembers on a bit for each cell of the tile, whether that one meets the other.
+// bandwidth: of each head, or of all with a stride of 0. counter: a workspace of one number.
 
 inline constexpr int kSynchronizationWidth = 64;
 inline constexpr int kSynchronizationRows = 192, kSynchronizationGradRows = 128;
+inline constexpr int kSynchronizationMembers = 24;
 
 // Fills o and total (B, H, N). causal: a token sees those up to itself.
 struct SynchronizationForward {
@@ -28,6 +30,7 @@ struct SynchronizationForward {
     void* o;
     float* total;
     const int32_t *lists, *counts;
+    int32_t* counter;
     std::array<int64_t, 3> omega_strides, v_strides, o_strides;
     int64_t batches, heads, num_tokens, bandwidth_stride, causal;
 };
@@ -41,6 +44,7 @@ struct SynchronizationBackward {
     void *dw, *dv;
     float *dalpha, *dradius;
     const int32_t *lists, *counts;
+    int32_t* counter;
     std::array<int64_t, 3> omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides;
     int64_t batches, heads, num_tokens, bandwidth_stride;
     double grad_floor;

@@ -216,6 +216,33 @@ def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
     assert skipped == (unlocked if exact else 0)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_lists_tell_which_cells_of_a_tile_meet_another(causal):
+    """From a bit on that the launch names; lists for tiles of one cell say the same."""
+    members, size = 24, 3
+    launch = kuramoto._launchers()
+    t = chain(length=700, step=0.01, causal=causal).tensors
+    omega, parameter = t["omega"], (t["coupling"], t["bandwidth"], t["order"])
+    call = launch.signature(omega, None, t["v"], causal)
+    queries, _ = kuramoto._empty_surveys(omega, None, launch)
+    (survey,) = launch.survey_launches(omega, None, *parameter)
+    survey(omega, *parameter, *queries)
+
+    def lists_of(rows, members):
+        lists, counts = (omega.new_empty(s, dtype=torch.int32) for s in launch.lists_shapes(call, "sync_attend", rows))
+        plan = launch.plan_neighbours(call, "sync_attend", rows, members)
+        plan(*launch.neighbours(queries, queries, (lists, counts)))
+        return lists[0, 1].tolist(), counts[0, 1].tolist()
+
+    single = [entries[:count] for entries, count in zip(*lists_of(launch.CELL, None), strict=True)]
+    for tile, (entries, count) in enumerate(zip(*lists_of(size * launch.CELL, members), strict=True)):
+        cells = single[size * tile : size * (tile + 1)]
+        assert [entry & (1 << members) - 1 for entry in entries[:count]] == sorted(set().union(*cells))
+        for entry in entries[:count]:
+            met = [entry & (1 << members) - 1 in cell for cell in cells]
+            assert entry >> members == sum(meets << member for member, meets in enumerate(met))
+
+
 @pytest.mark.parametrize("alpha", [1e-4, 0.3, 1.3, 40.0])
 def test_lock_radius(alpha):
     """The radius of a cell is the root of d exp(alpha d^2) = K r, by bisection."""

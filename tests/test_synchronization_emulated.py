@@ -12,13 +12,13 @@ from samples.synchronization import check, differences, parameters
 from nearfar.ops.kuramoto import _parameters
 
 WIDTH, CELL = 64, 64
-ROWS, GRAD_ROWS = 192, 128  # kSynchronizationRows, kSynchronizationGradRows
+ROWS, GRAD_ROWS, MEMBERS = 192, 128, 24  # kSynchronizationRows, kSynchronizationGradRows, kSynchronizationMembers
 FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
 
 
 class Forward(ctypes.Structure):  # as in csrc/synchronization.h
     _fields_ = [
-        *fields(ctypes.c_void_p, "omega v squares c bandwidth o total lists counts"),
+        *fields(ctypes.c_void_p, "omega v squares c bandwidth o total lists counts counter"),
         *strides("omega", "v", "o"),
         *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride causal"),
     ]
@@ -26,7 +26,7 @@ class Forward(ctypes.Structure):  # as in csrc/synchronization.h
 
 class Backward(ctypes.Structure):
     _fields_ = [
-        *fields(ctypes.c_void_p, "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts"),
+        *fields(ctypes.c_void_p, "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts counter"),
         *strides("omega", "v", "grad_o", "dw", "dv"),
         *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride"),
         *fields(ctypes.c_double, "grad_floor"),
@@ -40,7 +40,8 @@ def kernels(tmp_path_factory):
 
 
 # Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
-ALL_CONDITIONS = (Conditions(), Conditions(late_copies=True, seed=1))
+# One block takes all spans, or several share them.
+ALL_CONDITIONS = (Conditions(device=0), Conditions(late_copies=True, seed=1))
 
 SAMPLES = {
     "clusters": dict(length=330, heads=1, clusters=3),
@@ -52,9 +53,14 @@ SAMPLES = {
 }
 
 
-def make(dtype, length, batch=1, heads=2, clusters=1, spread=0.05, **options):
-    """Tokens around centres that are too far apart to lock; those of a cell of 64 share one."""
-    centre = 2.0 * randn(clusters, WIDTH, seed=3, device="cpu")[torch.arange(length) // CELL % clusters]
+def make(dtype, length, batch=1, heads=2, clusters=1, of_cells=None, spread=0.05, **options):
+    """Tokens around centres that are too far apart to lock; those of a cell of 64 share one.
+
+    of_cells: the cluster of each cell; None: in turn.
+    """
+    of_cells = range(clusters) if of_cells is None else of_cells
+    cluster = torch.tensor(of_cells)[torch.arange(length) // CELL % len(of_cells)]
+    centre = 2.0 * randn(max(of_cells) + 1, WIDTH, seed=3, device="cpu")[cluster]
     tensors = {
         "omega": (0.3 * centre + spread * randn(batch, heads, length, WIDTH, seed=1, device="cpu")).to(dtype),
         "v": randn(batch, heads, length, WIDTH, dtype=dtype, seed=2, device="cpu"),
@@ -64,7 +70,10 @@ def make(dtype, length, batch=1, heads=2, clusters=1, spread=0.05, **options):
 
 
 def cells_of(sample, rows, everything):
-    """(lists, counts) for tiles of this many rows: cells with a pair that locks or, with `everything`, all; not later ones."""
+    """(lists, counts) for tiles of this many rows: cells with a pair that locks or, with `everything`, all; not later ones.
+
+    An entry also tells which cells of the tile have such a pair.
+    """
     t, causal = sample.tensors, sample.options.get("causal")
     w, length = t["omega"].double(), t["omega"].shape[2]
     tiles, cells = -(-length // rows), -(-length // CELL)
@@ -74,12 +83,16 @@ def cells_of(sample, rows, everything):
     lists = torch.full((*w.shape[:2], tiles, cells), -1, dtype=torch.int32)
     counts = torch.zeros(w.shape[:2] + (tiles,), dtype=torch.int32)
     for b, h, tile, cell in torch.cartesian_prod(*map(torch.arange, lists.shape)).reshape(-1, 4).tolist():
-        mine, theirs = slice(tile * rows, (tile + 1) * rows), slice(cell * CELL, (cell + 1) * CELL)
-        seen = not causal or cell * CELL < min((tile + 1) * rows, length)
-        if seen and (everything or not apart[b, h, mine, theirs].all()):
-            lists[b, h, tile, counts[b, h, tile]] = cell
+        theirs = slice(cell * CELL, (cell + 1) * CELL)
+        members = 0
+        for member, first in enumerate(range(tile * rows, min((tile + 1) * rows, length), CELL)):
+            seen = not causal or cell * CELL < first + CELL
+            if seen and (everything or not apart[b, h, first : first + CELL, theirs].all()):
+                members |= 1 << member
+        if members:
+            lists[b, h, tile, counts[b, h, tile]] = cell | members << MEMBERS
             counts[b, h, tile] += 1
-    return {"lists": lists, "counts": counts}
+    return {"lists": lists, "counts": counts, "counter": torch.full((1,), -1, dtype=torch.int32)}
 
 
 def given(sample, guarded):
@@ -149,31 +162,43 @@ def backward_of(kernels, sample, conditions, everything=False, do=None):
     return dict(o=o, total=total) | backward(kernels, sample, do, o, total, conditions, everything)
 
 
+def met_by_members(sample, rows):
+    """Whether each cell of a tile meets those of its list, as strings: of 1 and 0."""
+    lists, counts, _ = (x.flatten(0, 1)[0].tolist() if x.dim() > 2 else x for x in cells_of(sample, rows, False).values())
+    for entries, count in zip(lists, counts, strict=True):
+        for member in range(rows // CELL):
+            yield "".join(str(entry >> MEMBERS + member & 1) for entry in entries[:count])
+
+
 def test_pruning_changes_no_bit(kernels):
-    sample = make(torch.float16, **SAMPLES["clusters"])
-    counts = cells_of(sample, GRAD_ROWS, False)["counts"]
-    assert counts.sum() < 0.7 * cells_of(sample, GRAD_ROWS, True)["counts"].sum()
-    pruned, full = (backward_of(kernels, sample, Conditions(), everything) for everything in (False, True))
-    same(pruned, full, "changes when nothing is pruned")
+    """Groups pass by the first of their tile's cells, the last, every other, and more than there are slots in the ring."""
+    sample = make(torch.float16, 14 * CELL, heads=1, of_cells=(0, *[1] * 9, 0, 1, 0, 1))
+    for rows in (ROWS, GRAD_ROWS):
+        met = f" {' '.join(met_by_members(sample, rows))} "
+        assert all(pattern in met for pattern in (" 01", "10 ", "0101", "1000000000"))
+    full = backward_of(kernels, sample, Conditions(), everything=True)
+    for conditions in ALL_CONDITIONS:
+        same(backward_of(kernels, sample, conditions), full, "changes when nothing is pruned")
 
 
 def test_tiles_that_meet_nothing(kernels, monkeypatch):
-    """Lists made by hand: rows get zeros, but for a token's own share of dv."""
-    sample = make(torch.float16, **SAMPLES["ragged"])
+    """Lists made by hand, empty ones or of cells that no group meets: rows get zeros, but for a token's own share of dv."""
+    sample = make(torch.float16, heads=3, length=150)
     original = cells_of
 
     def without(*arguments):
         lists = original(*arguments)
         lists["counts"][:, 1] = 0
+        lists["lists"][:, 2] &= (1 << MEMBERS) - 1
         return lists
 
     monkeypatch.setitem(globals(), "cells_of", without)
     do = randn(*sample.tensors["omega"].shape, dtype=torch.float16, seed=9, device="cpu")
-    found = backward_of(kernels, sample, Conditions(seed=2), do=do)
+    found = backward_of(kernels, sample, Conditions(device=0, seed=2), do=do)
     for name, x in found.items():
         assert x[:, 0].isfinite().all() and x[:, 0].abs().max() > 0, name
-        assert name == "dv" or x[:, 1].abs().max() == 0, name
-    torch.testing.assert_close(found["dv"][:, 1], do[:, 1] * 1e8, rtol=0, atol=0)
+        assert name == "dv" or x[:, 1:].abs().max() == 0, name
+    torch.testing.assert_close(found["dv"][:, 1:], do[:, 1:] * 1e8, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "value"), [("omega", math.nan), ("omega", math.inf), ("v", math.nan), ("order", math.nan)])

@@ -84,9 +84,13 @@ def survey(
 def neighbours(
     centres, extents, other_centres, other_extents, lists, counts,
     num_tokens, num_cells, num_others, num_heads, own_group, other_group, num_tiles, offset,
-    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, CELLS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, CELLS: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lists (B, Hq, tiles, num_others), counts (B, Hq, tiles); a tile has CELLS cells. QUERIES: tiles are of queries."""
+    """lists (B, Hq, tiles, num_others), counts (B, Hq, tiles); a tile has CELLS cells. QUERIES: tiles are of queries.
+
+    MEMBERS: from this bit on an entry of a list has one for each cell of the tile, whether that cell meets the other; None: no.
+    """
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     own = batch.to(tl.int64) * (num_heads // own_group) + head // own_group
     other = batch.to(tl.int64) * (num_heads // other_group) + head // other_group
@@ -123,9 +127,12 @@ def neighbours(
                 meets &= others * CELL <= tl.minimum(cell * CELL + CELL, num_tokens) - 1 + offset
             elif CAUSAL:
                 meets &= cell * CELL <= others * CELL + CELL - 1 + offset
-            keep |= (meets & present).to(tl.int32)
-        place = count + tl.cumsum(keep, 0) - 1
-        tl.store(lists + index * num_others + place, others, mask=keep != 0)
-        count += tl.sum(keep, 0)
+            meets &= present & (tile * CELLS + member < num_cells)
+            keep |= meets.to(tl.int32) << member
+        kept = (keep != 0).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
+        entries = others if MEMBERS is None else others | keep << MEMBERS
+        tl.store(lists + index * num_others + place, entries, mask=kept != 0)
+        count += tl.sum(kept, 0)
     tl.store(counts + index, count)
     tl.store(lists + index * num_others, 0, mask=count == 0)  # a walk reads its first cell before it knows

@@ -41,6 +41,11 @@ def list_rows(call, kernel, cuda=None):
     return max(own_block(call, kernel), CELL) if cuda is None else cuda.rows
 
 
+def members(cuda=None):
+    """The first bit in the lists' entries that tells of a tile's cells, of which Triton's kernels want to know nothing."""
+    return None if cuda is None else cuda.members
+
+
 def lists_shapes(call, kernel, rows):
     """Shapes of the lists of cells for the tiles of a kernel, of `rows` tokens each, and of their counts."""
     own, other = call.q_shape[2], call.k_shape[2]
@@ -61,7 +66,7 @@ def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_tok
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_neighbours(call, kernel, rows):
+def plan_neighbours(call, kernel, rows, members=None):
     queries = kernel != "sync_grad_keys"
     num_queries, num_keys, heads, group = call.geometry
     own, other = (num_queries, num_keys) if queries else (num_keys, num_queries)
@@ -69,7 +74,7 @@ def plan_neighbours(call, kernel, rows):
     width = call.q_shape[3]
     scalars = (
         own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
-        call.window[0], queries, call.right == 0, rows // CELL, width, width_block(width),
+        call.window[0], queries, call.right == 0, rows // CELL, members, width, width_block(width),
     )  # fmt: skip
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
 
@@ -143,7 +148,7 @@ def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
     if top_k is None:
-        neighbours = plan_neighbours(call, "sync_attend", list_rows(call, "sync_attend", cuda))
+        neighbours = plan_neighbours(call, "sync_attend", list_rows(call, "sync_attend", cuda), members(cuda))
         return *launches, neighbours, cuda or plan_attend(call, self, o.stride(), stride(bandwidth))
     return *launches, plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
 
@@ -160,8 +165,9 @@ def backward_launches(
     surveys = survey_launches(omega, omega_k, coupling, bandwidth, order)
     launches = *surveys, plan_row_terms(o.shape, o.stride(), do.stride())
     if symmetric:
+        rows = list_rows(call, "sync_grad_tokens", cuda)
         tokens = cuda or plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
-        return *launches, plan_neighbours(call, "sync_grad_tokens", list_rows(call, "sync_grad_tokens", cuda)), tokens
+        return *launches, plan_neighbours(call, "sync_grad_tokens", rows, members(cuda)), tokens
     num_words = 0 if bits is None else bits.shape[-1]
     return (
         *launches,
@@ -185,8 +191,8 @@ def surveys(omega, omega_k, coupling, bandwidth, order, queries, keys):
 
 
 def neighbours(own, other, lists):
-    """What the launch that fills (lists, counts) is given."""
-    return own.centres, own.extents, other.centres, other.extents, *lists
+    """What the launch that fills (lists, counts, ..) is given."""
+    return own.centres, own.extents, other.centres, other.extents, *lists[:2]
 
 
 def forward(omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists, o, total, bits):

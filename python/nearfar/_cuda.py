@@ -402,12 +402,12 @@ def synchronization_reason(omega, v, separate, top_k):
 class SynchronizationForward:
     """A launch of synchronization_forward among those of Triton's kernels: all but its tensors is fixed.
 
-    It is given what `attend` in triton_kernels/synchronization.py is given, with lists for tiles of `rows` tokens; its omega
-    and v start at multiples of 16 bytes.
+    It is given what `attend` in triton_kernels/synchronization.py is given and a counter, with lists for tiles of `rows` tokens
+    that tell of the tiles' cells from bit `members` on; its omega and v start at multiples of 16 bytes.
     """
 
     def __init__(self, omega, v, bandwidth, o, causal):
-        self.rows = extension.SYNCHRONIZATION_ROWS
+        self.rows, self.members = extension.SYNCHRONIZATION_ROWS, extension.SYNCHRONIZATION_MEMBERS
         strides = [x.stride()[:3] for x in (omega, v, o)]
         self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, causal
 
@@ -425,7 +425,7 @@ class SynchronizationBackward:
     """A launch of synchronization_backward likewise, in the place of `grad_tokens`; its do starts like omega and v."""
 
     def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
-        self.rows = extension.SYNCHRONIZATION_GRAD_ROWS
+        self.rows, self.members = extension.SYNCHRONIZATION_GRAD_ROWS, extension.SYNCHRONIZATION_MEMBERS
         strides = [x.stride()[:3] for x in (omega, v, do, dw, dv)]
         self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, grad_floor
 

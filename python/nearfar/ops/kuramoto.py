@@ -78,7 +78,9 @@ def _empty_surveys(omega, omega_k, launch):
 
 
 def _empty_lists(omega, call, kernel, launch, cuda=None):
+    """Lists and counts, not filled; for a launch in CUDA C++ a counter, too."""
     shapes = launch.lists_shapes(call, kernel, launch.list_rows(call, kernel, cuda))
+    shapes = shapes if cuda is None else (*shapes, (1,))
     return tuple(omega.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
@@ -155,10 +157,11 @@ def backward(
         dk = None if dk is None else dk.zero_()
         return dw.zero_(), dk, dv.zero_(), *(torch.zeros_like(tensor) for tensor in (coupling, bandwidth, order))
     queries, keys, lists = _surveys(omega_k, workspaces)
+    query_lists, key_lists = (lists, None) if len(lists) < 4 else (lists[:2], lists[2:])
     # What tokens get as queries is kept unrounded, in part, until what they get as keys is added.
     of_queries, of_keys = (dw, dk) if part is None else (part, dw)
     given = _launchers().backward(
-        *tensors, queries, keys, lists[:2], lists[2:] or None, o, total, bits,
+        *tensors, queries, keys, query_lists, key_lists, o, total, bits,
         do, inverse, shift, of_queries, of_keys, dv, dalpha, dradius,
     )  # fmt: skip
     launch_all(omega, *zip(launches, given, strict=True))
