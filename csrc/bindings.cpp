@@ -103,26 +103,34 @@ PYBIND11_MODULE(_C, m) {
           "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
         "krause_forward",
-        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds, uintptr_t o, uintptr_t lse,
-           uintptr_t bits, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<int64_t, 3>& q_strides, const std::array<int64_t, 3>& k_strides,
-           const std::array<int64_t, 3>& v_strides, const std::array<int64_t, 3>& o_strides, int64_t sigma_stride,
-           int64_t left, int64_t right, int64_t top_k, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        [](const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 4>& strides, int64_t sigma_stride, int64_t left, int64_t right,
+           int64_t top_k) {
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                               reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
-                               reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
-                               reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
-                               q_strides, k_strides, v_strides, o_strides, sigma_stride,
-                               batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
-            krause_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+            const KrauseForward fixed{{}, {}, {}, {}, {}, {}, {}, {}, q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                                      batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
+            return py::cpp_function([fixed, type = parse_dtype(dtype)](
+                                        uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds,
+                                        uintptr_t o, uintptr_t lse, uintptr_t bits, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                KrauseForward call = fixed;
+                call.q = reinterpret_cast<const void*>(q);
+                call.k = reinterpret_cast<const void*>(k);
+                call.v = reinterpret_cast<const void*>(v);
+                call.sigma = reinterpret_cast<const float*>(sigma);
+                call.token_bounds = reinterpret_cast<const int32_t*>(token_bounds);
+                call.o = reinterpret_cast<void*>(o);
+                call.lse = reinterpret_cast<float*>(lse);
+                call.bits = reinterpret_cast<int32_t*>(bits);
+                krause_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("sigma"), py::arg("token_bounds"), py::arg("o"), py::arg("lse"),
-        py::arg("bits"), py::arg("dtype"), py::arg("sizes"), py::arg("q_strides"), py::arg("k_strides"),
-        py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
-        py::arg("top_k"), py::arg("device"), py::arg("stream"),
-        "Krause attention: fills o, lse and, with top_k > 0, bits. sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
+        py::arg("top_k"),
+        "A launch of Krause attention, (q, k, v, sigma, token_bounds, o, lse, bits, device, stream), which fills o, lse and, "
+        "with top_k > 0, bits; made once for many calls, as reading sizes and strides takes longer than the rest. sizes: B, "
+        "Hq, Hkv, N, M, D; strides: of q, k, v, o. More in csrc/krause_forward.h.");
 
     m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
           "Bytes of shared memory that a block of krause_backward takes.");
@@ -296,22 +304,32 @@ PYBIND11_MODULE(_C, m) {
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(
         "softmax_forward",
-        [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right, double scale, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse] = tensors;
+        [](const std::string& dtype, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right, double scale) {
             const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
-                                reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
-                                reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o), reinterpret_cast<void*>(u),
-                                reinterpret_cast<float*>(lse), q_strides, k_strides, v_strides, o_strides,
-                                batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-            softmax_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+            const SoftmaxForward fixed{{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, q_strides, k_strides, v_strides, o_strides,
+                                       batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+            return py::cpp_function([fixed, type = parse_dtype(dtype)](const std::array<uintptr_t, 10>& tensors, int device,
+                                                                       uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [q, k, v, alpha, beta, sink, sums, o, u, lse] = tensors;
+                SoftmaxForward call = fixed;
+                call.q = reinterpret_cast<const void*>(q);
+                call.k = reinterpret_cast<const void*>(k);
+                call.v = reinterpret_cast<const void*>(v);
+                call.alpha = reinterpret_cast<const float*>(alpha);
+                call.beta = reinterpret_cast<const float*>(beta);
+                call.sink = reinterpret_cast<const float*>(sink);
+                call.sums = reinterpret_cast<const float*>(sums);
+                call.o = reinterpret_cast<void*>(o);
+                call.u = reinterpret_cast<void*>(u);
+                call.lse = reinterpret_cast<float*>(lse);
+                softmax_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        py::arg("device"), py::arg("stream"),
-        "Softmax and affine attention: fills o, u and lse. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse; strides: of "
-        "q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
+        "A launch of softmax and affine attention, (tensors, device, stream), which fills o, u and lse; made once for many "
+        "calls, as krause_forward is. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse; strides: of q, k, v, o; sizes: B, "
+        "Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
 }

@@ -40,17 +40,18 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
     for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton"), (32, "triton")):
         q = tensor(width)  # of 9 tokens
-        reason, orders, _ = operator._checked.__wrapped__((q, q, q), -1, False)
-        assert reason is None and [order[0] for order in orders] == [first, first]
+        _, backends = operator._checked.__wrapped__((q, q, q), -1, 1.0, False)
+        assert backends.cuda is None and [order[0] for order in backends.orders] == [first, first]
 
 
 @needs_extension
 def test_errors_of_the_extension_raise():
     sizes, strides = (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 4
+    launch = _cuda.extension.softmax_forward("bfloat16", sizes, strides, -1, 1.0)
     with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.softmax_forward([0] * 10, "bfloat16", sizes, strides, -1, 1.0, 4096, 0)
+        launch([0] * 10, 4096, 0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.softmax_forward([0] * 9, "bfloat16", sizes, strides, -1, 1.0, 0, 0)
+        launch([0] * 9, 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernel

@@ -164,10 +164,9 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
     It takes (q, k, v, sigma, token_bounds, o, lse, bits) and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
     (B, Hq, N, words).
     """
-    fixed = (
-        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
-        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
-        left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+    forward = extension.krause_forward(
+        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [x.stride()[:3] for x in (q, k, v, o)],
+        1 if sigma.numel() > 1 else 0, left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
     )  # fmt: skip
 
     def launch(q, k, v, sigma, token_bounds, o, lse, bits):
@@ -176,9 +175,9 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
             rows = aligned_starts(q, k, v)
             plan_krause_forward(*rows, sigma, left, right, top_k, o)(*rows, sigma, token_bounds, o, lse, bits)
             return
-        extension.krause_forward(
+        forward(
             *starts, sigma.data_ptr(), 0 if token_bounds is None else token_bounds.data_ptr(),
-            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), *fixed, q.get_device(), stream_of(q),
+            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), q.get_device(), stream_of(q),
         )  # fmt: skip
 
     return launch
@@ -361,11 +360,12 @@ class SoftmaxForward:
 
     def __init__(self, q, k, v, o, right, scale):
         sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
-        self._fixed = _DTYPES[q.dtype], sizes, [x.stride()[:3] for x in (q, k, v, o)], right, scale
+        strides = [x.stride()[:3] for x in (q, k, v, o)]
+        self._launch = extension.softmax_forward(_DTYPES[q.dtype], sizes, strides, right, scale)
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
         *addresses, _ = [address or 0 for address in surveyed[0]]  # without token_bounds
-        extension.softmax_forward(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+        self._launch(addresses, tensors[0].get_device(), stream_of(tensors[0]))

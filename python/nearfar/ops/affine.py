@@ -20,10 +20,7 @@ MEASURED = {
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward. layouts: of q, k and v in a plain call.
-    """
+    """A checked call: what every backend computes with. layouts: of q, k and v in a plain call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,8 +32,7 @@ class Call(NamedTuple):
     right: int
     scale: float
     cu_seqlens: torch.Tensor | None
-    reasons: dict
-    orders: tuple
+    backends: dispatch.Backends
     layouts: tuple | None
 
 
@@ -118,8 +114,8 @@ def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), sc
 
 
 def _attend(call, backend):
-    *tensors, left, right, scale, cu_seqlens, _, _, layouts = call
-    served, _ = dispatch.served(call, backend)
+    *tensors, left, right, scale, cu_seqlens, backends, layouts = call
+    served, _ = backends.served(backend, call.q)
     if served == "reference":
         with checks.no_autocast(call.q):
             return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
@@ -131,31 +127,28 @@ def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
     q, k, v = checks.autocast(q, k, v)
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
-    kernel_reason, orders, cuda_reason = _checked(layouts, "qkv", (q, k, v), left, cu_seqlens is not None)
-    scale = checks.finite_scale(scale, q.shape[3])
+    scale = checks.finite_scale(scale)
+    scale, backends = _checked(layouts, "qkv", (q, k, v), left, scale, cu_seqlens is not None)
     rows = q.shape[:3]
     alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
     beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
     sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    reasons = {
-        "cuda": cuda_reason or _cuda.scale_reason(scale),
-        "triton": dispatch.triton_device_reason(q) or kernel_reason,
-        "reference": None,
-    }
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, reasons, orders, layouts)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts)
 
 
 @checks.once
-def _checked(metas, left, packed):
-    """Why no kernel can serve these layouts, the orders in which "auto" asks them, and why none in CUDA C++ can."""
+def _checked(metas, left, scale, packed):
+    """The scale and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     reached = [times for length, times in MEASURED.get(int(q.shape[3]), {}).items() if k.shape[2] >= length]
     order = dispatch.measured_order(reached[-1] if reached else None, q.device)
-    return reason, (order, order), reason or _cuda.softmax_reason(q, k, v, left, packed)
+    scale = checks.default_scale(q.shape[3]) if scale is None else scale
+    cuda_reason = reason or _cuda.softmax_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
+    return scale, dispatch.Backends(cuda_reason, reason, (order, order))
 
 
 def _window(window_size, causal):

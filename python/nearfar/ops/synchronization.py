@@ -16,7 +16,7 @@ ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can)."""
+    """A checked call: what every backend computes with."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     coupling: torch.Tensor
     bandwidth: torch.Tensor
     order: torch.Tensor
-    reasons: dict
+    backends: dispatch.Backends
 
 
 def order_parameter(theta, *, causal=False, backend="auto"):
@@ -110,8 +110,8 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
-    *tensors, reasons = call
-    chosen = dispatch.choose(backend, reasons, omega.device)
+    *tensors, backends = call
+    chosen, _ = backends.served(backend, call.q)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
@@ -162,27 +162,22 @@ def prepare(
         raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
     keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
     tensors = omega, keys, v
-    kernel_reason = _checked(checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k)
+    backends = _checked(checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
-    reasons = {
-        "cuda": "there is no CUDA kernel of synchronization_attention yet",
-        "triton": dispatch.triton_device_reason(omega) or kernel_reason,
-        "reference": None,
-    }
-    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), reasons)
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends)
 
 
 @checks.once
 def _checked(metas, key_name, top_k):
-    """Why the kernels cannot serve these shapes, or None."""
+    """The backends of these layouts."""
     omega, keys, v = metas
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
-    return reason
+    return dispatch.Backends("there is no CUDA kernel of synchronization_attention yet", reason)
 
 
 def _check_grad_floor(grad_floor):
