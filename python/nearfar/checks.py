@@ -141,23 +141,22 @@ def positive_per_head(name, value, like, num_heads):
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
-        if not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise TypeError(f"{name} must be a float or a floating-point tensor, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
         return _constant(value, dtype, like)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {value.dtype}")
-    if value.dim() and value.shape not in ((1,), (num_heads,)):
-        raise ValueError(
-            f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(value.shape)}"
-        )
+    shape = value.shape
+    if shape and shape not in ((1,), (num_heads,)):
+        raise ValueError(f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
     readable = value.is_cpu and type(value) in PLAIN and not torch.compiler.is_compiling()
     if readable and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return in_dtype(value if value.dim() else value.reshape(1), dtype).contiguous()
+    return in_dtype(value if shape else value.reshape(1), dtype).contiguous()
 
 
 def in_dtype(tensor, dtype):
@@ -218,6 +217,10 @@ def check_cu_seqlens(cu_seqlens, q, k):
         _checked_seqlens[cu_seqlens] = seen
 
 
+def is_number(value):
+    return type(value) is float or isinstance(value, numbers.Real)  # which takes longer to say
+
+
 def check_top_k(top_k):
     if top_k is None:
         return
@@ -243,7 +246,7 @@ def finite_scale(scale):
     """A scale as a float; None, for the default, stays None."""
     if scale is None:
         return None
-    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+    if not is_number(scale) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not abs(scale) < math.inf:  # math.isfinite takes no traced number
         raise ValueError(f"scale must be finite, got {scale}")

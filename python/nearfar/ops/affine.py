@@ -155,17 +155,22 @@ def _window(window_size, causal):
     """(left, right), with the 0 that causal puts on the right."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right) of ints, got {window_size!r}")
-    for side, value in zip(("left", "right"), window_size, strict=True):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
-        if value < UNLIMITED:
-            raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
     left, right = window_size
+    if not (type(left) is type(right) is int and left >= UNLIMITED and right >= UNLIMITED):
+        _check_side("left", left)
+        _check_side("right", right)
     if not causal:
         return left, right
     if right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
     return left, 0
+
+
+def _check_side(side, value):
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
+    if value < UNLIMITED:
+        raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
 
 
 def _numbers(name, tensor, shape, meaning, q):

@@ -1,7 +1,6 @@
 """Linear attention and Hadamard linear attention (arXiv 2602.12128): linear attention is the case of one factor."""
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -216,7 +215,7 @@ def _prepare(
     for name, factors in (("qs", qs), ("ks", ks)):
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"{name} must be a list or tuple of tensors, got {type(factors).__name__}")
-    if not isinstance(eps, numbers.Real):
+    if not checks.is_number(eps):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")

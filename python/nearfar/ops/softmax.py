@@ -8,7 +8,8 @@ import math
 import torch
 
 from nearfar import _cuda
-from nearfar.checks import is_plain
+from nearfar.checks import PLAIN
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
@@ -43,10 +44,10 @@ def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, b
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
     arguments = q, k, v, *scalars, token_bounds, left, right, scale, backend
     given = [tensor for tensor in scalars if tensor is not None]
-    if rows is None or not is_plain(*given):
+    if rows is None or not all([type(tensor) in PLAIN for tensor in given]):
         return torch.ops.nearfar.affine_attention(*arguments)[0]
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (q, k, v, *given)]):
-        return apply(_Eager, rows, *arguments)
+        return apply(_Eager, q, k, v, *scalars, rows, arguments)
     return forward(rows, *arguments)[0]
 
 
@@ -81,28 +82,30 @@ def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, 
     """
     if backend == "cuda":
         rows, q, k, v = _cuda.aligned_rows(rows, q, k, v)
-    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
-    outputs, attend, sum_values = _plan_forward(rows, *options)
-    o, u, lse, sums = allocate(outputs, q.device)
-    launch_all(q, *_sum_values(sum_values, v, sums), (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds)))
-    return o, u, lse
+    given = [None if x is None else x.dtype for x in (alpha, beta, sink, token_bounds)]
+    program = _plan_forward(rows, *given, left, right, scale, backend, uses_tf32(q), ahead)
+    return program(q, k, v, alpha, beta, sink, token_bounds)
 
 
 @planned
-def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, backend, _tf32, ahead):
-    """Layouts of o, u, lse and the sums of v, the launch that fills the first three, and those of the sums."""
-    o, u, lse = _allocate_forward(q, v, scaled or shifted)
-    numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
-    given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
-    compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale)
+def _plan_forward(q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, _tf32, ahead):
+    """The program of (o, u, lse). alpha, beta, sink, token_bounds: their dtypes, or None."""
+    shapes = q.shape[:3], q.shape[:3], q.shape[1:2], (2, q.shape[2])
+    given = zip(shapes, (alpha, beta, sink, token_bounds), strict=True)
+    alpha, beta, sink, token_bounds = [None if dtype is None else q.new_empty(shape, dtype=dtype) for shape, dtype in given]
+    shifted = beta is not None
+    o, u, lse = _allocate_forward(q, v, alpha is not None or shifted)
+    compile_ahead(ahead, backward, o, q, k, v, alpha, beta, None, token_bounds, o, u, lse, left, right, scale)
     launch = _launchers()
-    call = launch.signature(q, k, v, None, packed, left, right)
+    call = launch.signature(q, k, v, None, token_bounds is not None, left, right)
     if backend == "cuda":
         attend, chunk = _cuda.SoftmaxForward(q, k, v, o, right, scale), _cuda.extension.SOFTMAX_CHUNK
     else:
         attend, chunk = launch.plan_attend(call, o.stride(), scale), launch.chunk(call, "softmax_attend")
     sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
-    return layouts(o, u, lse, sums), attend, sum_values
+    inputs = q, k, v, alpha, beta, sink, token_bounds
+    launches = *_sum_values(sum_values, v, sums), (attend, (*inputs[:6], sums, o, u, lse, token_bounds))
+    return Program(inputs, (o, u, lse), launches)
 
 
 def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale):
@@ -186,7 +189,8 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, rows, *arguments):
+    def forward(ctx, q, k, v, alpha, beta, sink, rows, arguments):
+        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
         output = forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         return output[0]
@@ -199,7 +203,7 @@ class _Eager(torch.autograd.Function):
             results = torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options)
         else:
             results = backward(do, *inputs, u, lse, *ctx.options)
-        return None, *_given(inputs[:6], results)
+        return *_given(inputs[:6], results)[:6], None, None
 
 
 register(

@@ -1,7 +1,6 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     backends: dispatch.Backends
+    layouts: tuple | None  # of q, v and, where it is given, k in a plain call
 
 
 def order_parameter(theta, *, causal=False, backend="auto"):
@@ -110,11 +110,12 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
-    *tensors, backends = call
+    *tensors, backends, rows = call
     chosen, _ = backends.served(backend, call.q)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
+        rows = checks.plain_layouts(tensors[0], tensors[2])
         if call.order.dim() == 3:
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
     if chosen == "reference":
@@ -122,7 +123,7 @@ def synchronization_attention(
         with checks.no_autocast(q):
             o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
     else:
-        o = kuramoto.attend(*tensors, bool(causal), top_k, float(grad_floor))
+        o = kuramoto.attend(rows, *tensors, bool(causal), top_k, float(grad_floor))
     return permute(o, inverse, permutation) if sort else o
 
 
@@ -160,19 +161,20 @@ def prepare(
     _check_grad_floor(grad_floor)
     if sort and (causal or omega_k is not None or top_k is not None):
         raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
-    keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
-    tensors = omega, keys, v
-    backends = _checked(checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k)
+    tensors = (omega, v) if omega_k is None else (omega, v, omega_k)
+    layouts = checks.plain_layouts(*tensors)
+    backends = _checked(layouts, ("omega", "v", "omega_k")[: len(tensors)], tensors, top_k)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
-    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends)
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts)
 
 
 @checks.once
-def _checked(metas, key_name, top_k):
+def _checked(metas, top_k):
     """The backends of these layouts."""
-    omega, keys, v = metas
+    omega, v, *given = metas
+    keys, key_name = (given[0], "omega_k") if given else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
@@ -181,7 +183,7 @@ def _checked(metas, key_name, top_k):
 
 
 def _check_grad_floor(grad_floor):
-    if not isinstance(grad_floor, numbers.Real) or isinstance(grad_floor, bool):
+    if not checks.is_number(grad_floor) or isinstance(grad_floor, bool):
         raise TypeError(f"grad_floor must be a number, got {type(grad_floor).__name__}")
     if not 0 < grad_floor < math.inf:
         raise ValueError(f"grad_floor must be positive and finite, got {grad_floor}")
