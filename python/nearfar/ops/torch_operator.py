@@ -64,7 +64,7 @@ class Layouts(tuple):
 interned = functools.lru_cache(maxsize=1024)(Layouts)
 
 
-_planned = []
+_planned, META = [], torch.device("meta")
 
 
 def planned(plan):
@@ -75,7 +75,7 @@ def planned(plan):
 
     @functools.lru_cache(maxsize=1024)
     def look_up(layouts, *options):
-        return plan(*allocate(layouts, "meta"), *options)
+        return plan(*allocate(layouts, META), *options)
 
     _planned.append(look_up)
     return look_up
@@ -87,8 +87,23 @@ def forget_plans():
         look_up.cache_clear()
 
 
+# torch.empty_strided without the parsing of its arguments and the dispatcher, which code that torch.compile writes calls.
+_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def _takes_the_short_way(device):
+    """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
+    return (
+        _empty_cuda is not None
+        and device.index == torch._C._cuda_getDevice()
+        and not torch._C._get_deterministic_algorithms()
+    )
+
+
 def allocate(layouts, device):
     """Tensors of these layouts on this device, not filled; None for None."""
+    if device.type == "cuda" and _takes_the_short_way(device):
+        return [None if x is None else _empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 
 
