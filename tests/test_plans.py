@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 import nearfar as nf
 from nearfar import _cuda, checks
 from nearfar.ops import factored, kuramoto, pairwise, softmax
-from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
+from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned
 from nearfar.registry import OPERATORS
 
 each_operator = pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
     state = torch.zeros(1, 2, 64, 65, device=DEVICE)
     options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
-    o, _ = factored.attend(layouts(q, k, v), (q,), (k,), v, state, *options)
+    o, _ = factored.attend(interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
     assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
