@@ -116,6 +116,17 @@ def test_saves_what_triton_saves(name):
 
 
 @gpu
+@pytest.mark.parametrize("backends", [("cuda", "triton"), ("triton", "cuda")], ids="-".join)
+def test_either_backward_takes_what_either_forward_saves(backends):
+    sample = cuda_sample(causal=True, sink=True)
+    tensors = leaves(sample)
+    o, *_ = torch.ops.nearfar.affine_attention(*op_arguments(Sample(tensors, sample.options)), *backends)
+    do = like(o)
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))
+
+
+@gpu
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous" and "expanded" not in name])
 def test_layouts(layout):
     sample = cuda_sample(causal=True)
