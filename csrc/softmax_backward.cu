@@ -20,12 +20,6 @@
 namespace nearfar {
 namespace {
 
-// Results by tiles of 8 columns, as store_rows takes them.
-template <int Count>
-__device__ __forceinline__ const float (&tiles_of(const float (&c)[Count]))[Count / 4][4] {
-    return reinterpret_cast<const float(&)[Count / 4][4]>(c);
-}
-
 // Where a thread's two rows, 8 apart, reach in a tile of others from `first` on.
 struct Reach {
     int begin[2], end[2];
@@ -55,8 +49,8 @@ struct Queries {
 
     // Forms m, dbeta of the values before the edge, and the terms for the keys. Two threads have a row, half of its columns
     // each: those of a warp have its 16 rows.
-    __device__ Queries(const Arguments<Number>& arguments, const Ring<Shape>& ring, const char* memory, const Span<Shape>& span,
-                       int parity) {
+    __device__ Queries(const Arguments<Number>& arguments, const Places<Shape>& places, const char* memory,
+                       const Span<Shape>& span, int nth) {
         const Band& band = arguments.band;
         const int lane = threadIdx.x % 32, half = lane % 2, group = threadIdx.x / 128, local = threadIdx.x / 2;
         const int row = span.first_row + local, seen_by_all = max(0, band.end(span.first_row));
@@ -79,7 +73,7 @@ struct Queries {
         const float* const sums = arguments.sums + (kv_index * chunks + whole - 1) * Shape::kWidth + half * 8 * kChunks;
         const bool biased = arguments.beta != nullptr && whole > 0;
 
-        wait_for_barrier(ring.own_full(group), parity);
+        places.own_rows.wait_full(group, nth);
         float product = 0, bias = 0;
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
@@ -158,16 +152,16 @@ struct Keys {
     using Products = float[1][Shape::kTile / 2];
     const char* memory;
 
-    __device__ Keys(const Arguments<Number>&, const Ring<Shape>& ring, const char* memory, const Span<Shape>&, int parity)
+    __device__ Keys(const Arguments<Number>&, const Places<Shape>& places, const char* memory, const Span<Shape>&, int nth)
         : memory(memory) {
-        wait_for_barrier(ring.own_full(threadIdx.x / 128), parity);
+        places.own_rows.wait_full(threadIdx.x / 128, nth);
     }
 
     // The transposed weights of dO in dv, and of q in dk.
     __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Shape> (&weights)[2],
                                           const Arguments<Number>& arguments, int row, int first, bool cut, int step) {
         wait_for_products<0>(slope);
-        const auto* const terms = reinterpret_cast<const float*>(memory + Ring<Shape>::terms(step));
+        const auto* const terms = reinterpret_cast<const float*>(memory + Places<Shape>::terms(step));
         weigh(score[0], slope[0], weights, terms, arguments.factor);
         if (!cut) return;
         const Reach reach(arguments.band, row, first);
@@ -223,27 +217,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
     constexpr int kWidth = Shape::kWidth, kTile = Shape::kTile, kSums = Shape::kSums;
     extern __shared__ __align__(1024) uint4 memory[];
     const auto* const bytes = reinterpret_cast<const char*>(memory);
-    const Ring<Shape> ring{shared_address(memory)};
-    const NextSpan next(memory, Shape::kNext);
+    const Places<Shape> places(memory);
     const Band& band = arguments.band;
-    if (threadIdx.x == 0) {
-        ring.make();
-        next.make();
-        publish_barriers();
-    }
-    __syncthreads();
 
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     if (group == Shape::kGroups) {
         release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, ring, next);
+        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, places);
         return;
     }
     claim_registers<Shape::kRegisters>();
 
     // Of the group's rows of one tensor with a tile of others.
     const auto start_rows = [&](float(&result)[kTile / 2], int step, int tensor) {
-        const uint32_t own = ring.own(tensor, group), others = ring.tile(step, tensor);
+        const uint32_t own = places.own(tensor, group), others = places.tile(step, tensor);
 #pragma unroll
         for (int i = 0; i < kWidth / 16; ++i)
             start_product<Number, kTile>(result, panel_operand(own + i / 4 * Shape::kOwnPanel, i % 4 * 32),
@@ -255,7 +242,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
 #pragma unroll
         for (int i = 0; i < kTile / 16; ++i)
             start_product_of_rows<Number, kWidth>(sum, weights[i],
-                                                  rows_operand(ring.tile(step, tensor) + 16 * 128 * i, Shape::kPanel));
+                                                  rows_operand(places.tile(step, tensor) + 16 * 128 * i, Shape::kPanel));
         commit_products();
     };
 
@@ -268,13 +255,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
         const int all_from = band.begin(top + 63), all_to = band.end(top);          // by all of them
         float score[1][kTile / 2], slope[1][kTile / 2], sums[kSums][kWidth / 2] = {};
         Weights<Shape> weights[kSums];
-        Body body(arguments, ring, bytes, span, nth % 2);
+        Body body(arguments, places, bytes, span, nth);
 
         for (int nth_head = 0; nth_head < span.heads; ++nth_head) {
 #pragma unroll 1
             for (int tile = span.begin; tile < span.end; ++tile, ++step) {
                 const int first = tile * kTile;
-                ring.wait_full(step);
+                places.ring.wait_full(step);
                 if (first < reached_to && first + kTile > reached_from) {
                     const bool cut = first < all_from || first + kTile > all_to;
                     begin_products();
@@ -287,10 +274,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
                     start_sum(sums[kSums - 1], weights[kSums - 1], step, 0);
                     wait_for_products<0>(sums);
                 }
-                leave(ring.empty(step));
+                places.ring.leave(step);
             }
         }
-        leave(ring.own_empty(group));
+        places.own_rows.leave(group);
 
         body.finish(arguments, span, row, sums);
 #pragma unroll
@@ -300,7 +287,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
                                        band.num_rows - (row - lane / 4), to.row,
                                        to.at(span.batch, span.head) + (row - lane / 4) * to.row);
         }
-        number = next.wait(nth);
+        number = places.next.wait(nth);
     }
 }
 

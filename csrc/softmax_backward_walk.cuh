@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/ring.cuh"
 #include "common/spans.cuh"
 #include "common/stream.cuh"
 #include "common/tensor.cuh"
@@ -26,8 +27,8 @@ struct Shape {
     static constexpr int kSlotBytes = 2 * kTileBytes + kTermBytes;
     // Bytes from the start of shared memory: own rows of two tensors; slots of two tiles; slots of terms; barriers.
     static constexpr int kSlots = 2 * kOwnBytes, kTermSlots = kSlots + kStages * 2 * kTileBytes;
-    static constexpr int kBarriers = kTermSlots + kStages * kTermBytes;
-    static constexpr int kNext = kBarriers + 8 * 2 * (kStages + kGroups), kBytes = kNext + NextSpan::kBytes;
+    static constexpr int kRing = kTermSlots + kStages * kTermBytes, kOwnRows = kRing + Ring<kStages>::kBytes;
+    static constexpr int kNext = kOwnRows + OwnRows<kGroups>::kBytes, kBytes = kNext + NextSpan::kBytes;
     static_assert(kSoftmaxTerms % kTile == 0 && kBytes <= 227 * 1024);
 };
 
@@ -49,36 +50,31 @@ struct Arguments {
     float factor, scale;  // of products, in the exponent of 2 and in their gradients
 };
 
-// Addresses of slots and barriers. Steps of all of a block's spans use the slots in turn.
+// Where things are in a block's shared memory. Steps of all of its spans use the slots in turn.
 template <typename Shape>
-struct Ring {
+struct Places {
     uint32_t base;
+    Ring<Shape::kStages> ring;
+    OwnRows<Shape::kGroups> own_rows;
+    NextSpan next;
 
-    __device__ uint32_t barrier(int index) const { return base + Shape::kBarriers + 8 * index; }
-    __device__ uint32_t full(int step) const { return barrier(step % Shape::kStages); }
-    __device__ uint32_t empty(int step) const { return barrier(Shape::kStages + step % Shape::kStages); }
-    __device__ uint32_t own_full(int group) const { return barrier(2 * Shape::kStages + group); }
-    __device__ uint32_t own_empty(int group) const { return barrier(2 * Shape::kStages + Shape::kGroups + group); }
+    __device__ explicit Places(void* memory)
+        : base(shared_address(memory)), ring{base + Shape::kRing}, own_rows{base + Shape::kOwnRows},
+          next(memory, Shape::kNext) {
+        if (threadIdx.x == 0) {
+            ring.make(4 * Shape::kGroups);
+            own_rows.make();
+            next.make();
+            publish_barriers();
+        }
+        __syncthreads();
+    }
+
     __device__ uint32_t own(int tensor, int group) const { return base + tensor * Shape::kOwnBytes + 64 * 128 * group; }
     __device__ uint32_t tile(int step, int tensor) const {
         return base + Shape::kSlots + (step % Shape::kStages * 2 + tensor) * Shape::kTileBytes;
     }
     __device__ static int terms(int step) { return Shape::kTermSlots + step % Shape::kStages * Shape::kTermBytes; }
-
-    __device__ void make() const {
-        for (int slot = 0; slot < Shape::kStages; ++slot) {
-            make_barrier(full(slot), 1);
-            make_barrier(empty(slot), 4 * Shape::kGroups);
-        }
-        for (int group = 0; group < Shape::kGroups; ++group) {
-            make_barrier(own_full(group), 1);
-            make_barrier(own_empty(group), 4);
-        }
-    }
-    __device__ void wait_full(int step) const { wait_for_barrier(full(step), step / Shape::kStages % 2); }
-    __device__ void wait_empty(int step) const {
-        if (step >= Shape::kStages) wait_for_barrier(empty(step), (step / Shape::kStages - 1) % 2);
-    }
 };
 
 // Some rows of a head, and what they meet: tiles [begin, end) of each of `heads` heads from other_head on.
@@ -102,40 +98,38 @@ struct Span {
 
 // What one thread does for the others: it takes spans, one ahead of them, and starts all copies in the order of their use.
 template <typename Shape>
-__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Ring<Shape>& ring, const NextSpan& next) {
-    const auto copy = [](const CUtensorMap& tensor, uint32_t to, int panel_bytes, int row, int head, int batch, uint32_t full) {
-#pragma unroll
-        for (int panel = 0; panel < Shape::kPanels; ++panel)
-            copy_box(to + panel * panel_bytes, tensor, 64 * panel, row, head, batch, full);
-    };
+__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Places<Shape>& places) {
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
         const Span<Shape> span(arguments, number);
         for (int group = 0; group < Shape::kGroups; ++group) {
-            if (nth > 0) wait_for_barrier(ring.own_empty(group), (nth - 1) % 2);
-            arrive_expecting(ring.own_full(group), 2 * Shape::kOwnBytes / Shape::kGroups);
+            const uint32_t full = places.own_rows.full(group);
+            places.own_rows.wait_empty(group, nth);
+            arrive_expecting(full, 2 * Shape::kOwnBytes / Shape::kGroups);
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                copy(arguments.own[i], ring.own(i, group), Shape::kOwnPanel, span.first_row + 64 * group, span.head, span.batch,
-                     ring.own_full(group));
+                copy_panels<Shape::kPanels>(arguments.own[i], places.own(i, group), Shape::kOwnPanel,
+                                            span.first_row + 64 * group, span.head, span.batch, full);
         }
-        number = next.take(nth, arguments.counter);
+        number = places.next.take(nth, arguments.counter);
         for (int head = span.other_head; head < span.other_head + span.heads; ++head) {
 #pragma unroll 1
             for (int tile = span.begin; tile < span.end; ++tile, ++step) {
                 const int first = tile * Shape::kTile;
-                ring.wait_empty(step);
-                arrive_expecting(ring.full(step), Shape::kSlotBytes);
+                const uint32_t full = places.ring.full(step);
+                places.ring.wait_empty(step);
+                arrive_expecting(full, Shape::kSlotBytes);
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    copy(arguments.others[i], ring.tile(step, i), Shape::kPanel, first, head, span.batch, ring.full(step));
+                    copy_panels<Shape::kPanels>(arguments.others[i], places.tile(step, i), Shape::kPanel, first, head,
+                                                span.batch, full);
                 if constexpr (Shape::kOfKeys) {
                     const int64_t index = static_cast<int64_t>(span.batch) * arguments.heads + head;
                     const float* const terms = arguments.terms + index * arguments.padded_queries + first;
 #pragma unroll
                     for (int i = 0; i < Shape::kTerms; ++i)
-                        copy_bytes(ring.base + ring.terms(step) + 4 * Shape::kTile * i, terms + i * arguments.terms_apart,
-                                   4 * Shape::kTile, ring.full(step));
+                        copy_bytes(places.base + places.terms(step) + 4 * Shape::kTile * i, terms + i * arguments.terms_apart,
+                                   4 * Shape::kTile, full);
                 }
             }
         }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/fragments.cuh"
+#include "common/ring.cuh"
 #include "common/spans_launch.cuh"
 #include "common/stream.cuh"
 #include "common/stream_launch.cuh"
@@ -28,7 +29,8 @@ struct Shape {
     static_assert(kRows == kTile, "queries, keys and values have tiles of one size");
     // Bytes from the start of shared memory: queries, slots of keys and of values, and barriers.
     static constexpr int kKeys = kTileBytes, kValues = kKeys + kStages * kTileBytes, kBarriers = kValues + kStages * kTileBytes;
-    static constexpr int kNext = kBarriers + 8 * (4 * kStages + 2 * kGroups), kBytes = kNext + NextSpan::kBytes;
+    static constexpr int kOwnRows = kBarriers + 2 * Ring<kStages>::kBytes;
+    static constexpr int kNext = kOwnRows + OwnRows<kGroups>::kBytes, kBytes = kNext + NextSpan::kBytes;
 };
 
 template <typename Number>
@@ -45,34 +47,29 @@ struct Arguments {
     float factor;  // of products, in the exponent of 2
 };
 
-// Addresses of a block's barriers. Steps of all of its spans use the slots of keys and those of values in turn.
+// Where things are in a block's shared memory. Steps of all of its spans use the slots of keys, and those of values, in turn.
 template <typename Shape>
-struct Barriers {
+struct Places {
     uint32_t base;
-    enum Kind { kKeysFull, kKeysEmpty, kValuesFull, kValuesEmpty };
+    Ring<Shape::kStages> keys, values;
+    OwnRows<Shape::kGroups> queries;
+    NextSpan next;
 
-    __device__ uint32_t at(Kind kind, int step) const {
-        return base + Shape::kBarriers + 8 * (kind * Shape::kStages + step % Shape::kStages);
-    }
-    __device__ uint32_t queries_full(int group) const { return base + Shape::kBarriers + 8 * (4 * Shape::kStages + group); }
-    __device__ uint32_t queries_empty(int group) const { return queries_full(Shape::kGroups + group); }
-
-    __device__ void make() const {
-        for (int slot = 0; slot < Shape::kStages; ++slot) {
-            for (const auto full : {kKeysFull, kValuesFull}) make_barrier(at(full, slot), 1);
-            for (const auto empty : {kKeysEmpty, kValuesEmpty}) make_barrier(at(empty, slot), 4 * Shape::kGroups);
+    __device__ explicit Places(void* memory)
+        : base(shared_address(memory)), keys{base + Shape::kBarriers}, values{keys.barriers + keys.kBytes},
+          queries{base + Shape::kOwnRows}, next(memory, Shape::kNext) {
+        if (threadIdx.x == 0) {
+            keys.make(4 * Shape::kGroups);
+            values.make(4 * Shape::kGroups);
+            queries.make();
+            next.make();
+            publish_barriers();
         }
-        for (int group = 0; group < Shape::kGroups; ++group) {
-            make_barrier(queries_full(group), 1);
-            make_barrier(queries_empty(group), 4);
-        }
+        __syncthreads();
     }
 
-    // Of step `step`, the use of its slot before it has ended, or its own copies have come.
-    __device__ void wait_empty(Kind kind, int step) const {
-        if (step >= Shape::kStages) wait_for_barrier(at(kind, step), (step / Shape::kStages - 1) % 2);
-    }
-    __device__ void wait_full(Kind kind, int step) const { wait_for_barrier(at(kind, step), step / Shape::kStages % 2); }
+    __device__ uint32_t key_tile(int step) const { return base + Shape::kKeys + step % Shape::kStages * Shape::kTileBytes; }
+    __device__ uint32_t value_tile(int step) const { return base + Shape::kValues + step % Shape::kStages * Shape::kTileBytes; }
 };
 
 // Some queries of a head, and the tiles of keys that they need: all from `tiles` - 1 down to 0, and for the bias the values of
@@ -95,48 +92,40 @@ struct Span {
     }
 };
 
-template <typename Shape>
-__device__ void copy_rows_of(const CUtensorMap& tensor, uint32_t to, int rows, int row, int head, int batch, uint32_t full) {
-    arrive_expecting(full, 2 * Shape::kWidth * rows);
-#pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel)
-        copy_box(to + panel * Shape::kPanel, tensor, 64 * panel, row, head, batch, full);
-}
-
 // What one thread does for the others: it takes spans, one ahead of them, and starts all copies in the order of their use.
 template <typename Shape>
-__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Barriers<Shape>& barriers,
-                           const NextSpan& next) {
-    using B = Barriers<Shape>;
+__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Places<Shape>& places) {
     int keys = 0, values = 0, number = blockIdx.x;  // steps
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
         const Span<Shape> span(arguments, number);
-        const auto copy = [&](auto full, auto empty, const CUtensorMap& tensor, int slots, int& step, int tile) {
-            barriers.wait_empty(empty, step);
-            copy_rows_of<Shape>(tensor, barriers.base + slots + step % Shape::kStages * Shape::kTileBytes, Shape::kTile,
-                                tile * Shape::kTile, span.kv_head, span.batch, barriers.at(full, step));
-            ++step;
+        const auto copy_keys = [&](int tile) {
+            places.keys.wait_empty(keys);
+            arrive_expecting(places.keys.full(keys), Shape::kTileBytes);
+            copy_panels<Shape::kPanels>(arguments.k, places.key_tile(keys), Shape::kPanel, tile * Shape::kTile, span.kv_head,
+                                        span.batch, places.keys.full(keys));
+            ++keys;
+        };
+        const auto copy_values = [&](int tile) {
+            places.values.wait_empty(values);
+            arrive_expecting(places.values.full(values), Shape::kTileBytes);
+            copy_panels<Shape::kPanels>(arguments.v, places.value_tile(values), Shape::kPanel, tile * Shape::kTile,
+                                        span.kv_head, span.batch, places.values.full(values));
+            ++values;
         };
         for (int group = 0; group < Shape::kGroups; ++group) {
-            if (nth > 0) wait_for_barrier(barriers.queries_empty(group), (nth - 1) % 2);
-            copy_rows_of<Shape>(arguments.q, barriers.base + 64 * 128 * group, 64, span.first_row + 64 * group, span.head,
-                                span.batch, barriers.queries_full(group));
+            places.queries.wait_empty(group, nth);
+            arrive_expecting(places.queries.full(group), Shape::kTileBytes / Shape::kGroups);
+            copy_panels<Shape::kPanels>(arguments.q, places.base + 64 * 128 * group, Shape::kPanel, span.first_row + 64 * group,
+                                        span.head, span.batch, places.queries.full(group));
         }
-        number = next.take(nth, arguments.counter);
+        number = places.next.take(nth, arguments.counter);
 #pragma unroll 1
         for (int tile = span.tiles - 1; tile >= 0; --tile) {
-            copy(B::kKeysFull, B::kKeysEmpty, arguments.k, Shape::kKeys, keys, tile);
-            copy(B::kValuesFull, B::kValuesEmpty, arguments.v, Shape::kValues, values, tile);
+            copy_keys(tile);
+            copy_values(tile);
         }
-        for (int tile = span.cut; tile < span.tiles; ++tile)
-            copy(B::kValuesFull, B::kValuesEmpty, arguments.v, Shape::kValues, values, tile);
+        for (int tile = span.cut; tile < span.tiles; ++tile) copy_values(tile);
     }
-}
-
-// Results by tiles of 8 columns, as store_rows takes them.
-template <int Count>
-__device__ __forceinline__ const float (&tiles_of(const float (&c)[Count]))[Count / 4][4] {
-    return reinterpret_cast<const float(&)[Count / 4][4]>(c);
 }
 
 // A row's running softmax: weights are relative to 2^highest, and a lane adds up those of its columns.
@@ -172,27 +161,43 @@ __device__ __forceinline__ void weigh(float (&score)[Count], Softmax (&softmax)[
     for (int r = 0; r < 2; ++r) softmax[r].norm = softmax[r].norm * decay[r] + (sum[r][0] + sum[r][1]);
 }
 
+// Divides the sums of weighted values of two rows, `row` and the one 8 further, by their norms, and stores the log-sum-exp.
+template <typename Shape>
+__device__ __forceinline__ void normalise(const Arguments<typename Shape::Number>& arguments, const Span<Shape>& span, int row,
+                                          const Softmax (&softmax)[2], float (&sums)[Shape::kWidth / 2]) {
+    const Band& band = arguments.band;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const bool sees_a_key = band.end(row + 8 * r) > 0;
+        float top = sees_a_key ? softmax[r].highest : 0.0f, norm = quad_sum(softmax[r].norm), rescale = 1;
+        if (arguments.sink != nullptr) {
+            const float logit = arguments.sink[span.head] * kLog2E, highest = top;
+            top = fmaxf(top, logit);
+            rescale = exp2_approximate(highest - top);
+            norm = norm * rescale + exp2_approximate(logit - top);
+        }
+        if (threadIdx.x % 4 == 0 && row + 8 * r < band.num_rows)
+            arguments.lse[static_cast<int64_t>(span.index) * band.num_rows + row + 8 * r] =
+                sees_a_key ? top + log2f(norm) : 0.0f;
+        const float factor = sees_a_key ? rescale / norm : 0.0f;
+#pragma unroll
+        for (int i = 0; i < Shape::kWidth / 4; ++i) sums[i / 2 * 4 + 2 * r + i % 2] *= factor;
+    }
+}
+
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     const __grid_constant__ Arguments<typename Shape::Number> arguments) {
     using Number = typename Shape::Number;
-    using B = Barriers<Shape>;
     constexpr int kWidth = Shape::kWidth, kTile = Shape::kTile, kSteps = kTile / 16;
     extern __shared__ __align__(1024) uint4 memory[];
-    const B barriers{shared_address(memory)};
-    const NextSpan next(memory, Shape::kNext);
+    const Places<Shape> places(memory);
     const Band& band = arguments.band;
-    if (threadIdx.x == 0) {
-        barriers.make();
-        next.make();
-        publish_barriers();
-    }
-    __syncthreads();
 
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     if (group == Shape::kGroups) {
         release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, barriers, next);
+        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, places);
         return;
     }
     claim_registers<Shape::kRegisters>();
@@ -200,8 +205,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     float score[1][kTile / 2];
     uint32_t weight[kSteps][4];
     const auto start_scores = [&](int step) {
-        const uint32_t queries = barriers.base + 64 * 128 * group;
-        const uint32_t keys = barriers.base + Shape::kKeys + step % Shape::kStages * Shape::kTileBytes;
+        const uint32_t queries = places.base + 64 * 128 * group, keys = places.key_tile(step);
 #pragma unroll
         for (int i = 0; i < kWidth / 16; ++i)
             start_product<Number, kTile>(score[0], panel_operand(queries + i / 4 * Shape::kPanel, i % 4 * 32),
@@ -209,10 +213,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
         commit_products();
     };
     const auto start_values = [&](float(&sum)[kWidth / 2], int step) {
-        const uint32_t values = barriers.base + Shape::kValues + step % Shape::kStages * Shape::kTileBytes;
 #pragma unroll
         for (int i = 0; i < kSteps; ++i)
-            start_product_of_rows<Number, kWidth>(sum, weight[i], rows_operand(values + 16 * 128 * i, Shape::kPanel));
+            start_product_of_rows<Number, kWidth>(sum, weight[i],
+                                                  rows_operand(places.value_tile(step) + 16 * 128 * i, Shape::kPanel));
         commit_products();
     };
     const auto round_weights = [&] {
@@ -226,105 +230,85 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
         const Span<Shape> span(arguments, number);
         const int row = span.first_row + threadIdx.x / 32 * 16 + lane / 4;
         const int seen_by_all = band.end(span.first_row + 64 * group);
-        float acc[1][kWidth / 2] = {}, decay[2];
+        const int64_t first_number = static_cast<int64_t>(span.index) * band.num_rows;
+        float acc[1][kWidth / 2] = {}, decay[2], alpha[2], beta[2];
+        for (int r = 0; r < 2; ++r) {
+            const int64_t at = first_number + min(row + 8 * r, band.num_rows - 1);
+            alpha[r] = arguments.alpha == nullptr ? 1.0f : arguments.alpha[at];
+            beta[r] = arguments.beta == nullptr ? 0.0f : arguments.beta[at];
+        }
         Softmax softmax[2];
         const auto weigh_tile = [&](int tile) {
             const int first = tile * kTile, end[2] = {band.end(row) - first, band.end(row + 8) - first};
             weigh(score[0], softmax, decay, end, first + kTile > seen_by_all, arguments.factor, lane);
         };
 
-        wait_for_barrier(barriers.queries_full(group), nth % 2);
+        places.queries.wait_full(group, nth);
         if (span.tiles > 0) {
-            barriers.wait_full(B::kKeysFull, keys);
+            places.keys.wait_full(keys);
             begin_products();
             start_scores(keys);
             wait_for_products<0>(score);
-            leave(barriers.at(B::kKeysEmpty, keys++));
+            places.keys.leave(keys++);
             weigh_tile(span.tiles - 1);
             round_weights();
 #pragma unroll 1
             for (int tile = span.tiles - 2; tile >= 0; --tile) {
-                barriers.wait_full(B::kKeysFull, keys);
-                barriers.wait_full(B::kValuesFull, values);
+                places.keys.wait_full(keys);
+                places.values.wait_full(values);
                 begin_products();
                 start_scores(keys);
                 start_values(acc[0], values);
                 wait_for_products<1>(score);
-                leave(barriers.at(B::kKeysEmpty, keys++));
+                places.keys.leave(keys++);
                 weigh_tile(tile);
                 wait_for_products<0>(acc);
-                leave(barriers.at(B::kValuesEmpty, values++));
+                places.values.leave(values++);
 #pragma unroll
                 for (int i = 0; i < kWidth / 2; ++i) acc[0][i] *= decay[i / 2 % 2];
                 round_weights();
             }
-            barriers.wait_full(B::kValuesFull, values);
+        }
+        places.queries.leave(group);
+        float bias[1][kWidth / 2] = {};
+        if (arguments.beta != nullptr && span.cut > 0) {  // on their way beside the last products
+            const int64_t kv_index = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.kv_head;
+            const int chunks = (band.num_others + kTile - 1) / kTile;
+            const float* const sums = arguments.sums + (kv_index * chunks + span.cut - 1) * kWidth;
+#pragma unroll
+            for (int i = 0; i < kWidth / 2; ++i) bias[0][i] = sums[product_column(lane, i)];
+        }
+        if (span.tiles > 0) {
+            places.values.wait_full(values);
             begin_products();
             start_values(acc[0], values);
             wait_for_products<0>(acc);
-            leave(barriers.at(B::kValuesEmpty, values++));
+            places.values.leave(values++);
         }
-        leave(barriers.queries_empty(group));
-
-        const int64_t numbers = static_cast<int64_t>(span.index) * band.num_rows;
-        const int rows_left = band.num_rows - (row - lane / 4);
+        for (int tile = span.cut; tile < span.tiles; ++tile) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const bool sees_a_key = band.end(row + 8 * r) > 0;
-            float top = sees_a_key ? softmax[r].highest : 0.0f, norm = quad_sum(softmax[r].norm), rescale = 1;
-            if (arguments.sink != nullptr) {
-                const float logit = arguments.sink[span.head] * kLog2E, highest = top;
-                top = fmaxf(top, logit);
-                rescale = exp2_approximate(highest - top);
-                norm = norm * rescale + exp2_approximate(logit - top);
+            for (int i = 0; i < 4 * kSteps; ++i) {
+                const int key = tile * kTile + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4), end = band.end(row + i % 2 * 8);
+                weight[i / 4][i % 4] = pack<Number>(key < end ? 1.0f : 0.0f, key + 1 < end ? 1.0f : 0.0f);
             }
-            if (lane % 4 == 0 && row + 8 * r < band.num_rows)
-                arguments.lse[numbers + row + 8 * r] = sees_a_key ? top + log2f(norm) : 0.0f;
-            const float factor = sees_a_key ? rescale / norm : 0.0f;
-#pragma unroll
-            for (int i = 0; i < kWidth / 4; ++i) acc[0][i / 2 * 4 + 2 * r + i % 2] *= factor;
+            places.values.wait_full(values);
+            begin_products();
+            start_values(bias[0], values);
+            wait_for_products<0>(bias);
+            places.values.leave(values++);
         }
+
+        normalise<Shape>(arguments, span, row, softmax, acc[0]);
+        const int rows_left = band.num_rows - (row - lane / 4);
         if (arguments.u != nullptr)
             store_rows<Number, kWidth>(tiles_of(acc[0]), 1.0f, lane, rows_left, kWidth,
-                                       arguments.u + (numbers + row - lane / 4) * kWidth);
-        const auto of_rows = [&](const float* numbers_of_rows, float(&mine)[2]) {
-            for (int r = 0; r < 2; ++r) mine[r] = numbers_of_rows[numbers + min(row + 8 * r, band.num_rows - 1)];
-        };
-        if (arguments.alpha != nullptr) {
-            float alpha[2];
-            of_rows(arguments.alpha, alpha);
+                                       arguments.u + (first_number + row - lane / 4) * kWidth);
 #pragma unroll
-            for (int i = 0; i < kWidth / 2; ++i) acc[0][i] *= alpha[i / 2 % 2];
-        }
-        if (arguments.beta != nullptr) {
-            float bias[1][kWidth / 2] = {};
-            for (int tile = span.cut; tile < span.tiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4 * kSteps; ++i) {
-                    const int key = tile * kTile + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4), end = band.end(row + i % 2 * 8);
-                    weight[i / 4][i % 4] = pack<Number>(key < end ? 1.0f : 0.0f, key + 1 < end ? 1.0f : 0.0f);
-                }
-                barriers.wait_full(B::kValuesFull, values);
-                begin_products();
-                start_values(bias[0], values);
-                wait_for_products<0>(bias);
-                leave(barriers.at(B::kValuesEmpty, values++));
-            }
-            if (span.cut > 0) {
-                const int64_t kv_index = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.kv_head;
-                const int chunks = (band.num_others + kTile - 1) / kTile;
-                const float* const sums = arguments.sums + (kv_index * chunks + span.cut - 1) * kWidth;
-#pragma unroll
-                for (int i = 0; i < kWidth / 2; ++i) bias[0][i] += sums[product_column(lane, i)];
-            }
-            float beta[2];
-            of_rows(arguments.beta, beta);
-#pragma unroll
-            for (int i = 0; i < kWidth / 2; ++i) acc[0][i] += beta[i / 2 % 2] * bias[0][i];
-        }
+        for (int i = 0; i < kWidth / 2; ++i)
+            acc[0][i] = alpha[i / 2 % 2] * acc[0][i] + beta[i / 2 % 2] * bias[0][i];
         store_rows<Number, kWidth>(tiles_of(acc[0]), 1.0f, lane, rows_left, arguments.o.row,
                                    arguments.o.at(span.batch, span.head) + (row - lane / 4) * arguments.o.row);
-        number = next.wait(nth);
+        number = places.next.wait(nth);
     }
 }
 

@@ -54,7 +54,7 @@ template <typename Shape>
 __device__ void make_barriers(uint32_t base) {
     const Ring<Shape::kStages> ring{base + Shape::kBarriers};
     if (threadIdx.x == 0) {
-        ring.make(4 * Shape::kGroups);
+        ring.make(4 * Shape::kGroups, 2);
         make_barrier(ring.barriers + ring.kBytes, 1);
         publish_barriers();
     }

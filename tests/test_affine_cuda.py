@@ -70,7 +70,7 @@ SAMPLES = {
     "some keys ahead": dict(length=450, window_size=(-1, 70)),
     "queries without keys": dict(length=500, keys=160, causal=True, sink=True),
     "one token": dict(length=1, causal=True, batch=3),
-    "more spans than multiprocessors": dict(length=1500, heads=(16, 4), batch=2, causal=True),
+    "more spans than multiprocessors": dict(length=300, heads=(24, 6), batch=2, causal=True),
     "sharp weights": dict(length=340, scale=2.0, causal=True, affine=False),
 }
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

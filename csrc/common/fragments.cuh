@@ -78,6 +78,12 @@ __device__ __forceinline__ float2 row_products(const uint32_t (&x)[Steps][4], co
             __shfl_sync(kWholeWarp, odd ? last[3] : last[2], lane / 8, 4)};
 }
 
+// Results by tiles of 8 columns, as store_rows takes them.
+template <int Count>
+__device__ __forceinline__ const float (&tiles_of(const float (&c)[Count]))[Count / 4][4] {
+    return reinterpret_cast<const float(&)[Count / 4][4]>(c);
+}
+
 // Rounds the first rows_left of 16 rows, times `factor`, to T. Neighbouring lanes swap words, so that each stores 8 bytes.
 template <typename T, int Width>
 __device__ __forceinline__ void store_rows(const float (&c)[Width / 8][4], float factor, int lane, int rows_left,

@@ -1,6 +1,7 @@
 // A ring of slots in shared memory that one warp fills and others read: step s uses slot s % kStages.
 //
-// Who fills a slot arrives twice: with the bytes of the copies that it is about to start, and when it has written all else.
+// Who fills a slot arrives with the bytes of the copies that it is about to start and, where it writes some itself, once more
+// when it has.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,9 @@ struct Ring {
     __device__ uint32_t empty(int step) const { return barriers + 8 * (kStages + step % kStages); }
 
     // By one thread, ahead of publish_barriers.
-    __device__ void make(int reading_warps) const {
+    __device__ void make(int reading_warps, int arrivals = 1) const {
         for (int slot = 0; slot < kStages; ++slot) {
-            make_barrier(full(slot), 2);
+            make_barrier(full(slot), arrivals);
             make_barrier(empty(slot), reading_warps);
         }
     }

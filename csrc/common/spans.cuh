@@ -48,10 +48,29 @@ struct NextSpan {
     }
 };
 
-// Of a warp: it has read what the barrier guards.
-__device__ __forceinline__ void leave(uint32_t barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-}
+// Rows of each of a block's groups, which a span has of its own: copied when the group is done with those of the span before.
+template <int kGroups>
+struct OwnRows {
+    static constexpr int kBytes = 8 * 2 * kGroups;
+    uint32_t barriers;
+
+    __device__ uint32_t full(int group) const { return barriers + 8 * group; }
+    __device__ uint32_t empty(int group) const { return barriers + 8 * (kGroups + group); }
+    __device__ void make() const {
+        for (int group = 0; group < kGroups; ++group) {
+            make_barrier(full(group), 1);
+            make_barrier(empty(group), 4);
+        }
+    }
+    // Of the nth span of a block.
+    __device__ void wait_empty(int group, int nth) const {
+        if (nth > 0) wait_for_barrier(empty(group), (nth - 1) % 2);
+    }
+    __device__ void wait_full(int group, int nth) const { wait_for_barrier(full(group), nth % 2); }
+    __device__ void leave(int group) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(empty(group));
+    }
+};
 
 }  // namespace nearfar

@@ -50,6 +50,14 @@ struct Place {
     int tile, batch, head, other_head;
 };
 
+// A tile of rows from `row` on, panel by panel, `apart` bytes after each other; the barrier expects its bytes.
+template <int Panels>
+__device__ __forceinline__ void copy_panels(const CUtensorMap& tensor, uint32_t to, int apart, int row, int head, int batch,
+                                            uint32_t barrier) {
+#pragma unroll
+    for (int i = 0; i < Panels; ++i) copy_box(to + i * apart, tensor, 64 * i, row, head, batch, barrier);
+}
+
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
