@@ -105,26 +105,28 @@ PYBIND11_MODULE(_C, m) {
           "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
         "krause_forward",
-        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds, uintptr_t o, uintptr_t lse,
-           uintptr_t bits, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<int64_t, 3>& q_strides, const std::array<int64_t, 3>& k_strides,
-           const std::array<int64_t, 3>& v_strides, const std::array<int64_t, 3>& o_strides, int64_t sigma_stride,
-           int64_t left, int64_t right, int64_t top_k, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                               reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
-                               reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
-                               reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
-                               q_strides, k_strides, v_strides, o_strides, sigma_stride,
-                               batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
-            krause_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides,
+           int64_t sigma_stride, int64_t left, int64_t right, int64_t top_k) {
+            return py::cpp_function([=, type = parse_dtype(dtype)](
+                                        uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds,
+                                        uintptr_t o, uintptr_t lse, uintptr_t bits, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+                KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                   reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
+                                   reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
+                                   reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
+                                   q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                                   batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
+                krause_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("sigma"), py::arg("token_bounds"), py::arg("o"), py::arg("lse"),
-        py::arg("bits"), py::arg("dtype"), py::arg("sizes"), py::arg("q_strides"), py::arg("k_strides"),
-        py::arg("v_strides"), py::arg("o_strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
-        py::arg("top_k"), py::arg("device"), py::arg("stream"),
-        "Krause attention: fills o, lse and, with top_k > 0, bits. sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
+        py::arg("top_k"),
+        "A launch of Krause attention, (q, k, v, sigma, token_bounds, o, lse, bits, device, stream), which fills o, lse and, "
+        "with top_k > 0, bits; made once for many calls, as reading sizes and strides takes longer than the rest. sizes: B, "
+        "Hq, Hkv, N, M, D; strides: of q, k, v, o. More in csrc/krause_forward.h.");
 
     m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
           "Bytes of shared memory that a block of krause_backward takes.");
@@ -298,102 +300,111 @@ PYBIND11_MODULE(_C, m) {
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(
         "softmax_forward",
-        [](const std::array<uintptr_t, 11>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right, double scale, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
-            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
-            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
-                                reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
-                                reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o), reinterpret_cast<void*>(u),
-                                reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(counter),
-                                q_strides, k_strides, v_strides, o_strides,
-                                batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-            softmax_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides,
+           int64_t right, double scale) {
+            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 11>& tensors, int device,
+                                                                       uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
+                const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+                SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                    reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
+                                    reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
+                                    reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o),
+                                    reinterpret_cast<void*>(u), reinterpret_cast<float*>(lse),
+                                    reinterpret_cast<int32_t*>(counter),
+                                    q_strides, k_strides, v_strides, o_strides,
+                                    batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+                softmax_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        py::arg("device"), py::arg("stream"),
-        "Softmax and affine attention: fills o, u and lse. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; "
-        "strides: of q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
+        "A launch of softmax and affine attention, (tensors, device, stream), which fills o, u and lse; made once for many "
+        "calls, as krause_forward is. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; strides: of q, k, v, o; "
+        "sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
 
     m.attr("SOFTMAX_TERMS") = kSoftmaxTerms;
     m.def(
         "softmax_backward",
-        [](const std::array<uintptr_t, 16>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 8>& strides, int64_t right, double scale, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters] = tensors;
-            const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
-                strides;
-            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                 reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
-                                 reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
-                                 reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
-                                 reinterpret_cast<const float*>(lse), reinterpret_cast<void*>(dq),
-                                 reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(m),
-                                 reinterpret_cast<float*>(dbeta), reinterpret_cast<float*>(terms),
-                                 reinterpret_cast<int32_t*>(counters),
-                                 q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides,
-                                 batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-            softmax_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides,
+           int64_t right, double scale) {
+            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 16>& tensors, int device,
+                                                                       uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters] = tensors;
+                const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
+                    strides;
+                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+                SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                     reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
+                                     reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
+                                     reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
+                                     reinterpret_cast<const float*>(lse), reinterpret_cast<void*>(dq),
+                                     reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(m),
+                                     reinterpret_cast<float*>(dbeta), reinterpret_cast<float*>(terms),
+                                     reinterpret_cast<int32_t*>(counters),
+                                     q_strides, k_strides, v_strides, u_strides, grad_o_strides,
+                                     dq_strides, dk_strides, dv_strides,
+                                     batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+                softmax_backward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        py::arg("device"), py::arg("stream"),
-        "Gradients of softmax_forward. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters; "
-        "strides: of q, k, v, u, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_backward.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
+        "A launch of the gradients of softmax_forward likewise. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, "
+        "m, dbeta, terms, counters; strides: of q, k, v, u, do, dq, dk, dv. More in csrc/softmax_backward.h.");
 
     m.attr("SYNCHRONIZATION_ROWS") = kSynchronizationRows;
     m.attr("SYNCHRONIZATION_GRAD_ROWS") = kSynchronizationGradRows;
     m.attr("SYNCHRONIZATION_MEMBERS") = kSynchronizationMembers;
     m.def(
         "synchronization_forward",
-        [](const std::array<uintptr_t, 10>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
-           const std::array<std::array<int64_t, 3>, 3>& strides, int64_t bandwidth_stride, bool causal, int device,
-           uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [omega, v, squares, c, bandwidth, o, total, lists, counts, counter] = tensors;
-            const auto& [omega_strides, v_strides, o_strides] = strides;
-            const auto [batches, heads, num_tokens] = sizes;
-            SynchronizationForward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
-                                        reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
-                                        reinterpret_cast<const float*>(bandwidth), reinterpret_cast<void*>(o),
-                                        reinterpret_cast<float*>(total), reinterpret_cast<const int32_t*>(lists),
-                                        reinterpret_cast<const int32_t*>(counts), reinterpret_cast<int32_t*>(counter),
-                                        omega_strides, v_strides, o_strides,
-                                        batches, heads, num_tokens, bandwidth_stride, causal};
-            synchronization_forward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        [](const std::string& dtype, const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides,
+           int64_t bandwidth_stride, bool causal) {
+            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 10>& tensors, int device,
+                                                                       uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [omega, v, squares, c, bandwidth, o, total, lists, counts, counter] = tensors;
+                const auto& [omega_strides, v_strides, o_strides] = strides;
+                const auto [batches, heads, num_tokens] = sizes;
+                SynchronizationForward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
+                                            reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
+                                            reinterpret_cast<const float*>(bandwidth), reinterpret_cast<void*>(o),
+                                            reinterpret_cast<float*>(total), reinterpret_cast<const int32_t*>(lists),
+                                            reinterpret_cast<const int32_t*>(counts), reinterpret_cast<int32_t*>(counter),
+                                            omega_strides, v_strides, o_strides,
+                                            batches, heads, num_tokens, bandwidth_stride, causal};
+                synchronization_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"),
-        py::arg("causal"), py::arg("device"), py::arg("stream"),
-        "Synchronization attention: fills o and total. tensors: omega, v, squares, c, bandwidth, o, total, lists, counts, "
-        "counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"), py::arg("causal"),
+        "A launch of synchronization attention likewise, which fills o and total. tensors: omega, v, squares, c, bandwidth, o, "
+        "total, lists, counts, counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
     m.def(
         "synchronization_backward",
-        [](const std::array<uintptr_t, 15>& tensors, const std::string& dtype, const std::array<int64_t, 3>& sizes,
-           const std::array<std::array<int64_t, 3>, 5>& strides, int64_t bandwidth_stride, double grad_floor, int device,
-           uintptr_t stream) {
-            const DeviceGuard guard(device);
-            const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
-                        counter] = tensors;
-            const auto& [omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides] = strides;
-            const auto [batches, heads, num_tokens] = sizes;
-            SynchronizationBackward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
-                                         reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
-                                         reinterpret_cast<const float*>(bandwidth), reinterpret_cast<const void*>(grad_o),
-                                         reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(shift),
-                                         reinterpret_cast<void*>(dw), reinterpret_cast<void*>(dv),
-                                         reinterpret_cast<float*>(dalpha), reinterpret_cast<float*>(dradius),
-                                         reinterpret_cast<const int32_t*>(lists), reinterpret_cast<const int32_t*>(counts),
-                                         reinterpret_cast<int32_t*>(counter),
-                                         omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides,
-                                         batches, heads, num_tokens, bandwidth_stride, grad_floor};
-            synchronization_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
+        [](const std::string& dtype, const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 5>& strides,
+           int64_t bandwidth_stride, double grad_floor) {
+            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 15>& tensors, int device,
+                                                                       uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
+                            counter] = tensors;
+                const auto& [omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides] = strides;
+                const auto [batches, heads, num_tokens] = sizes;
+                SynchronizationBackward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
+                                             reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
+                                             reinterpret_cast<const float*>(bandwidth), reinterpret_cast<const void*>(grad_o),
+                                             reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(shift),
+                                             reinterpret_cast<void*>(dw), reinterpret_cast<void*>(dv),
+                                             reinterpret_cast<float*>(dalpha), reinterpret_cast<float*>(dradius),
+                                             reinterpret_cast<const int32_t*>(lists), reinterpret_cast<const int32_t*>(counts),
+                                             reinterpret_cast<int32_t*>(counter),
+                                             omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides,
+                                             batches, heads, num_tokens, bandwidth_stride, grad_floor};
+                synchronization_backward(call, type, reinterpret_cast<cudaStream_t>(stream));
+            });
         },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"),
-        py::arg("grad_floor"), py::arg("device"), py::arg("stream"),
-        "Its gradients for orders by head: fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, bandwidth, do, "
-        "inverse, shift, dw, dv, dalpha, dradius, lists, counts, counter; strides: of omega, v, do, dw, dv; sizes: B, H, N.");
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"), py::arg("grad_floor"),
+        "A launch of its gradients for orders by head, which fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, "
+        "bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, lists, counts, counter; strides: of omega, v, do, dw, dv.");
 }

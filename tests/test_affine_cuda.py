@@ -36,22 +36,26 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(_cuda, "softmax_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {64: {9: (1.0, 2.0)}, 128: {10: (1.0, 2.0)}, 32: {8: (1.0, 2.0), 9: (2.0, 1.0)}})
+    cuda, triton = (1.0, 2.0), (2.0, 1.0)
+    measured = {64: {9: (cuda, cuda)}, 128: {10: (cuda, cuda)}, 32: {8: (cuda, cuda), 9: (triton, cuda)}}
+    monkeypatch.setattr(operator, "MEASURED", measured)
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
-    for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton"), (32, "triton")):
+    for width, firsts in ((64, ("cuda", "cuda")), (128, ("triton", "triton")), (32, ("triton", "cuda"))):
         q = tensor(width)  # of 9 tokens
-        reason, orders, _ = operator._checked.__wrapped__((q, q, q), -1, False)
-        assert reason is None and [order[0] for order in orders] == [first, first]
+        _, backends = operator._checked.__wrapped__((q, q, q), -1, 1.0, False)
+        found = tuple(order[0] for order in backends.orders)
+        assert backends.cuda is None and found == (firsts if hopper else ("triton", "triton"))
 
 
 @needs_extension
 def test_errors_of_the_extension_raise():
     sizes, step = (1, 1, 1, 1, 1, 64), (64, 64, 64)
     for function, tensors, strides in (("softmax_forward", 11, [step] * 4), ("softmax_backward", 16, [step] * 8)):
+        launch = getattr(_cuda.extension, function)("bfloat16", sizes, strides, -1, 1.0)
         with pytest.raises(RuntimeError, match="cudaError"):
-            getattr(_cuda.extension, function)([0] * tensors, "bfloat16", sizes, strides, -1, 1.0, 4096, 0)
+            launch([0] * tensors, 4096, 0)
         with pytest.raises(TypeError, match="incompatible function arguments"):
-            getattr(_cuda.extension, function)([0] * (tensors - 1), "bfloat16", sizes, strides, -1, 1.0, 0, 0)
+            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernel
@@ -109,6 +113,17 @@ def test_saves_what_triton_saves(name):
     for a, b in zip(ours, tritons, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
     torch.testing.assert_close(ours[2], tritons[2], rtol=1e-5, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("backends", [("cuda", "triton"), ("triton", "cuda")], ids="-".join)
+def test_either_backward_takes_what_either_forward_saves(backends):
+    sample = cuda_sample(causal=True, sink=True)
+    tensors = leaves(sample)
+    o, *_ = torch.ops.nearfar.affine_attention(*op_arguments(Sample(tensors, sample.options)), *backends)
+    do = like(o)
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))
 
 
 @gpu
@@ -181,7 +196,7 @@ def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
     graph.replay()
     assert torch.equal(o, expected[0])
     arguments = op_arguments(Sample(leaves(sample), sample.options))
-    torch.library.opcheck(torch.ops.nearfar.affine_attention.default, (*arguments, "cuda"))
+    torch.library.opcheck(torch.ops.nearfar.affine_attention.default, (*arguments, "cuda", "cuda"))
     compiled = torch.compile(nf.affine_attention, backend="aot_eager", fullgraph=True)
     assert_same(expected, run(compiled, sample, backend="cuda"))
 

@@ -1,15 +1,18 @@
 """Softmax and affine-scaled attention in CUDA C++ without a GPU, in the emulation."""
 
 import ctypes
+import functools
 import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import Sample, assert_accurate, randn
+from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, assert_accurate, randn
 from samples import affine as oracle
 
-CHUNK = 128  # kSoftmaxChunk
+from nearfar import _cuda
+
+CHUNK = 128  # kSoftmaxChunk, and kSoftmaxTerms
 
 
 class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
@@ -179,3 +182,51 @@ def test_what_a_query_cannot_see_changes_no_bit(kernels):
     after |= backward(kernels, sample, do, after, Conditions(seed=3))
     for name, x in before.items():
         assert torch.equal(x[:, :, :130], after[name][:, :, :130]), name
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    SOFTMAX_CHUNK = SOFTMAX_TERMS = CHUNK
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def _launch(self, name, structure, fixed, addresses, _device, _stream):
+        dtype, sizes, steps, right, scale = fixed
+        numbers = dict(zip("batches heads kv_heads num_queries num_keys width".split(), sizes, strict=True))
+        call = call_of(structure, addresses, steps, right=right, scale=scale, **numbers)
+        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *Conditions())
+        assert error is None, error.decode()
+
+    def softmax_forward(self, *fixed):
+        return functools.partial(self._launch, "softmax_forward", SoftmaxForward, fixed)
+
+    def softmax_backward(self, *fixed):
+        return functools.partial(self._launch, "softmax_backward", SoftmaxBackward, fixed)
+
+
+@pytest.mark.parametrize(
+    ("affine", "layout", "backends"),
+    [
+        (True, "tokens before heads", ("cuda", "cuda")),
+        (True, "tokens before heads", ("cuda", "triton")),
+        (True, "off by eight bytes", ("triton", "cuda")),
+        (False, "off by eight bytes", ("cuda", "cuda")),
+        (False, "tokens before heads", ("cuda", "triton")),
+        (False, "tokens before heads", ("triton", "cuda")),
+    ],
+    ids=str,
+)
+def test_through_the_operator(affine, layout, backends, kernels, monkeypatch):
+    """Arguments arrive where they belong, and either backward takes what either forward saves."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    sample = make(torch.float16, heads=(2, 1), batch=2, length=150, keys=170, causal=True, affine=affine, sink=True)
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
+    o, *_ = torch.ops.nearfar.affine_attention(*oracle.op_arguments(Sample(tensors, sample.options)), *backends)
+    do = GRADIENTS["width before rows"](randn(*o.shape, dtype=o.dtype, seed=11, device="cpu"))
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    oracle.check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))

@@ -48,7 +48,7 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
 
     def orders(q, window=128, top_k=None):
-        return operator._checked.__wrapped__((q, q, q), nf.SlidingWindow(window - 1), top_k)[2]
+        return operator._checked.__wrapped__((q, q, q), nf.SlidingWindow(window - 1), top_k)[2].orders
 
     first, second = ("cuda", "triton"), ("triton", "cuda")
     assert orders(tensor()) == (first, second)
@@ -110,11 +110,11 @@ def test_shared_memory_fits():
 
 @needs_extension
 def test_errors_of_the_extension_raise():
-    arguments = [0] * 8 + ["float16", (1, 1, 1, 1, 1, 64), *[(64, 64, 64)] * 4, 0, 0, 0, 0]
+    launch = _cuda.extension.krause_forward("float16", (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 4, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.krause_forward(*arguments, 4096, 0)
+        launch(*[0] * 8, 4096, 0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.krause_forward(*arguments)
+        launch(*[0] * 8)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward

@@ -181,10 +181,8 @@ class Extension:
         error = self._kernels[name](ctypes.byref(call), dtype.encode(), *FEW_STRIPS)
         assert error is None, error.decode()
 
-    def krause_forward(self, *arguments):
-        *addresses, dtype, sizes, q, k, v, o, sigma_stride, left, right, top_k, _device, _stream = arguments
-        numbers = sigma_stride, left, right, top_k
-        self._launch("krause_forward", KrauseForward, addresses, dtype, sizes, (q, k, v, o), *numbers)
+    def krause_forward(self, *fixed):
+        return lambda *addresses: self._launch("krause_forward", KrauseForward, addresses[:-2], *fixed)
 
     def krause_backward(self, addresses, dtype, sizes, steps, sigma_stride, left, right, _device, _stream):
         self._launch("krause_backward", KrauseBackward, addresses, dtype, sizes, steps, sigma_stride, left, right)

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from nearfar.triton_kernels import launch as launch_module
-from nearfar.triton_kernels.launch import Launch, LaunchParameters, survey
+from nearfar.triton_kernels.launch import ALIGNMENT, Launch, LaunchParameters, survey
 from triton import knobs
 from triton.compiler import CompiledKernel
+
+from nearfar.ops.program import Program
 
 STAGE_BYTES = 1024
 STREAM = 77
@@ -305,3 +307,63 @@ def test_survey():
     )  # fmt: skip
     assert survey((None, shifted))[1:] == ((cpu, None, single), False) and not survey(((whole, shifted), None))[2]
     assert survey((torch.empty(0),)) == ([0], (cpu, single), True)  # nothing will be read there
+
+
+# ----------------------------------------------------------------------------------------------------------- programs
+
+
+class Noted:
+    """Stands for a launch and notes what it is run with."""
+
+    def __init__(self):
+        self.runs = []
+
+    def is_new(self, surveyed):
+        return False
+
+    def run(self, tensors, surveyed):
+        self.runs.append((tensors, surveyed))
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """A program of two launches with two workspaces, and these launches. Tensors of the CPU say that they are of device 3."""
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    x, y, out = torch.empty(8, device="meta"), torch.empty(4, device="meta"), torch.empty(2, 4, device="meta")
+    numbers, counts = torch.empty(5, 7, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
+    first, second = Noted(), Noted()
+    launches = [(first, (x, numbers, None)), (second, ((x, y), numbers, counts, (y,), out))]
+    return Program((x, None, y), (out, None), launches), first, second
+
+
+def test_a_program_hands_over_addresses(program):
+    program, first, second = program
+    x, y = torch.zeros(8), torch.zeros(4)
+    for _ in range(2):
+        out, nothing = program(x, None, y)
+        assert out.shape == (2, 4) and nothing is None
+        (_, (of_first, kinds, aligned)), (_, (of_second, second_kinds, _)) = first.runs[-1], second.runs[-1]
+        assert aligned and kinds == (3, torch.float32, torch.float32, None)
+        assert second_kinds == (3, *[torch.float32] * 3, torch.int32, *[torch.float32] * 2)
+        numbers, counts = of_second[1:3]
+        assert of_first == (x.data_ptr(), numbers, 0)
+        assert of_second == ((x.data_ptr(), y.data_ptr()), numbers, counts, (y.data_ptr(),), out.data_ptr())
+        assert numbers % ALIGNMENT == counts % ALIGNMENT == 0 and counts >= numbers + 5 * 7 * 4
+
+
+def test_a_program_hands_over_tensors_that_are_not_aligned(program):
+    program, first, second = program
+    x, y = torch.zeros(8), torch.zeros(5)[1:]
+    out, _ = program(x, None, y)
+    (of_first, _), (of_second, (_, _, aligned)) = first.runs[0], second.runs[0]
+    assert not aligned and of_first[0] is x and of_first[2] is None
+    assert of_second[0] == (x, y) and of_second[3] == (y,) and of_second[4] is out
+    assert of_first[1].data_ptr() == of_second[1].data_ptr()
+    assert of_second[1].shape == (5, 7) and of_second[1].dtype == torch.float32
+    assert of_second[2].shape == (3,) and of_second[2].dtype == torch.int32
+    of_second[1].fill_(1.0)
+    of_second[2].fill_(2)
+    assert (of_second[1] == 1).all()

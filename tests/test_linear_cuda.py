@@ -63,7 +63,7 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
 
     def orders(q):
-        return operator._checked.__wrapped__((q, q, q), 1, False, True)[0]
+        return operator._checked.__wrapped__((q, q, q), 1, False, True)[0].orders
 
     assert orders(tensor()) == (first, second) and orders(tensor(128)) == (second, second)
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)

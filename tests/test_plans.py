@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 import nearfar as nf
 from nearfar import _cuda, checks
 from nearfar.ops import factored, kuramoto, pairwise, softmax
-from nearfar.ops.torch_operator import Layout, allocate, forget_plans, layouts, planned
+from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned
 from nearfar.registry import OPERATORS
 
 each_operator = pytest.mark.parametrize(
@@ -226,11 +226,41 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
     state = torch.zeros(1, 2, 64, 65, device=DEVICE)
     options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
-    o, _ = factored.attend(layouts(q, k, v), (q,), (k,), v, state, *options)
+    o, _ = factored.attend(interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
     assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
     assert walked[1:] == ["linear_grad_queries", "linear_grad_keys"] and ahead.launched == ahead.compiled
+    forget_plans()
+
+
+def attend(operator, q, k, v, *backends):
+    """Affine or synchronization attention by the backends of the forward and of the backward."""
+    ones = torch.ones(q.shape[:3], device=DEVICE)
+    if operator == "softmax":
+        return softmax.attend(interned(layouts(q, k, v)), q, k, v, ones, ones, None, None, -1, 0, 0.1, *backends)
+    one, order = torch.ones(1, device=DEVICE), torch.ones(q.shape[:2], device=DEVICE)
+    return kuramoto.attend(interned(layouts(q, v)), q, None, v, one, one, order, False, None, 1e-3, *backends)
+
+
+@pytest.mark.parametrize("backends", [("cuda", "cuda"), ("cuda", "triton"), ("triton", "cuda")], ids="-".join)
+@pytest.mark.parametrize("operator", ["softmax", "synchronization"])
+def test_a_backward_of_its_own_backend_is_compiled_ahead(operator, backends, monkeypatch):
+    """What is Triton's of it, beside a kernel in CUDA C++ or without one."""
+    forget_plans()
+    ahead, launched = Ahead(monkeypatch), []
+    names = f"{operator}_forward", f"{operator}_backward"
+    numbers = dict(SOFTMAX_CHUNK=128, SOFTMAX_TERMS=128, SYNCHRONIZATION_ROWS=192, SYNCHRONIZATION_GRAD_ROWS=128)
+    made = {name: lambda *_, name=name: lambda *_: launched.append(name) for name in names}
+    monkeypatch.setattr(_cuda, "extension", SimpleNamespace(**numbers, **made))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
+    o = attend(operator, q, k, v, *backends)
+    expected = [name for name, backend in zip(names, backends, strict=True) if backend == "cuda"]
+    assert launched == [name for name in expected if "forward" in name] and ahead.compiled
+    ahead.launched.clear()
+    torch.autograd.grad(o, (q, v), torch.zeros_like(o))
+    assert launched == expected and ahead.launched == ahead.compiled
     forget_plans()
 
 

@@ -41,27 +41,29 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
     for width, firsts in ((64, ("cuda", "cuda")), (32, ("triton", "cuda")), (128, ("triton", "triton"))):
         w = tensor(width)
-        reason, orders, _ = operator._checked.__wrapped__((w, w, w), "omega", None)
-        assert reason is None and tuple(order[0] for order in orders) == (firsts if hopper else ("triton", "triton"))
+        backends = operator._checked.__wrapped__((w, w), None, True)
+        found = tuple(order[0] for order in backends.orders)
+        assert backends.cuda is None and found == (firsts if hopper else ("triton", "triton"))
 
 
 def test_gradients_of_orders_by_token_are_tritons(monkeypatch):
-    monkeypatch.setattr(operator, "_checked", lambda *arguments: (None, (dispatch.CUDA_FIRST,) * 2, None))
+    monkeypatch.setattr(dispatch, "measured_orders", lambda *arguments: (dispatch.CUDA_FIRST,) * 2)
     sample = cuda_sample(length=9, device="cpu")
     for rows, first in (((1, 2), "cuda"), ((1, 2, 9), "triton")):
-        orders = operator.prepare(**sample.tensors | {"order": torch.full(rows, 0.5)}).orders
+        orders = operator.prepare(**sample.tensors | {"order": torch.full(rows, 0.5)}).backends.orders
         assert [order[0] for order in orders] == ["cuda", first]
 
 
 @needs_extension
 def test_errors_of_the_extension_raise():
     sizes, row = (1, 1, 1), (64, 64, 64)
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.synchronization_forward([0] * 9, "bfloat16", sizes, [row] * 3, 0, False, 4096, 0)
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.synchronization_backward([0] * 14, "bfloat16", sizes, [row] * 5, 0, 1e-3, 4096, 0)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.synchronization_forward([0] * 8, "bfloat16", sizes, [row] * 3, 0, False, 0, 0)
+    forward = _cuda.extension.synchronization_forward("bfloat16", sizes, [row] * 3, 0, False)
+    backward = _cuda.extension.synchronization_backward("bfloat16", sizes, [row] * 5, 0, 1e-3)
+    for launch, tensors in ((forward, 10), (backward, 15)):
+        with pytest.raises(RuntimeError, match="cudaError"):
+            launch([0] * tensors, 4096, 0)
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -1,14 +1,16 @@
 """Selective synchronization attention in CUDA C++ without a GPU, in the emulation."""
 
 import ctypes
+import functools
 import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import Sample, randn
-from samples.synchronization import check, differences, parameters
+from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
+from samples.synchronization import check, differences, op_arguments, parameters
 
+from nearfar import _cuda
 from nearfar.ops.kuramoto import _parameters
 
 WIDTH, CELL = 64, 64
@@ -227,3 +229,49 @@ def test_against_the_oracle(kernels, name, dtype):
     runs = [backward(kernels, sample, do, o, total, conditions) for conditions in ALL_CONDITIONS]
     same(*runs, "depends on the order")
     check(sample, do, o, gradients(sample, runs[0]))
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    SYNCHRONIZATION_ROWS, SYNCHRONIZATION_GRAD_ROWS, SYNCHRONIZATION_MEMBERS = ROWS, GRAD_ROWS, MEMBERS
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+
+    def _launch(self, name, structure, fixed, addresses, _device, _stream):
+        dtype, (batches, heads, num_tokens), steps, bandwidth_stride, last = fixed
+        numbers = dict(batches=batches, heads=heads, num_tokens=num_tokens, bandwidth_stride=bandwidth_stride)
+        call = call_of(structure, addresses, steps, **numbers, **{structure._fields_[-1][0]: last})
+        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *Conditions())
+        assert error is None, error.decode()
+
+    def synchronization_forward(self, *fixed):
+        return functools.partial(self._launch, "synchronization_forward", Forward, fixed)
+
+    def synchronization_backward(self, *fixed):
+        return functools.partial(self._launch, "synchronization_backward", Backward, fixed)
+
+
+@pytest.mark.parametrize(
+    ("causal", "layout", "backends"),
+    [
+        (False, "tokens before heads", ("cuda", "cuda")),
+        (False, "tokens before heads", ("cuda", "triton")),
+        (False, "off by eight bytes", ("triton", "cuda")),
+        (True, "off by eight bytes", ("cuda", "cuda")),  # gradients by Triton's kernels all the same
+    ],
+    ids=str,
+)
+def test_through_the_operator(causal, layout, backends, kernels, monkeypatch):
+    """Arguments arrive where they belong, and either backward takes what either forward saves."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    sample = make(torch.float16, length=150, batch=2, **(dict(causal=True) if causal else {}))
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or tensors["omega"].data_ptr() % 16
+    o, *_ = torch.ops.nearfar.synchronization_attention(*op_arguments(Sample(tensors, sample.options)), *backends)
+    do = GRADIENTS["width before rows"](randn(*o.shape, dtype=o.dtype, seed=9, device="cpu"))
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))

@@ -176,18 +176,27 @@ def survey(tensors):
 
 
 def launch_all(*launches):
-    """Make (launch, tensors) pairs in order. Kernels that are new are compiled first, side by side in threads.
+    """Make (launch, tensors) pairs in order."""
+    surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
+    if not knobs.runtime.interpret:
+        compile_new(surveyed)
+    for launch, tensors, seen in surveyed:
+        launch.run(tensors, seen)
+
+
+def compile_new(surveyed):
+    """Compile the kernels of (launch, tensors, what `survey` says of them) that are new, side by side in threads.
 
     Compilers run outside Python's lock, and each kernel also waits for a C compiler: the first call of several kernels takes
     about as long as that of the slowest.
     """
-    surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
     new = {(launch, seen[1]): tensors for launch, tensors, seen in surveyed if launch.is_new(seen)}
-    if len(new) > 1 and not knobs.runtime.interpret:
+    if len(new) == 1:
+        (((launch, kinds), tensors),) = new.items()
+        launch.compile(tensors, kinds)
+    elif new:
         for compiled in in_threads(Launch.compile, new):
             compiled.result()
-    for launch, tensors, seen in surveyed:
-        launch.run(tensors, seen)
 
 
 def build_ahead(*launches):

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from nearfar import dispatch, registry
+from nearfar import registry
 
 OURS = {"nearfar": "auto", "cuda": "cuda", "triton": "triton", "reference": "reference"}
 
@@ -52,7 +52,7 @@ class BaseCase:
     formula(provider)           what a provider computes, see formulas/
     provider(name, inputs)      the Provider
     call(backend)               inputs -> o by nearfar
-    prepared(inputs)            the checked call by nearfar, with its `reasons`
+    prepared(inputs)            the checked call by nearfar, with its q and its `backends`
 
     name: cases of one name share a results file. Names ending in `-length` are sweeps, which competitors leave when
         they take too long; the last two of `-million` must scale.
@@ -96,7 +96,8 @@ class BaseCase:
 
     def ours(self, name, inputs):
         """The Provider that is nearfar on the backend that `name` stands for."""
-        served = dispatch.served(self.prepared(inputs), OURS[name])
+        call = self.prepared(inputs)
+        served = call.backends.served(OURS[name], call.q)
         return Provider(f"nearfar {' and '.join(dict.fromkeys(served))}", self.call(OURS[name]))
 
     def inputs(self, device, formula):

@@ -156,12 +156,12 @@ def aligned_starts(*tensors):
     return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
 
 
-def aligned_rows(rows, q, k, v):
-    """(rows, q, k, v): the aligned_starts of q, k and v, and their layouts. rows: the layouts of what is given."""
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        q, k, v = aligned_starts(q, k, v)
-        rows = layouts(q, k, v)
-    return rows, q, k, v
+def aligned_rows(rows, *tensors):
+    """Layouts of the tensors and they themselves after aligned_starts. rows: layouts before it."""
+    if any([tensor.data_ptr() % 16 for tensor in tensors]):
+        tensors = aligned_starts(*tensors)
+        rows = layouts(*tensors)
+    return rows, tensors
 
 
 def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
@@ -170,10 +170,9 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
     It takes (q, k, v, sigma, token_bounds, o, lse, bits) and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
     (B, Hq, N, words).
     """
-    fixed = (
-        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
-        q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3], 1 if sigma.numel() > 1 else 0,
-        left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+    forward = extension.krause_forward(
+        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [x.stride()[:3] for x in (q, k, v, o)],
+        1 if sigma.numel() > 1 else 0, left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
     )  # fmt: skip
 
     def launch(q, k, v, sigma, token_bounds, o, lse, bits):
@@ -182,9 +181,9 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
             rows = aligned_starts(q, k, v)
             plan_krause_forward(*rows, sigma, left, right, top_k, o)(*rows, sigma, token_bounds, o, lse, bits)
             return
-        extension.krause_forward(
+        forward(
             *starts, sigma.data_ptr(), 0 if token_bounds is None else token_bounds.data_ptr(),
-            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), *fixed, q.get_device(), stream_of(q),
+            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), q.get_device(), stream_of(q),
         )  # fmt: skip
 
     return launch
@@ -375,15 +374,15 @@ class Softmax:
     def __init__(self, function, strided, right, scale):
         q, k, *_ = strided
         sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
-        self._function = getattr(extension, function)
-        self._fixed = _DTYPES[q.dtype], sizes, [x.stride()[:3] for x in strided], right, scale
+        strides = [x.stride()[:3] for x in strided]
+        self._launch = getattr(extension, function)(_DTYPES[q.dtype], sizes, strides, right, scale)
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
-        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+        self._launch(addresses, tensors[0].get_device(), stream_of(tensors[0]))
 
 
 SYNCHRONIZATION_WIDTH = 64
@@ -408,17 +407,15 @@ class SynchronizationForward:
 
     def __init__(self, omega, v, bandwidth, o, causal):
         self.rows, self.members = extension.SYNCHRONIZATION_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides = [x.stride()[:3] for x in (omega, v, o)]
-        self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, causal
+        strides, by_head = [x.stride()[:3] for x in (omega, v, o)], 1 if bandwidth.numel() > 1 else 0
+        self._launch = extension.synchronization_forward(_DTYPES[omega.dtype], omega.shape[:3], strides, by_head, causal)
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
         omega, _, v, squares, _, *others = surveyed[0]  # without those of the keys, which are the queries
-        extension.synchronization_forward(
-            [omega, v, squares, *others], *self._fixed, tensors[0].get_device(), stream_of(tensors[0])
-        )
+        self._launch([omega, v, squares, *others], tensors[0].get_device(), stream_of(tensors[0]))
 
 
 class SynchronizationBackward:
@@ -426,11 +423,11 @@ class SynchronizationBackward:
 
     def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
         self.rows, self.members = extension.SYNCHRONIZATION_GRAD_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides = [x.stride()[:3] for x in (omega, v, do, dw, dv)]
-        self._fixed = _DTYPES[omega.dtype], omega.shape[:3], strides, 1 if bandwidth.numel() > 1 else 0, grad_floor
+        strides, by_head = [x.stride()[:3] for x in (omega, v, do, dw, dv)], 1 if bandwidth.numel() > 1 else 0
+        self._launch = extension.synchronization_backward(_DTYPES[omega.dtype], omega.shape[:3], strides, by_head, grad_floor)
 
     def is_new(self, _surveyed):
         return False
 
     def run(self, tensors, surveyed):
-        extension.synchronization_backward(surveyed[0], *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+        self._launch(surveyed[0], tensors[0].get_device(), stream_of(tensors[0]))

@@ -8,7 +8,10 @@ from contextlib import nullcontext
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nearfar.ops.torch_operator import Layout, layouts, stream_of
+from nearfar.ops.torch_operator import Layout, interned, layouts, stream_of
+
+is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+transform_level, autocast_enabled = torch._C._functorch.maybe_current_level, torch._C._is_any_autocast_enabled
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,8 +35,8 @@ def meta(name, tensor):
 
 
 def plain_layouts(*tensors):
-    """The layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
-    return layouts(*tensors) if is_plain(*tensors) else None
+    """The Layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
+    return interned(layouts(*tensors)) if is_plain(*tensors) else None
 
 
 def once(check):
@@ -106,15 +109,12 @@ def check_exactly(name, tensor, shape, dtype, device):
 
 def is_plain(*tensors):
     """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level():
+    if is_compiling() or dispatch_modes() or transform_level():
         return False
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return False
     return True
-
-
-autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def autocast(*tensors):
@@ -141,23 +141,22 @@ def positive_per_head(name, value, like, num_heads):
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
-        if not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise TypeError(f"{name} must be a float or a floating-point tensor, got {type(value).__name__}")
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
         return _constant(value, dtype, like)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {value.dtype}")
-    if value.dim() and value.shape not in ((1,), (num_heads,)):
-        raise ValueError(
-            f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(value.shape)}"
-        )
+    shape = value.shape
+    if shape and shape not in ((1,), (num_heads,)):
+        raise ValueError(f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
     readable = value.is_cpu and type(value) in PLAIN and not torch.compiler.is_compiling()
     if readable and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return in_dtype(value if value.dim() else value.reshape(1), dtype).contiguous()
+    return in_dtype(value if shape else value.reshape(1), dtype).contiguous()
 
 
 def in_dtype(tensor, dtype):
@@ -218,6 +217,10 @@ def check_cu_seqlens(cu_seqlens, q, k):
         _checked_seqlens[cu_seqlens] = seen
 
 
+def is_number(value):
+    return type(value) is float or isinstance(value, numbers.Real)  # which takes longer to say
+
+
 def check_top_k(top_k):
     if top_k is None:
         return
@@ -234,11 +237,16 @@ def kernel_width_reason(name, width, smallest=16):
     return f"{name} is {width} wide; kernels take multiples of 8 from {smallest} to 256"
 
 
-def finite_scale(scale, width):
-    """The scale of dot products as a float; None is width^-0.5."""
+def default_scale(width):
+    """The scale of dot products, width^-0.5."""
+    return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
+
+
+def finite_scale(scale):
+    """A scale as a float; None, for the default, stays None."""
     if scale is None:
-        return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
-    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        return None
+    if not is_number(scale) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not abs(scale) < math.inf:  # math.isfinite takes no traced number
         raise ValueError(f"scale must be finite, got {scale}")

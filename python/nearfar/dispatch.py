@@ -86,23 +86,39 @@ def _is_hopper(index):
     return torch.cuda.get_device_properties(index).major == 9
 
 
-def served(call, backend):
-    """Names of the backends that serve the forward and the backward of a prepared call; see `choose`.
+class Backends:
+    """Which backends serve calls: why a kernel cannot, None where it can, and in which order "auto" asks them.
 
-    call: with q and reasons, and where an operator has measured its kernels the two orders in which "auto" asks them.
+    orders: in the forward and in the backward.
     """
-    first, second = getattr(call, "orders", (KERNELS, KERNELS))
-    forward = choose(backend, call.reasons, call.q.device, first)
-    return forward, forward if second == first else choose(backend, call.reasons, call.q.device, second)
+
+    def __init__(self, cuda, triton, orders=(KERNELS, KERNELS)):
+        self.cuda, self.triton, self.orders = cuda, triton, orders
+        self._known = {}
+
+    def reasons(self, tensor):
+        """For each backend why it cannot serve a call of this tensor, None where it can."""
+        return {"cuda": self.cuda, "triton": triton_device_reason(tensor) or self.triton, "reference": None}
+
+    def served(self, backend, tensor):
+        """Names of the backends that serve the forward and the backward of a call of this tensor; see `choose`."""
+        names = self._known.get(backend) if isinstance(backend, str) else None
+        if names is None:
+            reasons = self.reasons(tensor)
+            names = tuple([choose(backend, reasons, tensor.device, order) for order in self.orders])
+            if tensor.is_cuda and "reference" not in names:  # nothing in the environment can change the answer
+                self._known[backend] = names
+        return names
 
 
 def report(name, backend, call):
     """Text of `nearfar.explain`: one line for each backend."""
     try:
-        forward, backward = served(call, backend)
+        forward, backward = call.backends.served(backend, call.q)
         chosen = forward if forward == backward else f"{forward}, its gradients by {backward}"
         head = f"{name}: served by {chosen} (backend={backend!r}, device={call.q.device})"
     except ValueError as error:
         head = f"{name}: refused: {error}"
-    lines = [f"  {candidate:9}  {call.reasons[candidate] or 'can serve this call'}" for candidate in BACKENDS]
+    reasons = call.backends.reasons(call.q)
+    lines = [f"  {candidate:9}  {reasons[candidate] or 'can serve this call'}" for candidate in BACKENDS]
     return "\n".join([head, *lines])

@@ -11,7 +11,7 @@ class Operator(NamedTuple):
 
     room: the name of its file in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/; operators that are
         cases of one another share it.
-    function: the public function. prepare: its checks, returning a call with `reasons` per backend.
+    function: the public function. prepare: its checks, returning a call with its q and its `backends`.
     op: its name in torch.ops.nearfar.
     summary, source: what the README says of it.
     differentiable: False where it has no gradients, only constants to monitor.

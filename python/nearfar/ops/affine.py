@@ -10,20 +10,25 @@ from nearfar.ops import softmax
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
-# Milliseconds of the forward by the CUDA and the Triton kernels by width of a head and number of keys: bfloat16, with alpha and
-# beta, causal (but 64 wide with 16,384 keys), 16,384 tokens of 32 heads 64 wide or 16 heads 128 wide, on an H100
-# (docs/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below; gradients are Triton's.
+# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head and number of keys: bfloat16, with
+# alpha and beta, causal (but 16,384 keys at 64 wide in full), 16,384 tokens of 32 heads 64 wide or 16 heads 128 wide, on an
+# H100 (docs/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below.
 MEASURED = {
-    64: {4096: (0.802, 0.743), 16384: (4.820, 5.108)},
-    128: {1024: (0.281, 0.303), 4096: (0.557, 0.662), 16384: (1.685, 2.108)},
+    64: {
+        1024: ((0.350, 0.314), (0.720, 0.823)),
+        4096: ((0.786, 0.738), (1.904, 2.243)),
+        16384: ((4.750, 5.028), (14.423, 16.820)),
+    },
+    128: {
+        1024: ((0.251, 0.303), (0.564, 0.757)),
+        4096: ((0.528, 0.662), (1.578, 2.015)),
+        16384: ((1.773, 2.118), (5.962, 7.161)),
+    },
 }
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward. layouts: of q, k and v in a plain call.
-    """
+    """A checked call: what every backend computes with. layouts: of q, k and v in a plain call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,8 +40,7 @@ class Call(NamedTuple):
     right: int
     scale: float
     cu_seqlens: torch.Tensor | None
-    reasons: dict
-    orders: tuple
+    backends: dispatch.Backends
     layouts: tuple | None
 
 
@@ -117,61 +121,63 @@ def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), sc
 
 
 def _attend(call, backend):
-    *tensors, left, right, scale, cu_seqlens, _, _, layouts = call
-    served, _ = dispatch.served(call, backend)
-    if served == "reference":
+    *tensors, left, right, scale, cu_seqlens, backends, layouts = call
+    forward, backward = backends.served(backend, call.q)
+    if forward == "reference":
         with checks.no_autocast(call.q):
             return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(layouts, *tensors, bounds, left, right, scale, served)
+    return softmax.attend(layouts, *tensors, bounds, left, right, scale, forward, backward)
 
 
 def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
     q, k, v = checks.autocast(q, k, v)
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
-    kernel_reason, orders, cuda_reason = _checked(layouts, "qkv", (q, k, v), left, cu_seqlens is not None)
-    scale = checks.finite_scale(scale, q.shape[3])
+    scale = checks.finite_scale(scale)
+    scale, backends = _checked(layouts, "qkv", (q, k, v), left, scale, cu_seqlens is not None)
     rows = q.shape[:3]
     alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
     beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
     sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    reasons = {
-        "cuda": cuda_reason or _cuda.scale_reason(scale),
-        "triton": dispatch.triton_device_reason(q) or kernel_reason,
-        "reference": None,
-    }
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, reasons, orders, layouts)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts)
 
 
 @checks.once
-def _checked(metas, left, packed):
-    """Why no kernel can serve these layouts, the orders in which "auto" asks them, and why none in CUDA C++ can."""
+def _checked(metas, left, scale, packed):
+    """The scale and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     reached = [times for length, times in MEASURED.get(int(q.shape[3]), {}).items() if k.shape[2] >= length]
-    order = dispatch.measured_order(reached[-1] if reached else None, q.device)
-    return reason, (order, order), reason or _cuda.softmax_reason(q, k, v, left, packed)
+    orders = dispatch.measured_orders(reached[-1] if reached else None, q.device)
+    scale = checks.default_scale(q.shape[3]) if scale is None else scale
+    cuda_reason = reason or _cuda.softmax_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
+    return scale, dispatch.Backends(cuda_reason, reason, orders)
 
 
 def _window(window_size, causal):
     """(left, right), with the 0 that causal puts on the right."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right) of ints, got {window_size!r}")
-    for side, value in zip(("left", "right"), window_size, strict=True):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
-        if value < UNLIMITED:
-            raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
     left, right = window_size
+    if not (type(left) is type(right) is int and left >= UNLIMITED and right >= UNLIMITED):
+        _check_side("left", left)
+        _check_side("right", right)
     if not causal:
         return left, right
     if right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
     return left, 0
+
+
+def _check_side(side, value):
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
+    if value < UNLIMITED:
+        raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
 
 
 def _numbers(name, tensor, shape, meaning, q):

@@ -45,10 +45,7 @@ class SelectionGeometry(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward.
-    """
+    """A checked call: what every backend computes with."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -57,8 +54,7 @@ class Call(NamedTuple):
     left: int
     right: int
     scale: float
-    reasons: dict
-    orders: tuple
+    backends: dispatch.Backends
 
 
 def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
@@ -92,7 +88,7 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
     """
     call = prepare_attention_statistics(q, k, causal=causal, scale=scale, sigma=sigma, locality=locality)
     q, k, sigma, options = call.q, call.k, call.sigma, call[4:7]
-    served, _ = dispatch.served(call, backend)
+    served, _ = call.backends.served(backend, q)
     if served == "reference":
         with checks.no_autocast(q):
             return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
@@ -131,7 +127,7 @@ def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, 
     """
     call = prepare_selection_geometry(q, k, v, top_n, causal=causal, scale=scale, sigma=sigma, locality=locality)
     sigma, options = call.sigma, call[4:7]
-    served, _ = dispatch.served(call, backend)
+    served, _ = call.backends.served(backend, call.q)
     if served == "reference":
         with checks.no_autocast(call.q):
             return SelectionGeometry(*reference.selection_geometry(*call[:4], top_n, *options))
@@ -164,13 +160,12 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
     if sigma is not None:
         checks.require(scale is None, "scale is for dot products: leave it out with a sigma")
         sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
-    scale = checks.finite_scale(scale, q.shape[3])
-    reasons = {
-        "cuda": cuda_reason or (DISTANCES_REASON if sigma is not None else _cuda.scale_reason(scale)),
-        "triton": dispatch.triton_device_reason(q) or kernel_reason,
-        "reference": None,
-    }
-    return Call(q, k, values[0] if values else None, sigma, left, right, 1.0 if sigma is not None else scale, reasons, orders)
+        scale, scale_reason = 1.0, DISTANCES_REASON
+    else:
+        scale = checks.default_scale(q.shape[3]) if scale is None else checks.finite_scale(scale)
+        scale_reason = _cuda.scale_reason(scale)
+    backends = dispatch.Backends(cuda_reason or scale_reason, kernel_reason, orders)
+    return Call(q, k, values[0] if values else None, sigma, left, right, scale, backends)
 
 
 @checks.once

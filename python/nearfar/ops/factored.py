@@ -9,6 +9,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import is_plain
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
@@ -70,7 +71,8 @@ def attend(
     if rows is None or (initial_state is not None and not is_plain(initial_state)):
         o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
     elif torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        o, state = apply(_Eager, rows, *qs, *ks, v, initial_state, cu_seqlens, *options)
+        arguments = qs, ks, v, initial_state, cu_seqlens, *options
+        o, state = apply(_Eager, rows, arguments, *qs, *ks, v, initial_state)
     else:
         o, state, *_ = forward(rows, qs, ks, v, initial_state, cu_seqlens, *options)
     return o, state if return_state else None
@@ -176,32 +178,27 @@ def forward(
     rows: layouts of qs, ks and v. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, q, k, v = _cuda.aligned_rows(rows, *qs, *ks, v)  # of one factor
+        rows, (q, k, v) = _cuda.aligned_rows(rows, *qs, *ks, v)  # of one factor
         qs, ks = (q,), (k,)
     options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
-    outputs, problem, of_states, read = _plan_forward((*rows, *layouts(initial_state, cu_seqlens)), *options)
-    o, state, inverse, states, norms, partials, partial_norms = allocate(outputs, v.device)
-    pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
-    qs, ks, launches = tuple(qs), tuple(ks), []
-    if states is not None:
-        accumulate, combine = of_states
-        launches = [
-            (accumulate, (ks, v, None, None, partials, partial_norms, pieces)),
-            (combine, (partials, partial_norms, initial_state, states, norms, state, first_pieces)),
-        ]
-    if problem.walks and (causal or states is not None):
-        launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
-    else:
-        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
-    launch_all(v, *launches)
-    return o, state, inverse, states, norms
+    given = initial_state is not None, None if cu_seqlens is None else cu_seqlens.shape[0]
+    program, piece_length = _plan_forward(rows, *given, *options)
+    pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], piece_length)
+    return program(*qs, *ks, v, initial_state, *pieces)
 
 
 @planned
 def _plan_forward(*arguments):
-    """Layouts of the outputs of the forward and its partial sums, the problem, the launches of the states and the last."""
-    *tensors, feature_map, normalize, causal, eps, return_state, backend, backward_backend, _tf32, ahead = arguments
-    qs, ks, v, initial_state, cu_seqlens = _split(tensors)
+    """The program of (o, state, inverse, states, norms), and the length of the pieces of sequences."""
+    *tensors, continued, ends, feature_map, normalize, causal, eps, return_state, backend, backward_backend, _tf32, ahead = (
+        arguments
+    )
+    r, v = len(tensors) // 2, tensors[-1]
+    qs, ks = tuple(tensors[:r]), tuple(tensors[r:-1])
+    cu_seqlens = None if ends is None else v.new_empty(ends, dtype=torch.int32)
+    sequences = v.shape[0] if ends is None else ends - 1
+    state_shape = sequences, v.shape[1], *[q.shape[3] for q in qs], v.shape[3] + 1
+    initial_state = v.new_empty(state_shape, dtype=torch.float32) if continued else None
     stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
     outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
     saved = outputs[0], *outputs[2:]
@@ -213,8 +210,22 @@ def _plan_forward(*arguments):
         read = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
     else:
         read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
-    partials, of_states = _plan_states(problem, False, ks, v) if stateful else ((None, None), None)
-    return layouts(*outputs, *partials), problem, of_states, read
+    pieces = first_pieces = None
+    if cu_seqlens is not None:
+        pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
+    o, state, inverse, states, norms = outputs
+    launches = []
+    if stateful:
+        partials, (accumulate, combine) = _plan_states(problem, False, ks, v)
+        launches = [
+            (accumulate, (ks, v, None, None, *partials, pieces)),
+            (combine, (*partials, initial_state, states, norms, state, first_pieces)),
+        ]
+    if problem.walks and (causal or stateful):
+        launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
+    else:
+        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
+    return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
 
 
 def _plan_walk(backend):
@@ -398,11 +409,10 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, rows, *arguments):
-        tensors, options = arguments[:-7], arguments[-7:]
-        inputs = *_split(tensors), *options
-        output = forward(rows, *inputs, ahead=rows[0][3])
-        _save(ctx, inputs, output)
+    def forward(ctx, rows, arguments, *tensors):
+        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
+        output = forward(rows, *arguments, ahead=rows[0][3])
+        _save(ctx, arguments, output)
         return output[0], output[1]
 
     @staticmethod
@@ -415,7 +425,7 @@ class _Eager(torch.autograd.Function):
             dinitial = None if initial is None else dinitial
         else:
             dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
-        return None, *dqs, *dks, dv, dinitial, *[None] * 8
+        return None, None, *dqs, *dks, dv, dinitial
 
 
 register(

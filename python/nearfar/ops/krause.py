@@ -31,10 +31,7 @@ MEASURED = {
 
 
 class Call(NamedTuple):
-    """A checked call: the tensors every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward. layouts: of q, k and v in a plain call.
-    """
+    """A checked call: the tensors every backend computes with. rows: layouts of q, k and v in a plain call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -42,9 +39,8 @@ class Call(NamedTuple):
     sigma: torch.Tensor
     left: int
     right: int
-    reasons: dict
-    orders: tuple
-    layouts: tuple | None
+    backends: dispatch.Backends
+    rows: tuple | None
 
 
 def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None, backend="auto"):
@@ -75,12 +71,13 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
-    forward, backward = dispatch.served(call, backend)
+    q, k, v, sigma, left, right, backends, rows = call
+    forward, backward = backends.served(backend, q)
     if forward == "reference":
-        with checks.no_autocast(call.q):
-            return reference_krause_attention(*call[:6], top_k, cu_seqlens)
+        with checks.no_autocast(q):
+            return reference_krause_attention(q, k, v, sigma, left, right, top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(call.layouts, *call[:4], bounds, call.left, call.right, top_k, forward, backward)
+    return _op(rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
 
 
 def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
@@ -89,22 +86,17 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
         raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
-    layouts = checks.plain_layouts(q, k, v)
-    left, right, orders, kernel_reason, cuda_reason = _checked(layouts, "qkv", (q, k, v), locality, top_k)
+    rows = checks.plain_layouts(q, k, v)
+    left, right, backends = _checked(rows, "qkv", (q, k, v), locality, top_k)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    reasons = {
-        "cuda": cuda_reason,
-        "triton": dispatch.triton_device_reason(q) or kernel_reason,
-        "reference": None,
-    }
-    return Call(q, k, v, sigma, left, right, reasons, orders, layouts)
+    return Call(q, k, v, sigma, left, right, backends, rows)
 
 
 @checks.once
 def _checked(metas, locality, top_k):
-    """left, right, the orders in which "auto" asks the kernels, and why none, or none in CUDA C++, can serve these layouts."""
+    """left, right, and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
     left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
@@ -113,7 +105,7 @@ def _checked(metas, locality, top_k):
         reason = reason or _candidates_reason(left, right, k.shape[2])
     times = MEASURED.get((int(q.shape[3]), selection_words(left, right, MAX_CANDIDATES), top_k is not None))
     orders = dispatch.measured_orders(times, q.device)
-    return left, right, orders, reason, reason or _cuda.krause_reason(q, k, v, left, right)
+    return left, right, dispatch.Backends(reason or _cuda.krause_reason(q, k, v, left, right), reason, orders)
 
 
 def _candidates_reason(left, right, num_keys):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda
-from nearfar.checks import is_plain
+from nearfar.checks import PLAIN
 from nearfar.ops.pairwise import no_bits, selection_words
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
@@ -18,6 +19,7 @@ from nearfar.ops.torch_operator import (
     planned,
     register,
     unit_stride,
+    unit_strides,
     uses_tf32,
 )
 
@@ -41,21 +43,23 @@ class Survey(NamedTuple):
     extents: torch.Tensor
 
 
-def attend(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend):
+def attend(rows, omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend):
     """o (B, Hq, N, Dv). coupling, bandwidth (1,) or (Hq,), order (B, Hq) or (B, Hq, N): float32. omega_k None: omega.
 
-    backend, backward_backend: "triton" or "cuda"; what the latter does not serve of the backward, the former does.
+    rows: layouts of omega, v and, where it is given, omega_k; None where the call is not plain. backend, backward_backend:
+    "triton" or "cuda"; what "cuda" does not serve of the backward, "triton" does.
     """
-    omega, v = unit_stride(omega), unit_stride(v)
-    omega_k = None if omega_k is None else unit_stride(omega_k)
-    options = causal, top_k, grad_floor, backend, backward_backend
-    arguments = omega, omega_k, v, coupling, bandwidth, order.contiguous(), *options
-    tensors = [tensor for tensor in arguments[:6] if tensor is not None]
-    if not is_plain(*tensors):
+    if omega_k is None:
+        rows, (omega, v) = unit_strides(rows, omega, v)
+    else:
+        rows, (omega, v, omega_k) = unit_strides(rows, omega, v, omega_k)
+    tensors = omega, omega_k, v, coupling, bandwidth, order.contiguous()
+    arguments = *tensors, causal, top_k, grad_floor, backend, backward_backend
+    if rows is None or not all([type(tensor) in PLAIN for tensor in (coupling, bandwidth, order)]):
         return torch.ops.nearfar.synchronization_attention(*arguments)[0]
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        return apply(_Eager, *arguments)
-    return forward(*arguments)[0]
+    if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
+        return apply(_Eager, *tensors, rows, arguments)
+    return forward(rows, *arguments)[0]
 
 
 _launchers = kernels("synchronization_launch")
@@ -94,41 +98,44 @@ def _empty_outputs(omega, v, top_k):
 
 
 def forward(
-    omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend="triton", backward_backend="triton",
+    rows, omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend="triton", backward_backend="triton",
     ahead=None,
 ):  # fmt: skip
     """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it.
 
-    ahead: see compile_ahead.
+    rows: layouts of omega, v and, where it is given, omega_k. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        omega, v = _cuda.aligned_starts(omega, v)
-    tensors = omega, omega_k, v, coupling, bandwidth, order
+        rows, (omega, v) = _cuda.aligned_rows(rows, omega, v)
+    parameters = coupling.numel(), bandwidth.numel(), order.dim(), order.dtype
     options = causal, top_k, grad_floor, backend, backward_backend, uses_tf32(omega), ahead
-    outputs, launches = _plan_forward(layouts(*tensors), *options)
-    o, total, bits, *workspaces = allocate(outputs, omega.device)
+    program = _plan_forward(rows, *parameters, *options)
+    o, total, bits = program(omega, v, omega_k, coupling, bandwidth, order)
     if not o.numel() or not v.shape[2]:
         return o.zero_(), total.zero_(), bits
-    queries, keys, lists = _surveys(omega_k, workspaces)
-    given = _launchers().forward(*tensors, queries, keys, lists if top_k is None else None, o, total, bits)
-    launch_all(omega, *zip(launches, given, strict=True))
     return o, total, bits
 
 
 @planned
-def _plan_forward(
-    omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend, _tf32, ahead
-):  # fmt: skip
-    """Layouts of o, total, bits and the workspaces, and the launches."""
+def _plan_forward(omega, v, *arguments):
+    """The program of (o, total, bits)."""
+    *omega_k, couplings, bandwidths, order_dims, dtype, causal, top_k, grad_floor, backend, backward_backend, _tf32, ahead = (
+        arguments
+    )
+    omega_k = omega_k[0] if omega_k else None
+    coupling, bandwidth = (omega.new_empty(count, dtype=dtype) for count in (couplings, bandwidths))
+    order = omega.new_empty(omega.shape[:order_dims], dtype=dtype)
     launch = _launchers()
     outputs, surveys = _empty_outputs(omega, v, top_k), _empty_surveys(omega, omega_k, launch)
     call = launch.signature(omega, omega_k, v, causal)
     cuda = _cuda.SynchronizationForward(omega, v, bandwidth, outputs[0], causal) if backend == "cuda" else None
-    lists = _empty_lists(omega, call, "sync_attend", launch, cuda) if top_k is None else ()
-    given = omega, omega_k, v, coupling, bandwidth, order
-    launches = launch.forward_launches(*given, causal, top_k, outputs[0], outputs[2], cuda)
-    compile_ahead(ahead, backward, outputs[0], *given, *outputs, causal, top_k, grad_floor, backward_backend)
-    return layouts(*outputs, *_workspaces(omega_k, surveys), *lists), launches
+    lists = _empty_lists(omega, call, "sync_attend", launch, cuda) if top_k is None else None
+    tensors = omega, omega_k, v, coupling, bandwidth, order
+    launches = launch.forward_launches(*tensors, causal, top_k, outputs[0], outputs[2], cuda)
+    compile_ahead(ahead, backward, outputs[0], *tensors, *outputs, causal, top_k, grad_floor, backward_backend)
+    given = launch.forward(*tensors, *surveys, lists, *outputs)
+    nothing = not outputs[0].numel() or not v.shape[2]
+    return Program((omega, v, *tensors[1:2], *tensors[3:]), outputs, () if nothing else [*zip(launches, given, strict=True)])
 
 
 def _workspaces(omega_k, surveys):
@@ -210,8 +217,9 @@ def _or_empty(tensor, like):
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _dispatched_forward(omega, *arguments):
-    o, total, bits = forward(omega, *arguments)
+def _dispatched_forward(omega, omega_k, v, *arguments):
+    rows = layouts(omega, v) if omega_k is None else layouts(omega, v, omega_k)
+    o, total, bits = forward(rows, omega, omega_k, v, *arguments)
     return o, total, no_bits(omega) if bits is None else bits
 
 
@@ -253,8 +261,9 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        output = forward(*arguments, ahead=arguments[0].device)
+    def forward(ctx, omega, omega_k, v, coupling, bandwidth, order, rows, arguments):
+        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
+        output = forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         return output[0]
 
@@ -263,9 +272,10 @@ class _Eager(torch.autograd.Function):
         *saved, bits = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
             saved.append(no_bits(saved[0]) if bits is None else bits)
-            return _given(saved[1], torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options))
-        saved.append(bits)
-        return _given(saved[1], backward(do, *saved, *ctx.options))
+            results = torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options)
+        else:
+            results = backward(do, *saved, bits, *ctx.options)
+        return *_given(saved[1], results)[:6], None, None
 
 
 register(

@@ -1,7 +1,6 @@
 """Linear attention and Hadamard linear attention (arXiv 2602.12128): linear attention is the case of one factor."""
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,7 @@ MEASURED = {
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward.
-    """
+    """A checked call: what every backend computes with."""
 
     qs: tuple
     ks: tuple
@@ -39,8 +35,7 @@ class Call(NamedTuple):
     causal: bool
     eps: float
     return_state: bool
-    reasons: dict
-    orders: tuple
+    backends: dispatch.Backends
     layouts: tuple | None  # of qs, ks and v in a plain call
 
     @property
@@ -179,7 +174,7 @@ def prepare_hadamard_attention(
 
 
 def _attend(call, backend):
-    forward, backward = dispatch.served(call, backend)
+    forward, backward = call.backends.served(backend, call.q)
     if forward == "reference":
         with checks.no_autocast(call.q):
             o, state = reference.hadamard_attention(
@@ -202,7 +197,7 @@ def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
     if out is not None:
         checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
     arguments = (call.qs, call.ks, call.v, state, call.feature_map, call.normalize, call.eps)
-    reasons = {**call.reasons, "cuda": "there is no CUDA kernel of a decoding step yet"}
+    reasons = {**call.backends.reasons(call.q), "cuda": "there is no CUDA kernel of a decoding step yet"}
     if dispatch.choose(backend, reasons, call.q.device) == "reference":
         with checks.no_autocast(call.q):
             o = reference.step(*arguments)
@@ -220,7 +215,7 @@ def _prepare(
     for name, factors in (("qs", qs), ("ks", ks)):
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"{name} must be a list or tuple of tensors, got {type(factors).__name__}")
-    if not isinstance(eps, numbers.Real):
+    if not checks.is_number(eps):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -230,7 +225,7 @@ def _prepare(
     tensors = *qs, *ks, v
     layouts = checks.plain_layouts(*tensors)
     names = () if layouts else (*_names("q", qs, listed), *_names("k", ks, listed), "v")
-    orders, kernel_reason, cuda_reason, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
+    backends, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
     state = None if initial_state is None else checks.meta(state_name, initial_state)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, qs[0], v)
@@ -239,13 +234,8 @@ def _prepare(
         if cu_seqlens is not None:
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
-    reasons = {
-        "cuda": cuda_reason,
-        "triton": dispatch.triton_device_reason(qs[0]) or kernel_reason,
-        "reference": None,
-    }
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, reasons, orders, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, backends, layouts)
 
 
 def _map_outside(qs, ks, feature_map, listed):
@@ -269,7 +259,7 @@ def _names(name, factors, listed):
 
 @checks.once
 def _checked(metas, num_factors, listed, causal):
-    """In which orders "auto" asks the kernels, why none, or none in CUDA C++, can serve these layouts, and what a state is."""
+    """The backends of these layouts, and what a state is: its shape, dtype and device."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
         raise ValueError("qs must have at least one factor, got an empty list")
@@ -289,7 +279,8 @@ def _checked(metas, num_factors, listed, causal):
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
     orders = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
-    return orders, reason, reason or _cuda.linear_reason(qs, ks, v, causal), (shape, dtype, v.device)
+    cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal)
+    return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
 def _kernel_reason(names, widths, value_width):

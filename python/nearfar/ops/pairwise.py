@@ -72,7 +72,7 @@ class PairwiseOp:
             return self.forward_op(q, k, v, parameter, token_bounds, *options)[0]
         arguments = q, k, v, parameter, token_bounds, *options
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
-            return apply(_Eager, self, rows, *arguments)
+            return apply(_Eager, q, k, v, parameter, self, rows, arguments)
         return self.forward(rows, *arguments)[0]
 
     @functools.cached_property
@@ -87,9 +87,11 @@ class PairwiseOp:
     ):  # fmt: skip
         """(o, lse, bits), bits None without top_k. rows: layouts of q, k and v. ahead: see compile_ahead."""
         options = left, right, top_k, backend, backward_backend, uses_tf32(q), ahead
-        outputs, launch, squares_ahead = _plan_forward((*rows, *layouts(parameter, token_bounds)), self, *options)
+        outputs, launch, squares_ahead = _plan_forward(
+            rows, self, parameter.numel(), token_bounds is not None, *options
+        )
         o, lse, bits = allocate(outputs, q.device)
-        if not o.numel() or not k.shape[2]:
+        if launch is None:
             return o.zero_(), lse.zero_(), bits
         if backend == "cuda":
             launch(q, k, v, parameter, token_bounds, o, lse, bits)
@@ -136,7 +138,8 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call."""
 
     @staticmethod
-    def forward(ctx, op, rows, *arguments):
+    def forward(ctx, q, k, v, parameter, op, rows, arguments):
+        """arguments: those of op.forward after rows, in one piece, as torch looks over each that it is given."""
         output = op.forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         ctx.op = op
@@ -146,7 +149,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         # With create_graph the torch operator runs, because it refuses to be differentiated again.
         backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
-        return None, None, *backward(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
+        return *backward(do, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 def _save(ctx, inputs, output):
@@ -157,12 +160,16 @@ def _save(ctx, inputs, output):
 
 
 @planned
-def _plan_forward(q, k, v, parameter, token_bounds, op, left, right, top_k, backend, backward_backend, _tf32, ahead):
-    """Layouts of o, lse and bits, the launch, and whether |k|^2 is to be computed ahead of Triton's.
+def _plan_forward(q, k, v, op, num_parameters, packed, left, right, top_k, backend, backward_backend, _tf32, ahead):
+    """Layouts of o, lse and bits, the launch (None: there is nothing to read), and whether |k|^2 is to be computed ahead of it.
 
     One more pass over k, by a CUDA kernel, was measured to pay for wide heads and windows (docs/krause.md).
     """
     outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
+    if not outputs[0].numel() or not k.shape[2]:
+        return layouts(*outputs), None, False
+    parameter = q.new_empty(num_parameters, dtype=torch.float32)
+    token_bounds = q.new_empty((2, q.shape[2]), dtype=torch.int32) if packed else None
     if backward_backend == "triton":
         compile_ahead(ahead, op.backward, outputs[0], q, k, v, parameter, token_bounds, *outputs, left, right, top_k)
     if backend == "cuda":

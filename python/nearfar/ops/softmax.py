@@ -8,7 +8,8 @@ import math
 import torch
 
 from nearfar import _cuda
-from nearfar.checks import is_plain
+from nearfar.checks import PLAIN
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
     apply,
@@ -26,7 +27,7 @@ from nearfar.ops.torch_operator import (
 
 _FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, int left, int right,"
-    ' float scale, str backend="triton") -> (Tensor, Tensor, Tensor)'
+    ' float scale, str backend="triton", str backward_backend="triton") -> (Tensor, Tensor, Tensor)'
 )
 _BACKWARD = (
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? token_bounds, Tensor o,"
@@ -35,19 +36,19 @@ _BACKWARD = (
 )
 
 
-def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend):
+def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, backward_backend):
     """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited.
 
-    rows: layouts of q, k and v, None where the call is not plain. backend: "triton" or "cuda".
+    rows: layouts of q, k and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda".
     """
     rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
-    arguments = q, k, v, *scalars, token_bounds, left, right, scale, backend
+    arguments = q, k, v, *scalars, token_bounds, left, right, scale, backend, backward_backend
     given = [tensor for tensor in scalars if tensor is not None]
-    if rows is None or not is_plain(*given):
+    if rows is None or not all([type(tensor) in PLAIN for tensor in given]):
         return torch.ops.nearfar.affine_attention(*arguments)[0]
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (q, k, v, *given)]):
-        return apply(_Eager, rows, *arguments)
+        return apply(_Eager, q, k, v, *scalars, rows, arguments)
     return forward(rows, *arguments)[0]
 
 
@@ -75,38 +76,44 @@ def _sum_values(launches, v, sums):
     return [(launch, tensors) for launch, tensors in zip(launches, ((v, sums), (sums,)), strict=False) if sums is not None]
 
 
-def forward(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend="triton", ahead=None):
+def forward(
+    rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend="triton", backward_backend="triton", ahead=None
+):  # fmt: skip
     """(o, u, lse), u None without alpha and beta: o is the plain attention output then.
 
     rows: layouts of q, k and v. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, q, k, v = _cuda.aligned_rows(rows, q, k, v)
-    options = alpha is not None, beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q), ahead
-    outputs, attend, sum_values = _plan_forward(rows, *options)
-    o, u, lse, sums, counter = allocate(outputs, q.device)
-    last = token_bounds if counter is None else counter
-    launch_all(q, *_sum_values(sum_values, v, sums), (attend, (q, k, v, alpha, beta, sink, sums, o, u, lse, last)))
-    return o, u, lse
+        rows, (q, k, v) = _cuda.aligned_rows(rows, q, k, v)
+    given = [None if x is None else x.dtype for x in (alpha, beta, sink, token_bounds)]
+    program = _plan_forward(rows, *given, left, right, scale, backend, backward_backend, uses_tf32(q), ahead)
+    return program(q, k, v, alpha, beta, sink, token_bounds)
 
 
 @planned
-def _plan_forward(q, k, v, scaled, shifted, packed, left, right, scale, backend, _tf32, ahead):
-    """Layouts of o, u, lse, the sums of v and a counter, the launch that fills the first three, and those of the sums."""
-    o, u, lse = _allocate_forward(q, v, scaled or shifted)
-    numbers, bounds = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty((2, q.shape[2]), dtype=torch.int32)
-    given = [x if there else None for x, there in ((numbers, scaled), (numbers, shifted), (numbers, False), (bounds, packed))]
-    compile_ahead(ahead, backward, o, q, k, v, *given, o, u, lse, left, right, scale, backend)
+def _plan_forward(
+    q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, backward_backend, _tf32, ahead
+):  # fmt: skip
+    """The program of (o, u, lse). alpha, beta, sink, token_bounds: their dtypes, or None."""
+    shapes = q.shape[:3], q.shape[:3], q.shape[1:2], (2, q.shape[2])
+    given = zip(shapes, (alpha, beta, sink, token_bounds), strict=True)
+    alpha, beta, sink, token_bounds = [None if dtype is None else q.new_empty(shape, dtype=dtype) for shape, dtype in given]
+    shifted = beta is not None
+    o, u, lse = _allocate_forward(q, v, alpha is not None or shifted)
+    of_backward = left, right, scale, backward_backend
+    compile_ahead(ahead, backward, o, q, k, v, alpha, beta, None, token_bounds, o, u, lse, *of_backward)
     launch = _launchers()
-    call = launch.signature(q, k, v, None, packed, left, right)
-    counter = None
+    call = launch.signature(q, k, v, None, token_bounds is not None, left, right)
+    last = token_bounds
     if backend == "cuda":
-        counter = q.new_empty(1, dtype=torch.int32)
+        last = q.new_empty(1, dtype=torch.int32)  # its counter, as it takes no token_bounds
         attend, chunk = _cuda.Softmax("softmax_forward", (q, k, v, o), right, scale), _cuda.extension.SOFTMAX_CHUNK
     else:
         attend, chunk = launch.plan_attend(call, o.stride(), scale), launch.chunk(call, "softmax_attend")
     sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
-    return layouts(o, u, lse, sums, counter), attend, sum_values
+    inputs = q, k, v, alpha, beta, sink, token_bounds
+    launches = *_sum_values(sum_values, v, sums), (attend, (*inputs[:6], sums, o, u, lse, last))
+    return Program(inputs, (o, u, lse), launches)
 
 
 def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, right, scale, backend="triton"):
@@ -178,16 +185,16 @@ def _fake_backward(do, q, k, v, alpha, beta, sink, *_):
 
 
 def _save(ctx, inputs, output):
-    *tensors, left, right, scale, backend = inputs
+    *tensors, left, right, scale, _, backward_backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
-    ctx.options = left, right, scale, backend
+    ctx.options = left, right, scale, backward_backend
 
 
 def _given(inputs, results):
     """The gradients of all arguments: what the backward returned, None for tensors that are None and for numbers."""
     gradients = (None if tensor is None else result for tensor, result in zip(inputs, results, strict=True))
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 def _autograd_backward(ctx, do, *_):
@@ -199,7 +206,8 @@ class _Eager(torch.autograd.Function):
     """The autograd of a plain eager call, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, rows, *arguments):
+    def forward(ctx, q, k, v, alpha, beta, sink, rows, arguments):
+        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
         output = forward(rows, *arguments, ahead=rows[0][3])
         _save(ctx, arguments, output)
         return output[0]
@@ -212,7 +220,7 @@ class _Eager(torch.autograd.Function):
             results = torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options)
         else:
             results = backward(do, *inputs, u, lse, *ctx.options)
-        return None, *_given(inputs[:6], results)
+        return *_given(inputs[:6], results)[:6], None, None
 
 
 register(

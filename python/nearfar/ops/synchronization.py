@@ -1,7 +1,6 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,11 @@ from nearfar.reference import synchronization as reference
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head: bfloat16, B4 H32 N4096, every pair
 # locks, on an H100 (docs/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
-MEASURED = {}
+MEASURED = {64: ((1.60, 2.07), (3.63, 5.88))}
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with, and why a backend cannot serve it (None where it can).
-
-    orders: in which "auto" asks the kernels, in the forward and in the backward.
-    """
+    """A checked call: what every backend computes with."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -30,8 +26,8 @@ class Call(NamedTuple):
     coupling: torch.Tensor
     bandwidth: torch.Tensor
     order: torch.Tensor
-    reasons: dict
-    orders: tuple
+    backends: dispatch.Backends
+    layouts: tuple | None  # of q, v and, where it is given, k in a plain call
 
 
 def order_parameter(theta, *, causal=False, backend="auto"):
@@ -118,11 +114,12 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
-    *tensors, _, _ = call
-    forward, backward = dispatch.served(call, backend)
+    *tensors, backends, rows = call
+    forward, backward = backends.served(backend, call.q)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
+        rows = checks.plain_layouts(tensors[0], tensors[2])
         if call.order.dim() == 3:
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
     if forward == "reference":
@@ -130,7 +127,7 @@ def synchronization_attention(
         with checks.no_autocast(q):
             o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
     else:
-        o = kuramoto.attend(*tensors, bool(causal), top_k, float(grad_floor), forward, backward)
+        o = kuramoto.attend(rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
 
 
@@ -168,47 +165,40 @@ def prepare(
     _check_grad_floor(grad_floor)
     if sort and (causal or omega_k is not None or top_k is not None):
         raise ValueError("sort orders tokens that all see each other: it goes with neither causal, omega_k nor top_k")
-    keys, key_name = (omega, "omega") if omega_k is None else (omega_k, "omega_k")
-    tensors = omega, keys, v
-    kernel_reason, orders, cuda_reason = _checked(
-        checks.plain_layouts(*tensors), ("omega", key_name, "v"), tensors, key_name, top_k
-    )
+    tensors = (omega, v) if omega_k is None else (omega, v, omega_k)
+    layouts = checks.plain_layouts(*tensors)
+    checks.check_tensor("order", order)
+    symmetric = kuramoto.is_symmetric(causal, order)
+    backends = _checked(layouts, ("omega", "v", "omega_k")[: len(tensors)], tensors, top_k, symmetric)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
-    reasons = {
-        "cuda": cuda_reason,
-        "triton": dispatch.triton_device_reason(omega) or kernel_reason,
-        "reference": None,
-    }
-    order = _order(order, omega, causal)
-    if not kuramoto.is_symmetric(causal, order):
-        orders = orders[0], dispatch.TRITON_FIRST
-    return Call(omega, omega_k, v, coupling, bandwidth, order, reasons, orders)
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts)
 
 
 @checks.once
-def _checked(metas, key_name, top_k):
-    """Why no kernel can serve these layouts, the orders in which "auto" asks them, and why none in CUDA C++ can."""
-    omega, keys, v = metas
+def _checked(metas, top_k, symmetric):
+    """The backends of these layouts. symmetric: whether S is; else gradients are Triton's."""
+    omega, v, *given = metas
+    keys, key_name = (given[0], "omega_k") if given else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
-    orders = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
-    return reason, orders, reason or _cuda.synchronization_reason(omega, v, key_name == "omega_k", top_k)
+    forward, backward = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
+    orders = forward, backward if symmetric else dispatch.TRITON_FIRST
+    return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, bool(given), top_k), reason, orders)
 
 
 def _check_grad_floor(grad_floor):
-    if not isinstance(grad_floor, numbers.Real) or isinstance(grad_floor, bool):
+    if not checks.is_number(grad_floor) or isinstance(grad_floor, bool):
         raise TypeError(f"grad_floor must be a number, got {type(grad_floor).__name__}")
     if not 0 < grad_floor < math.inf:
         raise ValueError(f"grad_floor must be positive and finite, got {grad_floor}")
 
 
 def _order(order, omega, causal):
-    """r as a float32 (float64) tensor (B, Hq) or (B, Hq, N)."""
-    checks.check_tensor("order", order)
+    """r, a tensor, as a float32 (float64) one (B, Hq) or (B, Hq, N)."""
     rows = omega.shape[:3]
     if order.dtype not in checks.FLOATING:
         raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {order.dtype}")

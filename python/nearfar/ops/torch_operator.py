@@ -47,7 +47,24 @@ def layouts(*tensors):
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
-_planned = []
+class Layouts(tuple):
+    """The layouts of the tensors of a plain call: equal ones are one object, and found by identity from then on.
+
+    What is looked up by them in a call then need not hash and compare the numbers of every tensor again.
+    """
+
+    __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
+
+    @functools.cached_property
+    def unit_strides(self):
+        """Whether the last dimension of every tensor is contiguous, as the kernels need."""
+        return all([strides[-1] == 1 for _, strides, _, _ in self])
+
+
+interned = functools.lru_cache(maxsize=1024)(Layouts)
+
+
+_planned, META = [], torch.device("meta")
 
 
 def planned(plan):
@@ -58,7 +75,7 @@ def planned(plan):
 
     @functools.lru_cache(maxsize=1024)
     def look_up(layouts, *options):
-        return plan(*allocate(layouts, "meta"), *options)
+        return plan(*allocate(layouts, META), *options)
 
     _planned.append(look_up)
     return look_up
@@ -70,8 +87,23 @@ def forget_plans():
         look_up.cache_clear()
 
 
+# torch.empty_strided without the parsing of its arguments and the dispatcher, which code that torch.compile writes calls.
+_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def _takes_the_short_way(device):
+    """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
+    return (
+        _empty_cuda is not None
+        and device.index == torch._C._cuda_getDevice()
+        and not torch._C._get_deterministic_algorithms()
+    )
+
+
 def allocate(layouts, device):
     """Tensors of these layouts on this device, not filled; None for None."""
+    if device.type == "cuda" and _takes_the_short_way(device):
+        return [None if x is None else _empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 
 
@@ -80,14 +112,19 @@ def uses_tf32(tensor):
     return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
+@functools.cache
+def _autograd_apply(function):
+    return super(torch.autograd.Function, function).apply
+
+
 def apply(function, *arguments):
     """`function.apply(*arguments)` for plain arguments, without what torch does ahead of it for functorch's transforms."""
-    return super(torch.autograd.Function, function).apply(*arguments)
+    return _autograd_apply(function)(*arguments)
 
 
 def device_of(tensor):
     """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():  # CUDA is up where there is such a tensor
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
@@ -133,10 +170,10 @@ def unit_stride(tensor):
 
 def unit_strides(rows, *tensors):
     """Layouts of the tensors and they themselves after unit_stride. rows: layouts before it, None where a call is not plain."""
-    if rows is not None and all([row[1][-1] == 1 for row in rows]):
+    if rows is not None and rows.unit_strides:
         return rows, tensors
     tensors = tuple(map(unit_stride, tensors))
-    return None if rows is None else layouts(*tensors), tensors
+    return None if rows is None else interned(layouts(*tensors)), tensors
 
 
 def empty_rows(like, width):
