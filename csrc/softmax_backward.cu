@@ -93,9 +93,9 @@ struct Queries {
         product += __shfl_xor_sync(kWholeWarp, product, 1);
         bias += __shfl_xor_sync(kWholeWarp, bias, 1);
         terms[kShift] = terms[kAlpha] * product;
-        if (there && half == 0) {
-            arguments.m[at] = product;
-            float* const to = arguments.terms + index * arguments.padded_queries + row;
+        if (half == 0) {
+            if (there) arguments.m[at] = product;
+            float* const to = arguments.terms + index * arguments.padded_queries + row;  // of all rows that keys copy
 #pragma unroll
             for (int i = 0; i < Shape::kTerms; ++i) to[i * arguments.terms_apart] = terms[i];
         }

@@ -29,7 +29,7 @@ struct Shape {
     static constexpr int kSlots = 2 * kOwnBytes, kTermSlots = kSlots + kStages * 2 * kTileBytes;
     static constexpr int kRing = kTermSlots + kStages * kTermBytes, kOwnRows = kRing + Ring<kStages>::kBytes;
     static constexpr int kNext = kOwnRows + OwnRows<kGroups>::kBytes, kBytes = kNext + NextSpan::kBytes;
-    static_assert(kSoftmaxTerms % kTile == 0 && kBytes <= 227 * 1024);
+    static_assert(kSoftmaxTerms == kRows && kSoftmaxTerms % kTile == 0 && kBytes <= 227 * 1024);
 };
 
 // What keys are told of each query, in an array of its own each: its log-sum-exp in base 2, alpha m, alpha and beta.

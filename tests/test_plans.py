@@ -250,7 +250,8 @@ def test_a_backward_of_its_own_backend_is_compiled_ahead(operator, backends, mon
     forget_plans()
     ahead, launched = Ahead(monkeypatch), []
     names = f"{operator}_forward", f"{operator}_backward"
-    numbers = dict(SOFTMAX_CHUNK=128, SOFTMAX_TERMS=128, SYNCHRONIZATION_ROWS=192, SYNCHRONIZATION_GRAD_ROWS=128)
+    numbers = dict(SOFTMAX_CHUNK=128, SOFTMAX_TERMS=128, SYNCHRONIZATION_ROWS=192)
+    numbers |= dict(SYNCHRONIZATION_GRAD_ROWS=128, SYNCHRONIZATION_MEMBERS=24)
     made = {name: lambda *_, name=name: lambda *_: launched.append(name) for name in names}
     monkeypatch.setattr(_cuda, "extension", SimpleNamespace(**numbers, **made))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
