@@ -228,22 +228,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_backward_kernel(
     }
     claim_registers<Shape::kRegisters>();
 
-    // Of the group's rows of one tensor with a tile of others.
     const auto start_rows = [&](float(&result)[kTile / 2], int step, int tensor) {
-        const uint32_t own = places.own(tensor, group), others = places.tile(step, tensor);
-#pragma unroll
-        for (int i = 0; i < kWidth / 16; ++i)
-            start_product<Number, kTile>(result, panel_operand(own + i / 4 * Shape::kOwnPanel, i % 4 * 32),
-                                         panel_operand(others + i / 4 * Shape::kPanel, i % 4 * 32), i > 0);
-        commit_products();
+        start_tile_product<Number, kWidth, kTile>(result, places.own(tensor, group), Shape::kOwnPanel,
+                                                  places.tile(step, tensor), Shape::kPanel);
     };
-    // Of a tile's weights with its rows of one tensor.
     const auto start_sum = [&](float(&sum)[kWidth / 2], const Weights<Shape>& weights, int step, int tensor) {
-#pragma unroll
-        for (int i = 0; i < kTile / 16; ++i)
-            start_product_of_rows<Number, kWidth>(sum, weights[i],
-                                                  rows_operand(places.tile(step, tensor) + 16 * 128 * i, Shape::kPanel));
-        commit_products();
+        start_weighted_sum<Number, kWidth, kTile>(sum, weights, places.tile(step, tensor), Shape::kPanel);
     };
 
     int step = 0, number = blockIdx.x;

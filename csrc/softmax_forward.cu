@@ -205,19 +205,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     float score[1][kTile / 2];
     uint32_t weight[kSteps][4];
     const auto start_scores = [&](int step) {
-        const uint32_t queries = places.base + 64 * 128 * group, keys = places.key_tile(step);
-#pragma unroll
-        for (int i = 0; i < kWidth / 16; ++i)
-            start_product<Number, kTile>(score[0], panel_operand(queries + i / 4 * Shape::kPanel, i % 4 * 32),
-                                         panel_operand(keys + i / 4 * Shape::kPanel, i % 4 * 32), i > 0);
-        commit_products();
+        start_tile_product<Number, kWidth, kTile>(score[0], places.base + 64 * 128 * group, Shape::kPanel,
+                                                  places.key_tile(step), Shape::kPanel);
     };
     const auto start_values = [&](float(&sum)[kWidth / 2], int step) {
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i)
-            start_product_of_rows<Number, kWidth>(sum, weight[i],
-                                                  rows_operand(places.value_tile(step) + 16 * 128 * i, Shape::kPanel));
-        commit_products();
+        start_weighted_sum<Number, kWidth, kTile>(sum, weight, places.value_tile(step), Shape::kPanel);
     };
     const auto round_weights = [&] {
 #pragma unroll

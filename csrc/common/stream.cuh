@@ -58,6 +58,26 @@ __device__ __forceinline__ void copy_panels(const CUtensorMap& tensor, uint32_t 
     for (int i = 0; i < Panels; ++i) copy_box(to + i * apart, tensor, 64 * i, row, head, batch, barrier);
 }
 
+// Starts the products c = x y^T of 64 rows x, whose panels are x_apart bytes after each other, and a tile of `Tile` rows y.
+template <typename T, int Width, int Tile>
+__device__ __forceinline__ void start_tile_product(float (&c)[Tile / 2], uint32_t x, int x_apart, uint32_t y, int y_apart) {
+#pragma unroll
+    for (int i = 0; i < Width / 16; ++i)
+        start_product<T, Tile>(c, panel_operand(x + i / 4 * x_apart, i % 4 * 32),
+                               panel_operand(y + i / 4 * y_apart, i % 4 * 32), i > 0);
+    commit_products();
+}
+
+// Starts the products sum += weights y, for fragments of weights of the rows y.
+template <typename T, int Width, int Tile>
+__device__ __forceinline__ void start_weighted_sum(float (&sum)[Width / 2], const uint32_t (&weights)[Tile / 16][4], uint32_t y,
+                                                   int y_apart) {
+#pragma unroll
+    for (int i = 0; i < Tile / 16; ++i)
+        start_product_of_rows<T, Width>(sum, weights[i], rows_operand(y + 16 * 128 * i, y_apart));
+    commit_products();
+}
+
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
