@@ -46,12 +46,12 @@ def results(dtype):
         yield _cuda.row_sumsq(randn(2, 3, 65, width, dtype=dtype))
 
 
-def digest():
+def digest(tensors):
     found = hashlib.sha256()
-    for tensor in itertools.chain(results(torch.float16), results(torch.bfloat16)):
+    for tensor in tensors:
         found.update(tensor.flatten().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
 
 
 if __name__ == "__main__":
-    print(digest())
+    print(digest(itertools.chain(results(torch.float16), results(torch.bfloat16))))

@@ -183,6 +183,15 @@ def test_the_same_bits_every_time(name, dtype):
         assert_same(first, run(nf.krause_attention, sample, backend="cuda"), f"at repeat {repeat}")
 
 
+def test_a_digest_knows_every_bit():
+    """Of numbers, too, and of what is not contiguous."""
+    from cuda_kernels import digest  # which takes samples from here
+
+    tensors = [torch.tensor(1.0), torch.arange(6.0).view(2, 3).mT, torch.tensor([1, 2], dtype=torch.bfloat16)]
+    changed = [[x + 1 if x is other else x for x in tensors] for other in tensors]
+    assert len({digest(some) for some in (tensors, *changed)}) == 4 and digest(tensors) == digest(iter(tensors))
+
+
 @gpu
 def test_fifty_processes_give_the_same_bits():
     """Of every CUDA kernel. The first one fills Triton's cache, which is not safe from processes that fill it at one time."""
