@@ -22,6 +22,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/constants.cuh"
 #include "common/fragments.cuh"
 #include "common/occupancy.h"
 #include "common/reduce.cuh"
@@ -42,7 +43,6 @@ constexpr int kTileBlocks = kTileRows / kRows;
 constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // that a tile reaches at most
 constexpr int kRingRows = kRingTiles * kTileRows;
 constexpr int kStripTiles = 6;  // of 6, 11, 16, 22 and 43 the fastest (docs/krause.md)
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <typename T>
 struct Arguments {
@@ -148,7 +148,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const int num_words = arguments.num_words;
     const int32_t* const bits = arguments.bits + static_cast<int64_t>(outer) * window.num_queries * num_words;
     const bool selected = arguments.bits != nullptr;
-    const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2e;
+    const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2E;
 
     const uint32_t my_rows = warp * kRows * kRowBytes;
     float row_lse[2];
@@ -360,7 +360,7 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
 #pragma unroll 1
         for (int member = 0; member < group; ++member) {
             const int head = kv_head * group + member;
-            const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2e;
+            const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2E;
             if (member > 0) {
 #pragma unroll
                 for (int i = 0; i < Width / 2; ++i) dk[i / 4][i % 4] *= unit / scale;

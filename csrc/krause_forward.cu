@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/constants.cuh"
 #include "common/occupancy.h"
 #include "common/select.cuh"
 #include "common/tile.cuh"
@@ -23,7 +24,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;                    // queries of a warp
 constexpr int kTileRows = kWarps * kRows;    // queries, and keys, of a tile
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Strides {
     int64_t batch, head, row;
@@ -242,7 +242,7 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
 
     const float sigma = arguments.sigma[head * arguments.sigma_stride];
     // One that is not positive poisons its head. A scale of 0 would turn the -infinity of masked scores into NaN.
-    const float scale = sigma > 0 ? fmaxf(1.0f / (sigma * sigma), FLT_MIN) * kLog2e : NAN;
+    const float scale = sigma > 0 ? fmaxf(1.0f / (sigma * sigma), FLT_MIN) * kLog2E : NAN;
 
     const int64_t tiles = arguments.num_tiles;
     const int first_tile = static_cast<int>(tiles * strip / arguments.num_strips);

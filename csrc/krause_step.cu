@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/constants.cuh"
 #include "common/reduce.cuh"
 #include "common/select.cuh"
 
@@ -20,7 +21,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kAhead = 4;  // rows that a lane loads before it uses the first
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Strides {
     int64_t batch, head;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) krause_step_kernel(const Arguments<T
         __syncthreads();
         for (int h = warp; h < members; h += kWarps) {
             const float sigma = arguments.sigma[(query_head + h) * arguments.sigma_stride];
-            const float scale = sigma > 0.0f ? kLog2e / (sigma * sigma) : NAN;  // not checked on the host: poison the head
+            const float scale = sigma > 0.0f ? kLog2E / (sigma * sigma) : NAN;  // not checked on the host: poison the head
             const float total = weigh(scores + h * window, ring, arguments.top_k, scale);
             if (threadIdx.x % 32 == 0) totals[h] = total;
         }

@@ -119,8 +119,7 @@ struct Group {
     // Stores this lane's share of the group's rows.
     __device__ void store(const float (&sum)[kWidth / 2], const Tensor<typename Shape::Number>& to) const {
         const int first = row() - lane / 4;
-        store_rows<typename Shape::Number, kWidth>(reinterpret_cast<const float(&)[kWidth / 8][4]>(sum), 1.0f, lane,
-                                                   block.tokens.num_tokens - first, to.row,
+        store_rows<typename Shape::Number, kWidth>(tiles_of(sum), 1.0f, lane, block.tokens.num_tokens - first, to.row,
                                                    to.at(span.batch, span.head) + first * to.row);
     }
 

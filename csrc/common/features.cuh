@@ -7,11 +7,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "constants.cuh"
 #include "mma.cuh"
 
 namespace nearfar {
 
-__device__ __forceinline__ float fast_exp(float x) { return exp2_approximate(x * 1.4426950408889634f); }
+__device__ __forceinline__ float fast_exp(float x) { return exp2_approximate(x * kLog2E); }
 
 struct Identity {
     __device__ static float value(float x) { return x; }

@@ -7,10 +7,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
+#include "constants.cuh"
 #include "hopper.cuh"
 #include "mma.cuh"
+#include "ring.cuh"
 
 namespace nearfar {
 
@@ -32,7 +33,7 @@ struct Stream {
     static constexpr int kSlots = kPanels * kOwnPanel;
     static constexpr int kVectors = kSlots + kStages * kSlotBytes;
     static constexpr int kBarriers = kVectors + kStages * kVectorBytes;
-    static constexpr int kBytes = kBarriers + 8 * (2 * kStages + 1);
+    static constexpr int kBytes = kBarriers + Ring<kStages>::kBytes + 8;
     static_assert(kWidth % 64 == 0 && (kGroups == 3 || kGroups == 4));
     using Products = float[kProducts][kTile / 2];
 };
@@ -78,9 +79,6 @@ __device__ __forceinline__ void start_weighted_sum(float (&sum)[Width / 2], cons
     commit_products();
 }
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 // Element i of the products of a lane is of the first of its two rows, or of the second where i / 2 is odd, and of this column.
 __device__ constexpr int product_column(int lane, int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
 
@@ -101,20 +99,16 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
     constexpr int kPanelsEach = Stream::kPanels / Stream::kProducts;
     const Band& band = arguments.band;
     const uint32_t base = shared_address(memory);
-    const auto full = [&](int slot) { return base + Stream::kBarriers + 8 * slot; };
-    const auto empty = [&](int slot) { return full(kStages + slot); };
-    const uint32_t loaded = empty(kStages);
+    const Ring<kStages> ring{base + Stream::kBarriers};
+    const uint32_t loaded = ring.barriers + ring.kBytes;
     if (threadIdx.x == 0) {
         make_barrier(loaded, 1);
-        for (int slot = 0; slot < kStages; ++slot) {
-            make_barrier(full(slot), 1);
-            make_barrier(empty(slot), 4 * kGroups);
-        }
+        ring.make(4 * kGroups);
         publish_barriers();
     }
     __syncthreads();
 
-    const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0);
     const int first_row = place.tile * Stream::kRows;
     const int begin = band.begin(first_row) / kTile, end = (band.end(first_row + Stream::kRows - 1) + kTile - 1) / kTile;
     if (group == kGroups) {
@@ -126,17 +120,17 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
             copy_box(base + i * Stream::kOwnPanel, arguments.own[i / kPanelsEach], i % kPanelsEach * 64, first_row, place.head,
                      place.batch, loaded);
         for (int tile = begin; tile < end; ++tile) {
-            const int slot = (tile - begin) % kStages, round = (tile - begin) / kStages;
-            if (round > 0) wait_for_barrier(empty(slot), (round - 1) % 2);
-            arrive_expecting(full(slot), Stream::kSlotBytes + (vectors == nullptr ? 0 : Stream::kVectorBytes));
+            const int step = tile - begin, slot = step % kStages;
+            ring.wait_empty(step);
+            arrive_expecting(ring.full(step), Stream::kSlotBytes + (vectors == nullptr ? 0 : Stream::kVectorBytes));
 #pragma unroll
             for (int i = 0; i < Stream::kPanels; ++i)
                 copy_box(base + Stream::kSlots + slot * Stream::kSlotBytes + i * Stream::kPanel,
                          arguments.others[i / kPanelsEach], i % kPanelsEach * 64, tile * kTile, place.other_head, place.batch,
-                         full(slot));
+                         ring.full(step));
             if (vectors != nullptr)
                 copy_bytes(base + Stream::kVectors + slot * Stream::kVectorBytes, vectors + tile * kTile, Stream::kVectorBytes,
-                           full(slot));
+                           ring.full(step));
         }
         return false;
     }
@@ -147,10 +141,10 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
     wait_for_barrier(loaded, 0);
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
-        const int round = tile - begin, slot = round % kStages, first = tile * kTile;
+        const int step = tile - begin, slot = step % kStages, first = tile * kTile;
         const uint32_t rows = base + 64 * 128 * group, others = base + Stream::kSlots + slot * Stream::kSlotBytes;
         typename Stream::Products products;
-        wait_for_barrier(full(slot), round / kStages % 2);
+        ring.wait_full(step);
         begin_products();
 #pragma unroll
         for (int i = 0; i < 4 * Stream::kPanels; ++i)
@@ -162,8 +156,7 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
         const auto* const vector = reinterpret_cast<const float*>(memory + Stream::kVectors) + slot * kTile;
         if (first >= all_begin && first + kTile <= all_end) body.template add<false>(products, first, vector);
         else body.template add<true>(products, first, vector);
-        __syncwarp();
-        if (lane == 0) arrive(empty(slot));
+        ring.leave(step);
     }
     return true;
 }

@@ -60,6 +60,11 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _by_head(parameter):
+    """The stride of a parameter with one number a head, or one for all."""
+    return 1 if parameter.numel() > 1 else 0
+
+
 KRAUSE_WIDTHS = (32, 64, 128)
 
 
@@ -172,7 +177,7 @@ def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
     """
     forward = extension.krause_forward(
         _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [x.stride()[:3] for x in (q, k, v, o)],
-        1 if sigma.numel() > 1 else 0, left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+        _by_head(sigma), left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
     )  # fmt: skip
 
     def launch(q, k, v, sigma, token_bounds, o, lse, bits):
@@ -198,7 +203,7 @@ def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits,
     extension.krause_backward(
         [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
-        [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], 1 if sigma.numel() > 1 else 0,
+        [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], _by_head(sigma),
         left, right, q.get_device(), stream_of(q),
     )  # fmt: skip
 
@@ -222,7 +227,7 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
     extension.krause_step(
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
         (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
-        1 if sigma.numel() > 1 else 0, 0 if top_k is None else top_k,
+        _by_head(sigma), 0 if top_k is None else top_k,
         q.get_device(), stream_of(q),
     )  # fmt: skip
 
@@ -253,8 +258,15 @@ def _linear_device_reason(index, width):
     return _memory_reason(index, width, extension.linear_shared_bytes(width))
 
 
-class Walk:
-    """A launch of a linear_ kernel, made among those of Triton's kernels (launch.Launch): all but its tensors is fixed.
+class BuiltLaunch:
+    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors."""
+
+    def is_new(self, _surveyed):
+        return False  # it was compiled with the package
+
+
+class Walk(BuiltLaunch):
+    """A launch of a linear_ kernel.
 
     It is given what its namesake in triton_kernels/walk.py is given; its q, k, v and do start at multiples of 16 bytes.
     """
@@ -271,9 +283,6 @@ class Walk:
         del strides[self._unread]
         sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, problem.widths[0], *problem.spans
         self._fixed = problem.feature_map, sizes, strides, *eps
-
-    def is_new(self, _surveyed):
-        return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
@@ -318,14 +327,14 @@ def _hopper_device_reason(index):
     return None
 
 
-def _whole_tiles(length):
-    return -(-length // extension.DIAGNOSTICS_TILE) * extension.DIAGNOSTICS_TILE
+def _whole_tiles(length, tile):
+    return -(-length // tile) * tile
 
 
 def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass):
     """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
     q, k = aligned_starts(q, k)
-    levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2]))
+    levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2], extension.DIAGNOSTICS_TILE))
     extension.statistics(
         [tensor.data_ptr() for tensor in (q, k, lse, entropy, max_weight, max_key, mass, levels)], _DTYPES[q.dtype],
         (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [tensor.stride()[:3] for tensor in (q, k)], left, right, scale,
@@ -339,7 +348,8 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
     centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
     """
     q, k, v = aligned_starts(q, k, v)
-    squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(v.shape[2]) - v.shape[2]))
+    length = v.shape[2]
+    squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(length, extension.DIAGNOSTICS_TILE) - length))
     addressed = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
     call = (
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
@@ -360,12 +370,11 @@ def softmax_reason(q, k, v, left, packed):
 
 def softmax_terms_shape(q):
     """Of a workspace of softmax_backward, float32."""
-    terms = extension.SOFTMAX_TERMS
-    return 4, *q.shape[:2], -(-q.shape[2] // terms) * terms
+    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.SOFTMAX_TERMS)
 
 
-class Softmax:
-    """A launch of softmax_forward or softmax_backward among those of Triton's kernels: all but its tensors is fixed.
+class Softmax(BuiltLaunch):
+    """A launch of softmax_forward or softmax_backward.
 
     It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose
     strides they take, the first two q and k.
@@ -376,9 +385,6 @@ class Softmax:
         sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
         strides = [x.stride()[:3] for x in strided]
         self._launch = getattr(extension, function)(_DTYPES[q.dtype], sizes, strides, right, scale)
-
-    def is_new(self, _surveyed):
-        return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
@@ -398,8 +404,8 @@ def synchronization_reason(omega, v, separate, top_k):
     return reason
 
 
-class SynchronizationForward:
-    """A launch of synchronization_forward among those of Triton's kernels: all but its tensors is fixed.
+class SynchronizationForward(BuiltLaunch):
+    """A launch of synchronization_forward.
 
     It is given what `attend` in triton_kernels/synchronization.py is given and a counter, with lists for tiles of `rows` tokens
     that tell of the tiles' cells from bit `members` on; its omega and v start at multiples of 16 bytes.
@@ -407,27 +413,25 @@ class SynchronizationForward:
 
     def __init__(self, omega, v, bandwidth, o, causal):
         self.rows, self.members = extension.SYNCHRONIZATION_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides, by_head = [x.stride()[:3] for x in (omega, v, o)], 1 if bandwidth.numel() > 1 else 0
-        self._launch = extension.synchronization_forward(_DTYPES[omega.dtype], omega.shape[:3], strides, by_head, causal)
-
-    def is_new(self, _surveyed):
-        return False  # it was compiled with the package
+        strides = [x.stride()[:3] for x in (omega, v, o)]
+        self._launch = extension.synchronization_forward(
+            _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), causal
+        )
 
     def run(self, tensors, surveyed):
         omega, _, v, squares, _, *others = surveyed[0]  # without those of the keys, which are the queries
         self._launch([omega, v, squares, *others], tensors[0].get_device(), stream_of(tensors[0]))
 
 
-class SynchronizationBackward:
+class SynchronizationBackward(BuiltLaunch):
     """A launch of synchronization_backward likewise, in the place of `grad_tokens`; its do starts like omega and v."""
 
     def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
         self.rows, self.members = extension.SYNCHRONIZATION_GRAD_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides, by_head = [x.stride()[:3] for x in (omega, v, do, dw, dv)], 1 if bandwidth.numel() > 1 else 0
-        self._launch = extension.synchronization_backward(_DTYPES[omega.dtype], omega.shape[:3], strides, by_head, grad_floor)
-
-    def is_new(self, _surveyed):
-        return False
+        strides = [x.stride()[:3] for x in (omega, v, do, dw, dv)]
+        self._launch = extension.synchronization_backward(
+            _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), grad_floor
+        )
 
     def run(self, tensors, surveyed):
         self._launch(surveyed[0], tensors[0].get_device(), stream_of(tensors[0]))

@@ -125,11 +125,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
         checks.check_exactly("out", checks.meta("out", out), shape, q.dtype, q.device)
         if out.stride(3) != 1:
             raise ValueError(f"out must have a contiguous last dimension, got strides {out.stride()}")
-    reasons = {
-        "cuda": kernel_reason or _cuda.krause_step_reason(q, k, v, cache),
-        "triton": dispatch.triton_device_reason(q) or kernel_reason,
-        "reference": None,
-    }
+    reasons = dispatch.Backends(kernel_reason or _cuda.krause_step_reason(q, k, v, cache), kernel_reason).reasons(q)
     chosen = dispatch.choose(backend, reasons, q.device, order)
     with torch.no_grad():
         if top_k is not None and top_k >= cache.k.shape[2]:

@@ -53,11 +53,8 @@ def order_parameter(theta, *, causal=False, backend="auto"):
         raise TypeError(f"theta must be float16, bfloat16, float32 or float64, got {meta.dtype}")
     if len(meta.shape) != 4:
         raise ValueError(f"theta must have 4 dimensions (B, H, N, D), got shape {tuple(meta.shape)}")
-    reasons = {
-        "cuda": "there is no CUDA kernel of order_parameter yet",
-        "triton": dispatch.triton_device_reason(theta) or checks.kernel_width_reason("theta", theta.shape[3]),
-        "reference": None,
-    }
+    width_reason = checks.kernel_width_reason("theta", theta.shape[3])
+    reasons = dispatch.Backends("there is no CUDA kernel of order_parameter yet", width_reason).reasons(theta)
     if dispatch.choose(backend, reasons, theta.device) == "reference":
         with checks.no_autocast(theta):
             return reference.order_parameter(theta, causal)
