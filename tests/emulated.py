@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/emulation"
@@ -98,15 +99,30 @@ def launch(kernel, structure, kind, tensors, conditions, **numbers):
         tensor = tensors.get(name.removesuffix("_strides"))
         if tensor is not None:
             setattr(call, name, field(*tensor.stride()[: field._length_]) if name.endswith("_strides") else tensor.data_ptr())
-    error = kernel(ctypes.byref(call), kind.encode(), conditions.device, conditions.late_copies, conditions.seed)
-    assert error is None, error.decode()
+    _run(kernel, call, kind, conditions)
 
 
-def call_of(structure, addresses, steps, **numbers):
-    """A launcher's argument from addresses and from strides, both in the order of its fields."""
-    names = [name for name, kind in structure._fields_ if kind is ctypes.c_void_p]
+def launch_at(kernel, structure, kind, addresses, steps, conditions, **numbers):
+    """The same from addresses and from strides, both in the order of the structure's fields."""
+    names = [name for name, field in structure._fields_ if field is ctypes.c_void_p]
     call = structure(**dict(zip(names, addresses, strict=True)), **numbers)
     arrays = [name for name, _ in structure._fields_ if name.endswith("_strides")]
     for array, step in zip(arrays, steps, strict=True):
         setattr(call, array, (3 * ctypes.c_int64)(*step))
-    return call
+    _run(kernel, call, kind, conditions)
+
+
+def _run(kernel, call, kind, conditions):
+    error = kernel(ctypes.byref(call), kind.encode(), *conditions)
+    assert error is None, error.decode()
+
+
+def through_the_operator(operator, op_arguments, sample, layout, backends):
+    """(do, o, gradients by name) of a torch operator, forward and backward by these backends; its tensors have this layout."""
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or next(iter(tensors.values())).data_ptr() % 16
+    o, *_ = operator(*op_arguments(Sample(tensors, sample.options)), *backends)
+    do = GRADIENTS["width before rows"](randn(*o.shape, dtype=o.dtype, seed=11, device="cpu"))
+    gradients = torch.autograd.grad(o, list(tensors.values()), do)
+    return do, o.detach(), dict(zip(tensors, gradients, strict=True))

@@ -1,5 +1,6 @@
 """What the tests share: the device, the dtypes, running a call with its gradients, and the rule of accuracy."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -107,6 +108,23 @@ def assert_same(first, second, what=""):
         assert torch.equal(a, b), f"output {index} differs {what}"
     for name in first[1]:
         assert torch.equal(first[1][name], second[1][name]), f"gradient of {name} differs {what}"
+
+
+def assert_same_by_other_ways(function, operator, sample, arguments):
+    """What a function computes in CUDA C++ it also computes in a graph, through the dispatcher and compiled.
+
+    operator, arguments: its torch operator, which has to pass opcheck, and what that is given for a sample.
+    """
+    expected = run(function, sample, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # capture fails if a launch goes to any other stream
+        o = function(**sample.tensors, **sample.options, backend="cuda")
+    o.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(o, expected[0])
+    torch.library.opcheck(operator.default, arguments(Sample(leaves(sample), sample.options)))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert_same(expected, run(compiled, sample, backend="cuda"))
 
 
 def assert_accurate(name, got, exact, plain, scale, dtype):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, assert_accurate, randn
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
+from harness import Sample, assert_accurate, randn
 from samples import affine as oracle
 
 from nearfar import _cuda
@@ -195,9 +195,8 @@ class Extension:
     def _launch(self, name, structure, fixed, addresses, _device, _stream):
         dtype, sizes, steps, right, scale = fixed
         numbers = dict(zip("batches heads kv_heads num_queries num_keys width".split(), sizes, strict=True))
-        call = call_of(structure, addresses, steps, right=right, scale=scale, **numbers)
-        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *Conditions())
-        assert error is None, error.decode()
+        kernel, options = self._kernels[name], dict(right=right, scale=scale)
+        launch_at(kernel, structure, dtype, addresses, steps, Conditions(), **numbers, **options)
 
     def softmax_forward(self, *fixed):
         return functools.partial(self._launch, "softmax_forward", SoftmaxForward, fixed)
@@ -223,10 +222,5 @@ def test_through_the_operator(affine, layout, backends, kernels, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension(kernels))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(torch.float16, heads=(2, 1), batch=2, length=150, keys=170, causal=True, affine=affine, sink=True)
-    change = {**LAYOUTS, **MISALIGNED}[layout]
-    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
-    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
-    o, *_ = torch.ops.nearfar.affine_attention(*oracle.op_arguments(Sample(tensors, sample.options)), *backends)
-    do = GRADIENTS["width before rows"](randn(*o.shape, dtype=o.dtype, seed=11, device="cpu"))
-    gradients = torch.autograd.grad(o, list(tensors.values()), do)
-    oracle.check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))
+    operator = torch.ops.nearfar.affine_attention
+    oracle.check(sample, *through_the_operator(operator, oracle.op_arguments, sample, layout, backends))

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
 from samples.krause import best, check, decode, dense, keys_like, op_arguments, visible
 
@@ -177,9 +177,7 @@ class Extension:
     def _launch(self, name, structure, addresses, dtype, sizes, steps, *numbers):
         names = "batches heads kv_heads num_queries num_keys width sigma_stride back ahead top_k".split()
         numbers = dict(zip(names[: 6 + len(numbers)], (*sizes, *numbers), strict=True))
-        call = call_of(structure, addresses, steps, **numbers)
-        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *FEW_STRIPS)
-        assert error is None, error.decode()
+        launch_at(self._kernels[name], structure, dtype, addresses, steps, FEW_STRIPS, **numbers)
 
     def krause_forward(self, *fixed):
         return lambda *addresses: self._launch("krause_forward", KrauseForward, addresses[:-2], *fixed)

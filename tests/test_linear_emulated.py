@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
 from samples.linear import check, features, op_arguments, random_state, spans, with_ones
 
@@ -187,9 +187,7 @@ class Extension:
 
     def _launch(self, name, structure, tensors, feature_map, sizes, strides, *rest):
         numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
-        call = call_of(structure, tensors, strides, **numbers)
-        error = self._kernels[name](ctypes.byref(call), feature_map.encode(), *ANY)
-        assert error is None, error.decode()
+        launch_at(self._kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
 
     def linear_forward(self, *arguments):
         self._launch("linear_forward", LinearForward, *arguments)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, call_of, fields, launch, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
+from harness import Sample, randn
 from samples.synchronization import check, differences, op_arguments, parameters
 
 from nearfar import _cuda
@@ -243,9 +243,8 @@ class Extension:
     def _launch(self, name, structure, fixed, addresses, _device, _stream):
         dtype, (batches, heads, num_tokens), steps, bandwidth_stride, last = fixed
         numbers = dict(batches=batches, heads=heads, num_tokens=num_tokens, bandwidth_stride=bandwidth_stride)
-        call = call_of(structure, addresses, steps, **numbers, **{structure._fields_[-1][0]: last})
-        error = self._kernels[name](ctypes.byref(call), dtype.encode(), *Conditions())
-        assert error is None, error.decode()
+        numbers[structure._fields_[-1][0]] = last
+        launch_at(self._kernels[name], structure, dtype, addresses, steps, Conditions(), **numbers)
 
     def synchronization_forward(self, *fixed):
         return functools.partial(self._launch, "synchronization_forward", Forward, fixed)
@@ -269,10 +268,5 @@ def test_through_the_operator(causal, layout, backends, kernels, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension(kernels))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(torch.float16, length=150, batch=2, **(dict(causal=True) if causal else {}))
-    change = {**LAYOUTS, **MISALIGNED}[layout]
-    tensors = {name: (change(x) if x.dim() == 4 else x).requires_grad_() for name, x in sample.tensors.items()}
-    assert layout in LAYOUTS or tensors["omega"].data_ptr() % 16
-    o, *_ = torch.ops.nearfar.synchronization_attention(*op_arguments(Sample(tensors, sample.options)), *backends)
-    do = GRADIENTS["width before rows"](randn(*o.shape, dtype=o.dtype, seed=9, device="cpu"))
-    gradients = torch.autograd.grad(o, list(tensors.values()), do)
-    check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))
+    operator = torch.ops.nearfar.synchronization_attention
+    check(sample, *through_the_operator(operator, op_arguments, sample, layout, backends))
