@@ -20,7 +20,7 @@ using Geometry = Walk<kWidth, 2 * kHalf, 8, 2>;
 constexpr int kHalfBytes = kHalf * Geometry::kRowBytes;
 using Products = float[kHalf / 2];  // of 64 rows with 64 columns
 
-// Bytes from the start of shared memory, a multiple of 1,024: the ring, mapped keys beside those as they were, the states behind
+// Bytes from the start of shared memory, a multiple of 1,024: the ring, mapped keys beside the raw ones, the states behind
 // this chunk and behind the next, their norms, and numbers of the tokens of this chunk and of the next.
 struct Layout {
     static constexpr int kQueries = 0, kGrads = Geometry::kTileBytes, kKeys = 2 * Geometry::kTileBytes;
