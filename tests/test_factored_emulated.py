@@ -4,11 +4,14 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import randn
-from samples.linear import MAPS
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
+from samples.linear import MAPS, check, op_arguments, random_tensors
+
+from nearfar import _cuda
 
 WIDTH, CHUNK = 64, 64
+SIZES = "batches heads state_heads num_tokens width num_pieces piece_length"
 
 
 class FactoredFeatures(ctypes.Structure):  # as in csrc/factored.h
@@ -23,7 +26,7 @@ class FactoredAccumulate(ctypes.Structure):  # as in csrc/factored.h
     _fields_ = [
         *fields(ctypes.c_void_p, "outer_tiles weighted_tiles inner_tiles y partials partial_norms counter"),
         *strides("y"),
-        *fields(ctypes.c_int64, "batches heads state_heads num_tokens width num_pieces piece_length"),
+        *fields(ctypes.c_int64, SIZES),
     ]
 
 
@@ -172,3 +175,58 @@ def test_read(name, late_copies, kernels):
         expected, scale = expected * reciprocal[..., None], scale * size[..., None] / reciprocal.abs()[..., None]
     assert ((out.double() - expected).abs() <= 2**-6 * scale).all()
     assert ((out.double() - expected).norm() <= 2**-7 * expected.norm())
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    FACTORED_CHUNK, FACTORED_WIDTH = CHUNK, WIDTH
+
+    def __init__(self, kernels):
+        self._kernels, self.launched = kernels, []
+
+    def factored_accumulate(self, feature_map, sizes, steps):
+        numbers = dict(zip(SIZES.split(), sizes, strict=True))
+
+        def run(tensors, device, stream):
+            outer, inner, y, factors, weights, partials, norms, outer_tiles, inner_tiles, weighted_tiles, counter = tensors
+            given = outer, inner, factors, weights, outer_tiles, weighted_tiles, inner_tiles
+            some = {name: numbers[name] for name in ("batches", "heads", "num_tokens")}
+            launch_at(self._kernels["factored_features"], FactoredFeatures, feature_map, given, steps[:2], Conditions(), **some)
+            given = outer_tiles, weighted_tiles or outer_tiles, inner_tiles, y, partials, norms, counter
+            launch_at(self._kernels["factored_accumulate"], FactoredAccumulate, "", given, steps[2:], Conditions(), **numbers)
+            self.launched.append("accumulate")
+
+        return run
+
+    def factored_read(self, feature_map, sizes, steps, eps):
+        numbers = dict(zip("batches heads state_heads num_tokens width".split(), sizes, strict=True))
+
+        def run(tensors, device, stream):
+            launch_at(self._kernels["factored_read"], FactoredRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
+            self.launched.append("read")
+
+        return run
+
+
+@pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
+def test_through_the_operator(options, layout, kernels, monkeypatch):
+    """Arguments arrive where they belong, and what does not start at 16 bytes is copied; a returned state brings states about.
+
+    Of the backward, dv needs nothing of Triton's products, which its interpreter gets wrong in bfloat16.
+    """
+    extension = Extension(kernels)
+    monkeypatch.setattr(_cuda, "extension", extension)
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    tensors = random_tensors((64, 64), 64, (1, 4, 100), (1, 2, 100), torch.bfloat16, "cpu")
+    sample = Sample(tensors, dict(options, return_state=True))
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: change(x).requires_grad_() for name, x in tensors.items()}
+    assert layout in LAYOUTS or tensors["q1"].data_ptr() % 16
+    o, state, *_ = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
+    do = GRADIENTS["width before rows"](random(*o.shape, seed=11))
+    dstate = torch.zeros_like(state)
+    (dv,) = torch.autograd.grad((o, state), [tensors["v"]], (do, dstate))
+    assert extension.launched == ["accumulate", "read"] * 2
+    check(sample, (do, dstate), (o.detach(), state.detach()), {"v": dv}, names=["v"])

@@ -235,7 +235,7 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
 LINEAR_WIDTHS = (64, 128)
 
 
-def linear_reason(qs, ks, v, causal):
+def linear_reason(qs, ks, v, causal, packed=False):
     """Why the CUDA kernels cannot serve calls of linear_attention or hadamard_attention with these layouts, or None."""
     if reason := _absence_reason("v", v):
         return reason
@@ -243,13 +243,29 @@ def linear_reason(qs, ks, v, causal):
         return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
+    if len(qs) == 2 and not causal:
+        return _factored_reason(qs, ks, v, packed)
     if len(qs) != 1 or not causal:
-        return "the CUDA kernels are those of causal attention with one factor"
+        return "the CUDA kernels are those of causal attention with one factor, and of attention with two that is not causal"
     width, value_width = qs[0].shape[3], v.shape[3]
     if width != value_width or width not in LINEAR_WIDTHS:
         return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
     reason = _rows_reason(q=qs[0], k=ks[0], v=v)
     return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width))
+
+
+def _factored_reason(qs, ks, v, packed):
+    """The same for two factors that keep a state of all keys."""
+    if packed:
+        return "the CUDA kernels of two factors take no packed sequences"
+    widths, value_width = [int(q.shape[3]) for q in qs], int(v.shape[3])
+    if widths != [64, 64] or value_width not in HOPPER_WIDTHS:
+        return (
+            f"qs and v are {widths[0]}, {widths[1]} and {value_width} wide; "
+            "the CUDA kernels take factors of 64 and values of 64 or 128"
+        )
+    factors = {f"{name}[{r}]": x for name, xs in (("qs", qs), ("ks", ks)) for r, x in enumerate(xs)}
+    return hopper_reason(factors) or hopper_reason({"v": v})
 
 
 def _linear_device_reason(index, width):
@@ -288,6 +304,61 @@ class Walk(BuiltLaunch):
         addresses = [address or 0 for address in surveyed[0]]
         del addresses[self._unread]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+
+
+def _tokens(problem, of_queries):
+    """Their number and their heads: of the queries or of the keys."""
+    return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
+
+
+def _where(tensors):
+    """Device and stream of what a launch is given, or a call."""
+    first = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
+    return first.get_device(), stream_of(first)
+
+
+class FactoredAccumulate(BuiltLaunch):
+    """A launch of factored_accumulate in the place of `accumulate`.
+
+    It is given what that is given, and its workspaces ahead of the pieces, which it does not read; xs and y start at multiples of
+    16 bytes.
+    """
+
+    def __init__(self, problem, of_queries, x_strides, y_strides):
+        """Arguments as for factored_launch.plan_accumulate."""
+        length, heads = _tokens(problem, of_queries)
+        sizes = (
+            problem.batch, heads, problem.key_heads, length, problem.value_width, problem.num_pieces(length), problem.piece_length
+        )  # fmt: skip
+        strides = [x[:3] for x in (*x_strides, y_strides)]
+        self._launch = extension.factored_accumulate(problem.feature_map, sizes, strides)
+
+    @staticmethod
+    def workspaces(problem, of_queries, y):
+        """Tiles of features, those of queries weighted, too, and a counter."""
+        length, heads = _tokens(problem, of_queries)
+        shape = problem.batch, heads, -(-length // extension.FACTORED_CHUNK), extension.FACTORED_CHUNK, extension.FACTORED_WIDTH
+        outer, inner = y.new_empty(shape), y.new_empty(shape)
+        return outer, inner, y.new_empty(shape) if of_queries else None, y.new_empty(1, dtype=torch.int32)
+
+    def run(self, tensors, surveyed):
+        xs, *others, _ = surveyed[0]
+        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
+
+
+class FactoredRead(BuiltLaunch):
+    """A launch of factored_read in the place of `read` without pairs, likewise; its workspace is a counter."""
+
+    def __init__(self, problem, of_keys, x_strides, out_strides, eps):
+        """Arguments as for factored_launch.plan_read."""
+        length, heads = _tokens(problem, not of_keys)
+        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width
+        strides = [x[:3] for x in (*x_strides, out_strides)]
+        self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
+
+    def run(self, tensors, surveyed):
+        xs, _, _, _, *others, counter, _ = surveyed[0]
+        self._launch([*xs, *(address or 0 for address in others), counter], *_where(tensors))
 
 
 HOPPER_WIDTHS = (64, 128)

@@ -21,6 +21,9 @@ MEASURED = {
     128: ((0.8644, 1.3251), (2.4432, 5.6790)),
 }
 
+# The same for two factors of 64 without causality, by the width of the values.
+MEASURED_HADAMARD = {}
+
 
 class Call(NamedTuple):
     """A checked call: what every backend computes with."""
@@ -225,7 +228,8 @@ def _prepare(
     tensors = *qs, *ks, v
     layouts = checks.plain_layouts(*tensors)
     names = () if layouts else (*_names("q", qs, listed), *_names("k", ks, listed), "v")
-    backends, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
+    packed = cu_seqlens is not None
+    backends, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal), packed)
     state = None if initial_state is None else checks.meta(state_name, initial_state)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, qs[0], v)
@@ -258,7 +262,7 @@ def _names(name, factors, listed):
 
 
 @checks.once
-def _checked(metas, num_factors, listed, causal):
+def _checked(metas, num_factors, listed, causal, packed=False):
     """The backends of these layouts, and what a state is: its shape, dtype and device."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
@@ -278,8 +282,11 @@ def _checked(metas, num_factors, listed, causal):
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
-    orders = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
-    cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal)
+    measured = MEASURED if num_factors == 1 else MEASURED_HADAMARD
+    orders = dispatch.measured_orders(measured.get(int(v.shape[3])), v.device)
+    cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
+    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], qs[0].shape[2], v.shape[2]):
+        cuda_reason = "pairs are computed directly at these lengths, which the CUDA kernels of two factors do not"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
