@@ -18,15 +18,12 @@ namespace {
 
 using Number = __nv_bfloat16;
 
-#ifndef ACC_STAGES
-#define ACC_STAGES 8
-#endif
 template <int kWidth_>
 struct Shape {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64, kChunk = kFactoredChunk;
     static constexpr int kGroups = 2, kOuter = 2, kThreads = 128 * (kGroups + 1);  // outer features of a group
     static constexpr int kTiles = kFactoredWidth / (kGroups * kOuter);
-    static constexpr int kStages = ACC_STAGES;
+    static constexpr int kStages = kWidth == 64 ? 8 : 5;
     static constexpr int kRegisters = 232, kProducerRegisters = 40;
     // Bytes of a tile of features, and from the start of a slot: inner features, values, and rows of outer features. In spans of
     // norms all outer features are in the place of the values.

@@ -22,14 +22,11 @@ namespace {
 
 using Number = __nv_bfloat16;
 
-#ifndef READ_STAGES
-#define READ_STAGES 8
-#endif
 template <int kWidth_>
 struct Shape {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64;
     static constexpr int kGroups = 2, kGroupRows = 128, kRows = kGroups * kGroupRows, kThreads = 128 * (kGroups + 1);
-    static constexpr int kStages = READ_STAGES;
+    static constexpr int kStages = 8;
     static constexpr int kRegisters = 240, kProducerRegisters = 24;
     // Bytes of the factors of a group's rows and of a slab; from the start of shared memory: rows, slots of slabs, barriers.
     // Norms of an outer feature come with its slab, but stay until those of eight have been read. Their rows begin 32 bytes apart
