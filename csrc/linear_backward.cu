@@ -32,24 +32,6 @@ __device__ __forceinline__ void store_state(const State<Walk>& state, char* tile
     state.store_norms([&](int row, float norm) { norms[row] = norm; });
 }
 
-// c *= factor phi'(x), with x the same rows of a tile, whose columns `lane` knows.
-template <typename Map, int Width, int Tiles>
-__device__ __forceinline__ void multiply_by_slopes(float (&c)[Tiles][4], const float (&factor)[2], uint32_t rows,
-                                                   const LaneOffsets<Width>& lane) {
-#pragma unroll
-    for (int step = 0; step < Tiles / 2; ++step) {
-        uint32_t raw[4];
-        load_matrices(raw, lane.normal_at(rows, step));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // word i of a fragment a is row quad + i % 2 * 8 of the left or the right columns
-            const float2 x = unpack<Number>(raw[i]);
-            float(&at)[4] = c[2 * step + i / 2];
-            at[i % 2 * 2] *= factor[i % 2] * Map::grad(x.x);
-            at[i % 2 * 2 + 1] *= factor[i % 2] * Map::grad(x.y);
-        }
-    }
-}
-
 // Two neighbouring c as the result of a product with 16 rows.
 template <int Tiles>
 __device__ __forceinline__ float (&two_tiles(float (&c)[Tiles][4], int first))[2][4] {

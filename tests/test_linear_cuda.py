@@ -1,4 +1,6 @@
-"""Causal linear attention in CUDA C++: what it serves, and the promises of Triton's kernels, which test_linear.py tests."""
+"""Causal linear and Hadamard attention in CUDA C++: what it serves, and the promises of Triton's kernels (test_linear.py)."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from harness import (
     randn,
     run,
 )
-from samples.linear import check, op_arguments, random_state
+from samples.linear import check, flat, op_arguments, random_state, random_tensors
 from test_krause_cuda import tensor
 
 import nearfar as nf
@@ -33,6 +35,7 @@ class Extension:
         self.architectures = lambda: list(architectures)
         self.devices = lambda: [{"shared_memory_per_block_optin": 163 * 1024}]
         self.linear_shared_bytes = lambda width: width * 2048
+        self.hadamard_shared_bytes = lambda: 170 * 1024
 
 
 REASONS = {
@@ -40,11 +43,13 @@ REASONS = {
     "v is on cpu": lambda: ([tensor(device="cpu")], [tensor(device="cpu")], tensor(device="cpu"), True),
     "float16, whose range sums of features leave": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
     "float32; the CUDA kernels take bfloat16": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float32), True),
-    "causal attention with one factor": lambda: ([tensor()], [tensor()], tensor(), False),
-    "causal attention with one factor, not two": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
+    "those of causal attention": lambda: ([tensor()], [tensor()], tensor(), False),
+    "the factors are (64, 64) and v is 64 wide": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
+    "the factors are (16, 16, 16)": lambda: ([tensor(16)] * 3, [tensor(16)] * 3, tensor(), True),
     "32 and 32 wide": lambda: ([tensor(32)], [tensor(32)], tensor(32), True),
     "64 and 128 wide": lambda: ([tensor()], [tensor()], tensor(128), True),
     "rows of k do not start": lambda: ([tensor()], [tensor(row=68)], tensor(), True),
+    "rows of q do not start": lambda: ([tensor(16), tensor(16, row=20)], [tensor(16)] * 2, tensor(), True),
 }
 
 
@@ -53,7 +58,8 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", Extension("90a"))
     monkeypatch.setattr(_cuda, "_linear_device_reason", lambda *arguments: None)
     found = _cuda.linear_reason(*REASONS[reason]())
-    assert found is None if reason is None else reason.removesuffix(", not two") in found
+    assert found is None if reason is None else reason in found
+    assert _cuda.linear_reason([tensor(16)] * 2, [tensor(16)] * 2, tensor(), True) is None
 
 
 def test_which_devices_are_served(monkeypatch):
@@ -61,16 +67,17 @@ def test_which_devices_are_served(monkeypatch):
     monkeypatch.setattr(_cuda, "_architecture_reason", _cuda._architecture_reason.__wrapped__)
     reason_on = _cuda._linear_device_reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    assert reason_on(0, 64) is None
-    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, 128)
+    assert reason_on(0, (64,), 64) is None
+    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, (128,), 128)
+    assert "64 takes 174080 bytes" in reason_on(0, (16, 16), 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
-    assert "not for 10.0" in reason_on(0, 64)
+    assert "not for 10.0" in reason_on(0, (64,), 64)
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     first, second = ("cuda", "triton"), ("triton", "cuda")
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {64: ((1.0, 2.0), (3.0, 2.0))})
+    monkeypatch.setattr(operator, "MEASURED", {(1, 64): ((1.0, 2.0), (3.0, 2.0))})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
 
     def orders(q):
@@ -97,6 +104,7 @@ def test_shared_memory_fits():
     """A block of 64 wide heads fits an A100, one of 128 wide ones an H100."""
     for width, limit in ((64, 163 * 1024), (128, 227 * 1024)):
         assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width) <= limit
+    assert 2 * 256 * 64 * 2 <= _cuda.extension.hadamard_shared_bytes() <= 227 * 1024
 
 
 @needs_extension
@@ -112,22 +120,33 @@ def test_errors_of_the_extension_raise():
 
 
 def cuda_sample(width=64, heads=(2, 1), length=777, batch=1, state=False, **options):
-    tensors = {
-        "q": randn(batch, heads[0], length, width, dtype=torch.bfloat16, seed=1) / 2,
-        "k": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=2) / 2,
-        "v": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=3),
-    }
+    """width: of q, k and v, or TWO_FACTORS."""
+    widths, width = ((16, 16), 64) if width == TWO_FACTORS else ((width,), width)
+    shapes = (batch, heads[0], length), (batch, heads[1], length)
+    tensors = random_tensors(widths, width, *shapes, torch.bfloat16, numbered=len(widths) > 1)
     sequences = batch
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device=DEVICE)
         sequences = options["cu_seqlens"].numel() - 1
     if state:
-        tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16)
+        tensors["initial_state"] = random_state((sequences, heads[1], *widths, width + 1), torch.bfloat16)
         options["return_state"] = True
     return Sample(tensors, dict(causal=True, **options))
 
 
-SAMPLES = {
+TWO_FACTORS = "two factors"  # of 16 features each
+
+
+def attention(sample):
+    return nf.linear_attention if "q" in sample.tensors else flat
+
+
+def upstream(sample):
+    first, v = next(iter(sample.tensors.values())), sample.tensors["v"]
+    return randn(*first.shape[:3], v.shape[3], dtype=v.dtype, seed=11)
+
+
+ONE_FACTOR = {
     "pieces": dict(),
     "one piece": dict(heads=(128, 128), length=300),
     "one token": dict(batch=3, length=1),
@@ -139,18 +158,30 @@ SAMPLES = {
     "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
     "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
 }
+SAMPLES = ONE_FACTOR | {
+    "two factors, pieces": dict(width=TWO_FACTORS),
+    "two factors, one piece": dict(width=TWO_FACTORS, heads=(128, 128), length=300),
+    "two factors, heads share keys": dict(
+        width=TWO_FACTORS, heads=(6, 2), batch=2, length=400, feature_map="softplus", normalize=False
+    ),
+    "two factors, states": dict(width=TWO_FACTORS, state=True, feature_map="relu", eps=0.5),
+    "two factors, packed": dict(width=TWO_FACTORS, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
+}
+each_width = pytest.mark.parametrize("width", [64, TWO_FACTORS])
+
+
 @gpu
 @pytest.mark.parametrize("name", SAMPLES)
 def test_against_the_oracle(name):
     sample = cuda_sample(**SAMPLES[name])
-    o, gradients = run(nf.linear_attention, sample, backend="cuda")
+    o, gradients = run(attention(sample), sample, backend="cuda")
     check(sample, like(o), o, gradients)
     for repeat in range(20):
-        assert_same((o, gradients), run(nf.linear_attention, sample, backend="cuda"), f"at repeat {repeat}")
+        assert_same((o, gradients), run(attention(sample), sample, backend="cuda"), f"at repeat {repeat}")
 
 
 @gpu
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", ONE_FACTOR)
 def test_saves_what_triton_saves(name):
     sample = cuda_sample(**SAMPLES[name])
     ours, tritons = (torch.ops.nearfar.hadamard_attention(*op_arguments(sample, backend)) for backend in ("cuda", "triton"))
@@ -160,35 +191,40 @@ def test_saves_what_triton_saves(name):
 
 
 @gpu
+@each_width
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_layouts(layout):
-    sample = cuda_sample(heads=(2, 2), batch=2, length=300)
+def test_layouts(layout, width):
+    sample = cuda_sample(width, heads=(2, 2), batch=2, length=300)
     strided = {name: LAYOUTS[layout](x) for name, x in sample.tensors.items()}
     dense = {name: x.contiguous() for name, x in strided.items()}
-    assert_same(*(run(nf.linear_attention, Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
+    assert_same(*(run(attention(sample), Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
 
 
 @gpu
+@each_width
 @pytest.mark.parametrize("layout", GRADIENTS)
-def test_upstream_gradients_of_any_layout(layout):
-    sample = cuda_sample(length=300)
-    do = GRADIENTS[layout](like(sample.tensors["q"]))
-    assert_same(*(run(nf.linear_attention, sample, x, backend="cuda") for x in (do, do.contiguous())))
+def test_upstream_gradients_of_any_layout(layout, width):
+    sample = cuda_sample(width, length=300)
+    do = GRADIENTS[layout](upstream(sample))
+    assert_same(*(run(attention(sample), sample, x, backend="cuda") for x in (do, do.contiguous())))
 
 
 @gpu
-def test_later_tokens_change_nothing():
-    sample = cuda_sample(length=600)
-    o = nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")
+@each_width
+def test_later_tokens_change_nothing(width):
+    sample = cuda_sample(width, length=600)
+    call = partial(attention(sample), **sample.options, backend="cuda")
+    o = call(**sample.tensors)
     for x in sample.tensors.values():
         x[:, :, 384:] = 100.0
-    assert torch.equal(o[:, :, :384], nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")[:, :, :384])
+    assert torch.equal(o[:, :, :384], call(**sample.tensors)[:, :, :384])
 
 
 @gpu
-def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
-    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(length=600)
-    assert_same_by_other_ways(nf.linear_attention, op, sample, lambda s: op_arguments(s, "cuda"))
+@each_width
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher(width):
+    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(width, length=600)
+    assert_same_by_other_ways(attention(sample), op, sample, lambda s: op_arguments(s, "cuda"))
 
 
 @gpu

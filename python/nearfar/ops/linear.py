@@ -13,16 +13,17 @@ MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 
-# Milliseconds of the CUDA and the Triton kernels of causal attention with one factor, forward and backward, by width: bfloat16,
-# B4 H32 N4096 and B1 H16 N65536 on an H100 (docs/linear.md, Walks in CUDA C++). "auto" takes the faster; Triton for what is
-# not listed, and on GPUs of another architecture.
+# Milliseconds of the CUDA and the Triton kernels of causal attention, forward and backward, by number of factors and width of
+# values: bfloat16, B4 H32 N4096, and B1 H16 N65536 where they are 128 wide, on an H100 (docs/linear.md, Walks in CUDA C++).
+# "auto" takes the faster; Triton for what is not listed, and on GPUs of another architecture.
 MEASURED = {
-    64: ((0.1139, 0.1849), (0.3328, 0.6193)),
-    128: ((0.8644, 1.3251), (2.4432, 5.6790)),
+    (1, 64): ((0.1139, 0.1849), (0.3328, 0.6193)),
+    (1, 128): ((0.8644, 1.3251), (2.4432, 5.6790)),
+    (2, 64): ((0.1894, 0.3974), (0.6013, 1.2137)),
 }
 
-# The same for two factors of 64 without causality, by the width of the values.
-MEASURED_HADAMARD = {}
+# The same without causality, for two factors of 64: B1 H12 N32760.
+MEASURED_FULL = {}
 
 
 class Call(NamedTuple):
@@ -282,11 +283,11 @@ def _checked(metas, num_factors, listed, causal, packed=False):
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
-    measured = MEASURED if num_factors == 1 else MEASURED_HADAMARD
-    orders = dispatch.measured_orders(measured.get(int(v.shape[3])), v.device)
+    measured = (MEASURED if causal else MEASURED_FULL).get((len(qs), int(v.shape[3])))
+    orders = dispatch.measured_orders(measured, v.device)
     cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
     if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], qs[0].shape[2], v.shape[2]):
-        cuda_reason = "pairs are computed directly at these lengths, which the CUDA kernels of two factors do not"
+        cuda_reason = "so few tokens pair directly, which the CUDA kernels do not do without causality"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
