@@ -403,22 +403,23 @@ PYBIND11_MODULE(_C, m) {
         "factored_read",
         [](const std::string& feature_map, const std::array<int64_t, 5>& sizes,
            const std::array<std::array<int64_t, 3>, 3>& strides, double eps) {
-            return py::cpp_function([=](const std::array<uintptr_t, 7>& tensors, int device, uintptr_t stream) {
+            return py::cpp_function([=](const std::array<uintptr_t, 8>& tensors, int device, uintptr_t stream) {
                 const DeviceGuard guard(device);
-                const auto [outer, inner, states, norms, out, inverse, counter] = tensors;
+                const auto [outer, inner, states, norms, out, inverse, counter, norm_tiles] = tensors;
                 const auto& [outer_strides, inner_strides, out_strides] = strides;
                 const auto [batches, heads, state_heads, num_tokens, width] = sizes;
                 FactoredRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
                                   reinterpret_cast<const void*>(states), reinterpret_cast<const float*>(norms),
                                   reinterpret_cast<void*>(out), reinterpret_cast<float*>(inverse),
-                                  reinterpret_cast<int32_t*>(counter), outer_strides, inner_strides, out_strides,
+                                  reinterpret_cast<int32_t*>(counter), reinterpret_cast<void*>(norm_tiles),
+                                  outer_strides, inner_strides, out_strides,
                                   batches, heads, state_heads, num_tokens, width, eps};
                 factored_read(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
             });
         },
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
-        "A launch of factored_read likewise. tensors: outer, inner, states, norms, out, inverse or null, counter; strides: of "
-        "outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/factored.h.");
+        "A launch of factored_read likewise. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
+        "strides: of outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/factored.h.");
 
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(

@@ -47,13 +47,14 @@ struct FactoredAccumulate {
 // out = f(x) S, divided by f(x) z + eps, whose inverse (B, H, N) float32 is kept, if that is given.
 //
 // outer, inner (B, H, N, 64), to be mapped; states (B, Hs, P, Dv), norms (B, Hs, P) float32; out (B, H, N, Dv), H a multiple of
-// Hs. counter: one int32, a workspace.
+// Hs. Workspaces: counter, one int32, and with `inverse` norm_tiles (B, Hs, 2, 64, 64).
 struct FactoredRead {
     const void *outer, *inner, *states;
     const float* norms;
     void* out;
     float* inverse;
     int32_t* counter;
+    void* norm_tiles;
     std::array<int64_t, 3> outer_strides, inner_strides, out_strides;
     int64_t batches, heads, state_heads, num_tokens, width;
     double eps;

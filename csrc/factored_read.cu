@@ -22,6 +22,8 @@ namespace {
 
 using Number = __nv_bfloat16;
 
+constexpr int kSplitThreads = 128;
+
 template <int kWidth_>
 struct Shape {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64;
@@ -29,22 +31,18 @@ struct Shape {
     static constexpr int kStages = 8;
     static constexpr int kRegisters = 240, kProducerRegisters = 24;
     // Bytes of the factors of a group's rows and of a slab; from the start of shared memory: rows, slots of slabs, barriers.
-    // Norms of an outer feature come with its slab, but stay until those of eight have been read. Their rows begin 32 bytes apart
-    // modulo 128, so that lanes find eight of them in different banks.
+    // The norms of a state take a slot or two ahead of its slabs: a panel, and one with what rounding has left.
     static constexpr int kFactorBytes = 128 * kGroupRows, kOwnBytes = 2 * kFactorBytes;
     static constexpr int kPanel = 64 * 128, kSlabBytes = kPanels * kPanel;
-    static constexpr int kNormBytes = 4 * kFactoredWidth, kNormSlots = 16, kNormsApart = kNormBytes + 32;
-    static constexpr int kSlabs = kGroups * kOwnBytes, kNorms = kSlabs + kStages * kSlabBytes;
-    static constexpr int kBarriers = kNorms + kNormSlots * kNormsApart;
+    static constexpr int kNormSlots = 2 / kPanels, kSlabs = kGroups * kOwnBytes, kBarriers = kSlabs + kStages * kSlabBytes;
     static constexpr int kOwnRows = kBarriers + Ring<kStages>::kBytes, kNext = kOwnRows + OwnRows<kGroups>::kBytes;
     static constexpr int kBytes = kNext + NextSpan::kBytes;
-    static_assert(kNormSlots - kStages >= 8, "eight norms stay until the next slab after theirs was read");
     static_assert(kFactoredWidth > kStages, "all groups have come to a span before its last slab is copied");
 };
 
 struct Arguments {
     CUtensorMap outer, inner, states;
-    const float* norms;
+    const Number* norms;  // tiles of all states, by split_norms
     Tensor<Number> out;
     float* inverse;
     int* counter;
@@ -72,7 +70,6 @@ struct Places {
         __syncthreads();
     }
     __device__ uint32_t slab(int step) const { return base + Shape::kSlabs + step % Shape::kStages * Shape::kSlabBytes; }
-    __device__ static int norms(int step) { return Shape::kNorms + step % Shape::kNormSlots * Shape::kNormsApart; }
 };
 
 // 256 rows of a head.
@@ -91,22 +88,28 @@ struct Span {
 // One thread takes spans and copies the slabs of one after those of the other.
 template <typename Shape>
 __device__ void copy_slabs(const Arguments& arguments, const Places<Shape>& places) {
-    const bool normalised = arguments.inverse != nullptr;
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
         const Span<Shape> span(arguments, number);
-        const int64_t state = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.state_head;
-        const float* const norms = arguments.norms + state * kFactoredWidth * kFactoredWidth;
         number = places.next.take(nth, arguments.counter);  // slabs of the span before were read: all know where that ended
+        const auto claim = [&] {
+            places.slabs.wait_empty(step);
+            arrive_expecting(places.slabs.full(step), Shape::kSlabBytes);
+        };
+        if (arguments.inverse != nullptr) {
+            const int64_t state = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.state_head;
+            const Number* const norms = arguments.norms + state * 2 * kFactoredWidth * kFactoredWidth;
+            for (int slot = 0; slot < Shape::kNormSlots; ++slot, ++step) {
+                claim();
+                copy_bytes(places.slab(step), norms + slot * (Shape::kSlabBytes / 2), Shape::kSlabBytes,
+                           places.slabs.full(step));
+            }
+        }
 #pragma unroll 1
         for (int outer = 0; outer < kFactoredWidth; ++outer, ++step) {
-            places.slabs.wait_empty(step);
-            arrive_expecting(places.slabs.full(step), Shape::kSlabBytes + (normalised ? Shape::kNormBytes : 0));
+            claim();
             copy_panels<Shape::kPanels>(arguments.states, places.slab(step), Shape::kPanel, outer * kFactoredWidth,
                                         span.state_head, span.batch, places.slabs.full(step));
-            if (normalised)
-                copy_bytes(places.base + places.norms(step), norms + outer * kFactoredWidth, Shape::kNormBytes,
-                           places.slabs.full(step));
         }
     }
 }
@@ -127,33 +130,25 @@ __device__ void copy_own_rows(const Arguments& arguments, const Places<Shape>& p
     }
 }
 
-// norm += sum_a x[a] (x' z)[a] over eight outer features a, for the rows of both tiles: lanes add up those of their columns.
-// z: the norms of one of these features with the inner ones from column 2 pair on, which enter products as sums of two numbers.
-// outer(i, r): the features of row r of tile i in the lane's columns.
-template <typename Words>
-__device__ __forceinline__ void add_norms(float (&norm)[2][2], const uint32_t (&inner)[2][kFactoredWidth / 16][4],
-                                          const float* z, const Words& outer) {
-    float sum[2][4] = {};
+// The norms of states, z, as tiles with a row for each inner feature: rounded, and what rounding has left.
+__global__ void __launch_bounds__(kSplitThreads) split_norms_kernel(const float* norms, Number* tiles) {
+    constexpr int kNumbers = kFactoredWidth * kFactoredWidth, kChunks = Tile<kFactoredWidth>::kChunks;
+    const float* const z = norms + static_cast<int64_t>(blockIdx.x) * kNumbers;
+    char* const high = reinterpret_cast<char*>(tiles + static_cast<int64_t>(blockIdx.x) * 2 * kNumbers);
+    for (int item = threadIdx.x; item < kFactoredWidth * kChunks; item += kSplitThreads) {
+        const int inner = item % kFactoredWidth, chunk = item / kFactoredWidth;
+        uint32_t rounded[4], left[4];
 #pragma unroll
-    for (int step = 0; step < kFactoredWidth / 16; ++step) {
-        uint32_t high[2], low[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float2 pair = *reinterpret_cast<const float2*>(z + 16 * step + 8 * i);
-            high[i] = pack<Number>(pair.x, pair.y);
-            const float2 rounded = unpack<Number>(high[i]);
-            low[i] = pack<Number>(pair.x - rounded.x, pair.y - rounded.y);
+        for (int i = 0; i < 4; ++i) {
+            const int outer = 8 * chunk + 2 * i;
+            const float first = z[outer * kFactoredWidth + inner], second = z[(outer + 1) * kFactoredWidth + inner];
+            rounded[i] = pack<Number>(first, second);
+            const float2 x = unpack<Number>(rounded[i]);
+            left[i] = pack<Number>(first - x.x, second - x.y);
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            mma<Number>(sum[i], inner[i][step], high[0], high[1]);
-            mma<Number>(sum[i], inner[i][step], low[0], low[1]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<Number>(outer(i / 2, i % 2));
-        norm[i / 2][i % 2] += x.x * sum[i / 2][i % 2 * 2] + x.y * sum[i / 2][i % 2 * 2 + 1];
+        char* const at = high + Tile<kFactoredWidth>::offset(inner, chunk);
+        *reinterpret_cast<uint4*>(at) = {rounded[0], rounded[1], rounded[2], rounded[3]};
+        *reinterpret_cast<uint4*>(at + 2 * kNumbers) = {left[0], left[1], left[2], left[3]};
     }
 }
 
@@ -176,8 +171,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) factored_read_kernel(const
     const LaneOffsets<kFactoredWidth> offsets(lane);
     const uint32_t own = places.base + group * Shape::kOwnBytes;
     // Two outer features, from `outer` on, of a row of tile i, mapped.
-    const char* const bytes = reinterpret_cast<const char*>(memory);
-    const char* const rows = bytes + group * Shape::kOwnBytes + 128 * (own_row + quad);
+    const char* const rows = reinterpret_cast<const char*>(memory) + group * Shape::kOwnBytes + 128 * (own_row + quad);
     const auto outer_word = [&](int i, int r, int outer) {
         const char* const at = rows + 128 * (64 * i + 8 * r) + 16 * (outer / 8 ^ quad) + 2 * (outer % 8);
         return map_word<Map>(*reinterpret_cast<const uint32_t*>(at));
@@ -186,8 +180,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) factored_read_kernel(const
     int step = 0, number = blockIdx.x;
 #pragma unroll 1
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
-        float acc[2][1][Shape::kWidth / 2] = {}, norm[2][2] = {};
+        float norm[2][2] = {};
         uint32_t inner[2][kSteps][4], features[2][kSteps][4];
         places.rows.wait_full(group, nth);
 #pragma unroll
@@ -197,42 +190,64 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) factored_read_kernel(const
             for (int k = 0; k < 4 * kSteps; ++k) inner[i][k / 4][k % 4] = map_word<Map>(inner[i][k / 4][k % 4]);
         }
 
-#pragma unroll 1
-        for (int first = 0; first < kFactoredWidth; first += 8) {
-#pragma unroll 1
-            for (int outer = first; outer < first + 8; outer += 2) {
-                uint32_t word[2][2];
+        if (arguments.inverse != nullptr) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) word[i / 2][i % 2] = outer_word(i / 2, i % 2, outer);
+            for (int slot = 0; slot < Shape::kNormSlots; ++slot) places.slabs.wait_full(step + slot);
+            float products[2][kFactoredWidth / 2] = {};
 #pragma unroll
-                for (int odd = 0; odd < 2; ++odd, ++step) {
-                    const auto start = [&](int i) {
-                        uint32_t twice[2];
+            for (int i = 0; i < 2; ++i) {
+                begin_products();
 #pragma unroll
-                        for (int r = 0; r < 2; ++r) twice[r] = odd ? upper_twice(word[i][r]) : lower_twice(word[i][r]);
-                        scale_fragments(features[i], inner[i], [&](int, int k) { return twice[k % 2]; });
-                        begin_products();
-                        start_weighted_sum<Number, Shape::kWidth, kFactoredWidth>(acc[i][0], features[i], places.slab(step),
-                                                                                  Shape::kPanel);
-                    };
-                    places.slabs.wait_full(step);
-                    start(0);
-                    wait_for_products<1>(acc[1]);
-                    if (outer + odd > 0) places.slabs.leave(step - 1);
-                    start(1);
-                    wait_for_products<1>(acc[0]);
+                for (int k = 0; k < 2 * kSteps; ++k) {  // both panels follow each other, in one slot or in two
+                    const uint32_t panels = places.slab(step + k / kSteps / Shape::kPanels);
+                    const uint32_t panel = panels + k / kSteps % Shape::kPanels * Shape::kPanel;
+                    start_product_of_rows<Number, kFactoredWidth>(products[i], inner[i][k % kSteps],
+                                                                  rows_operand(panel + k % kSteps * 16 * 128, Shape::kPanel));
                 }
             }
-            if (arguments.inverse != nullptr) {
-                const char* const z = bytes + places.norms(step - 8 + quad) + 8 * pair;
-                add_norms(norm, inner, reinterpret_cast<const float*>(z),
-                          [&](int i, int r) { return outer_word(i, r, first + 2 * pair); });
+            commit_products();
+            wait_for_products<0>(products);
+#pragma unroll
+            for (int i = 0; i < kFactoredWidth; i += 2) {
+                const int tile = 2 * i / kFactoredWidth, at = i % (kFactoredWidth / 2), r = i / 2 % 2;
+                const float2 x = unpack<Number>(outer_word(tile, r, product_column(lane, at)));
+                norm[tile][r] += x.x * products[tile][at] + x.y * products[tile][at + 1];
+            }
+#pragma unroll
+            for (int slot = 0; slot < Shape::kNormSlots; ++slot) places.slabs.leave(step++);
+        }
+
+        float acc[2][1][Shape::kWidth / 2] = {};
+        const int first_step = step;
+#pragma unroll 1
+        for (int outer = 0; outer < kFactoredWidth; outer += 2) {
+            uint32_t word[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) word[i / 2][i % 2] = outer_word(i / 2, i % 2, outer);
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd, ++step) {
+                const auto start = [&](int i) {
+                    uint32_t twice[2];
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) twice[r] = odd ? upper_twice(word[i][r]) : lower_twice(word[i][r]);
+                    scale_fragments(features[i], inner[i], [&](int, int k) { return twice[k % 2]; });
+                    begin_products();
+                    start_weighted_sum<Number, Shape::kWidth, kFactoredWidth>(acc[i][0], features[i], places.slab(step),
+                                                                              Shape::kPanel);
+                };
+                places.slabs.wait_full(step);
+                start(0);
+                wait_for_products<1>(acc[1]);
+                if (step > first_step) places.slabs.leave(step - 1);
+                start(1);
+                wait_for_products<1>(acc[0]);
             }
         }
         wait_for_products<0>(acc[1]);
         places.slabs.leave(step - 1);
         places.rows.leave(group);
 
+        const Span<Shape> span(arguments, number);
         const int first_row = span.first_row + group * Shape::kGroupRows + own_row;
         const int64_t first_number = static_cast<int64_t>(span.index) * arguments.num_tokens;
 #pragma unroll
@@ -262,11 +277,19 @@ void launch(const FactoredRead& call, cudaStream_t stream) {
         return Rows{data, {call.batches, call.heads, call.num_tokens, kFactoredWidth}, strides}.map<Number>(Shape::kGroupRows);
     };
     const std::array<int64_t, 3> state_strides{call.state_heads * state * Width, state * Width, Width};
+    auto* norm_tiles = static_cast<Number*>(call.norm_tiles);
+    if (call.inverse != nullptr) {
+        const float* norms = call.norms;
+        void* parameters[] = {&norms, &norm_tiles};
+        const auto blocks = static_cast<unsigned>(call.batches * call.state_heads);
+        check(cudaLaunchKernel(split_norms_kernel, dim3(blocks), dim3(kSplitThreads), parameters, 0, stream),
+              "split_norms launch");
+    }
     NEARFAR_CHECK(cudaMemsetAsync(call.counter, 0, sizeof(int), stream));
     Arguments arguments{
         factor(call.outer, call.outer_strides), factor(call.inner, call.inner_strides),
         Rows{call.states, {call.batches, call.state_heads, state, Width}, state_strides}.map<Number>(kFactoredWidth),
-        call.norms, output_tensor<Number>(call.out, call.out_strides), call.inverse, call.counter,
+        norm_tiles, output_tensor<Number>(call.out, call.out_strides), call.inverse, call.counter,
         make_spans(call.num_tokens, Shape::kRows, call.batches * call.heads, group, 2 * state * Width),
         static_cast<int>(call.heads), static_cast<int>(group), static_cast<int>(call.num_tokens),
         static_cast<float>(call.eps)};

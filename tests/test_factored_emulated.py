@@ -32,7 +32,7 @@ class FactoredAccumulate(ctypes.Structure):  # as in csrc/factored.h
 
 class FactoredRead(ctypes.Structure):  # as in csrc/factored.h
     _fields_ = [
-        *fields(ctypes.c_void_p, "outer inner states norms out inverse counter"),
+        *fields(ctypes.c_void_p, "outer inner states norms out inverse counter norm_tiles"),
         *strides("outer", "inner", "out"),
         *fields(ctypes.c_int64, "batches heads state_heads num_tokens width"),
         *fields(ctypes.c_double, "eps"),
@@ -155,8 +155,9 @@ def test_read(name, late_copies, kernels):
     out = guarded.empty((batch, rows, heads, width), torch.bfloat16).transpose(1, 2)
     inverse = guarded.empty((batch, heads, rows), torch.float32) if normalised else None
     tensors = dict(
-        outer=outer, inner=inner, states=states, norms=norms, out=out, inverse=inverse, counter=guarded.empty((1,), torch.int32)
-    )
+        outer=outer, inner=inner, states=states, norms=norms, out=out, inverse=inverse,
+        counter=guarded.empty((1,), torch.int32), norm_tiles=guarded.empty((batch, state_heads, 2, 64, 64), torch.bfloat16),
+    )  # fmt: skip
     numbers = dict(batches=batch, heads=heads, state_heads=state_heads, num_tokens=rows, width=width, eps=0.25)
     launch(kernels["factored_read"], FactoredRead, feature_map, tensors, conditions, **numbers)
     guarded.assert_intact()
@@ -203,7 +204,8 @@ class Extension:
         numbers = dict(zip("batches heads state_heads num_tokens width".split(), sizes, strict=True))
 
         def run(tensors, device, stream):
-            launch_at(self._kernels["factored_read"], FactoredRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
+            kernel = self._kernels["factored_read"]
+            launch_at(kernel, FactoredRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
             self.launched.append("read")
 
         return run

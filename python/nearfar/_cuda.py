@@ -327,34 +327,34 @@ def _where(tensors):
 class FactoredAccumulate(BuiltLaunch):
     """A launch of factored_accumulate in the place of `accumulate`.
 
-    It is given what that is given, and its workspaces ahead of the pieces, which it does not read; xs and y start at multiples of
+    It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
     16 bytes.
     """
 
     def __init__(self, problem, of_queries, x_strides, y_strides):
         """Arguments as for factored_launch.plan_accumulate."""
         length, heads = _tokens(problem, of_queries)
-        sizes = (
-            problem.batch, heads, problem.key_heads, length, problem.value_width, problem.num_pieces(length), problem.piece_length
-        )  # fmt: skip
+        pieces = problem.num_pieces(length), problem.piece_length
+        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width, *pieces
         strides = [x[:3] for x in (*x_strides, y_strides)]
         self._launch = extension.factored_accumulate(problem.feature_map, sizes, strides)
 
     @staticmethod
     def workspaces(problem, of_queries, y):
-        """Tiles of features, those of queries weighted, too, and a counter."""
+        """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which FactoredRead takes."""
         length, heads = _tokens(problem, of_queries)
         shape = problem.batch, heads, -(-length // extension.FACTORED_CHUNK), extension.FACTORED_CHUNK, extension.FACTORED_WIDTH
-        outer, inner = y.new_empty(shape), y.new_empty(shape)
-        return outer, inner, y.new_empty(shape) if of_queries else None, y.new_empty(1, dtype=torch.int32)
+        weighted = y.new_empty(shape) if of_queries else None
+        norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
+        return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
 
     def run(self, tensors, surveyed):
-        xs, *others, _ = surveyed[0]
+        xs, *others, _, _ = surveyed[0]
         self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
 
 
 class FactoredRead(BuiltLaunch):
-    """A launch of factored_read in the place of `read` without pairs, likewise; its workspace is a counter."""
+    """A launch of factored_read in the place of `read` without pairs, likewise."""
 
     def __init__(self, problem, of_keys, x_strides, out_strides, eps):
         """Arguments as for factored_launch.plan_read."""
@@ -364,8 +364,8 @@ class FactoredRead(BuiltLaunch):
         self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
 
     def run(self, tensors, surveyed):
-        xs, _, _, _, *others, counter, _ = surveyed[0]
-        self._launch([*xs, *(address or 0 for address in others), counter], *_where(tensors))
+        xs, _, _, _, *others, _ = surveyed[0]
+        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
 
 
 HOPPER_WIDTHS = (64, 128)

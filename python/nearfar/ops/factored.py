@@ -229,7 +229,7 @@ def _plan_forward(*arguments):
     if problem.walks and (causal or stateful):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
-        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, *workspaces[-1:], pieces)))
+        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, *workspaces[-2:], pieces)))
     return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
 
 
@@ -240,7 +240,7 @@ def _plan_walk(backend):
 def _plan_states(problem, of_queries, xs, y, of_cuda):
     """Partial sums over the keys, or over the queries for the gradients, and workspaces; the launches accumulate and combine.
 
-    of_cuda: whether accumulate and read are kernels of csrc/, which have workspaces, read the last of them.
+    of_cuda: whether accumulate and read are kernels of csrc/, which have workspaces, read the last two.
     """
     launch, pieces = _launchers(), problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     shape = problem.batch, problem.key_heads, pieces, problem.num_features
@@ -299,7 +299,7 @@ def backward(
             (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)),
             *state_launches,
             (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
-            (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, *workspaces[-1:], pieces)),
+            (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, *workspaces[-2:], pieces)),
         ]
     launch_all(v, *launches)
     return list(dqs), list(dks), dv, dinitial
