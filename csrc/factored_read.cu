@@ -194,9 +194,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) factored_read_kernel(const
 #pragma unroll
             for (int slot = 0; slot < Shape::kNormSlots; ++slot) places.slabs.wait_full(step + slot);
             float products[2][kFactoredWidth / 2] = {};
+            wait_for_products<0>(products);  // of which there are none: the zeros are to be there before the first product
+            begin_products();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                begin_products();
 #pragma unroll
                 for (int k = 0; k < 2 * kSteps; ++k) {  // both panels follow each other, in one slot or in two
                     const uint32_t panels = places.slab(step + k / kSteps / Shape::kPanels);
