@@ -375,8 +375,8 @@ PYBIND11_MODULE(_C, m) {
            const std::array<std::array<int64_t, 3>, 3>& strides) {
             return py::cpp_function([=](const std::array<uintptr_t, 11>& tensors, int device, uintptr_t stream) {
                 const DeviceGuard guard(device);
-                const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles, weighted_tiles,
-                            counter] = tensors;
+                const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles,
+                            weighted_tiles, counter] = tensors;
                 const auto& [outer_strides, inner_strides, y_strides] = strides;
                 const auto [batches, heads, state_heads, num_tokens, width, num_pieces, piece_length] = sizes;
                 FactoredFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),

@@ -10,19 +10,19 @@ namespace nearfar {
 
 // Bidirectional Hadamard linear attention with two factors through a state (triton_kernels/factored.py), on the current device,
 // a GPU of compute capability 9.0. Numbers are bfloat16 where nothing else is said. Factors are 64 wide: P = 64 x 64 features,
-// whose flat index has that of the first, the outer factor, ahead of that of the second, the inner one. Values and results are 64
-// or 128 wide. Factors, values and results have strides in numbers for the first three dimensions, 1 for the last, and rows that
-// start at multiples of 16 bytes; all else is contiguous.
+// whose flat index has that of the first, the outer factor, ahead of that of the second, the inner one. Values and results are
+// 64 or 128 wide. Factors, values and results have strides in numbers for the first three dimensions, 1 for the last, and rows
+// that start at multiples of 16 bytes; all else is contiguous.
 
 inline constexpr int kFactoredWidth = 64;
 inline constexpr int kFactoredChunk = 64;  // tokens
 
-// The features of tokens, as tiles that factored_accumulate copies: (B, H, ceil(N / kFactoredChunk), 64, 64), rows permuted as in
-// common/tile.cuh. Tokens beyond the last are zeros.
+// The features of tokens, as tiles that factored_accumulate copies: (B, H, ceil(N / kFactoredChunk), 64, 64), rows permuted as
+// in common/tile.cuh. Tokens beyond the last are zeros.
 //
-// outer, inner (B, H, N, 64), to be mapped. factors, weights (B, H, N) float32, each null for ones. outer_tiles: features of the
-// outer factor times `factors`, a row for each feature; weighted_tiles: the same times `weights`, not written where both are
-// null, as outer_tiles has it; inner_tiles: a row for each token.
+// outer, inner (B, H, N, 64), to be mapped. factors, weights (B, H, N) float32, each null for ones. outer_tiles: features of
+// the outer factor times `factors`, a row for each feature; weighted_tiles: those features times `weights`, not written where
+// both are null, as they would be the same; inner_tiles: a row for each token.
 struct FactoredFeatures {
     const void *outer, *inner;
     const float *factors, *weights;
@@ -31,8 +31,8 @@ struct FactoredFeatures {
     int64_t batches, heads, num_tokens;
 };
 
-// partials (B, Hs, pieces, P, Dv) and partial_norms (B, Hs, pieces, P), float32: sums over the tokens of a piece and the heads of
-// a group, of f y^T with the outer features from outer_tiles, and of f with those from weighted_tiles.
+// partials (B, Hs, pieces, P, Dv) and partial_norms (B, Hs, pieces, P), float32: sums over the tokens of a piece and the heads
+// of a group, of f y^T with the outer features from outer_tiles, and of f with those from weighted_tiles.
 //
 // The tiles are those of factored_features, y (B, H, N, Dv), H a multiple of Hs. piece_length: a multiple of kFactoredChunk.
 // counter: one int32, a workspace.

@@ -1,8 +1,9 @@
 // The state of Hadamard linear attention with two factors: sums of f_j y_j^T, of 64 x 64 features f.
 //
-// A block takes four outer features of a piece of a sequence, a warp group two of them. In each chunk of tokens a group loads the
-// inner features as left operands once, transposed, and multiplies them by the numbers of one outer feature while the products of
-// the other run. The norms, sums of f_j w_j, are spans of their own, taken last: a product of all outer with all inner features.
+// A block takes four outer features of a piece of a sequence, a warp group two of them. In each chunk of tokens a group loads
+// the inner features as left operands once, transposed, and multiplies them by the numbers of one outer feature while the
+// products of the other run. The norms, sums of f_j w_j, are spans of their own, taken last: a product of all outer with all
+// inner features.
 #include <cstdint>
 
 #include "common/fragments.cuh"
@@ -25,8 +26,8 @@ struct Shape {
     static constexpr int kTiles = kFactoredWidth / (kGroups * kOuter);
     static constexpr int kStages = kWidth == 64 ? 8 : 5;
     static constexpr int kRegisters = 232, kProducerRegisters = 40;
-    // Bytes of a tile of features, and from the start of a slot: inner features, values, and rows of outer features. In spans of
-    // norms all outer features are in the place of the values.
+    // Bytes of a tile of features, and from the start of a slot: inner features, values, and rows of outer features. In spans
+    // of norms all outer features are in the place of the values.
     static constexpr int kTileBytes = 64 * 128, kOuterBytes = 128 * kGroups * kOuter;
     static constexpr int kValues = kTileBytes, kValueBytes = kPanels * kTileBytes, kOuterRows = kValues + kValueBytes;
     static constexpr int kSlotBytes = kOuterRows + 1024;
@@ -188,8 +189,8 @@ __device__ __forceinline__ void sum_norms(const Arguments& arguments, const Plac
         load_inner<Shape>(inner, slot, columns);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            multiply_transposed<Number, kFactoredWidth>(norms[i], inner, slot + Shape::kValues + 128 * first_outer, 16 * 128 * i,
-                                                        rows);
+            multiply_transposed<Number, kFactoredWidth>(norms[i], inner, slot + Shape::kValues + 128 * first_outer,
+                                                        16 * 128 * i, rows);
         places.ring.leave(step);
     }
     float* const to = arguments.partial_norms + static_cast<int64_t>(span.index) * kFactoredWidth * kFactoredWidth;

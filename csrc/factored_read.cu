@@ -1,9 +1,9 @@
 // What rows take from the state of Hadamard linear attention with two factors, of 64 x 64 features.
 //
-// A warp group has two tiles of 64 rows, whose inner features stay in registers as left operands. For each outer feature a slab of
-// the state comes by, 64 inner features times all values: a group multiplies the operands of one tile by that feature of its rows
-// while the products of the other run. Ahead of the slabs come the norms of the state, for a product with the operands as they are.
-// Blocks take one span of 256 rows after the other (spans.cuh).
+// A warp group has two tiles of 64 rows, whose inner features stay in registers as left operands. For each outer feature a slab
+// of the state comes by, 64 inner features times all values: a group multiplies the operands of one tile by that feature of its
+// rows while the products of the other run. Ahead of the slabs come the norms of the state, for a product with the operands as
+// they are. Blocks take one span of 256 rows after the other (spans.cuh).
 #include <cstdint>
 #include <string>
 

@@ -93,9 +93,7 @@ def test_accumulate(name, late_copies, kernels):
     guarded = Guarded(poison=conditions.seed)
     outer, inner = (guarded.copy(random(batch, heads, tokens, WIDTH, seed=seed)) for seed in (1, 2))
     y = guarded.copy(random(batch, heads, tokens, width, seed=3))
-    factors, weights = (
-        vector(guarded, batch, heads, tokens, seed=seed) if with_factors else None for seed in (4, 5)
-    )
+    factors, weights = (vector(guarded, batch, heads, tokens, seed=seed) if with_factors else None for seed in (4, 5))
     chunks, pieces = -(-tokens // CHUNK), -(-tokens // piece_length)
     tiles = [guarded.empty((batch, heads, chunks, 64, 64), torch.bfloat16) for _ in range(3 if with_factors else 2)]
     given = dict(outer=outer, inner=inner, factors=factors, weights=weights)
@@ -175,7 +173,7 @@ def test_read(name, late_copies, kernels):
         assert ((inverse.double() - reciprocal).abs() <= exponentials * size).all()
         expected, scale = expected * reciprocal[..., None], scale * size[..., None] / reciprocal.abs()[..., None]
     assert ((out.double() - expected).abs() <= 2**-6 * scale).all()
-    assert ((out.double() - expected).norm() <= 2**-7 * expected.norm())
+    assert (out.double() - expected).norm() <= 2**-7 * expected.norm()
 
 
 class Extension:
