@@ -44,6 +44,17 @@ std::vector<std::string> architectures() {
     return names;
 }
 
+// Whether the device runs the code that was compiled for sm_90a alone.
+bool runs_hopper_code(int device) {
+    static const bool built = [] {
+        const auto names = architectures();
+        return std::find(names.begin(), names.end(), "90a") != names.end();
+    }();
+    int major = 0;
+    NEARFAR_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return built && major == 9;
+}
+
 int cuda_runtime_version() {
     int version = 0;
     NEARFAR_CHECK(cudaRuntimeGetVersion(&version));
@@ -221,7 +232,9 @@ PYBIND11_MODULE(_C, m) {
                                    reinterpret_cast<const int32_t*>(pieces),
                                    q_strides, k_strides, v_strides, grad_o_strides, dq_strides,
                                    batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
-            linear_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+            const bool hopper = width == 64 && runs_hopper_code(device);
+            const auto launch = hopper ? linear_grad_queries_hopper : linear_grad_queries;
+            launch(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
         "Fills dq and weights. tensors: q, k, v, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, do, "
@@ -242,7 +255,9 @@ PYBIND11_MODULE(_C, m) {
                                 reinterpret_cast<const int32_t*>(pieces),
                                 k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
-            linear_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+            const bool hopper = width == 64 && runs_hopper_code(device);
+            const auto launch = hopper ? linear_grad_keys_hopper : linear_grad_keys;
+            launch(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
         "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "

@@ -329,14 +329,9 @@ hadamard_grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
                                             dv + first_row * arguments.dv.row);
         }
         if (chunk + 1 < num_chunks) {
-            state.add(queries, grads, offsets, [&](int block) {  // each weight as the sum of two numbers
-                const auto part = [&](float2 w) {
-                    const uint32_t high = pack<Number>(w.x, w.y);
-                    const float2 rounded = unpack<Number>(high);
-                    return role.quad == 0 ? high : role.quad == 1 ? pack<Number>(w.x - rounded.x, w.y - rounded.y) : 0;
-                };
+            state.add(queries, grads, offsets, [&](int block) {
                 const float2* const pair = reinterpret_cast<const float2*>(weights + 16 * block + 2 * role.pair);
-                return uint2{part(pair[0]), part(pair[4])};
+                return uint2{as_sums(pair[0], role.quad), as_sums(pair[4], role.quad)};
             });
             if (member == group - 1) state.store(bytes + Layout::state(chunk + 1));
         }

@@ -43,5 +43,8 @@ int64_t linear_backward_shared_bytes(int64_t width);
 
 void linear_grad_queries(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream);
 void linear_grad_keys(const LinearGradKeys& call, const std::string& feature_map, cudaStream_t stream);
+// The same for heads 64 wide, on GPUs of compute capability 9.0 alone.
+void linear_grad_queries_hopper(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream);
+void linear_grad_keys_hopper(const LinearGradKeys& call, const std::string& feature_map, cudaStream_t stream);
 
 }  // namespace nearfar

@@ -63,6 +63,7 @@ STRUCTURES = {
     "linear_grad_keys": LinearGradKeys,
 }
 STRUCTURES |= {name.replace("linear", "hadamard"): of_two_factors(structure) for name, structure in STRUCTURES.items()}
+STRUCTURES |= {"linear_grad_queries_hopper": LinearGradQueries, "linear_grad_keys_hopper": LinearGradKeys}
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +73,7 @@ def kernels(tmp_path_factory):
         tmp_path_factory.mktemp("emulated"),
         linear_forward=["linear_forward"],
         linear_backward=["linear_grad_queries", "linear_grad_keys"],
+        linear_backward_hopper=["linear_grad_queries_hopper", "linear_grad_keys_hopper"],
         hadamard_forward=["hadamard_forward"],
         hadamard_backward=["hadamard_grad_queries", "hadamard_grad_keys"],
     )
@@ -111,8 +113,11 @@ def states_of(sample, pieces, xs, ys, initial, of_keys):
 ANY = Conditions()
 
 
-def run(kernels, sample, do, piece_length=None, conditions=ANY):
-    """(o, inverse or None, weights) and the gradients by name. piece_length: of pieces with states, None for one without."""
+def run(kernels, sample, do, piece_length=None, conditions=ANY, hopper=False):
+    """(o, inverse or None, weights) and the gradients by name.
+
+    piece_length: of pieces with states, None for one without. hopper: the kernels that are for Hopper where there are two.
+    """
     guarded, tensors, options = Guarded(poison=conditions.seed), sample.tensors, sample.options
     fill = lambda x: guarded.empty(x.shape, x.dtype).copy_(x)  # noqa: E731
     inputs = {name: guarded.copy(x) for name, x in tensors.items() if name != "initial_state"}
@@ -155,10 +160,10 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY):
 
     run_one("forward", before | inputs | saved, eps=options.get("eps", 1e-6))
     everything = inputs | saved | filled
-    run_one("grad_queries", before | everything)
+    run_one("grad_queries" + ("_hopper" if hopper else ""), before | everything)
     grads = do.float() * (saved["inverse"][..., None] if normalize else 1)
     after = with_states(xs, torch.cat((grads, saved["weights"][..., None]), -1), None, False)
-    run_one("grad_keys", after | everything)
+    run_one("grad_keys" + ("_hopper" if hopper else ""), after | everything)
     guarded.assert_intact()
     return tuple(saved.values()), gradients
 
@@ -232,6 +237,18 @@ def test_against_the_oracle(name, kernels):
     again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
     for first, second in zip((*saved, *gradients.values()), (*again, *gradients_again.values()), strict=True):
         assert first is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", [name for name, (options, _) in SAMPLES.items() if options.get("width", 64) == 64])
+def test_hopper_kernels_against_the_oracle(name, kernels):
+    options, piece_length = SAMPLES[name]
+    sample = make(**options)
+    do = upstream(sample)
+    saved, gradients = run(kernels, sample, do, piece_length, hopper=True)
+    check(sample, do, saved[0], gradients, names=list(gradients))
+    _, again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1), hopper=True)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, again[name]), name
 
 
 @pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64)])

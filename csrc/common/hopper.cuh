@@ -148,6 +148,11 @@ __device__ __forceinline__ void start_product_of_rows(float (&c)[N / 2], const u
 #undef NEARFAR_32
 #undef NEARFAR_8
 
+// By every thread that wrote operands to shared memory otherwise than by copy_box, ahead of a barrier.
+__device__ __forceinline__ void publish_to_products() {
+    NEARFAR_HOPPER(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
+}
+
 // Before the first product of a group of them, after anything else has written their results.
 __device__ __forceinline__ void begin_products() { NEARFAR_HOPPER(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
 

@@ -77,25 +77,37 @@ struct Piece {
     }
 };
 
-// Rows that lanes have fetched themselves by copy_rows, changed in place: change(word, pass). In each pass a lane has a chunk
-// of row own_row(lane, pass).
+// Rows that lanes have fetched themselves by copy_rows, changed: change(word, pass). In each pass a lane has a chunk of row
+// own_row(lane, pass).
 template <typename Walk>
 __device__ __forceinline__ int own_row(int lane, int pass) {
     return lane / Tile<Walk::kWidth>::kChunks + pass * Walk::kRowsAtOnce;
 }
 
 template <typename Walk, typename Change>
-__device__ __forceinline__ void change_own_rows(char* rows, int lane, const Change& change) {
+__device__ __forceinline__ void map_own_rows(char* to, char* from, int lane, const Change& change) {
     using Layout = Tile<Walk::kWidth>;
-    const auto at = [&](int pass) {
+    const auto at = [&](int pass, char* rows) {
         return reinterpret_cast<uint4*>(rows + Layout::offset(own_row<Walk>(lane, pass), lane % Layout::kChunks));
     };
     uint4 x[Walk::kPasses];
 #pragma unroll
-    for (int pass = 0; pass < Walk::kPasses; ++pass) x[pass] = *at(pass);
+    for (int pass = 0; pass < Walk::kPasses; ++pass) x[pass] = *at(pass, from);
 #pragma unroll
     for (int pass = 0; pass < Walk::kPasses; ++pass)
-        *at(pass) = {change(x[pass].x, pass), change(x[pass].y, pass), change(x[pass].z, pass), change(x[pass].w, pass)};
+        *at(pass, to) = {change(x[pass].x, pass), change(x[pass].y, pass), change(x[pass].z, pass), change(x[pass].w, pass)};
+}
+
+template <typename Walk, typename Change>
+__device__ __forceinline__ void change_own_rows(char* rows, int lane, const Change& change) {
+    map_own_rows<Walk>(rows, rows, lane, change);
+}
+
+// Two numbers, each as the sum of two, in a word of a fragment b: the rounded ones in column 0, what they lack in column 1.
+__device__ __forceinline__ uint32_t as_sums(float2 x, int quad) {
+    const uint32_t high = pack<Number>(x.x, x.y);
+    const float2 rounded = unpack<Number>(high);
+    return quad == 0 ? high : quad == 1 ? pack<Number>(x.x - rounded.x, x.y - rounded.y) : 0;
 }
 
 // Of a diagonal block: c becomes zero above (Upper: below) the diagonal.
