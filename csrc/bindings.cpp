@@ -14,6 +14,7 @@
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/dtype.h"
+#include "factored.h"
 #include "geometry.h"
 #include "hadamard_backward.h"
 #include "hadamard_forward.h"
@@ -380,6 +381,60 @@ PYBIND11_MODULE(_C, m) {
                     "precision, recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in "
                     "csrc/geometry.h.");
     define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
+
+    m.attr("FACTORED_WIDTH") = kFactoredWidth;
+    m.attr("FACTORED_CHUNK") = kFactoredChunk;
+    m.def(
+        "factored_accumulate",
+        [](const std::string& feature_map, const std::array<int64_t, 7>& sizes,
+           const std::array<std::array<int64_t, 3>, 3>& strides) {
+            return py::cpp_function([=](const std::array<uintptr_t, 11>& tensors, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles,
+                            weighted_tiles, counter] = tensors;
+                const auto& [outer_strides, inner_strides, y_strides] = strides;
+                const auto [batches, heads, state_heads, num_tokens, width, num_pieces, piece_length] = sizes;
+                FactoredFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+                                          reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(weights),
+                                          reinterpret_cast<void*>(outer_tiles), reinterpret_cast<void*>(weighted_tiles),
+                                          reinterpret_cast<void*>(inner_tiles), outer_strides, inner_strides,
+                                          batches, heads, num_tokens};
+                FactoredAccumulate call{
+                    reinterpret_cast<const void*>(outer_tiles),
+                    reinterpret_cast<const void*>(weighted_tiles == 0 ? outer_tiles : weighted_tiles),
+                    reinterpret_cast<const void*>(inner_tiles), reinterpret_cast<const void*>(y),
+                    reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
+                    reinterpret_cast<int32_t*>(counter), y_strides,
+                    batches, heads, state_heads, num_tokens, width, num_pieces, piece_length};
+                factored_features(features, feature_map, reinterpret_cast<cudaStream_t>(stream));
+                factored_accumulate(call, reinterpret_cast<cudaStream_t>(stream));
+            });
+        },
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
+        "Launches of factored_features and factored_accumulate likewise. tensors: outer, inner, y, factors, weights, partials, "
+        "partial_norms, outer_tiles, inner_tiles, weighted_tiles (with factors or weights), counter; strides: of outer, inner, "
+        "y; sizes: B, H, Hs, N, Dv, pieces, their length. More in csrc/factored.h.");
+    m.def(
+        "factored_read",
+        [](const std::string& feature_map, const std::array<int64_t, 5>& sizes,
+           const std::array<std::array<int64_t, 3>, 3>& strides, double eps) {
+            return py::cpp_function([=](const std::array<uintptr_t, 8>& tensors, int device, uintptr_t stream) {
+                const DeviceGuard guard(device);
+                const auto [outer, inner, states, norms, out, inverse, counter, norm_tiles] = tensors;
+                const auto& [outer_strides, inner_strides, out_strides] = strides;
+                const auto [batches, heads, state_heads, num_tokens, width] = sizes;
+                FactoredRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+                                  reinterpret_cast<const void*>(states), reinterpret_cast<const float*>(norms),
+                                  reinterpret_cast<void*>(out), reinterpret_cast<float*>(inverse),
+                                  reinterpret_cast<int32_t*>(counter), reinterpret_cast<void*>(norm_tiles),
+                                  outer_strides, inner_strides, out_strides,
+                                  batches, heads, state_heads, num_tokens, width, eps};
+                factored_read(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+            });
+        },
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
+        "A launch of factored_read likewise. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
+        "strides: of outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/factored.h.");
 
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(

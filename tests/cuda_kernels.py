@@ -9,6 +9,7 @@ import itertools
 
 import test_affine_cuda
 import test_diagnostics_cuda
+import test_factored_cuda
 import test_krause_cuda
 import test_linear_cuda
 import test_synchronization_cuda
@@ -27,6 +28,9 @@ def results(dtype):
     for options in test_linear_cuda.SAMPLES.values() if dtype == torch.bfloat16 else ():
         sample = test_linear_cuda.cuda_sample(**options)
         o, gradients = run(test_linear_cuda.attention(sample), sample, backend="cuda")
+        yield from (*as_tuple(o), *gradients.values())
+    for options in test_factored_cuda.SAMPLES.values() if dtype == torch.bfloat16 else ():
+        o, gradients = test_factored_cuda.run_cuda(test_factored_cuda.cuda_sample(**options))
         yield from (*as_tuple(o), *gradients.values())
     for options in FORMS.values():
         if options.get("width", 32) in _cuda.KRAUSE_WIDTHS:

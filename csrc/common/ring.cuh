@@ -30,6 +30,8 @@ struct Ring {
     __device__ void wait_empty(int step) const {
         if (step >= kStages) wait_for_barrier(empty(step), (step / kStages - 1) % 2);
     }
+    // What the slot of this step has was read by all, and nothing was put there since.
+    __device__ void wait_left(int step) const { wait_for_barrier(empty(step), step / kStages % 2); }
     __device__ void wait_full(int step) const { wait_for_barrier(full(step), step / kStages % 2); }
 
     // By all lanes of a reading warp.

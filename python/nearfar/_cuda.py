@@ -234,9 +234,10 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
 
 LINEAR_WIDTHS = (64, 128)
 HADAMARD_WIDTHS = (16, 16), 64  # of the factors and of the values
+FACTORED_WIDTHS = 64, 64
 
 
-def linear_reason(qs, ks, v, causal):
+def linear_reason(qs, ks, v, causal, packed=False):
     """Why the CUDA kernels cannot serve calls of linear_attention or hadamard_attention with these layouts, or None."""
     if reason := _absence_reason("v", v):
         return reason
@@ -245,7 +246,7 @@ def linear_reason(qs, ks, v, causal):
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
     if not causal:
-        return "the CUDA kernels are those of causal attention"
+        return _factored_reason(qs, ks, v, packed)
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
     if len(widths) == 1 and (widths[0] != value_width or value_width not in LINEAR_WIDTHS):
         return f"q and v are {widths[0]} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
@@ -256,6 +257,18 @@ def linear_reason(qs, ks, v, causal):
         if reason := _rows_reason(**{name: x}):
             return reason
     return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, widths, value_width)
+
+
+def _factored_reason(qs, ks, v, packed):
+    """The same for attention that is not causal."""
+    widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
+    if packed or widths != FACTORED_WIDTHS or value_width not in HOPPER_WIDTHS:
+        return (
+            "the CUDA kernels are those of causal attention, and without causality and packed sequences "
+            f"those of two factors of 64 and v of 64 or 128; the factors are {widths} and v is {value_width} wide"
+        )
+    factors = {f"{name}[{r}]": x for name, xs in (("qs", qs), ("ks", ks)) for r, x in enumerate(xs)}
+    return hopper_reason(factors) or hopper_reason({"v": v})
 
 
 def _linear_device_reason(index, widths, value_width):
@@ -298,6 +311,61 @@ class Walk(BuiltLaunch):
         addresses = [address or 0 for address in surveyed[0]]
         del addresses[self._unread]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+
+
+def _tokens(problem, of_queries):
+    """Their number and their heads: of the queries or of the keys."""
+    return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
+
+
+def _where(tensors):
+    """Device and stream of what a launch is given, or a call."""
+    first = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
+    return first.get_device(), stream_of(first)
+
+
+class FactoredAccumulate(BuiltLaunch):
+    """A launch of factored_accumulate in the place of `accumulate`.
+
+    It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
+    16 bytes.
+    """
+
+    def __init__(self, problem, of_queries, x_strides, y_strides):
+        """Arguments as for factored_launch.plan_accumulate."""
+        length, heads = _tokens(problem, of_queries)
+        pieces = problem.num_pieces(length), problem.piece_length
+        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width, *pieces
+        strides = [x[:3] for x in (*x_strides, y_strides)]
+        self._launch = extension.factored_accumulate(problem.feature_map, sizes, strides)
+
+    @staticmethod
+    def workspaces(problem, of_queries, y):
+        """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which FactoredRead takes."""
+        length, heads = _tokens(problem, of_queries)
+        shape = problem.batch, heads, -(-length // extension.FACTORED_CHUNK), extension.FACTORED_CHUNK, extension.FACTORED_WIDTH
+        weighted = y.new_empty(shape) if of_queries else None
+        norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
+        return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
+
+    def run(self, tensors, surveyed):
+        xs, *others, _, _ = surveyed[0]
+        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
+
+
+class FactoredRead(BuiltLaunch):
+    """A launch of factored_read in the place of `read` without pairs, likewise."""
+
+    def __init__(self, problem, of_keys, x_strides, out_strides, eps):
+        """Arguments as for factored_launch.plan_read."""
+        length, heads = _tokens(problem, not of_keys)
+        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width
+        strides = [x[:3] for x in (*x_strides, out_strides)]
+        self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
+
+    def run(self, tensors, surveyed):
+        xs, _, _, _, *others, _ = surveyed[0]
+        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
 
 
 HOPPER_WIDTHS = (64, 128)

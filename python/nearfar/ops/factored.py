@@ -207,26 +207,29 @@ def _plan_forward(*arguments):
     given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
     compile_ahead(ahead, backward, outputs[0], None, *given)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
+    of_cuda = backend == "cuda" and stateful and not (causal or problem.walks)
     q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
     if problem.walks and (causal or stateful):
         read = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
+    elif of_cuda:
+        read = _cuda.FactoredRead(problem, False, q_strides, strides[1], float(eps))
     else:
         read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
     pieces = first_pieces = None
     if cu_seqlens is not None:
         pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
     o, state, inverse, states, norms = outputs
-    launches = []
+    launches, workspaces = [], ()
     if stateful:
-        partials, (accumulate, combine) = _plan_states(problem, False, ks, v)
+        partials, workspaces, (accumulate, combine) = _plan_states(problem, False, ks, v, of_cuda)
         launches = [
-            (accumulate, (ks, v, None, None, *partials, pieces)),
+            (accumulate, (ks, v, None, None, *partials, *workspaces, pieces)),
             (combine, (*partials, initial_state, states, norms, state, first_pieces)),
         ]
     if problem.walks and (causal or stateful):
         launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
     else:
-        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
+        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, *workspaces[-2:], pieces)))
     return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
 
 
@@ -234,13 +237,20 @@ def _plan_walk(backend):
     return _cuda.Walk if backend == "cuda" else _launchers().plan_walk
 
 
-def _plan_states(problem, of_queries, xs, y):
-    """Partial sums over the keys, or over the queries for the gradients, not filled; the launches accumulate and combine."""
+def _plan_states(problem, of_queries, xs, y, of_cuda):
+    """Partial sums over the keys, or over the queries for the gradients, and workspaces; the launches accumulate and combine.
+
+    of_cuda: whether accumulate and read are kernels of csrc/, which have workspaces, read the last two.
+    """
     launch, pieces = _launchers(), problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     shape = problem.batch, problem.key_heads, pieces, problem.num_features
     partials = y.new_empty((*shape, problem.value_width), dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
-    accumulate = launch.plan_accumulate(problem, of_queries, _strides(xs), y.stride())
-    return partials, (accumulate, launch.plan_combine(problem, pieces, of_queries and problem.causal))
+    plan, workspaces = launch.plan_accumulate, ()
+    if of_cuda:
+        plan = _cuda.FactoredAccumulate
+        workspaces = plan.workspaces(problem, of_queries, y)
+    accumulate = plan(problem, of_queries, _strides(xs), y.stride())
+    return partials, workspaces, (accumulate, launch.plan_combine(problem, pieces, of_queries and problem.causal))
 
 
 def _strides(tensors):
@@ -260,19 +270,20 @@ def backward(
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
     if backend == "cuda":
-        do, (*factors, v) = _cuda.aligned(do), _cuda.aligned_starts(*qs, *ks, v)
+        do, (*factors, v) = (_cuda.aligned if causal else _cuda.aligned_boxes)(do), _cuda.aligned_starts(*qs, *ks, v)
         qs, ks = factors[: len(qs)], factors[len(qs) :]
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
     outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
-    *gradients, dv, dinitial, weights, key_states, key_norms, partials, partial_norms = allocate(outputs, v.device)
-    dqs, dks = tuple(gradients[:r]), tuple(gradients[r:])
+    found = allocate(outputs, v.device)
+    dqs, dks = tuple(found[:r]), tuple(found[r : 2 * r])
+    dv, dinitial, weights, key_states, key_norms, partials, partial_norms, *workspaces = found[2 * r :]
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
     state_launches = []
     if states is not None:
         accumulate, combine = of_states
         state_launches = [
-            (accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)),
+            (accumulate, (qs, do, inverse, weights, partials, partial_norms, *workspaces, pieces)),
             (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
         ]
     if problem.walks and (causal or states is not None):
@@ -288,7 +299,7 @@ def backward(
             (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)),
             *state_launches,
             (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
-            (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)),
+            (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, *workspaces[-2:], pieces)),
         ]
     launch_all(v, *launches)
     return list(dqs), list(dks), dv, dinitial
@@ -303,10 +314,11 @@ def _plan_backward(do, o, states, norms, *arguments):
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     weights = o.new_empty(o.shape[:3], dtype=torch.float32)
     key_states = key_norms = of_states = None
-    partials = None, None
+    partials, state_workspaces = (None, None), ()
+    of_cuda = backend == "cuda" and states is not None and not (causal or problem.walks)
     if states is not None:
         key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
-        partials, of_states = _plan_states(problem, True, qs, do)
+        partials, state_workspaces, of_states = _plan_states(problem, True, qs, do, of_cuda)
     q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
     if problem.walks and (causal or states is not None):
@@ -318,9 +330,13 @@ def _plan_backward(do, o, states, norms, *arguments):
         direct = causal or states is None
         queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, o_strides, k_strides, v_strides, dq_strides)
         keys = launch.plan_grad(problem, True, direct, k_strides, v_strides, o_strides, q_strides, do_strides, dk_strides)
-        launches = queries, keys, launch.plan_read(problem, True, direct, k_strides, q_strides, do_strides, dv.stride(), 0.0)
+        if of_cuda:
+            values = _cuda.FactoredRead(problem, True, k_strides, dv.stride(), 0.0)
+        else:
+            values = launch.plan_read(problem, True, direct, k_strides, q_strides, do_strides, dv.stride(), 0.0)
+        launches = queries, keys, values
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
-    workspaces = weights, key_states, key_norms, *partials
+    workspaces = weights, key_states, key_norms, *partials, *state_workspaces
     return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, of_states, launches
 
 

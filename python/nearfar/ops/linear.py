@@ -22,6 +22,10 @@ MEASURED = {
     (2, 64): ((0.1894, 0.3974), (0.6013, 1.2137)),
 }
 
+# The same without causality, for two factors of 64: B1 H12 N32760. The sum of kernels in the forward; the backward is a
+# prediction from those that it shares with the forward, to be measured.
+MEASURED_FULL = {(2, 128): ((1.18, 3.03), (4.3, 6.13))}
+
 
 class Call(NamedTuple):
     """A checked call: what every backend computes with."""
@@ -226,7 +230,8 @@ def _prepare(
     tensors = *qs, *ks, v
     layouts = checks.plain_layouts(*tensors)
     names = () if layouts else (*_names("q", qs, listed), *_names("k", ks, listed), "v")
-    backends, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal))
+    packed = cu_seqlens is not None
+    backends, state_meta = _checked(layouts, names, tensors, len(qs), listed, bool(causal), packed)
     state = None if initial_state is None else checks.meta(state_name, initial_state)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, qs[0], v)
@@ -259,7 +264,7 @@ def _names(name, factors, listed):
 
 
 @checks.once
-def _checked(metas, num_factors, listed, causal):
+def _checked(metas, num_factors, listed, causal, packed=False):
     """The backends of these layouts, and what a state is: its shape, dtype and device."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
@@ -279,8 +284,11 @@ def _checked(metas, num_factors, listed, causal):
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
-    orders = dispatch.measured_orders(MEASURED.get((len(qs), int(v.shape[3]))), v.device)
-    cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal)
+    measured = (MEASURED if causal else MEASURED_FULL).get((len(qs), int(v.shape[3])))
+    orders = dispatch.measured_orders(measured, v.device)
+    cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
+    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], qs[0].shape[2], v.shape[2]):
+        cuda_reason = "so few tokens pair directly, which the CUDA kernels do not do without causality"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
