@@ -5,11 +5,10 @@
 // token: they are made where a product needs them, and never stored.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
 #include "common/halves.cuh"
+#include "common/scaled.cuh"
 #include "common/walk.cuh"
 
 namespace nearfar {
@@ -61,12 +60,6 @@ __device__ __forceinline__ void load_features(uint32_t (&x)[2][4], uint32_t rows
     load_rows<2 * kFactor>(x, rows, lane);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = map_word<Map>(x[i / 4][i % 4]);
-}
-
-__device__ __forceinline__ uint32_t multiply_words(uint32_t x, uint32_t y) {
-    const __nv_bfloat162 product =
-        __hmul2(reinterpret_cast<const __nv_bfloat162&>(x), reinterpret_cast<const __nv_bfloat162&>(y));
-    return reinterpret_cast<const uint32_t&>(product);
 }
 
 // sum += f S of 16 rows.
