@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "common/occupancy.h"
 #include "common/walk.cuh"
 
 namespace nearfar {
@@ -30,24 +28,6 @@ template <typename Walk>
 __device__ __forceinline__ void store_state(const State<Walk>& state, char* tile, float* norms) {
     state.store(tile);
     state.store_norms([&](int row, float norm) { norms[row] = norm; });
-}
-
-// c *= factor phi'(x), with x the same rows of a tile, whose columns `lane` knows.
-template <typename Map, int Width, int Tiles>
-__device__ __forceinline__ void multiply_by_slopes(float (&c)[Tiles][4], const float (&factor)[2], uint32_t rows,
-                                                   const LaneOffsets<Width>& lane) {
-#pragma unroll
-    for (int step = 0; step < Tiles / 2; ++step) {
-        uint32_t raw[4];
-        load_matrices(raw, lane.normal_at(rows, step));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // word i of a fragment a is row quad + i % 2 * 8 of the left or the right columns
-            const float2 x = unpack<Number>(raw[i]);
-            float(&at)[4] = c[2 * step + i / 2];
-            at[i % 2 * 2] *= factor[i % 2] * Map::grad(x.x);
-            at[i % 2 * 2 + 1] *= factor[i % 2] * Map::grad(x.y);
-        }
-    }
 }
 
 // Two neighbouring c as the result of a product with 16 rows.
@@ -429,12 +409,8 @@ template <int Width>
 using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/linear.md)
 
 template <auto kKernel, typename Walk, typename Layout, typename Arguments>
-void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Walk::kThreads, Layout::kBytes);
-    void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(heads * arguments.num_pieces);
-    if (blocks == 0) return;
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, Layout::kBytes, stream), name);
+void launch(const Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {
+    launch_walk<kKernel>(arguments, heads * arguments.num_pieces, Walk::kThreads, Layout::kBytes, stream, name);
 }
 
 }  // namespace

@@ -14,8 +14,10 @@
 #include <string>
 #include <type_traits>
 
+#include "check.h"
 #include "features.cuh"
 #include "fragments.cuh"
+#include "occupancy.h"
 #include "tensor.cuh"
 #include "tile.cuh"
 
@@ -77,6 +79,15 @@ struct Piece {
     }
 };
 
+// A number as the sum of two, in one word.
+__device__ __forceinline__ uint32_t as_two(float x) {
+    const float high = __bfloat162float(__float2bfloat16(x));
+    return pack<Number>(high, x - high);
+}
+
+// 1 / x, and 0 for 1 / 0: of a row whose weights sum to 0.
+__device__ __forceinline__ float inverse_of(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
+
 // Rows that lanes have fetched themselves by copy_rows, changed in place: change(word, pass). In each pass a lane has a chunk
 // of row own_row(lane, pass).
 template <typename Walk>
@@ -105,6 +116,24 @@ __device__ __forceinline__ void mask_diagonal(float (&c)[2][4], int quad, int pa
     for (int i = 0; i < 8; ++i) {
         const int row = quad + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * pair + i % 2;
         if (Upper ? column < row : column > row) c[i / 4][i % 4] = 0;
+    }
+}
+
+// c *= factor phi'(x), with x the same rows of a tile, whose columns `lane` knows.
+template <typename Map, int Width, int Tiles>
+__device__ __forceinline__ void multiply_by_slopes(float (&c)[Tiles][4], const float (&factor)[2], uint32_t rows,
+                                                   const LaneOffsets<Width>& lane) {
+#pragma unroll
+    for (int step = 0; step < Tiles / 2; ++step) {
+        uint32_t raw[4];
+        load_matrices(raw, lane.normal_at(rows, step));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // word i of a fragment a is row quad + i % 2 * 8 of the left or the right columns
+            const float2 x = unpack<Number>(raw[i]);
+            float(&at)[4] = c[2 * step + i / 2];
+            at[i % 2 * 2] *= factor[i % 2] * Map::grad(x.x);
+            at[i % 2 * 2 + 1] *= factor[i % 2] * Map::grad(x.y);
+        }
     }
 }
 
@@ -186,6 +215,15 @@ void dispatch_walk(const std::string& feature_map, int64_t width, const Body& bo
             default: throw std::invalid_argument("width must be 64 or 128");
         }
     });
+}
+
+// A launch of a kernel whose only parameter is `arguments`.
+template <auto kKernel, typename Arguments>
+void launch_walk(Arguments arguments, int64_t blocks, int threads, int bytes, cudaStream_t stream, const char* name) {
+    resident_blocks<kKernel>(threads, bytes);
+    void* parameters[] = {&arguments};
+    if (blocks == 0) return;
+    check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), parameters, bytes, stream), name);
 }
 
 }  // namespace nearfar
