@@ -51,8 +51,8 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Role<Walk> role(threadIdx.x);
-    const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * kColumns / 16);
+    const Share<Walk> share(threadIdx.x);
+    const LaneOffsets<kWidth> whole(share.lane), mine(share.lane, share.part * kColumns / 16);
     const bool normalised = arguments.inverse != nullptr;
 
     // A step of the ring is a chunk of one query head of the group.
@@ -87,18 +87,18 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     for (int step = 0; step < Walk::kStages - 1; ++step) fetch(step);
 
     float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
-    float* const deltas = reinterpret_cast<float*>(bytes + Layout::kDeltas) + 16 * role.block + role.quad;
+    float* const deltas = reinterpret_cast<float*>(bytes + Layout::kDeltas) + 16 * share.block + share.quad;
     const int64_t state =
         state_index(piece, piece.head, arguments.heads, arguments.pieces, arguments.num_pieces, arguments.num_states);
     copy_state<Walk>(bytes + Layout::kState, arguments.states + state * kWidth * kWidth);
     if (threadIdx.x < kWidth) norms[threadIdx.x] = arguments.norms[state * kWidth + threadIdx.x];
 
-    Sums<Walk> sums(role);
+    Sums<Walk> sums(share);
     float norm_sums[kColumns / 4] = {};  // of this lane's rows, in its columns
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
         const Step step = step_at(index);
-        const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes, rows = slot + role.block * kBlockBytes;
+        const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes, rows = slot + share.block * kBlockBytes;
         float* const factors = reinterpret_cast<float*>(bytes + Layout::kFactors) + index % 2 * Walk::kChunk;
         wait_for_groups<Walk::kStages - 2>();
         if (threadIdx.x < Walk::kChunk) factors[threadIdx.x] = next_factor;
@@ -108,7 +108,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 
         // u_i = S dO_i, of which dO_i . o_i = phi(q_i) . u_i inverse_i follows without reading o.
         float u[kColumns / 8][4] = {};
-        const uint32_t state_rows = base + Layout::kState + role.part * kColumns * Walk::kRowBytes;
+        const uint32_t state_rows = base + Layout::kState + share.part * kColumns * Walk::kRowBytes;
 #pragma unroll
         for (int column = 0; column < Walk::kSteps; ++column) {
             uint32_t grad[4];
@@ -126,7 +126,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                     use(unpack<Number>(raw[i]), &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
             }
         };
-        const float factor[2] = {factors[16 * role.block + role.quad], factors[16 * role.block + role.quad + 8]};
+        const float factor[2] = {factors[16 * share.block + share.quad], factors[16 * share.block + share.quad + 8]};
         float delta[2] = {};  // dO . o of rows quad and quad + 8
         if (normalised) {
             for_queries([&](float2 x, const float* at, int r, int) {
@@ -135,11 +135,11 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 delta[r] = quad_sum(delta[r]) * factor[r];
-                if (Walk::kParts > 1 && role.pair == 0) deltas[role.part * Walk::kChunk + 8 * r] = delta[r];
+                if (Walk::kParts > 1 && share.pair == 0) deltas[share.part * Walk::kChunk + 8 * r] = delta[r];
             }
         }
 
-        const float* const block_factors = factors + 2 * role.pair;
+        const float* const block_factors = factors + 2 * share.pair;
         sums.add(slot + Layout::kQueries, slot + Layout::kGrads, [&](uint32_t(&a)[4], int block) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {  // word i has tokens 2 pair and 2 pair + 1 of the first or the last 8
@@ -159,15 +159,15 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
         }
         const float weight[2] = {-delta[0] * factor[0], -delta[1] * factor[1]};
         for_queries([&](float2 x, float* at, int r, int column) {
-            const float2 z = *reinterpret_cast<const float2*>(norms + role.part * kColumns + column + 2 * role.pair);
+            const float2 z = *reinterpret_cast<const float2*>(norms + share.part * kColumns + column + 2 * share.pair);
             norm_sums[column / 4] += Map::value(x.x) * weight[r];
             norm_sums[column / 4 + 1] += Map::value(x.y) * weight[r];
             at[0] = Map::grad(x.x) * (factor[r] * at[0] + weight[r] * z.x);
             at[1] = Map::grad(x.y) * (factor[r] * at[1] + weight[r] * z.y);
         });
-        const int first_row = step.first + 16 * role.block;
-        Number* const dq = arguments.dq.at(piece.batch, step.head) + role.part * kColumns;
-        store_rows<Number, kColumns>(u, 1.0f, role.lane, piece.end - first_row, arguments.dq.row,
+        const int first_row = step.first + 16 * share.block;
+        Number* const dq = arguments.dq.at(piece.batch, step.head) + share.part * kColumns;
+        store_rows<Number, kColumns>(u, 1.0f, share.lane, piece.end - first_row, arguments.dq.row,
                                      dq + first_row * arguments.dq.row);
     }
 
@@ -178,7 +178,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 #pragma unroll
     for (int i = 0; i < kColumns / 4; ++i) {
         for (int lanes = 4; lanes < 32; lanes *= 2) norm_sums[i] += __shfl_xor_sync(kWholeWarp, norm_sums[i], lanes);
-        if (role.quad == 0) block_sums[role.block * kWidth + role.part * kColumns + i / 2 * 8 + 2 * role.pair + i % 2] = norm_sums[i];
+        if (share.quad == 0) block_sums[share.block * kWidth + share.part * kColumns + i / 2 * 8 + 2 * share.pair + i % 2] = norm_sums[i];
     }
     __syncthreads();
     if (threadIdx.x < kWidth) {
@@ -221,22 +221,22 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Role<Walk> role(threadIdx.x);
-    const LaneOffsets<kWidth> whole(role.lane);
-    const int first = piece.begin + 16 * role.block;
+    const Share<Walk> share(threadIdx.x);
+    const LaneOffsets<kWidth> whole(share.lane);
+    const int first = piece.begin + 16 * share.block;
     const Number* const k = arguments.k.at(piece.batch, piece.head);
     const Number* const v = arguments.v.at(piece.batch, piece.head);
     Number* const dk = arguments.dk.at(piece.batch, piece.head);
     Number* const dv = arguments.dv.at(piece.batch, piece.head);
 
     const auto slot_of = [&](int chunk) {
-        return base + chunk % Walk::kStages * Layout::kSlotBytes + role.block * kBlockBytes;
+        return base + chunk % Walk::kStages * Layout::kSlotBytes + share.block * kBlockBytes;
     };
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int row = first + chunk * Walk::kChunk;
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kValues, v, arguments.v.row, row, piece.end, role.lane);
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kKeys, k, arguments.k.row, row, piece.end, role.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kValues, v, arguments.v.row, row, piece.end, share.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kKeys, k, arguments.k.row, row, piece.end, share.lane);
         }
         commit_copies();
     };
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
         float acc[kWidth / 8][4];  // dk, then dv
 #pragma unroll
         for (int tile = 0; tile < kWidth / 8; ++tile) {
-            const float2 z = *reinterpret_cast<const float2*>(norms + 8 * tile + 2 * role.pair);
+            const float2 z = *reinterpret_cast<const float2*>(norms + 8 * tile + 2 * share.pair);
             acc[tile][0] = acc[tile][2] = z.x, acc[tile][1] = acc[tile][3] = z.y;
         }
 #pragma unroll
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
         }
         const float one[2] = {1.0f, 1.0f};
         multiply_by_slopes<Map>(acc, one, rows + Layout::kKeys, whole);
-        store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
+        store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
 
 #pragma unroll
         for (int i = 0; i < kWidth / 2; ++i) acc[i / 4][i % 4] = 0;
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
             for (int i = 0; i < 4; ++i) key[i] = map_word<Map>(key[i]);
             multiply<Number, kWidth>(acc, key, base + Layout::kState + step * kBlockBytes, 0, whole);
         }
-        store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
+        store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
     }
 }
 

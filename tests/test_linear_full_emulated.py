@@ -4,9 +4,11 @@ import ctypes
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
-from harness import Sample, like, randn
-from samples.linear import check, random_state, spans
+from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
+from samples.linear import check, features, op_arguments, random_state, spans
+
+from nearfar import _cuda
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length num_states"
 
@@ -177,3 +179,57 @@ def test_against_the_oracle(name, kernels):
     again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
     for first, second in zip((*saved, *gradients.values()), (*again, *gradients_again.values()), strict=True):
         assert first is None or torch.equal(first, second)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_norms_are_as_exact_as_float32(width, kernels):
+    """Norms are operands as two numbers; weights of rows beyond the last one are not among them."""
+    sample = make(width=width, length=333)
+    (_, inverse), _ = run(kernels, sample, like(sample.tensors["q"]), 128)
+    (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
+    weights = x.bfloat16().double() @ y.bfloat16().double().mT
+    torch.testing.assert_close(inverse.double(), 1 / (weights.sum(-1) + 1e-6), rtol=3e-5, atol=0)
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
+
+    def __init__(self, kernels):
+        def function(name, structure):
+            def launch(tensors, feature_map, sizes, strides, *rest):
+                numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
+                launch_at(kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
+
+            return launch
+
+        self.linear_full_sums = function("linear_full_sums", LinearFullSums)
+        self.linear_full_read = function("linear_full_read", LinearFullRead)
+        self.linear_full_grad_queries = function("linear_full_grad_queries", LinearFullGradQueries)
+        self.linear_full_grad_keys = function("linear_full_grad_keys", LinearFullGradKeys)
+
+
+OPTIONS = {
+    "elu": dict(batch=2, length=300),
+    "not normalised, relu": dict(batch=2, length=150, normalize=False, feature_map="relu"),
+    "more keys, states": dict(length=150, keys=300, state=True, return_state=True),
+    "packed, states": dict(length=300, state=True, return_state=True, cu_seqlens=[0, 0, 7, 270, 300]),
+}
+
+
+@pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_through_the_operator(name, layout, kernels, monkeypatch):
+    """Arguments arrive where they belong, forward and backward, and what does not start at 16 bytes is copied."""
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
+    sample = make(heads=(4, 2), **OPTIONS[name])
+    change = {**LAYOUTS, **MISALIGNED}[layout]
+    tensors = {name: (change(x) if name in "qkv" else x).requires_grad_() for name, x in sample.tensors.items()}
+    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
+    outputs = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
+    outputs = outputs[:2] if sample.options.get("return_state") else outputs[:1]
+    do = tuple(like(x.detach()) for x in outputs)
+    upstream = GRADIENTS["width before rows"](do[0]), *do[1:]
+    gradients = torch.autograd.grad(outputs, list(tensors.values()), upstream)
+    given = (do, tuple(x.detach() for x in outputs)) if len(do) > 1 else (do[0], outputs[0].detach())
+    check(sample, *given, dict(zip(tensors, gradients, strict=True)))

@@ -243,19 +243,19 @@ def linear_reason(qs, ks, v, causal):
         return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
-    if len(qs) != 1 or not causal:
-        return "the CUDA kernels are those of causal attention with one factor"
+    if len(qs) != 1:
+        return f"there are {len(qs)} factors; the CUDA kernels take one"
     width, value_width = qs[0].shape[3], v.shape[3]
     if width != value_width or width not in LINEAR_WIDTHS:
         return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
     reason = _rows_reason(q=qs[0], k=ks[0], v=v)
-    return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width))
+    return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width), causal)
 
 
-def _linear_device_reason(index, width):
+def _linear_device_reason(index, width, causal):
     if reason := _architecture_reason(index):
         return reason
-    return _memory_reason(index, width, extension.linear_shared_bytes(width))
+    return _memory_reason(index, width, extension.linear_shared_bytes(width, causal))
 
 
 class BuiltLaunch:
@@ -266,7 +266,7 @@ class BuiltLaunch:
 
 
 class Walk(BuiltLaunch):
-    """A launch of a linear_ kernel.
+    """A launch of a linear_ kernel, of causal attention.
 
     It is given what its namesake in triton_kernels/walk.py is given; its q, k, v and do start at multiples of 16 bytes.
     """
@@ -287,6 +287,27 @@ class Walk(BuiltLaunch):
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
         del addresses[self._unread]
+        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+
+
+class FullLaunch(BuiltLaunch):
+    """A launch of a linear_full_ kernel, of bidirectional attention.
+
+    It is given the tensors that its binding lists; q, k, v and do start at multiples of 16 bytes.
+    """
+
+    def __init__(self, problem, kernel, strides, eps=()):
+        """kernel: sums, read, grad_queries or grad_keys. strides: as its binding lists them. eps: (eps,) for read."""
+        self._function = getattr(extension, f"linear_full_{kernel}")
+        tokens = problem.num_queries if kernel in ("read", "grad_queries") else problem.num_keys
+        sizes = (
+            problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
+            problem.num_pieces(tokens), problem.piece_length, problem.num_states,
+        )  # fmt: skip
+        self._fixed = problem.feature_map, sizes, [stride[:3] for stride in strides], *eps
+
+    def run(self, tensors, surveyed):
+        addresses = [address or 0 for address in surveyed[0]]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
 
 

@@ -205,40 +205,47 @@ def _plan_forward(*arguments):
     given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
     compile_ahead(ahead, backward, outputs[0], None, *given)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
-    q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
-    if problem.walks and (causal or stateful):
-        read = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
-    else:
-        read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
     pieces = first_pieces = None
     if cu_seqlens is not None:
         pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
     o, state, inverse, states, norms = outputs
-    launches = []
-    if stateful:
-        partials, (accumulate, combine) = _plan_states(problem, False, ks, v)
-        launches = [
-            (accumulate, (ks, v, None, None, *partials, pieces)),
-            (combine, (*partials, initial_state, states, norms, state, first_pieces)),
-        ]
-    if problem.walks and (causal or stateful):
-        launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
+    q_strides, k_strides, v_strides, o_strides, eps = _strides(qs), _strides(ks), v.stride(), o.stride(), float(eps)
+    full = _is_full(problem, stateful, backend)
+    if full:
+        read = _cuda.FullLaunch(problem, "read", (*q_strides, o_strides), (eps,)), (*qs, states, norms, o, inverse, pieces)
+    elif problem.walks and (causal or stateful):
+        plan = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, v_strides, o_strides), (eps,))
+        read = plan, (*qs, *ks, v, states, norms, o, inverse, pieces)
     else:
-        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, pieces)))
+        plan = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, v_strides, o_strides, eps)
+        read = plan, (qs, ks, v, None, states, norms, o, inverse, pieces)
+    launches = [read]
+    if stateful:
+        partials, combine = _plan_states(problem, False, v)
+        if full:
+            accumulate = _cuda.FullLaunch(problem, "sums", (*k_strides, v_strides)), (*ks, v, *partials, pieces)
+        else:
+            plan = launch.plan_accumulate(problem, False, k_strides, v_strides)
+            accumulate = plan, (ks, v, None, None, *partials, pieces)
+        launches = [accumulate, (combine, (*partials, initial_state, states, norms, state, first_pieces)), read]
     return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
+
+
+def _is_full(problem, stateful, backend):
+    """Whether the kernels for bidirectional attention in CUDA C++ serve, which take the place of `accumulate`, too."""
+    return backend == "cuda" and problem.walks and stateful and not problem.causal
 
 
 def _plan_walk(backend):
     return _cuda.Walk if backend == "cuda" else _launchers().plan_walk
 
 
-def _plan_states(problem, of_queries, xs, y):
-    """Partial sums over the keys, or over the queries for the gradients, not filled; the launches accumulate and combine."""
-    launch, pieces = _launchers(), problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
+def _plan_states(problem, of_queries, like):
+    """Partial sums over the keys, or over the queries for the gradients, not filled; the launch that combines them."""
+    pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     shape = problem.batch, problem.key_heads, pieces, problem.num_features
-    partials = y.new_empty((*shape, problem.value_width), dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
-    accumulate = launch.plan_accumulate(problem, of_queries, _strides(xs), y.stride())
-    return partials, (accumulate, launch.plan_combine(problem, pieces, of_queries and problem.causal))
+    partials = [like.new_empty(size, dtype=torch.float32) for size in ((*shape, problem.value_width), shape)]
+    return partials, _launchers().plan_combine(problem, pieces, of_queries and problem.causal)
 
 
 def _strides(tensors):
@@ -266,14 +273,21 @@ def backward(
     *gradients, dv, dinitial, weights, key_states, key_norms, partials, partial_norms = allocate(outputs, v.device)
     dqs, dks = tuple(gradients[:r]), tuple(gradients[r:])
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
+    accumulate, combine = of_states
     state_launches = []
-    if states is not None:
-        accumulate, combine = of_states
-        state_launches = [
-            (accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)),
-            (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
+    if accumulate is not None:
+        state_launches.append((accumulate, (qs, do, inverse, weights, partials, partial_norms, pieces)))
+    if combine is not None:
+        totals = key_states, key_norms, dinitial
+        state_launches.append((combine, (partials, partial_norms, dstate, *totals, first_pieces)))
+    if _is_full(problem, states is not None, backend):
+        queries, keys = launches
+        launches = [
+            (queries, (*qs, do, inverse, states, norms, *dqs, partials, partial_norms, pieces)),
+            *state_launches,
+            (keys, (*ks, v, key_states, key_norms, *dks, dv, pieces)),
         ]
-    if problem.walks and (causal or states is not None):
+    elif problem.walks and (causal or states is not None):
         queries, keys = launches
         launches = [
             (queries, (*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces)),
@@ -294,20 +308,25 @@ def backward(
 
 @planned
 def _plan_backward(do, o, states, norms, *arguments):
-    """Layouts of gradients and workspaces, the problem, the launches of the states and the others."""
+    """Layouts of gradients and workspaces, the problem, accumulate and combine where there are states, the other launches."""
     *tensors, feature_map, causal, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
-    weights = o.new_empty(o.shape[:3], dtype=torch.float32)
-    key_states = key_norms = of_states = None
+    full = _is_full(problem, states is not None, backend)
+    q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
+    dq_strides, dk_strides = _strides(dqs), _strides(dks)
+    weights = None if full else o.new_empty(o.shape[:3], dtype=torch.float32)
+    key_states = key_norms = accumulate = combine = None
     partials = None, None
     if states is not None:
         key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
-        partials, of_states = _plan_states(problem, True, qs, do)
-    q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
-    dq_strides, dk_strides = _strides(dqs), _strides(dks)
-    if problem.walks and (causal or states is not None):
+        partials, combine = _plan_states(problem, True, do)
+        accumulate = None if full else launch.plan_accumulate(problem, True, q_strides, do_strides)
+    if full:
+        of_queries, of_keys = (*q_strides, do_strides, *dq_strides), (*k_strides, v_strides, *dk_strides, dv.stride())
+        launches = _cuda.FullLaunch(problem, "grad_queries", of_queries), _cuda.FullLaunch(problem, "grad_keys", of_keys)
+    elif problem.walks and (causal or states is not None):
         plan = _plan_walk(backend)
         of_queries = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
         of_keys = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
@@ -319,7 +338,7 @@ def _plan_backward(do, o, states, norms, *arguments):
         launches = queries, keys, launch.plan_read(problem, True, direct, k_strides, q_strides, do_strides, dv.stride(), 0.0)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     workspaces = weights, key_states, key_norms, *partials
-    return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, of_states, launches
+    return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, (accumulate, combine), launches
 
 
 def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful):
