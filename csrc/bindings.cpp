@@ -15,6 +15,8 @@
 #include "common/device_guard.h"
 #include "common/dtype.h"
 #include "geometry.h"
+#include "hadamard_backward.h"
+#include "hadamard_forward.h"
 #include "krause_backward.h"
 #include "krause_forward.h"
 #include "krause_step.h"
@@ -265,8 +267,9 @@ PYBIND11_MODULE(_C, m) {
             linear_full_sums(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
-        "Bidirectional linear attention: fills sums over the keys of each piece. tensors: k, v, partials, partial_norms, pieces; "
-        "strides: of k and v; sizes: B, Hq, Hkv, tokens, D, pieces, their length, states. More in csrc/linear_full_forward.h.");
+        "Bidirectional linear attention: fills sums over the keys of each piece. tensors: k, v, partials, partial_norms, "
+        "pieces; strides: of k and v; sizes: B, Hq, Hkv, tokens, D, pieces, their length, states. More in "
+        "csrc/linear_full_forward.h.");
     m.def(
         "linear_full_read",
         [](const std::array<uintptr_t, 6>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
@@ -303,8 +306,8 @@ PYBIND11_MODULE(_C, m) {
             linear_full_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
         },
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
-        "Fills dq and sums over the queries of each piece. tensors: q, do, inverse, states, norms, dq, partials, partial_norms, "
-        "pieces; strides: of q, do, dq; sizes as for linear_full_sums. More in csrc/linear_full_backward.h.");
+        "Fills dq and sums over the queries of each piece. tensors: q, do, inverse, states, norms, dq, partials, "
+        "partial_norms, pieces; strides: of q, do, dq; sizes as for linear_full_sums. More in csrc/linear_full_backward.h.");
     m.def(
         "linear_full_grad_keys",
         [](const std::array<uintptr_t, 7>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
@@ -323,6 +326,73 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
         "Fills dk and dv. tensors: k, v, states, norms, dk, dv, pieces; strides: of k, v, dk, dv; sizes as for "
         "linear_full_sums. More in csrc/linear_full_backward.h.");
+
+    m.def("hadamard_shared_bytes",
+          [] { return std::max(hadamard_forward_shared_bytes(), hadamard_backward_shared_bytes()); },
+          "Bytes of shared memory that a block of the hadamard_ kernels takes, at most.");
+    m.def(
+        "hadamard_forward",
+        [](const std::array<uintptr_t, 10>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 6>& strides, double eps, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q1, q2, k1, k2, v, states, norms, o, inverse, pieces] = tensors;
+            const auto& [q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
+            HadamardForward call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
+                                 reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
+                                 reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(states),
+                                 reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
+                                 reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
+                                 q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides,
+                                 batches, heads, kv_heads, num_tokens, num_pieces, piece_length, eps};
+            hadamard_forward(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
+        py::arg("stream"),
+        "Causal Hadamard attention: fills o and inverse. tensors: q1, q2, k1, k2, v, states, norms, o, inverse, pieces; "
+        "strides: of q1, q2, k1, k2, v, o; sizes: B, Hq, Hkv, N, pieces, their length. More in csrc/hadamard_forward.h.");
+    m.def(
+        "hadamard_grad_queries",
+        [](const std::array<uintptr_t, 13>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 8>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q1, q2, k1, k2, v, grad_o, inverse, states, norms, dq1, dq2, weights, pieces] = tensors;
+            const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
+            HadamardGradQueries call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
+                                     reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
+                                     reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(grad_o),
+                                     reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(states),
+                                     reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(dq1),
+                                     reinterpret_cast<void*>(dq2), reinterpret_cast<float*>(weights),
+                                     reinterpret_cast<const int32_t*>(pieces),
+                                     strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
+                                     strides[7], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
+            hadamard_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dq1, dq2 and weights. tensors: q1, q2, k1, k2, v, do, inverse, states, norms, dq1, dq2, weights, pieces; "
+        "strides: of q1, q2, k1, k2, v, do, dq1, dq2; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
+    m.def(
+        "hadamard_grad_keys",
+        [](const std::array<uintptr_t, 14>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
+           const std::array<std::array<int64_t, 3>, 9>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [k1, k2, v, q1, q2, grad_o, inverse, weights, states, norms, dk1, dk2, dv, pieces] = tensors;
+            const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
+            HadamardGradKeys call{reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
+                                  reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(q1),
+                                  reinterpret_cast<const void*>(q2), reinterpret_cast<const void*>(grad_o),
+                                  reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(weights),
+                                  reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
+                                  reinterpret_cast<void*>(dk1), reinterpret_cast<void*>(dk2), reinterpret_cast<void*>(dv),
+                                  reinterpret_cast<const int32_t*>(pieces),
+                                  strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
+                                  strides[7], strides[8], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
+            hadamard_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dk1, dk2 and dv. tensors: k1, k2, v, q1, q2, do, inverse, weights, states, norms, dk1, dk2, dv, pieces; "
+        "strides: of k1, k2, v, q1, q2, do, dk1, dk2, dv; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
 
     m.attr("DIAGNOSTICS_TILE") = kDiagnosticsTile;
     m.def(

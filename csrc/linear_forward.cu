@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
     const auto store_state = [&](int parity) {
         state.store(bytes + Layout::kStates + parity * Walk::kStateBytes);
         state.store_norms([&](int row, float norm) {
-            *reinterpret_cast<uint4*>(bytes + Layout::kNorms + parity * Layout::kNormBytes + 16 * row) = {as_two(norm), 0, 0, 0};
+            char* const to = bytes + Layout::kNorms + parity * Layout::kNormBytes + 16 * row;
+            *reinterpret_cast<uint4*>(to) = {as_two(norm), 0, 0, 0};
         });
     };
     if (arguments.states != nullptr) {
@@ -138,15 +139,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
 
         const int first_row = piece.begin + chunk * Walk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
         if (inverse != nullptr) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float sum = __shfl_sync(kWholeWarp, norm[2 * r] + norm[2 * r + 1], role.lane - role.pair) + arguments.eps;
-                const float factor = inverse_of(sum);
-                const int row = role.quad + 8 * r;
+            normalise_rows(acc, norm, arguments.eps, role.lane, [&](int row, float factor) {
                 if (role.part == 0 && role.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
-#pragma unroll
-                for (int i = 0; i < Walk::kColumns / 4; ++i) acc[i / 2][2 * r + i % 2] *= factor;
-            }
+            });
         }
         store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
 

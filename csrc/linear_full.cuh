@@ -21,8 +21,8 @@ struct Share {
           state_block(thread / 32 % Walk::kSteps), state_part(Walk::kStateParts == 1 ? 0 : thread / 32 / Walk::kSteps) {}
 };
 
-// One 16 by kStateColumns part of sum_i x_i y_i^T over the rows of a piece, in the registers of one warp: like State, but nothing
-// reads it before it is complete.
+// One 16 by kStateColumns part of sum_i x_i y_i^T over the rows of a piece, in the registers of one warp: like State, but
+// nothing reads it before it is complete.
 template <typename Walk>
 class Sums {
     static constexpr int kWidth = Walk::kWidth, kTiles = Walk::kStateColumns / 8;
@@ -61,8 +61,8 @@ class Sums {
     }
 };
 
-// The state of a piece's sequence among those of a batch and its key heads. pieces: with sequences as its third row, or null for
-// one state a head.
+// The state of a piece's sequence among those of a batch and its key heads. pieces: with sequences as its third row, or null
+// for one state a head.
 __device__ __forceinline__ int64_t state_index(const Piece& piece, int head, int num_heads, const int32_t* pieces,
                                                int num_pieces, int num_states) {
     const int sequence = pieces == nullptr ? 0 : pieces[2 * num_pieces + piece.index];

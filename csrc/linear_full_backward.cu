@@ -178,7 +178,8 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 #pragma unroll
     for (int i = 0; i < kColumns / 4; ++i) {
         for (int lanes = 4; lanes < 32; lanes *= 2) norm_sums[i] += __shfl_xor_sync(kWholeWarp, norm_sums[i], lanes);
-        if (share.quad == 0) block_sums[share.block * kWidth + share.part * kColumns + i / 2 * 8 + 2 * share.pair + i % 2] = norm_sums[i];
+        const int column = share.part * kColumns + i / 2 * 8 + 2 * share.pair + i % 2;
+        if (share.quad == 0) block_sums[share.block * kWidth + column] = norm_sums[i];
     }
     __syncthreads();
     if (threadIdx.x < kWidth) {
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
 
 template <int Width>
 struct Config {
-    static constexpr int kResident = Width == 64 ? 4 : 1;  // blocks of a multiprocessor
+    static constexpr int kQueryResident = Width == 64 ? 3 : 1, kKeyResident = Width == 64 ? 4 : 1;  // on a multiprocessor
     using QueryWalk = Walk<Width, Width, Width / 16, 2>;
     using KeyWalk = Walk<Width, Width, Width / 16, Width == 64 ? 2 : 3>;
     using Query = QueryLayout<QueryWalk>;
@@ -313,7 +314,7 @@ void linear_full_grad_queries(const LinearFullGradQueries& call, const std::stri
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Config = Config<width>;
         using Walk = typename Config::QueryWalk;
-        launch_walk<grad_queries_kernel<Walk, Config::kResident, decltype(map)>>(
+        launch_walk<grad_queries_kernel<Walk, Config::kQueryResident, decltype(map)>>(
             arguments, call.batches * call.kv_heads * call.num_pieces, Walk::kThreads, Config::Query::kBytes, stream,
             "linear_full_grad_queries launch");
     });
@@ -330,7 +331,7 @@ void linear_full_grad_keys(const LinearFullGradKeys& call, const std::string& fe
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Config = Config<width>;
         using Walk = typename Config::KeyWalk;
-        launch_walk<grad_keys_kernel<Walk, Config::kResident, decltype(map)>>(
+        launch_walk<grad_keys_kernel<Walk, Config::kKeyResident, decltype(map)>>(
             arguments, call.batches * call.kv_heads * call.num_pieces, Walk::kThreads, Config::Key::kBytes, stream,
             "linear_full_grad_keys launch");
     });

@@ -8,8 +8,8 @@
 
 namespace nearfar {
 
-// The gradients of bidirectional linear attention, on the current device, with what linear_full_forward.h says of tensors, pieces
-// and states. With g_i = dO_i inverse_i and w_i = -(dO_i . o_i) inverse_i, the pair of query i and key j has
+// The gradients of bidirectional linear attention, on the current device, with what linear_full_forward.h says of tensors,
+// pieces and states. With g_i = dO_i inverse_i and w_i = -(dO_i . o_i) inverse_i, the pair of query i and key j has
 // dA_ij = g_i . v_j + w_i; without `inverse` g is dO and w is 0.
 
 // dq_i = phi'(q_i) sum_j dA_ij phi(k_j); partials (B, Hkv, num_pieces, D, D) and partial_norms (B, Hkv, num_pieces, D), float32

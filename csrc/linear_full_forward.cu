@@ -1,8 +1,8 @@
 // Bidirectional linear attention with one factor: sums over the keys of a piece, and queries that read those of all keys.
 //
-// Both stream rows through a ring of slots in shared memory. For the sums, each warp of a block has 16 features, takes them from
-// all rows of a chunk, and maps each once; there is one barrier a chunk. Queries meet nothing but the state of their sequence,
-// which lies in shared memory, so each warp has 16 rows of a chunk to itself, and needs no other warp.
+// Both stream rows through a ring of slots in shared memory. For the sums, each warp of a block has 16 features, takes them
+// from all rows of a chunk, and maps each once; there is one barrier a chunk. Queries meet nothing but the state of their
+// sequence, which lies in shared memory, so each warp has 16 rows of a chunk to itself, and needs no other warp.
 #include "linear_full_forward.h"
 
 #include <algorithm>
@@ -169,15 +169,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
 
         const int first_row = first + chunk * Walk::kChunk, rows_left = piece.end - first_row;
         if (inverse != nullptr) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float sum = __shfl_sync(kWholeWarp, norm[2 * r] + norm[2 * r + 1], share.lane - share.pair) + arguments.eps;
-                const float factor = inverse_of(sum);
-                const int row = share.quad + 8 * r;
+            normalise_rows(acc, norm, arguments.eps, share.lane, [&](int row, float factor) {
                 if (share.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
-#pragma unroll
-                for (int i = 0; i < kWidth / 4; ++i) acc[i / 2][2 * r + i % 2] *= factor;
-            }
+            });
         }
         store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
     }
@@ -185,7 +179,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
 
 template <int Width>
 struct Config {
-    static constexpr int kResident = Width == 64 ? 4 : 2;  // blocks of a multiprocessor
+    static constexpr int kResident = Width == 64 ? 4 : 2;  // blocks on a multiprocessor
     using SumWalk = Walk<Width, 64, Width / 16, 3>;
     using ReadWalk = Walk<Width, Width, Width / 16, Width == 64 ? 4 : 2>;
     using Sum = SumLayout<SumWalk>;

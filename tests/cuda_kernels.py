@@ -25,7 +25,8 @@ def results(dtype):
         o, gradients = run(nf.krause_attention, test_krause_cuda.cuda_sample(dtype, **options), backend="cuda")
         yield from (o, *gradients.values())
     for options in test_linear_cuda.SAMPLES.values() if dtype == torch.bfloat16 else ():
-        o, gradients = run(nf.linear_attention, test_linear_cuda.cuda_sample(**options), backend="cuda")
+        sample = test_linear_cuda.cuda_sample(**options)
+        o, gradients = run(test_linear_cuda.attention(sample), sample, backend="cuda")
         yield from (*as_tuple(o), *gradients.values())
     for options in FORMS.values():
         if options.get("width", 32) in _cuda.KRAUSE_WIDTHS:

@@ -904,7 +904,8 @@ def test_long_causal_calls_keep_half_of_the_states():
 
     def pieces(length):
         qs = [torch.empty(1, 8, length, 16, dtype=torch.bfloat16, device="meta") for _ in range(2)]
-        return factored.piece_length_of(qs, torch.empty(1, 8, length, 64, dtype=torch.bfloat16, device="meta"), True)
+        v = torch.empty(1, 8, length, 64, dtype=torch.bfloat16, device="meta")
+        return factored.piece_length_of(qs, v, True, "triton")
 
     assert (pieces(4096), pieces(2**20)) == (256, 512)
     states, tensors = (4 + 2 + 2) * 256 * 65 / pieces(2**20), 2 * 2 * (32 + 32 + 64 + 64)

@@ -1,4 +1,6 @@
-"""Linear attention in CUDA C++: what it serves, and the promises of Triton's kernels, which test_linear.py tests."""
+"""Linear and Hadamard attention in CUDA C++: what it serves, and the promises of Triton's kernels (test_linear.py)."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from harness import (
     randn,
     run,
 )
-from samples.linear import check, op_arguments, random_state
+from samples.linear import check, flat, op_arguments, random_state, random_tensors
 from test_krause_cuda import tensor
 
 import nearfar as nf
 from nearfar import _cuda, dispatch
+from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
 # ---------------------------------------------------------------------------------------------------- what it serves
@@ -33,6 +36,7 @@ class Extension:
         self.architectures = lambda: list(architectures)
         self.devices = lambda: [{"shared_memory_per_block_optin": 163 * 1024}]
         self.linear_shared_bytes = lambda width, causal: width * (2048 if causal else 512)
+        self.hadamard_shared_bytes = lambda: 170 * 1024
 
 
 REASONS = {
@@ -40,10 +44,13 @@ REASONS = {
     "v is on cpu": lambda: ([tensor(device="cpu")], [tensor(device="cpu")], tensor(device="cpu"), True),
     "float16, whose range sums of features leave": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
     "float32; the CUDA kernels take bfloat16": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float32), True),
-    "there are 2 factors; the CUDA kernels take one": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
+    "several factors are those of causal attention": lambda: ([tensor(16)] * 2, [tensor(16)] * 2, tensor(), False),
+    "the factors are (64, 64) and v is 64 wide": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
+    "the factors are (16, 16, 16)": lambda: ([tensor(16)] * 3, [tensor(16)] * 3, tensor(), True),
     "32 and 32 wide": lambda: ([tensor(32)], [tensor(32)], tensor(32), True),
     "64 and 128 wide": lambda: ([tensor()], [tensor()], tensor(128), True),
     "rows of k do not start": lambda: ([tensor()], [tensor(row=68)], tensor(), True),
+    "rows of q do not start": lambda: ([tensor(16), tensor(16, row=20)], [tensor(16)] * 2, tensor(), True),
 }
 
 
@@ -53,6 +60,8 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "_linear_device_reason", lambda *arguments: None)
     found = _cuda.linear_reason(*REASONS[reason]())
     assert found is None if reason is None else reason in found
+    assert _cuda.linear_reason([tensor(16)] * 2, [tensor(16)] * 2, tensor(), True) is None
+    assert _cuda.linear_reason([tensor()], [tensor()], tensor(), False) is None
 
 
 def test_which_devices_are_served(monkeypatch):
@@ -60,16 +69,17 @@ def test_which_devices_are_served(monkeypatch):
     monkeypatch.setattr(_cuda, "_architecture_reason", _cuda._architecture_reason.__wrapped__)
     reason_on = _cuda._linear_device_reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    assert reason_on(0, 64, True) is None and reason_on(0, 128, False) is None
-    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, 128, True)
+    assert reason_on(0, (64,), 64, True) is None and reason_on(0, (128,), 128, False) is None
+    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, (128,), 128, True)
+    assert "64 takes 174080 bytes" in reason_on(0, (16, 16), 64, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
-    assert "not for 10.0" in reason_on(0, 64, True)
+    assert "not for 10.0" in reason_on(0, (64,), 64, True)
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     first, second = ("cuda", "triton"), ("triton", "cuda")
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {(True, 64): ((1.0, 2.0), (3.0, 2.0))})
+    monkeypatch.setattr(operator, "MEASURED", {(True, 1, 64): ((1.0, 2.0), (3.0, 2.0))})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
 
     def orders(q, causal=True):
@@ -97,6 +107,7 @@ def test_shared_memory_fits():
     for width, limit in ((64, 163 * 1024), (128, 227 * 1024)):
         for causal in (True, False):
             assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width, causal) <= limit
+    assert 2 * 256 * 64 * 2 <= _cuda.extension.hadamard_shared_bytes() <= 227 * 1024
 
 
 @needs_extension
@@ -108,26 +119,45 @@ def test_errors_of_the_extension_raise():
         _cuda.extension.linear_grad_keys([0] * 8, "elu", sizes, strides, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "heads, length, width, blocks", [(32, 16384, 64, 256), (16, 65536, 128, 128), (70, 8192, 128, 350), (2, 777, 64, 56)]
+)
+def test_pieces_fill_the_gpu(heads, length, width, blocks):
+    """In whole rounds of blocks, or nearly so, where sequences are long enough."""
+    assert heads * factored.full_pieces(heads, length, width) == blocks
+
+
 # -------------------------------------------------------------------------------------------------------- the kernels
 
 
-def cuda_sample(width=64, heads=(2, 1), length=777, batch=1, state=False, **options):
-    tensors = {
-        "q": randn(batch, heads[0], length, width, dtype=torch.bfloat16, seed=1) / 2,
-        "k": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=2) / 2,
-        "v": randn(batch, heads[1], length, width, dtype=torch.bfloat16, seed=3),
-    }
+def cuda_sample(width=64, heads=(2, 1), length=777, keys=None, batch=1, state=False, causal=True, **options):
+    """width: of q, k and v, or TWO_FACTORS."""
+    widths, width = ((16, 16), 64) if width == TWO_FACTORS else ((width,), width)
+    shapes = (batch, heads[0], length), (batch, heads[1], keys or length)
+    tensors = random_tensors(widths, width, *shapes, torch.bfloat16, numbered=len(widths) > 1)
     sequences = batch
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device=DEVICE)
         sequences = options["cu_seqlens"].numel() - 1
     if state:
-        tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16)
+        tensors["initial_state"] = random_state((sequences, heads[1], *widths, width + 1), torch.bfloat16)
         options["return_state"] = True
-    return Sample(tensors, dict(causal=True, **options))
+    return Sample(tensors, dict(causal=causal, **options))
 
 
-SAMPLES = {
+TWO_FACTORS = "two factors"  # of 16 features each
+
+
+def attention(sample):
+    return nf.linear_attention if "q" in sample.tensors else flat
+
+
+def upstream(sample):
+    first, v = next(iter(sample.tensors.values())), sample.tensors["v"]
+    return randn(*first.shape[:3], v.shape[3], dtype=v.dtype, seed=11)
+
+
+ONE_FACTOR = {
     "pieces": dict(),
     "one piece": dict(heads=(128, 128), length=300),
     "one token": dict(batch=3, length=1),
@@ -139,18 +169,47 @@ SAMPLES = {
     "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
     "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
 }
+FULL = {
+    f"full, {name}": dict(causal=False, **options)
+    for name, options in {
+        "pieces": dict(),
+        "pieces, 128 wide": dict(width=128, batch=2, length=1111),
+        "many heads": dict(heads=(300, 300), length=100),
+        "heads share keys": dict(heads=(6, 2), batch=2, length=400, feature_map="softplus"),
+        "more keys": dict(length=300, keys=1001, feature_map="exp"),
+        "more queries, 128 wide": dict(width=128, length=1001, keys=70),
+        "not normalised": dict(length=400, normalize=False, feature_map="identity"),
+        "weights of zero, 128 wide": dict(width=128, length=400, feature_map="relu", eps=0.5),
+        "states": dict(state=True, length=1500, keys=700),
+        "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
+        "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
+    }.items()
+}
+SAMPLES = ONE_FACTOR | FULL | {
+    "two factors, pieces": dict(width=TWO_FACTORS),
+    "two factors, one piece": dict(width=TWO_FACTORS, heads=(128, 128), length=300),
+    "two factors, heads share keys": dict(
+        width=TWO_FACTORS, heads=(6, 2), batch=2, length=400, feature_map="softplus", normalize=False
+    ),
+    "two factors, states": dict(width=TWO_FACTORS, state=True, feature_map="relu", eps=0.5),
+    "two factors, packed": dict(width=TWO_FACTORS, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
+}
+KINDS = {"causal": dict(), "two factors": dict(width=TWO_FACTORS), "full": dict(causal=False)}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
 @gpu
 @pytest.mark.parametrize("name", SAMPLES)
 def test_against_the_oracle(name):
     sample = cuda_sample(**SAMPLES[name])
-    o, gradients = run(nf.linear_attention, sample, backend="cuda")
+    o, gradients = run(attention(sample), sample, backend="cuda")
     check(sample, like(o), o, gradients)
     for repeat in range(20):
-        assert_same((o, gradients), run(nf.linear_attention, sample, backend="cuda"), f"at repeat {repeat}")
+        assert_same((o, gradients), run(attention(sample), sample, backend="cuda"), f"at repeat {repeat}")
 
 
 @gpu
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", ONE_FACTOR | FULL)
 def test_saves_what_triton_saves(name):
     sample = cuda_sample(**SAMPLES[name])
     ours, tritons = (torch.ops.nearfar.hadamard_attention(*op_arguments(sample, backend)) for backend in ("cuda", "triton"))
@@ -160,41 +219,47 @@ def test_saves_what_triton_saves(name):
 
 
 @gpu
+@each_kind
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_layouts(layout):
-    sample = cuda_sample(heads=(2, 2), batch=2, length=300)
+def test_layouts(layout, kind):
+    sample = cuda_sample(**KINDS[kind], heads=(2, 2), batch=2, length=300)
     strided = {name: LAYOUTS[layout](x) for name, x in sample.tensors.items()}
     dense = {name: x.contiguous() for name, x in strided.items()}
-    assert_same(*(run(nf.linear_attention, Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
+    assert_same(*(run(attention(sample), Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
 
 
 @gpu
+@each_kind
 @pytest.mark.parametrize("layout", GRADIENTS)
-def test_upstream_gradients_of_any_layout(layout):
-    sample = cuda_sample(length=300)
-    do = GRADIENTS[layout](like(sample.tensors["q"]))
-    assert_same(*(run(nf.linear_attention, sample, x, backend="cuda") for x in (do, do.contiguous())))
+def test_upstream_gradients_of_any_layout(layout, kind):
+    sample = cuda_sample(**KINDS[kind], length=300)
+    do = GRADIENTS[layout](upstream(sample))
+    assert_same(*(run(attention(sample), sample, x, backend="cuda") for x in (do, do.contiguous())))
 
 
 @gpu
-def test_later_tokens_change_nothing():
-    sample = cuda_sample(length=600)
-    o = nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")
+@pytest.mark.parametrize("kind", ["causal", "two factors"])
+def test_later_tokens_change_nothing(kind):
+    sample = cuda_sample(**KINDS[kind], length=600)
+    call = partial(attention(sample), **sample.options, backend="cuda")
+    o = call(**sample.tensors)
     for x in sample.tensors.values():
         x[:, :, 384:] = 100.0
-    assert torch.equal(o[:, :, :384], nf.linear_attention(**sample.tensors, **sample.options, backend="cuda")[:, :, :384])
+    assert torch.equal(o[:, :, :384], call(**sample.tensors)[:, :, :384])
 
 
 @gpu
-def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
-    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(length=600)
-    assert_same_by_other_ways(nf.linear_attention, op, sample, lambda s: op_arguments(s, "cuda"))
+@each_kind
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher(kind):
+    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(**KINDS[kind], length=600)
+    assert_same_by_other_ways(attention(sample), op, sample, lambda s: op_arguments(s, "cuda"))
 
 
 @gpu
-def test_either_backward_follows_either_forward():
+@pytest.mark.parametrize("causal", [True, False])
+def test_either_backward_follows_either_forward(causal):
     """They save and read the same."""
-    sample = cuda_sample(length=600)
+    sample = cuda_sample(length=600, causal=causal)
     gradients = []
     for forward, backward in (("cuda", "triton"), ("triton", "cuda")):
         tensors = leaves(sample)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of causal linear attention without a GPU, in the emulation."""
+"""The CUDA kernels of causal linear and Hadamard attention without a GPU, in the emulation."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
-from samples.linear import check, features, op_arguments, random_state, spans, with_ones
+from samples.linear import check, features, op_arguments, random_state, random_tensors, spans, with_ones
 
 from nearfar import _cuda
 
@@ -38,13 +38,42 @@ class LinearGradKeys(ctypes.Structure):  # as in csrc/linear_backward.h
     ]
 
 
+def of_two_factors(structure):
+    """The structure of Hadamard attention that corresponds to one of linear attention, as in csrc/hadamard_*.h."""
+
+    class Structure(ctypes.Structure):
+        _fields_ = [
+            field
+            for name, kind in structure._fields_
+            if name != "width"
+            for field in ([(name, kind)] if name.removesuffix("_strides")[-1] not in "qk" else numbered(name, kind))
+        ]
+
+    return Structure
+
+
+def numbered(name, kind):
+    stem = name.removesuffix("_strides")
+    return [(f"{stem}{number}{name[len(stem) :]}", kind) for number in "12"]
+
+
+STRUCTURES = {
+    "linear_forward": LinearForward,
+    "linear_grad_queries": LinearGradQueries,
+    "linear_grad_keys": LinearGradKeys,
+}
+STRUCTURES |= {name.replace("linear", "hadamard"): of_two_factors(structure) for name, structure in STRUCTURES.items()}
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The functions linear_forward, linear_grad_queries and linear_grad_keys, by name."""
+    """The functions of STRUCTURES, by name."""
     return build(
         tmp_path_factory.mktemp("emulated"),
         linear_forward=["linear_forward"],
         linear_backward=["linear_grad_queries", "linear_grad_keys"],
+        hadamard_forward=["hadamard_forward"],
+        hadamard_backward=["hadamard_grad_queries", "hadamard_grad_keys"],
     )
 
 
@@ -72,7 +101,8 @@ def states_of(sample, pieces, xs, ys, initial, of_keys):
         span = slice(sequences[index][0], begin) if of_keys else slice(end, sequences[index][1])
         total = to_key_heads(xs[:, :, span].double().mT @ ys[:, :, span].double(), heads)
         if initial is not None:
-            total = total + (initial[index : index + 1] if "cu_seqlens" in sample.options else initial)
+            own = initial[index : index + 1] if "cu_seqlens" in sample.options else initial
+            total = total + own.flatten(2, -2)
         states.append(total.float())
     states = torch.stack(states, 2)
     return states[..., :-1], states[..., -1]
@@ -85,12 +115,16 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY):
     """(o, inverse or None, weights) and the gradients by name. piece_length: of pieces with states, None for one without."""
     guarded, tensors, options = Guarded(poison=conditions.seed), sample.tensors, sample.options
     fill = lambda x: guarded.empty(x.shape, x.dtype).copy_(x)  # noqa: E731
-    q, k, v, do = (guarded.copy(x) for x in (*(tensors[name] for name in "qkv"), do))
+    inputs = {name: guarded.copy(x) for name, x in tensors.items() if name != "initial_state"}
+    inputs["grad_o"], v = guarded.copy(do), inputs["v"]
     feature_map, normalize = options.get("feature_map", "elu"), options.get("normalize", True)
     numbers = dict(
-        batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_tokens=q.shape[2], width=q.shape[3],
-        num_pieces=1, piece_length=q.shape[2],
+        batches=v.shape[0], heads=do.shape[1], kv_heads=v.shape[1], num_tokens=v.shape[2],
+        num_pieces=1, piece_length=v.shape[2],
     )  # fmt: skip
+    operator = "linear" if "q" in tensors else "hadamard"
+    if operator == "linear":
+        numbers["width"] = v.shape[3]
     places = {}
     if piece_length is not None:
         pieces = pieces_of(sample, piece_length)
@@ -99,7 +133,7 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY):
         else:
             pieces = pieces[:, :-1]
         numbers |= dict(num_pieces=pieces.shape[1], piece_length=piece_length)
-    xs, ys = (x[0] for x in features({name: x.float() for name, x in tensors.items()}, options))
+    xs, ys = map(face_split, features({name: x.float() for name, x in tensors.items()}, options))
 
     def with_states(rows, values, initial, of_keys):
         if piece_length is None:
@@ -107,39 +141,56 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY):
         found = states_of(sample, pieces, rows, values, initial, of_keys)
         return places | {name: fill(x) for name, x in zip(("states", "norms"), found, strict=True)}
 
-    inputs = dict(q=q, k=k, v=v, grad_o=do)
     saved = dict(
-        o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None,
-        weights=guarded.empty(q.shape[:3], torch.float32),
+        o=guarded.empty(do.shape, v.dtype), inverse=guarded.empty(do.shape[:3], torch.float32) if normalize else None,
+        weights=guarded.empty(do.shape[:3], torch.float32),
     )  # fmt: skip
-    gradients = {name: guarded.empty(inputs[name].shape, q.dtype) for name in "qkv"}
+    gradients = {name: guarded.empty(x.shape, v.dtype) for name, x in inputs.items() if name != "grad_o"}
     filled = {f"d{name}": gradient for name, gradient in gradients.items()}
     before = with_states(ys, with_ones(tensors["v"]), tensors.get("initial_state"), True)
-    launch(
-        kernels["linear_forward"], LinearForward, feature_map, before | inputs | saved, conditions,
-        eps=options.get("eps", 1e-6), **numbers,
-    )  # fmt: skip
+
+    def run_one(which, tensors, **more):
+        name = f"{operator}_{which}"
+        launch(kernels[name], STRUCTURES[name], feature_map, tensors, conditions, **numbers, **more)
+
+    run_one("forward", before | inputs | saved, eps=options.get("eps", 1e-6))
     everything = inputs | saved | filled
-    launch(kernels["linear_grad_queries"], LinearGradQueries, feature_map, before | everything, conditions, **numbers)
+    run_one("grad_queries", before | everything)
     grads = do.float() * (saved["inverse"][..., None] if normalize else 1)
     after = with_states(xs, torch.cat((grads, saved["weights"][..., None]), -1), None, False)
-    launch(kernels["linear_grad_keys"], LinearGradKeys, feature_map, after | everything, conditions, **numbers)
+    run_one("grad_keys", after | everything)
     guarded.assert_intact()
     return tuple(saved.values()), gradients
+
+
+def face_split(factors):
+    """(B, H, N, P) of factors (B, H, N, d_r)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product[..., :, None] * factor[..., None, :]).flatten(-2)
+    return product
 
 
 def make(width=64, heads=(1, 1), length=200, batch=1, state=False, scale=0.5, **options):
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
-    tensors = {
-        name: randn(batch, count, length, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
-        for seed, (name, count, factor) in enumerate((("q", heads[0], scale), ("k", heads[1], scale), ("v", heads[1], 1)))
-    }
+    widths = (width,)
+    if width == TWO_FACTORS:
+        widths, width = (16, 16), 64
+        shapes = (batch, heads[0], length), (batch, heads[1], length)
+        tensors = random_tensors(widths, width, *shapes, torch.bfloat16, device="cpu")
+    else:
+        tensors = {
+            name: randn(batch, count, length, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
+            for seed, (name, count, factor) in enumerate((("q", heads[0], scale), ("k", heads[1], scale), ("v", heads[1], 1)))
+        }
     if state:
         sequences = options["cu_seqlens"].numel() - 1 if "cu_seqlens" in options else batch
-        tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16, device="cpu")
+        tensors["initial_state"] = random_state((sequences, heads[1], *widths, width + 1), torch.bfloat16, device="cpu")
     return Sample(tensors, dict(causal=True, **options))
 
+
+TWO_FACTORS = "two factors"  # of 16 features each, for a width
 
 SAMPLES = {
     "one chunk": (dict(length=50), None),
@@ -152,7 +203,22 @@ SAMPLES = {
     "packed": (dict(cu_seqlens=[0, 0, 5, 200, 201, 520], length=520), 256),
     "packed, states, 128 wide": (dict(width=128, heads=(2, 1), cu_seqlens=[0, 70, 70, 300], length=300, state=True), 128),
     "packed, not normalised": (dict(cu_seqlens=[0, 150, 300], length=300, normalize=False), 128),
+    "two factors": (dict(width=TWO_FACTORS, length=257), None),
+    "two factors, one chunk": (dict(width=TWO_FACTORS, length=50, feature_map="exp"), None),
+    "two factors, heads share keys, pieces": (
+        dict(width=TWO_FACTORS, heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5), 128
+    ),
+    "two factors, a state comes in": (dict(width=TWO_FACTORS, length=300, state=True, feature_map="softplus"), 256),
+    "two factors, not normalised": (
+        dict(width=TWO_FACTORS, heads=(2, 2), length=300, normalize=False, feature_map="identity"), None
+    ),
+    "two factors, packed": (dict(width=TWO_FACTORS, heads=(2, 1), cu_seqlens=[0, 0, 5, 200, 201, 420], length=420), 256),
 }
+
+
+def upstream(sample):
+    v, heads = sample.tensors["v"], next(iter(sample.tensors.values())).shape[1]
+    return randn(v.shape[0], heads, *v.shape[2:], dtype=v.dtype, seed=11, device="cpu")
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -160,9 +226,9 @@ def test_against_the_oracle(name, kernels):
     """Whatever the order of the lanes and the time at which copies land."""
     options, piece_length = SAMPLES[name]
     sample = make(**options)
-    do = like(sample.tensors["q"])
+    do = upstream(sample)
     saved, gradients = run(kernels, sample, do, piece_length)
-    check(sample, do, saved[0], gradients, names="qkv")
+    check(sample, do, saved[0], gradients, names=list(gradients))
     again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
     for first, second in zip((*saved, *gradients.values()), (*again, *gradients_again.values()), strict=True):
         assert first is None or torch.equal(first, second)
@@ -185,22 +251,18 @@ class Extension:
     def __init__(self, kernels):
         self._kernels = kernels
 
-    def _launch(self, name, structure, tensors, feature_map, sizes, strides, *rest):
-        numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
-        launch_at(self._kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
+    def __getattr__(self, name):
+        sizes_of = [size for size in SIZES.split() if size != "width" or name.startswith("linear")]
 
-    def linear_forward(self, *arguments):
-        self._launch("linear_forward", LinearForward, *arguments)
+        def run(tensors, feature_map, sizes, strides, *rest):
+            numbers = dict(zip(sizes_of, sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
+            launch_at(self._kernels[name], STRUCTURES[name], feature_map, tensors, strides, ANY, **numbers)
 
-    def linear_grad_queries(self, *arguments):
-        self._launch("linear_grad_queries", LinearGradQueries, *arguments)
-
-    def linear_grad_keys(self, *arguments):
-        self._launch("linear_grad_keys", LinearGradKeys, *arguments)
+        return run
 
 
 @pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
-@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}, {"width": TWO_FACTORS}], ids=str)
 def test_through_the_operator(options, layout, kernels, monkeypatch):
     """Arguments arrive where they belong, forward and backward, and what does not start at 16 bytes is copied."""
     monkeypatch.setattr(_cuda, "extension", Extension(kernels))
@@ -208,8 +270,8 @@ def test_through_the_operator(options, layout, kernels, monkeypatch):
     sample = make(heads=(4, 2), batch=2, length=150, **options)
     change = {**LAYOUTS, **MISALIGNED}[layout]
     tensors = {name: change(x).requires_grad_() for name, x in sample.tensors.items()}
-    assert layout in LAYOUTS or tensors["q"].data_ptr() % 16
+    assert layout in LAYOUTS or next(iter(tensors.values())).data_ptr() % 16
     o, *_ = torch.ops.nearfar.hadamard_attention(*op_arguments(Sample(tensors, sample.options), "cuda"))
-    do = GRADIENTS["width before rows"](like(sample.tensors["q"]))
+    do = GRADIENTS["width before rows"](upstream(sample))
     gradients = torch.autograd.grad(o, list(tensors.values()), do)
     check(sample, do, o.detach(), dict(zip(tensors, gradients, strict=True)))

@@ -88,6 +88,21 @@ __device__ __forceinline__ uint32_t as_two(float x) {
 // 1 / x, and 0 for 1 / 0: of a row whose weights sum to 0.
 __device__ __forceinline__ float inverse_of(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
 
+// Divides rows quad and quad + 8 of acc by their sums of weights, norm in the first two columns, to be added up, and eps;
+// store(row, inverse) by the four lanes that share the row.
+template <int Tiles, typename Store>
+__device__ __forceinline__ void normalise_rows(float (&acc)[Tiles][4], const float (&norm)[4], float eps, int lane,
+                                               const Store& store) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = __shfl_sync(kWholeWarp, norm[2 * r] + norm[2 * r + 1], lane - lane % 4) + eps;
+        const float factor = inverse_of(sum);
+        store(lane / 4 + 8 * r, factor);
+#pragma unroll
+        for (int i = 0; i < 2 * Tiles; ++i) acc[i / 2][2 * r + i % 2] *= factor;
+    }
+}
+
 // Rows that lanes have fetched themselves by copy_rows, changed in place: change(word, pass). In each pass a lane has a chunk
 // of row own_row(lane, pass).
 template <typename Walk>

@@ -233,6 +233,7 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
 
 
 LINEAR_WIDTHS = (64, 128)
+HADAMARD_WIDTHS = (16, 16), 64  # of the factors and of the values
 
 
 def linear_reason(qs, ks, v, causal):
@@ -243,19 +244,26 @@ def linear_reason(qs, ks, v, causal):
         return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
-    if len(qs) != 1:
-        return f"there are {len(qs)} factors; the CUDA kernels take one"
-    width, value_width = qs[0].shape[3], v.shape[3]
-    if width != value_width or width not in LINEAR_WIDTHS:
-        return f"q and v are {width} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
-    reason = _rows_reason(q=qs[0], k=ks[0], v=v)
-    return reason if reason or torch.compiler.is_compiling() else _linear_device_reason(v.device.index, int(width), causal)
+    widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
+    if len(widths) > 1 and not causal:
+        return "the CUDA kernels of several factors are those of causal attention"
+    if len(widths) == 1 and (widths[0] != value_width or value_width not in LINEAR_WIDTHS):
+        return f"q and v are {widths[0]} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
+    if len(widths) > 1 and (widths, value_width) != HADAMARD_WIDTHS:
+        return f"the factors are {widths} and v is {value_width} wide; the CUDA kernels take two factors of 16 and v of 64"
+    rows = zip(("q", "q", "k", "k") if len(widths) > 1 else "qk", (*qs, *ks), strict=True)
+    for name, x in (*rows, ("v", v)):
+        if reason := _rows_reason(**{name: x}):
+            return reason
+    return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, widths, value_width, causal)
 
 
-def _linear_device_reason(index, width, causal):
+def _linear_device_reason(index, widths, value_width, causal):
     if reason := _architecture_reason(index):
         return reason
-    return _memory_reason(index, width, extension.linear_shared_bytes(width, causal))
+    one = len(widths) == 1
+    needed = extension.linear_shared_bytes(value_width, causal) if one else extension.hadamard_shared_bytes()
+    return _memory_reason(index, value_width, needed)
 
 
 class BuiltLaunch:
@@ -266,22 +274,24 @@ class BuiltLaunch:
 
 
 class Walk(BuiltLaunch):
-    """A launch of a linear_ kernel, of causal attention.
+    """A launch of a linear_ kernel of causal attention, or of a hadamard_ one where there are two factors.
 
-    It is given what its namesake in triton_kernels/walk.py is given; its q, k, v and do start at multiples of 16 bytes.
+    It is given what its namesake in triton_kernels/walk.py is given, all factors in a row; they, v and do start at multiples of
+    16 bytes.
     """
 
-    _FUNCTIONS = {
-        "walk_read": "linear_forward", "walk_grad_queries": "linear_grad_queries", "walk_grad_keys": "linear_grad_keys"
-    }  # fmt: skip
+    _FUNCTIONS = {"walk_read": "forward", "walk_grad_queries": "grad_queries", "walk_grad_keys": "grad_keys"}
 
     def __init__(self, problem, kernel, strides, eps=()):
         """Arguments as for factored_launch.plan_walk."""
-        self._function = getattr(extension, self._FUNCTIONS[kernel])
-        self._unread = slice(3, 4 if kernel == "walk_grad_queries" else 3)  # o, between v and do
+        factors, one = len(problem.widths), len(problem.widths) == 1
+        self._function = getattr(extension, f"{'linear' if one else 'hadamard'}_{self._FUNCTIONS[kernel]}")
+        o = 2 * factors + 1  # between v and do
+        self._unread = slice(o, o + 1 if kernel == "walk_grad_queries" else o)
         strides = [stride[:3] for stride in strides]
         del strides[self._unread]
-        sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, problem.widths[0], *problem.spans
+        width = problem.widths if one else ()
+        sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, *width, *problem.spans
         self._fixed = problem.feature_map, sizes, strides, *eps
 
     def run(self, tensors, surveyed):

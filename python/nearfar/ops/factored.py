@@ -36,6 +36,8 @@ STATE_COST = 384
 # Programs that a pass is cut into where it can be: four for each multiprocessor of an H100, and one where a state walks along.
 PROGRAMS = 528
 WALK_PROGRAMS = 128
+# Warps that the CUDA kernels of bidirectional attention need: eight for each multiprocessor. A block has one for 16 columns.
+FULL_WARPS = 1056
 WALK_WIDTH = 128
 TILE_OF_STATE = 16384  # elements of a state that one program accumulates
 # Bytes of the states of causal attention in float32 beyond which there is one for twice as many tokens: that takes about a
@@ -60,7 +62,7 @@ def attend(
     """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked.
 
     rows: layouts of qs, ks and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda", which
-    read what either has saved.
+    read what either has saved with one factor; with several they have to be the same.
     """
     rows, tensors = unit_strides(rows, *qs, *ks, v)
     qs, ks, v = tensors[: len(qs)], tensors[len(qs) : -1], tensors[-1]
@@ -102,21 +104,25 @@ def causal_piece_length(widths, value_width):
     return 2 ** min(12, max(7, round(math.log2(balanced) / 2)))
 
 
-def walks(widths, value_width):
+def walks(widths, value_width, backend):
     """Whether one program holds the whole state on chip."""
-    return len(widths) == 1 and max(widths[0], value_width) <= WALK_WIDTH
+    if len(widths) > 1:
+        return backend == "cuda" and (tuple(widths), value_width) == _cuda.HADAMARD_WIDTHS
+    return max(widths[0], value_width) <= WALK_WIDTH
 
 
-def piece_length_of(qs, v, causal):
+def piece_length_of(qs, v, causal, backend):
     """Tokens of the pieces that sequences are cut into."""
     widths, value_width = tuple(q.shape[3] for q in qs), v.shape[3]
-    if causal and not walks(widths, value_width):
+    if causal and not walks(widths, value_width, backend):
         length = causal_piece_length(widths, value_width)
         states = v.shape[0] * v.shape[1] * v.shape[2] // length * math.prod(widths) * (value_width + 1) * 4
         return 2 * length if states > LARGE_STATES else length
     if causal:
         # Every piece but the first costs a pass over the keys, so there are no more than fill the GPU.
         pieces = WALK_PROGRAMS // max(1, qs[0].shape[0] * qs[0].shape[1])
+    elif backend == "cuda":
+        pieces = full_pieces(max(1, v.shape[0] * v.shape[1]), max(1, qs[0].shape[2], v.shape[2]), value_width)
     else:
         tiles = max(1, math.prod(widths) * value_width // TILE_OF_STATE)
         pieces = math.ceil(PROGRAMS / max(1, v.shape[0] * v.shape[1] * tiles))
@@ -125,30 +131,44 @@ def piece_length_of(qs, v, causal):
     return max(256, (length + step - 1) // step * 128)
 
 
+def full_pieces(heads, length, width):
+    """Into how many pieces the CUDA kernels of bidirectional attention cut a sequence.
+
+    The time of a pass is that of full rounds of blocks, and that of writing and reading a float32 state for each piece beside
+    two 16-bit tensors.
+    """
+    blocks = FULL_WARPS * 16 // width
+
+    def cost(pieces):
+        return math.ceil(heads * pieces / blocks) * blocks / (heads * pieces) + 2 * pieces * width / length
+
+    return min(range(1, 2 + 4 * blocks // heads), key=cost)
+
+
 def prefers_direct(widths, value_width, num_queries, num_keys):
     """Whether bidirectional attention costs less pair by pair than through the state."""
     pairs = num_queries * num_keys * (sum(widths) + value_width)
     return DIRECT_COST * pairs <= (num_queries + num_keys) * math.prod(widths) * value_width
 
 
-def uses_states(qs, v, cu_seqlens, causal, with_state):
+def uses_states(qs, v, causal, with_state, backend):
     """Whether a call goes through states at all. with_state: one comes in or is asked for."""
     widths, num_queries = [q.shape[3] for q in qs], qs[0].shape[2]
     if with_state:
         return True
     if causal:
         # Packed sequences are known to the device only; any of them may be as long as all of them together.
-        return num_queries > piece_length_of(qs, v, causal)
+        return num_queries > piece_length_of(qs, v, causal, backend)
     return not prefers_direct(widths, v.shape[3], num_queries, v.shape[2])
 
 
-def problem_of(qs, ks, v, cu_seqlens, feature_map, causal):
+def problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend):
     launch = _launchers()
     q, widths = qs[0], tuple(q.shape[3] for q in qs)
     return launch.Problem(
         q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, feature_map, causal,
-        walks(widths, v.shape[3]), piece_length_of(qs, v, causal), 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        launch.operand_precision(v.dtype),
+        walks(widths, v.shape[3], backend), piece_length_of(qs, v, causal, backend),
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
     )  # fmt: skip
 
 
@@ -178,8 +198,8 @@ def forward(
     rows: layouts of qs, ks and v. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, (q, k, v) = _cuda.aligned_rows(rows, *qs, *ks, v)  # of one factor
-        qs, ks = (q,), (k,)
+        rows, (*factors, v) = _cuda.aligned_rows(rows, *qs, *ks, v)
+        qs, ks = factors[: len(qs)], factors[len(qs) :]
     options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
     given = initial_state is not None, None if cu_seqlens is None else cu_seqlens.shape[0]
     program, piece_length = _plan_forward(rows, *given, *options)
@@ -199,12 +219,12 @@ def _plan_forward(*arguments):
     sequences = v.shape[0] if ends is None else ends - 1
     state_shape = sequences, v.shape[1], *[q.shape[3] for q in qs], v.shape[3] + 1
     initial_state = v.new_empty(state_shape, dtype=torch.float32) if continued else None
-    stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
-    outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+    stateful = uses_states(qs, v, causal, initial_state is not None or return_state, backend)
+    outputs = _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend)
     saved = outputs[0], *outputs[2:]
     given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
     compile_ahead(ahead, backward, outputs[0], None, *given)
-    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     pieces = first_pieces = None
     if cu_seqlens is not None:
         pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
@@ -265,8 +285,8 @@ def backward(
     do = torch.zeros_like(o) if do is None else unit_stride(do)
     dstate = None if dstate is None else dstate.contiguous()
     if backend == "cuda":
-        do, (q, k, v) = _cuda.aligned(do), _cuda.aligned_starts(*qs, *ks, v)  # of one factor
-        qs, ks = (q,), (k,)
+        do, (*factors, v) = _cuda.aligned(do), _cuda.aligned_starts(*qs, *ks, v)
+        qs, ks = factors[: len(qs)], factors[len(qs) :]
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
     outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
@@ -312,7 +332,7 @@ def _plan_backward(do, o, states, norms, *arguments):
     *tensors, feature_map, causal, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
-    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal)
+    launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     full = _is_full(problem, states is not None, backend)
     q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
@@ -341,7 +361,7 @@ def _plan_backward(do, o, states, norms, *arguments):
     return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, (accumulate, combine), launches
 
 
-def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful):
+def _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend):
     """o, final state, inverse, states, norms, not filled; None for what does not exist."""
     batch, query_heads, num_queries, _ = qs[0].shape
     heads, widths, value_width = v.shape[1], [q.shape[3] for q in qs], v.shape[3]
@@ -354,13 +374,13 @@ def _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, st
         inverse = torch.empty((batch, query_heads, num_queries), dtype=torch.float32, device=v.device)
     if stateful:
         if causal:
-            length = piece_length_of(qs, v, causal)
+            length = piece_length_of(qs, v, causal, backend)
             count = (num_queries + length - 1) // length if cu_seqlens is None else num_queries // length + sequences
         else:
             count = 1 if cu_seqlens is None else sequences
         shape = (batch, heads, count, math.prod(widths))
         # A state that is walked on with stays float32; others are rounded as operands of products.
-        half = v.dtype == torch.bfloat16 and not walks(widths, value_width)
+        half = v.dtype == torch.bfloat16 and not walks(widths, value_width, backend)
         states = torch.empty((*shape, value_width), dtype=torch.bfloat16 if half else torch.float32, device=v.device)
         norms = torch.empty(shape, dtype=torch.float32, device=v.device)
     return o, state, inverse, states, norms
@@ -389,9 +409,9 @@ def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, in
     return dqs, dks, dv, *_or_empty((dinitial,), v)
 
 
-def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, *_):
-    stateful = uses_states(qs, v, cu_seqlens, causal, initial_state is not None or return_state)
-    outputs = _allocate_forward(qs, ks, v, cu_seqlens, normalize, causal, return_state, stateful)
+def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _):
+    stateful = uses_states(qs, v, causal, initial_state is not None or return_state, backend)
+    outputs = _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend)
     return tuple(_or_empty(outputs, v))
 
 
