@@ -8,32 +8,18 @@
 
 namespace nearfar {
 
-// What a warp has to do in each chunk, as Role: but rows cost the same wherever they are.
-template <typename Walk>
-struct Share {
-    int lane, quad, pair;
-    int block, part;              // of the results
-    int state_block, state_part;  // of the sums
-
-    __device__ explicit Share(int thread)
-        : lane(thread % 32), quad(lane / 4), pair(lane % 4),
-          block(thread / 32 % Walk::kBlocks), part(Walk::kParts == 1 ? 0 : thread / 32 / Walk::kBlocks),
-          state_block(thread / 32 % Walk::kSteps), state_part(Walk::kStateParts == 1 ? 0 : thread / 32 / Walk::kSteps) {}
-};
-
-// One 16 by kStateColumns part of sum_i x_i y_i^T over the rows of a piece, in the registers of one warp: like State, but
-// nothing reads it before it is complete.
+// 16 rows of sum_i x_i y_i^T over the rows of a piece, in the registers of one warp: like State, but nothing reads it before it
+// is complete.
 template <typename Walk>
 class Sums {
-    static constexpr int kWidth = Walk::kWidth, kTiles = Walk::kStateColumns / 8;
-    const Share<Walk>& share_;
+    static constexpr int kWidth = Walk::kWidth, kTiles = kWidth / 8;
+    static_assert(Walk::kStateParts == 1, "a warp has all columns of its rows");
+    const Role<Walk>& role_;
     const LaneOffsets<kWidth> rows_, columns_;
     float sum_[kTiles][4] = {};
 
    public:
-    __device__ explicit Sums(const Share<Walk>& share)
-        : share_(share), rows_(share.lane, share.state_block),
-          columns_(share.lane, share.state_part * Walk::kStateColumns / 16) {}
+    __device__ explicit Sums(const Role<Walk>& role) : role_(role), rows_(role.lane, role.warp), columns_(role.lane) {}
 
     // Adds the products of a chunk. feature(a, block) makes features of a fragment a of columns of x as they were loaded: its
     // rows are features, its columns the 16 tokens of a block.
@@ -52,8 +38,7 @@ class Sums {
     __device__ __forceinline__ void store(float* sums) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float* const row = sums + (16 * share_.state_block + share_.quad + 8 * r) * kWidth;
-            float* const to = row + share_.state_part * Walk::kStateColumns + 2 * share_.pair;
+            float* const to = sums + (16 * role_.warp + role_.quad + 8 * r) * kWidth + 2 * role_.pair;
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile)
                 *reinterpret_cast<float2*>(to + 8 * tile) = make_float2(sum_[tile][2 * r], sum_[tile][2 * r + 1]);

@@ -24,8 +24,8 @@ struct QueryArguments {
     int heads, group, num_tokens, num_pieces, piece_length, num_states;  // heads: of keys
 };
 
-// Bytes from the start of shared memory: the ring, the state and its norms, reciprocals of the rows of this chunk and of the
-// next, and what each part has of dO . o. Sums of norms by blocks of rows take the place of the ring in the end.
+// Bytes from the start of shared memory: the ring, the state and its norms, and reciprocals of the rows of this chunk and of
+// the next. Sums of norms by blocks of rows take the place of the ring in the end.
 template <typename Walk>
 struct QueryLayout {
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes;
@@ -33,16 +33,15 @@ struct QueryLayout {
     static constexpr int kState = Walk::kStages * kSlotBytes;
     static constexpr int kNorms = kState + Walk::kStateBytes;
     static constexpr int kFactors = kNorms + 4 * Walk::kWidth;
-    static constexpr int kDeltas = kFactors + 2 * 4 * Walk::kChunk;
-    static constexpr int kBytes = kDeltas + (Walk::kParts > 1 ? 4 * Walk::kParts * Walk::kChunk : 0);
+    static constexpr int kBytes = kFactors + 2 * 4 * Walk::kChunk;
 };
 
 template <typename Walk, int kResident, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, kResident)
 grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
-    constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes, kColumns = Walk::kColumns;
+    constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
     using Layout = QueryLayout<Walk>;
-    static_assert(Walk::kChunk <= Walk::kThreads, "a thread fetches one reciprocal");
+    static_assert(Walk::kParts == 1, "a warp has all columns of its rows");
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
@@ -51,8 +50,8 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Share<Walk> share(threadIdx.x);
-    const LaneOffsets<kWidth> whole(share.lane), mine(share.lane, share.part * kColumns / 16);
+    const Role<Walk> role(threadIdx.x);
+    const LaneOffsets<kWidth> whole(role.lane);
     const bool normalised = arguments.inverse != nullptr;
 
     // A step of the ring is a chunk of one query head of the group.
@@ -87,18 +86,18 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     for (int step = 0; step < Walk::kStages - 1; ++step) fetch(step);
 
     float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
-    float* const deltas = reinterpret_cast<float*>(bytes + Layout::kDeltas) + 16 * share.block + share.quad;
     const int64_t state =
         state_index(piece, piece.head, arguments.heads, arguments.pieces, arguments.num_pieces, arguments.num_states);
     copy_state<Walk>(bytes + Layout::kState, arguments.states + state * kWidth * kWidth);
     if (threadIdx.x < kWidth) norms[threadIdx.x] = arguments.norms[state * kWidth + threadIdx.x];
 
-    Sums<Walk> sums(share);
-    float norm_sums[kColumns / 4] = {};  // of this lane's rows, in its columns
+    Sums<Walk> sums(role);
+    float norm_sums[kWidth / 4] = {};  // of this lane's rows, in its columns
+    const bool sums_first = role.warp / 4 % 2 == 0;
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
         const Step step = step_at(index);
-        const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes, rows = slot + share.block * kBlockBytes;
+        const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes, rows = slot + role.warp * kBlockBytes;
         float* const factors = reinterpret_cast<float*>(bytes + Layout::kFactors) + index % 2 * Walk::kChunk;
         wait_for_groups<Walk::kStages - 2>();
         if (threadIdx.x < Walk::kChunk) factors[threadIdx.x] = next_factor;
@@ -106,69 +105,65 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
         fetch(index + Walk::kStages - 1);
         fetch_factor(index + 1);
 
-        // u_i = S dO_i, of which dO_i . o_i = phi(q_i) . u_i inverse_i follows without reading o.
-        float u[kColumns / 8][4] = {};
-        const uint32_t state_rows = base + Layout::kState + share.part * kColumns * Walk::kRowBytes;
+        const auto add_sums = [&] {
+            const float* const block_factors = factors + 2 * role.pair;
+            sums.add(slot + Layout::kQueries, slot + Layout::kGrads, [&](uint32_t(&a)[4], int block) {
 #pragma unroll
-        for (int column = 0; column < Walk::kSteps; ++column) {
-            uint32_t grad[4];
-            load_matrices(grad, whole.normal_at(rows + Layout::kGrads, column));
-            multiply_transposed_step<Number, kWidth>(u, grad, state_rows, column, whole);
-        }
-        // use(x, u, r, column): neighbouring numbers of q and of u in row quad + 8 r, from `column` on of this lane's columns.
-        const auto for_queries = [&](const auto& use) {
-#pragma unroll
-            for (int block = 0; block < kColumns / 16; ++block) {
-                uint32_t raw[4];
-                load_matrices(raw, mine.normal_at(rows + Layout::kQueries, block));
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    use(unpack<Number>(raw[i]), &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
-            }
-        };
-        const float factor[2] = {factors[16 * share.block + share.quad], factors[16 * share.block + share.quad + 8]};
-        float delta[2] = {};  // dO . o of rows quad and quad + 8
-        if (normalised) {
-            for_queries([&](float2 x, const float* at, int r, int) {
-                delta[r] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                for (int i = 0; i < 4; ++i) {  // word i has tokens 2 pair and 2 pair + 1 of the first or the last 8
+                    const float2 x = unpack<Number>(a[i]);
+                    const float2 token = *reinterpret_cast<const float2*>(block_factors + 16 * block + i / 2 * 8);
+                    a[i] = pack<Number>(Map::value(x.x) * token.x, Map::value(x.y) * token.y);
+                }
             });
+        };
+        const auto finish_rows = [&] {
+            // u_i = S dO_i, of which dO_i . o_i = phi(q_i) . u_i inverse_i follows without reading o.
+            float u[kWidth / 8][4] = {};
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                delta[r] = quad_sum(delta[r]) * factor[r];
-                if (Walk::kParts > 1 && share.pair == 0) deltas[share.part * Walk::kChunk + 8 * r] = delta[r];
+            for (int column = 0; column < Walk::kSteps; ++column) {
+                uint32_t grad[4];
+                load_matrices(grad, whole.normal_at(rows + Layout::kGrads, column));
+                multiply_transposed_step<Number, kWidth>(u, grad, base + Layout::kState, column, whole);
             }
+            // use(x, u, r, column): neighbouring numbers of q and of u in row quad + 8 r, from `column` on of the lane's columns.
+            const auto for_queries = [&](const auto& use) {
+#pragma unroll
+                for (int block = 0; block < kWidth / 16; ++block) {
+                    uint32_t raw[4];
+                    load_matrices(raw, whole.normal_at(rows + Layout::kQueries, block));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        use(unpack<Number>(raw[i]), &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
+                }
+            };
+            const float factor[2] = {factors[16 * role.warp + role.quad], factors[16 * role.warp + role.quad + 8]};
+            float weight[2] = {};
+            if (normalised) {
+                float delta[2] = {};  // dO . o of rows quad and quad + 8
+                for_queries([&](float2 x, const float* at, int r, int) {
+                    delta[r] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                });
+#pragma unroll
+                for (int r = 0; r < 2; ++r) weight[r] = -quad_sum(delta[r]) * factor[r] * factor[r];
+            }
+            for_queries([&](float2 x, float* at, int r, int column) {
+                const float2 z = *reinterpret_cast<const float2*>(norms + column + 2 * role.pair);
+                norm_sums[column / 4] += Map::value(x.x) * weight[r];
+                norm_sums[column / 4 + 1] += Map::value(x.y) * weight[r];
+                at[0] = Map::grad(x.x) * (factor[r] * at[0] + weight[r] * z.x);
+                at[1] = Map::grad(x.y) * (factor[r] * at[1] + weight[r] * z.y);
+            });
+            const int first_row = step.first + 16 * role.warp;
+            Number* const dq = arguments.dq.at(piece.batch, step.head);
+            store_rows<Number, kWidth>(u, 1.0f, role.lane, piece.end - first_row, arguments.dq.row,
+                                       dq + first_row * arguments.dq.row);
+        };
+        // Warps that share a scheduler take turns at tensor cores and features.
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            if ((half == 0) == sums_first) add_sums();
+            else finish_rows();
         }
-
-        const float* const block_factors = factors + 2 * share.pair;
-        sums.add(slot + Layout::kQueries, slot + Layout::kGrads, [&](uint32_t(&a)[4], int block) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {  // word i has tokens 2 pair and 2 pair + 1 of the first or the last 8
-                const float2 x = unpack<Number>(a[i]);
-                const float2 token = *reinterpret_cast<const float2*>(block_factors + 16 * block + i / 2 * 8);
-                a[i] = pack<Number>(Map::value(x.x) * token.x, Map::value(x.y) * token.y);
-            }
-        });
-
-        if (Walk::kParts > 1 && normalised) {
-            __syncthreads();
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                delta[r] = 0;
-                for (int part = 0; part < Walk::kParts; ++part) delta[r] += deltas[part * Walk::kChunk + 8 * r];
-            }
-        }
-        const float weight[2] = {-delta[0] * factor[0], -delta[1] * factor[1]};
-        for_queries([&](float2 x, float* at, int r, int column) {
-            const float2 z = *reinterpret_cast<const float2*>(norms + share.part * kColumns + column + 2 * share.pair);
-            norm_sums[column / 4] += Map::value(x.x) * weight[r];
-            norm_sums[column / 4 + 1] += Map::value(x.y) * weight[r];
-            at[0] = Map::grad(x.x) * (factor[r] * at[0] + weight[r] * z.x);
-            at[1] = Map::grad(x.y) * (factor[r] * at[1] + weight[r] * z.y);
-        });
-        const int first_row = step.first + 16 * share.block;
-        Number* const dq = arguments.dq.at(piece.batch, step.head) + share.part * kColumns;
-        store_rows<Number, kColumns>(u, 1.0f, share.lane, piece.end - first_row, arguments.dq.row,
-                                     dq + first_row * arguments.dq.row);
     }
 
     const int64_t to = (static_cast<int64_t>(piece.batch) * arguments.heads + piece.head) * arguments.num_pieces + piece.index;
@@ -176,10 +171,10 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     float* const block_sums = reinterpret_cast<float*>(bytes);  // (kBlocks, D)
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
+    for (int i = 0; i < kWidth / 4; ++i) {
         for (int lanes = 4; lanes < 32; lanes *= 2) norm_sums[i] += __shfl_xor_sync(kWholeWarp, norm_sums[i], lanes);
-        const int column = share.part * kColumns + i / 2 * 8 + 2 * share.pair + i % 2;
-        if (share.quad == 0) block_sums[share.block * kWidth + column] = norm_sums[i];
+        const int column = i / 2 * 8 + 2 * role.pair + i % 2;
+        if (role.quad == 0) block_sums[role.warp * kWidth + column] = norm_sums[i];
     }
     __syncthreads();
     if (threadIdx.x < kWidth) {
@@ -222,22 +217,22 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Share<Walk> share(threadIdx.x);
-    const LaneOffsets<kWidth> whole(share.lane);
-    const int first = piece.begin + 16 * share.block;
+    const Role<Walk> role(threadIdx.x);
+    const LaneOffsets<kWidth> whole(role.lane);
+    const int first = piece.begin + 16 * role.warp;
     const Number* const k = arguments.k.at(piece.batch, piece.head);
     const Number* const v = arguments.v.at(piece.batch, piece.head);
     Number* const dk = arguments.dk.at(piece.batch, piece.head);
     Number* const dv = arguments.dv.at(piece.batch, piece.head);
 
     const auto slot_of = [&](int chunk) {
-        return base + chunk % Walk::kStages * Layout::kSlotBytes + share.block * kBlockBytes;
+        return base + chunk % Walk::kStages * Layout::kSlotBytes + role.warp * kBlockBytes;
     };
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int row = first + chunk * Walk::kChunk;
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kValues, v, arguments.v.row, row, piece.end, share.lane);
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kKeys, k, arguments.k.row, row, piece.end, share.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kValues, v, arguments.v.row, row, piece.end, role.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kKeys, k, arguments.k.row, row, piece.end, role.lane);
         }
         commit_copies();
     };
@@ -261,7 +256,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
         float acc[kWidth / 8][4];  // dk, then dv
 #pragma unroll
         for (int tile = 0; tile < kWidth / 8; ++tile) {
-            const float2 z = *reinterpret_cast<const float2*>(norms + 8 * tile + 2 * share.pair);
+            const float2 z = *reinterpret_cast<const float2*>(norms + 8 * tile + 2 * role.pair);
             acc[tile][0] = acc[tile][2] = z.x, acc[tile][1] = acc[tile][3] = z.y;
         }
 #pragma unroll
@@ -272,7 +267,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
         }
         const float one[2] = {1.0f, 1.0f};
         multiply_by_slopes<Map>(acc, one, rows + Layout::kKeys, whole);
-        store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
+        store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
 
 #pragma unroll
         for (int i = 0; i < kWidth / 2; ++i) acc[i / 4][i % 4] = 0;
@@ -284,7 +279,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
             for (int i = 0; i < 4; ++i) key[i] = map_word<Map>(key[i]);
             multiply<Number, kWidth>(acc, key, base + Layout::kState + step * kBlockBytes, 0, whole);
         }
-        store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
+        store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
     }
 }
 

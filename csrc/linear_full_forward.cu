@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Share<Walk> share(threadIdx.x);
+    const Role<Walk> role(threadIdx.x);
     const Number* const k = arguments.k.at(piece.batch, piece.head);
     const Number* const v = arguments.v.at(piece.batch, piece.head);
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
     };
     for (int chunk = 0; chunk < Walk::kStages - 1; ++chunk) fetch(chunk);
 
-    Sums<Walk> sums(share);
+    Sums<Walk> sums(role);
     float norm[2] = {};  // of features quad and quad + 8, where pair == 0
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
         float chunk_norm[4] = {};  // in the first column
         sums.add(slot + Layout::kKeys, slot + Layout::kValues, [&](uint32_t(&a)[4], int block) {
             // Values beyond the end are zero, features are not: so is what they are multiplied by for the norms.
-            const int row = 16 * block + 2 * share.pair, count = share.quad == 0 ? rows_left : 0;
+            const int row = 16 * block + 2 * role.pair, count = role.quad == 0 ? rows_left : 0;
             const auto ones = [&](int i) { return pack<Number>(i < count ? 1.0f : 0.0f, i + 1 < count ? 1.0f : 0.0f); };
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = map_word<Map>(a[i]);
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
 
     const int64_t to = (static_cast<int64_t>(piece.batch) * arguments.heads + piece.head) * arguments.num_pieces + piece.index;
     sums.store(arguments.partials + to * Walk::kWidth * Walk::kWidth);
-    if (share.state_part == 0 && share.pair == 0) {
-        float* const norms = arguments.partial_norms + to * Walk::kWidth + 16 * share.state_block + share.quad;
+    if (role.pair == 0) {
+        float* const norms = arguments.partial_norms + to * Walk::kWidth + 16 * role.warp + role.quad;
         norms[0] = norm[0], norms[8] = norm[1];
     }
 }
@@ -120,20 +120,20 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
                       arguments.piece_length);
     if (piece.begin >= piece.end) return;
     const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
-    const Share<Walk> share(threadIdx.x);
-    const LaneOffsets<kWidth> whole(share.lane);
-    const int first = piece.begin + 16 * share.block;
+    const Role<Walk> role(threadIdx.x);
+    const LaneOffsets<kWidth> whole(role.lane);
+    const int first = piece.begin + 16 * role.warp;
     const Number* const q = arguments.q.at(piece.batch, piece.head);
     Number* const o = arguments.o.at(piece.batch, piece.head);
     float* const inverse = arguments.inverse == nullptr ? nullptr : arguments.inverse +
         (static_cast<int64_t>(piece.batch) * arguments.heads + piece.head) * arguments.num_tokens;
 
     const auto slot_of = [&](int chunk) {
-        return base + chunk % Walk::kStages * Layout::kSlotBytes + share.block * kBlockBytes;
+        return base + chunk % Walk::kStages * Layout::kSlotBytes + role.warp * kBlockBytes;
     };
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks)
-            copy_rows<kWidth, 16, 32>(slot_of(chunk), q, arguments.q.row, first + chunk * Walk::kChunk, piece.end, share.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk), q, arguments.q.row, first + chunk * Walk::kChunk, piece.end, role.lane);
         commit_copies();
     };
     for (int chunk = 0; chunk < Walk::kStages - 1; ++chunk) fetch(chunk);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
         __syncwarp();
         fetch(chunk + Walk::kStages - 1);
 
-        const uint32_t rows = slot_of(chunk), norms = base + Layout::kNorms + 16 * share.lane;
+        const uint32_t rows = slot_of(chunk), norms = base + Layout::kNorms + 16 * role.lane;
         float acc[kWidth / 8][4] = {}, norm[4] = {};  // norm: in the first two columns, to be added up
         uint32_t z[4];
 #pragma unroll
@@ -169,11 +169,11 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
 
         const int first_row = first + chunk * Walk::kChunk, rows_left = piece.end - first_row;
         if (inverse != nullptr) {
-            normalise_rows(acc, norm, arguments.eps, share.lane, [&](int row, float factor) {
-                if (share.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
+            normalise_rows(acc, norm, arguments.eps, role.lane, [&](int row, float factor) {
+                if (role.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
             });
         }
-        store_rows<Number, kWidth>(acc, 1.0f, share.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
+        store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
     }
 }
 
