@@ -125,7 +125,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                 load_matrices(grad, whole.normal_at(rows + Layout::kGrads, column));
                 multiply_transposed_step<Number, kWidth>(u, grad, base + Layout::kState, column, whole);
             }
-            // use(x, u, r, column): neighbouring numbers of q and of u in row quad + 8 r, from `column` on of the lane's columns.
+            // use(x, u, r, column): neighbours in row quad + 8 r of q and of u, from `column` on of the lane's columns.
             const auto for_queries = [&](const auto& use) {
 #pragma unroll
                 for (int block = 0; block < kWidth / 16; ++block) {
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
 
 template <int Width>
 struct Config {
-    static constexpr int kQueryResident = Width == 64 ? 3 : 1, kKeyResident = Width == 64 ? 4 : 1;  // on a multiprocessor
+    static constexpr int kResident = Width == 64 ? 3 : 1;  // blocks on a multiprocessor
     using QueryWalk = Walk<Width, Width, Width / 16, 2>;
     using KeyWalk = Walk<Width, Width, Width / 16, Width == 64 ? 2 : 3>;
     using Query = QueryLayout<QueryWalk>;
@@ -309,7 +309,7 @@ void linear_full_grad_queries(const LinearFullGradQueries& call, const std::stri
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Config = Config<width>;
         using Walk = typename Config::QueryWalk;
-        launch_walk<grad_queries_kernel<Walk, Config::kQueryResident, decltype(map)>>(
+        launch_walk<grad_queries_kernel<Walk, Config::kResident, decltype(map)>>(
             arguments, call.batches * call.kv_heads * call.num_pieces, Walk::kThreads, Config::Query::kBytes, stream,
             "linear_full_grad_queries launch");
     });
@@ -326,7 +326,7 @@ void linear_full_grad_keys(const LinearFullGradKeys& call, const std::string& fe
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Config = Config<width>;
         using Walk = typename Config::KeyWalk;
-        launch_walk<grad_keys_kernel<Walk, Config::kKeyResident, decltype(map)>>(
+        launch_walk<grad_keys_kernel<Walk, Config::kResident, decltype(map)>>(
             arguments, call.batches * call.kv_heads * call.num_pieces, Walk::kThreads, Config::Key::kBytes, stream,
             "linear_full_grad_keys launch");
     });

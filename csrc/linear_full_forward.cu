@@ -179,9 +179,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
 
 template <int Width>
 struct Config {
-    static constexpr int kResident = Width == 64 ? 4 : 2;  // blocks on a multiprocessor
+    static constexpr int kResident = Width == 64 ? 4 : 1;  // blocks on a multiprocessor
     using SumWalk = Walk<Width, 64, Width / 16, 3>;
-    using ReadWalk = Walk<Width, Width, Width / 16, Width == 64 ? 4 : 2>;
+    using ReadWalk = Walk<Width, Width, Width / 16, Width == 64 ? 4 : 3>;
     using Sum = SumLayout<SumWalk>;
     using Read = ReadLayout<ReadWalk>;
 };

@@ -144,6 +144,7 @@ def make(width=64, heads=(1, 1), length=200, keys=None, batch=1, state=False, **
         name: randn(batch, count, rows, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
         for seed, (name, count, rows, factor) in enumerate(shapes)
     }
+    tensors["v"] += 1  # their mean, o, would be small
     if state:
         sequences = options["cu_seqlens"].numel() - 1 if "cu_seqlens" in options else batch
         tensors["initial_state"] = random_state((sequences, heads[1], width, width + 1), torch.bfloat16, device="cpu")
@@ -173,7 +174,7 @@ def test_against_the_oracle(name, kernels):
     """Whatever the order of the lanes and the time at which copies land."""
     options, piece_length = SAMPLES[name]
     sample = make(**options)
-    do = like(sample.tensors["q"])
+    do = like(sample.tensors["q"]) + 1  # so that dO . o is not small, and does not cancel in sums over queries
     saved, gradients = run(kernels, sample, do, piece_length)
     check(sample, do, saved[0], gradients)
     again, gradients_again = run(kernels, sample, do, piece_length, Conditions(late_copies=True, seed=1))
