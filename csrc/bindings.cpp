@@ -23,6 +23,8 @@
 #include "krause_step.h"
 #include "linear_backward.h"
 #include "linear_forward.h"
+#include "linear_full_backward.h"
+#include "linear_full_forward.h"
 #include "row_sumsq.h"
 #include "softmax_backward.h"
 #include "softmax_forward.h"
@@ -194,8 +196,12 @@ PYBIND11_MODULE(_C, m) {
         "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
 
     m.def("linear_shared_bytes",
-          [](int64_t width) { return std::max(linear_forward_shared_bytes(width), linear_backward_shared_bytes(width)); },
-          py::arg("width"), "Bytes of shared memory that a block of the linear_ kernels takes, at most.");
+          [](int64_t width, bool causal) {
+              return causal ? std::max(linear_forward_shared_bytes(width), linear_backward_shared_bytes(width))
+                            : std::max(linear_full_forward_shared_bytes(width), linear_full_backward_shared_bytes(width));
+          },
+          py::arg("width"), py::arg("causal"),
+          "Bytes of shared memory that a block of the linear_ kernels takes, at most; of the linear_full_ ones if not causal.");
     m.def(
         "linear_forward",
         [](const std::array<uintptr_t, 8>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
@@ -262,6 +268,80 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
         "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "
         "dv; sizes as for linear_forward. More in csrc/linear_backward.h.");
+    m.def(
+        "linear_full_sums",
+        [](const std::array<uintptr_t, 5>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
+           const std::array<std::array<int64_t, 3>, 2>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [k, v, partials, partial_norms, pieces] = tensors;
+            const auto& [k_strides, v_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
+            LinearFullSums call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+                                reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
+                                reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides,
+                                batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
+            linear_full_sums(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Bidirectional linear attention: fills sums over the keys of each piece. tensors: k, v, partials, partial_norms, "
+        "pieces; strides: of k and v; sizes: B, Hq, Hkv, tokens, D, pieces, their length, states. More in "
+        "csrc/linear_full_forward.h.");
+    m.def(
+        "linear_full_read",
+        [](const std::array<uintptr_t, 6>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
+           const std::array<std::array<int64_t, 3>, 2>& strides, double eps, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, states, norms, o, inverse, pieces] = tensors;
+            const auto& [q_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
+            LinearFullRead call{reinterpret_cast<const void*>(q), reinterpret_cast<const float*>(states),
+                                reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
+                                reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
+                                q_strides, o_strides,
+                                batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states, eps};
+            linear_full_read(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
+        py::arg("stream"),
+        "Fills o and inverse. tensors: q, states, norms, o, inverse, pieces; strides: of q and o; sizes as for "
+        "linear_full_sums. More in csrc/linear_full_forward.h.");
+    m.def(
+        "linear_full_grad_queries",
+        [](const std::array<uintptr_t, 9>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
+           const std::array<std::array<int64_t, 3>, 3>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [q, grad_o, inverse, states, norms, dq, partials, partial_norms, pieces] = tensors;
+            const auto& [q_strides, grad_o_strides, dq_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
+            LinearFullGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(grad_o),
+                                       reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(states),
+                                       reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(dq),
+                                       reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
+                                       reinterpret_cast<const int32_t*>(pieces), q_strides, grad_o_strides, dq_strides,
+                                       batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
+            linear_full_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dq and sums over the queries of each piece. tensors: q, do, inverse, states, norms, dq, partials, "
+        "partial_norms, pieces; strides: of q, do, dq; sizes as for linear_full_sums. More in csrc/linear_full_backward.h.");
+    m.def(
+        "linear_full_grad_keys",
+        [](const std::array<uintptr_t, 7>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
+           const std::array<std::array<int64_t, 3>, 4>& strides, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            const auto [k, v, states, norms, dk, dv, pieces] = tensors;
+            const auto& [k_strides, v_strides, dk_strides, dv_strides] = strides;
+            const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
+            LinearFullGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+                                    reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
+                                    reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv),
+                                    reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides, dk_strides, dv_strides,
+                                    batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
+            linear_full_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+        "Fills dk and dv. tensors: k, v, states, norms, dk, dv, pieces; strides: of k, v, dk, dv; sizes as for "
+        "linear_full_sums. More in csrc/linear_full_backward.h.");
 
     m.def("hadamard_shared_bytes",
           [] { return std::max(hadamard_forward_shared_bytes(), hadamard_backward_shared_bytes()); },

@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "common/occupancy.h"
 #include "hadamard_walk.cuh"
 
 namespace nearfar {
@@ -338,15 +336,6 @@ hadamard_grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     }
 }
 
-template <auto kKernel, typename Arguments>
-void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Geometry::kThreads, Layout::kBytes);
-    void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(heads * arguments.num_pieces);
-    if (blocks == 0) return;
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Geometry::kThreads), parameters, Layout::kBytes, stream), name);
-}
-
 }  // namespace
 
 int64_t hadamard_backward_shared_bytes() { return Layout::kBytes; }
@@ -363,8 +352,9 @@ void hadamard_grad_queries(const HadamardGradQueries& call, const std::string& f
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
-        launch<hadamard_grad_queries_kernel<decltype(map)>>(arguments, call.batches * call.heads, stream,
-                                                            "hadamard_grad_queries launch");
+        constexpr auto kKernel = hadamard_grad_queries_kernel<decltype(map)>;
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+                             stream, "hadamard_grad_queries launch");
     });
 }
 
@@ -380,8 +370,9 @@ void hadamard_grad_keys(const HadamardGradKeys& call, const std::string& feature
         static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
-        launch<hadamard_grad_keys_kernel<decltype(map)>>(arguments, call.batches * call.kv_heads, stream,
-                                                         "hadamard_grad_keys launch");
+        constexpr auto kKernel = hadamard_grad_keys_kernel<decltype(map)>;
+        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+                             stream, "hadamard_grad_keys launch");
     });
 }
 

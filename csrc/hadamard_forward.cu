@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "common/occupancy.h"
 #include "hadamard_walk.cuh"
 
 namespace nearfar {
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_forward_kernel
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 sum[r] = quad_sum(sum[r]) + arguments.eps;
-                const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+                const float factor = inverse_of(sum[r]);
                 const int row = role.quad + 8 * r;
                 if (role.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
 #pragma unroll
@@ -152,14 +150,10 @@ void hadamard_forward(const HadamardForward& call, const std::string& feature_ma
                         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
                         static_cast<int>(call.num_tokens), static_cast<int>(call.num_pieces),
                         static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
-    const auto blocks = static_cast<unsigned>(call.batches * call.heads * call.num_pieces);
-    if (blocks == 0) return;
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = hadamard_forward_kernel<decltype(map)>;
-        resident_blocks<kKernel>(Geometry::kThreads, Layout::kBytes);
-        void* parameters[] = {&arguments};
-        check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Geometry::kThreads), parameters, Layout::kBytes, stream),
-              "hadamard_forward launch");
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes, stream,
+                             "hadamard_forward launch");
     });
 }
 

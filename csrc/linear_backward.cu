@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "common/occupancy.h"
 #include "common/walk.cuh"
 
 namespace nearfar {
@@ -411,12 +409,8 @@ template <int Width>
 using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/linear.md)
 
 template <auto kKernel, typename Walk, typename Layout, typename Arguments>
-void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Walk::kThreads, Layout::kBytes);
-    void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(heads * arguments.num_pieces);
-    if (blocks == 0) return;
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, Layout::kBytes, stream), name);
+void launch(const Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {
+    launch_walk<kKernel>(arguments, heads * arguments.num_pieces, Walk::kThreads, Layout::kBytes, stream, name);
 }
 
 }  // namespace

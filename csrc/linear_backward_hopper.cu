@@ -6,9 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
 #include "common/hopper.cuh"
-#include "common/occupancy.h"
 #include "common/walk.cuh"
 #include "linear_backward.h"
 
@@ -474,15 +472,6 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
     }
 }
 
-template <auto kKernel, typename Arguments>
-void launch(Arguments arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Geometry::kThreads, Layout::kBytes);
-    void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(heads * arguments.num_pieces);
-    if (blocks == 0) return;
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Geometry::kThreads), parameters, Layout::kBytes, stream), name);
-}
-
 }  // namespace
 
 void linear_grad_queries_hopper(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
@@ -494,7 +483,9 @@ void linear_grad_queries_hopper(const LinearGradQueries& call, const std::string
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
-        launch<grad_queries_kernel<decltype(map)>>(arguments, call.batches * call.heads, stream, "linear_grad_queries launch");
+        constexpr auto kKernel = grad_queries_kernel<decltype(map)>;
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+                             stream, "linear_grad_queries launch");
     });
 }
 
@@ -508,7 +499,9 @@ void linear_grad_keys_hopper(const LinearGradKeys& call, const std::string& feat
         static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
-        launch<grad_keys_kernel<decltype(map)>>(arguments, call.batches * call.kv_heads, stream, "linear_grad_keys launch");
+        constexpr auto kKernel = grad_keys_kernel<decltype(map)>;
+        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+                             stream, "linear_grad_keys launch");
     });
 }
 

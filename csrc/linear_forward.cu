@@ -9,8 +9,6 @@
 #include <cstdint>
 #include <string>
 
-#include "common/check.h"
-#include "common/occupancy.h"
 #include "common/walk.cuh"
 
 namespace nearfar {
@@ -81,9 +79,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
     const auto store_state = [&](int parity) {
         state.store(bytes + Layout::kStates + parity * Walk::kStateBytes);
         state.store_norms([&](int row, float norm) {
-            const float high = __bfloat162float(__float2bfloat16(norm));
-            const uint32_t word = pack<Number>(high, norm - high);
-            *reinterpret_cast<uint4*>(bytes + Layout::kNorms + parity * Layout::kNormBytes + 16 * row) = {word, 0, 0, 0};
+            char* const to = bytes + Layout::kNorms + parity * Layout::kNormBytes + 16 * row;
+            *reinterpret_cast<uint4*>(to) = {as_two(norm), 0, 0, 0};
         });
     };
     if (arguments.states != nullptr) {
@@ -142,15 +139,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
 
         const int first_row = piece.begin + chunk * Walk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
         if (inverse != nullptr) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float sum = __shfl_sync(kWholeWarp, norm[2 * r] + norm[2 * r + 1], role.lane - role.pair) + arguments.eps;
-                const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-                const int row = role.quad + 8 * r;
+            normalise_rows(acc, norm, arguments.eps, role.lane, [&](int row, float factor) {
                 if (role.part == 0 && role.pair == 0 && row < rows_left) inverse[first_row + row] = factor;
-#pragma unroll
-                for (int i = 0; i < Walk::kColumns / 4; ++i) acc[i / 2][2 * r + i % 2] *= factor;
-            }
+            });
         }
         store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, arguments.o.row, o + first_row * arguments.o.row);
 
@@ -169,17 +160,14 @@ void launch(const LinearForward& call, cudaStream_t stream) {
     using Walk = WalkOf<Width>;
     constexpr auto kKernel = linear_forward_kernel<Walk, Map>;
     constexpr int kBytes = Layout<Walk>::kBytes;
-    resident_blocks<kKernel>(Walk::kThreads, kBytes);
     Arguments arguments{input_tensor<Number>(call.q, call.q_strides), input_tensor<Number>(call.k, call.k_strides),
                         input_tensor<Number>(call.v, call.v_strides), output_tensor<Number>(call.o, call.o_strides),
                         call.states, call.norms, call.inverse, call.pieces,
                         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads),
                         static_cast<int>(call.num_tokens), static_cast<int>(call.num_pieces),
                         static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
-    void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(call.batches * call.heads * call.num_pieces);
-    if (blocks == 0) return;
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Walk::kThreads), parameters, kBytes, stream), "linear_forward launch");
+    launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Walk::kThreads, kBytes, stream,
+                         "linear_forward launch");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Causal linear and Hadamard attention in CUDA C++: what it serves, and the promises of Triton's kernels (test_linear.py)."""
+"""Linear and Hadamard attention in CUDA C++: what it serves, and the promises of Triton's kernels (test_linear.py)."""
 
 from functools import partial
 
@@ -23,6 +23,7 @@ from test_krause_cuda import tensor
 
 import nearfar as nf
 from nearfar import _cuda, dispatch
+from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
 # ---------------------------------------------------------------------------------------------------- what it serves
@@ -34,7 +35,7 @@ class Extension:
     def __init__(self, *architectures):
         self.architectures = lambda: list(architectures)
         self.devices = lambda: [{"shared_memory_per_block_optin": 163 * 1024}]
-        self.linear_shared_bytes = lambda width: width * 2048
+        self.linear_shared_bytes = lambda width, causal: width * (2048 if causal else 512)
         self.hadamard_shared_bytes = lambda: 170 * 1024
 
 
@@ -43,7 +44,7 @@ REASONS = {
     "v is on cpu": lambda: ([tensor(device="cpu")], [tensor(device="cpu")], tensor(device="cpu"), True),
     "float16, whose range sums of features leave": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
     "float32; the CUDA kernels take bfloat16": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float32), True),
-    "those of causal attention": lambda: ([tensor()], [tensor()], tensor(), False),
+    "the factors are (16, 16) and v is 64 wide; without causality": lambda: ([tensor(16)] * 2, [tensor(16)] * 2, tensor(), False),
     "the factors are (64, 64) and v is 64 wide": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),
     "the factors are (16, 16, 16)": lambda: ([tensor(16)] * 3, [tensor(16)] * 3, tensor(), True),
     "32 and 32 wide": lambda: ([tensor(32)], [tensor(32)], tensor(32), True),
@@ -60,6 +61,7 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     found = _cuda.linear_reason(*REASONS[reason]())
     assert found is None if reason is None else reason in found
     assert _cuda.linear_reason([tensor(16)] * 2, [tensor(16)] * 2, tensor(), True) is None
+    assert _cuda.linear_reason([tensor()], [tensor()], tensor(), False) is None
 
 
 def test_which_devices_are_served(monkeypatch):
@@ -67,23 +69,23 @@ def test_which_devices_are_served(monkeypatch):
     monkeypatch.setattr(_cuda, "_architecture_reason", _cuda._architecture_reason.__wrapped__)
     reason_on = _cuda._linear_device_reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    assert reason_on(0, (64,), 64) is None
-    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, (128,), 128)
-    assert "64 takes 174080 bytes" in reason_on(0, (16, 16), 64)
+    assert reason_on(0, (64,), 64, True) is None and reason_on(0, (128,), 128, False) is None
+    assert "128 takes 262144 bytes of shared memory, of which the device has 166912" in reason_on(0, (128,), 128, True)
+    assert "64 takes 174080 bytes" in reason_on(0, (16, 16), 64, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
-    assert "not for 10.0" in reason_on(0, (64,), 64)
+    assert "not for 10.0" in reason_on(0, (64,), 64, True)
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     first, second = ("cuda", "triton"), ("triton", "cuda")
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {(1, 64): ((1.0, 2.0), (3.0, 2.0))})
+    monkeypatch.setattr(operator, "MEASURED", {(True, 1, 64): ((1.0, 2.0), (3.0, 2.0))})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
 
-    def orders(q):
-        return operator._checked.__wrapped__((q, q, q), 1, False, True)[0].orders
+    def orders(q, causal=True):
+        return operator._checked.__wrapped__((q, q, q), 1, False, causal)[0].orders
 
-    assert orders(tensor()) == (first, second) and orders(tensor(128)) == (second, second)
+    assert orders(tensor()) == (first, second) and orders(tensor(128)) == orders(tensor(), False) == (second, second)
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
     assert orders(tensor()) == (second, second)
 
@@ -103,7 +105,8 @@ def test_a_decoding_step_has_no_cuda_kernel(backend, monkeypatch):
 def test_shared_memory_fits():
     """A block of 64 wide heads fits an A100, one of 128 wide ones an H100."""
     for width, limit in ((64, 163 * 1024), (128, 227 * 1024)):
-        assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width) <= limit
+        for causal in (True, False):
+            assert 4 * 128 * width <= _cuda.extension.linear_shared_bytes(width, causal) <= limit
     assert 2 * 256 * 64 * 2 <= _cuda.extension.hadamard_shared_bytes() <= 227 * 1024
 
 
@@ -116,13 +119,21 @@ def test_errors_of_the_extension_raise():
         _cuda.extension.linear_grad_keys([0] * 8, "elu", sizes, strides, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "heads, length, width, blocks", [(32, 16384, 64, 256), (16, 65536, 128, 128), (70, 8192, 128, 350), (2, 777, 64, 56)]
+)
+def test_pieces_fill_the_gpu(heads, length, width, blocks):
+    """In whole rounds of blocks, or nearly so, where sequences are long enough."""
+    assert heads * factored.full_pieces(heads, length, width) == blocks
+
+
 # -------------------------------------------------------------------------------------------------------- the kernels
 
 
-def cuda_sample(width=64, heads=(2, 1), length=777, batch=1, state=False, **options):
+def cuda_sample(width=64, heads=(2, 1), length=777, keys=None, batch=1, state=False, causal=True, **options):
     """width: of q, k and v, or TWO_FACTORS."""
     widths, width = ((16, 16), 64) if width == TWO_FACTORS else ((width,), width)
-    shapes = (batch, heads[0], length), (batch, heads[1], length)
+    shapes = (batch, heads[0], length), (batch, heads[1], keys or length)
     tensors = random_tensors(widths, width, *shapes, torch.bfloat16, numbered=len(widths) > 1)
     sequences = batch
     if "cu_seqlens" in options:
@@ -131,7 +142,7 @@ def cuda_sample(width=64, heads=(2, 1), length=777, batch=1, state=False, **opti
     if state:
         tensors["initial_state"] = random_state((sequences, heads[1], *widths, width + 1), torch.bfloat16)
         options["return_state"] = True
-    return Sample(tensors, dict(causal=True, **options))
+    return Sample(tensors, dict(causal=causal, **options))
 
 
 TWO_FACTORS = "two factors"  # of 16 features each
@@ -158,7 +169,23 @@ ONE_FACTOR = {
     "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
     "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
 }
-SAMPLES = ONE_FACTOR | {
+FULL = {
+    f"full, {name}": dict(causal=False, **options)
+    for name, options in {
+        "pieces": dict(),
+        "pieces, 128 wide": dict(width=128, batch=2, length=1111),
+        "many heads": dict(heads=(300, 300), length=100),
+        "heads share keys": dict(heads=(6, 2), batch=2, length=400, feature_map="softplus"),
+        "more keys": dict(length=300, keys=1001, feature_map="exp"),
+        "more queries, 128 wide": dict(width=128, length=1001, keys=70),
+        "not normalised": dict(length=400, normalize=False, feature_map="identity"),
+        "weights of zero, 128 wide": dict(width=128, length=400, feature_map="relu", eps=0.5),
+        "states": dict(state=True, length=1500, keys=700),
+        "packed": dict(length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
+        "packed, states, 128 wide": dict(width=128, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000], state=True),
+    }.items()
+}
+SAMPLES = ONE_FACTOR | FULL | {
     "two factors, pieces": dict(width=TWO_FACTORS),
     "two factors, one piece": dict(width=TWO_FACTORS, heads=(128, 128), length=300),
     "two factors, heads share keys": dict(
@@ -167,7 +194,8 @@ SAMPLES = ONE_FACTOR | {
     "two factors, states": dict(width=TWO_FACTORS, state=True, feature_map="relu", eps=0.5),
     "two factors, packed": dict(width=TWO_FACTORS, length=1000, cu_seqlens=[0, 0, 7, 300, 301, 1000]),
 }
-each_width = pytest.mark.parametrize("width", [64, TWO_FACTORS])
+KINDS = {"causal": dict(), "two factors": dict(width=TWO_FACTORS), "full": dict(causal=False)}
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @gpu
@@ -181,7 +209,7 @@ def test_against_the_oracle(name):
 
 
 @gpu
-@pytest.mark.parametrize("name", ONE_FACTOR)
+@pytest.mark.parametrize("name", ONE_FACTOR | FULL)
 def test_saves_what_triton_saves(name):
     sample = cuda_sample(**SAMPLES[name])
     ours, tritons = (torch.ops.nearfar.hadamard_attention(*op_arguments(sample, backend)) for backend in ("cuda", "triton"))
@@ -191,28 +219,28 @@ def test_saves_what_triton_saves(name):
 
 
 @gpu
-@each_width
+@each_kind
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_layouts(layout, width):
-    sample = cuda_sample(width, heads=(2, 2), batch=2, length=300)
+def test_layouts(layout, kind):
+    sample = cuda_sample(**KINDS[kind], heads=(2, 2), batch=2, length=300)
     strided = {name: LAYOUTS[layout](x) for name, x in sample.tensors.items()}
     dense = {name: x.contiguous() for name, x in strided.items()}
     assert_same(*(run(attention(sample), Sample(x, sample.options), backend="cuda") for x in (strided, dense)))
 
 
 @gpu
-@each_width
+@each_kind
 @pytest.mark.parametrize("layout", GRADIENTS)
-def test_upstream_gradients_of_any_layout(layout, width):
-    sample = cuda_sample(width, length=300)
+def test_upstream_gradients_of_any_layout(layout, kind):
+    sample = cuda_sample(**KINDS[kind], length=300)
     do = GRADIENTS[layout](upstream(sample))
     assert_same(*(run(attention(sample), sample, x, backend="cuda") for x in (do, do.contiguous())))
 
 
 @gpu
-@each_width
-def test_later_tokens_change_nothing(width):
-    sample = cuda_sample(width, length=600)
+@pytest.mark.parametrize("kind", ["causal", "two factors"])
+def test_later_tokens_change_nothing(kind):
+    sample = cuda_sample(**KINDS[kind], length=600)
     call = partial(attention(sample), **sample.options, backend="cuda")
     o = call(**sample.tensors)
     for x in sample.tensors.values():
@@ -221,16 +249,17 @@ def test_later_tokens_change_nothing(width):
 
 
 @gpu
-@each_width
-def test_in_a_graph_on_another_stream_and_through_the_dispatcher(width):
-    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(width, length=600)
+@each_kind
+def test_in_a_graph_on_another_stream_and_through_the_dispatcher(kind):
+    op, sample = torch.ops.nearfar.hadamard_attention, cuda_sample(**KINDS[kind], length=600)
     assert_same_by_other_ways(attention(sample), op, sample, lambda s: op_arguments(s, "cuda"))
 
 
 @gpu
-def test_either_backward_follows_either_forward():
+@pytest.mark.parametrize("causal", [True, False])
+def test_either_backward_follows_either_forward(causal):
     """They save and read the same."""
-    sample = cuda_sample(length=600)
+    sample = cuda_sample(length=600, causal=causal)
     gradients = []
     for forward, backward in (("cuda", "triton"), ("triton", "cuda")):
         tensors = leaves(sample)

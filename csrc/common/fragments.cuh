@@ -44,6 +44,19 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[2][4], const uint
     }
 }
 
+// The same for 16 of the inner columns, those of `step`, and as many rows of x as c has columns.
+template <typename T, int Width, int Tiles>
+__device__ __forceinline__ void multiply_transposed_step(float (&c)[Tiles][4], const uint32_t (&a)[4], uint32_t rows, int step,
+                                                         const LaneOffsets<Width>& lane) {
+#pragma unroll
+    for (int block = 0; block < Tiles / 2; ++block) {
+        uint32_t b[4];
+        load_matrices(b, lane.across_at(rows, step) + block * 16 * Tile<Width>::kRowBytes);
+        mma<T>(c[2 * block], a, b[0], b[1]);
+        mma<T>(c[2 * block + 1], a, b[2], b[3]);
+    }
+}
+
 // c += a x, likewise, for as many columns of x as c has.
 template <typename T, int Width, int Tiles>
 __device__ __forceinline__ void multiply(float (&c)[Tiles][4], const uint32_t (&a)[4], uint32_t rows, uint32_t further,

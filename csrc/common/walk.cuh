@@ -14,8 +14,10 @@
 #include <string>
 #include <type_traits>
 
+#include "check.h"
 #include "features.cuh"
 #include "fragments.cuh"
+#include "occupancy.h"
 #include "tensor.cuh"
 #include "tile.cuh"
 
@@ -76,6 +78,30 @@ struct Piece {
         end = pieces == nullptr ? min(begin + length, num_tokens) : pieces[num_pieces + index];
     }
 };
+
+// A number as the sum of two, in one word.
+__device__ __forceinline__ uint32_t as_two(float x) {
+    const float high = __bfloat162float(__float2bfloat16(x));
+    return pack<Number>(high, x - high);
+}
+
+// 1 / x, and 0 for 1 / 0: of a row whose weights sum to 0.
+__device__ __forceinline__ float inverse_of(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
+
+// Divides rows quad and quad + 8 of acc by their sums of weights, norm in the first two columns, to be added up, and eps;
+// store(row, inverse) by the four lanes that share the row.
+template <int Tiles, typename Store>
+__device__ __forceinline__ void normalise_rows(float (&acc)[Tiles][4], const float (&norm)[4], float eps, int lane,
+                                               const Store& store) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float sum = __shfl_sync(kWholeWarp, norm[2 * r] + norm[2 * r + 1], lane - lane % 4) + eps;
+        const float factor = inverse_of(sum);
+        store(lane / 4 + 8 * r, factor);
+#pragma unroll
+        for (int i = 0; i < 2 * Tiles; ++i) acc[i / 2][2 * r + i % 2] *= factor;
+    }
+}
 
 // Rows that lanes have fetched themselves by copy_rows, changed: change(word, pass). In each pass a lane has a chunk of row
 // own_row(lane, pass).
@@ -216,6 +242,15 @@ void dispatch_walk(const std::string& feature_map, int64_t width, const Body& bo
             default: throw std::invalid_argument("width must be 64 or 128");
         }
     });
+}
+
+// A launch of a kernel whose only parameter is `arguments`.
+template <auto kKernel, typename Arguments>
+void launch_walk(Arguments arguments, int64_t blocks, int threads, int bytes, cudaStream_t stream, const char* name) {
+    resident_blocks<kKernel>(threads, bytes);
+    void* parameters[] = {&arguments};
+    if (blocks == 0) return;
+    check(cudaLaunchKernel(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), parameters, bytes, stream), name);
 }
 
 }  // namespace nearfar

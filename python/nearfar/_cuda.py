@@ -245,9 +245,9 @@ def linear_reason(qs, ks, v, causal, packed=False):
         return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
-    if not causal:
-        return _factored_reason(qs, ks, v, packed)
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
+    if len(widths) > 1 and not causal:
+        return _factored_reason(qs, ks, v, packed)
     if len(widths) == 1 and (widths[0] != value_width or value_width not in LINEAR_WIDTHS):
         return f"q and v are {widths[0]} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
     if len(widths) > 1 and (widths, value_width) != HADAMARD_WIDTHS:
@@ -256,26 +256,28 @@ def linear_reason(qs, ks, v, causal, packed=False):
     for name, x in (*rows, ("v", v)):
         if reason := _rows_reason(**{name: x}):
             return reason
-    return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, widths, value_width)
+    return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, widths, value_width, causal)
 
 
 def _factored_reason(qs, ks, v, packed):
-    """The same for attention that is not causal."""
+    """The same for bidirectional attention with several factors."""
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
-    if packed or widths != FACTORED_WIDTHS or value_width not in HOPPER_WIDTHS:
+    if packed:
+        return "the CUDA kernels of bidirectional attention with several factors take no packed sequences"
+    if widths != FACTORED_WIDTHS or value_width not in HOPPER_WIDTHS:
         return (
-            "the CUDA kernels are those of causal attention, and without causality and packed sequences "
-            f"those of two factors of 64 and v of 64 or 128; the factors are {widths} and v is {value_width} wide"
+            f"the factors are {widths} and v is {value_width} wide; without causality the CUDA kernels take two factors of 64 "
+            "and v of 64 or 128"
         )
     factors = {f"{name}[{r}]": x for name, xs in (("qs", qs), ("ks", ks)) for r, x in enumerate(xs)}
     return hopper_reason(factors) or hopper_reason({"v": v})
 
 
-def _linear_device_reason(index, widths, value_width):
+def _linear_device_reason(index, widths, value_width, causal):
     if reason := _architecture_reason(index):
         return reason
     one = len(widths) == 1
-    needed = extension.linear_shared_bytes(value_width) if one else extension.hadamard_shared_bytes()
+    needed = extension.linear_shared_bytes(value_width, causal) if one else extension.hadamard_shared_bytes()
     return _memory_reason(index, value_width, needed)
 
 
@@ -287,7 +289,7 @@ class BuiltLaunch:
 
 
 class Walk(BuiltLaunch):
-    """A launch of a linear_ kernel, or of a hadamard_ one where there are two factors.
+    """A launch of a linear_ kernel of causal attention, or of a hadamard_ one where there are two factors.
 
     It is given what its namesake in triton_kernels/walk.py is given, all factors in a row; they, v and do start at multiples of
     16 bytes.
@@ -310,6 +312,27 @@ class Walk(BuiltLaunch):
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
         del addresses[self._unread]
+        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+
+
+class FullLaunch(BuiltLaunch):
+    """A launch of a linear_full_ kernel, of bidirectional attention.
+
+    It is given the tensors that its binding lists; q, k, v and do start at multiples of 16 bytes.
+    """
+
+    def __init__(self, problem, kernel, strides, eps=()):
+        """kernel: sums, read, grad_queries or grad_keys. strides: as its binding lists them. eps: (eps,) for read."""
+        self._function = getattr(extension, f"linear_full_{kernel}")
+        tokens = problem.num_queries if kernel in ("read", "grad_queries") else problem.num_keys
+        sizes = (
+            problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
+            problem.num_pieces(tokens), problem.piece_length, problem.num_states,
+        )  # fmt: skip
+        self._fixed = problem.feature_map, sizes, [stride[:3] for stride in strides], *eps
+
+    def run(self, tensors, surveyed):
+        addresses = [address or 0 for address in surveyed[0]]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
 
 

@@ -36,6 +36,8 @@ STATE_COST = 384
 # Programs that a pass is cut into where it can be: four for each multiprocessor of an H100, and one where a state walks along.
 PROGRAMS = 528
 WALK_PROGRAMS = 128
+# Warps that the CUDA kernels of bidirectional attention need: eight for each multiprocessor. A block has one for 16 columns.
+FULL_WARPS = 1056
 WALK_WIDTH = 128
 TILE_OF_STATE = 16384  # elements of a state that one program accumulates
 # Bytes of the states of causal attention in float32 beyond which there is one for twice as many tokens: that takes about a
@@ -119,12 +121,28 @@ def piece_length_of(qs, v, causal, backend):
     if causal:
         # Every piece but the first costs a pass over the keys, so there are no more than fill the GPU.
         pieces = WALK_PROGRAMS // max(1, qs[0].shape[0] * qs[0].shape[1])
+    elif backend == "cuda":
+        pieces = full_pieces(max(1, v.shape[0] * v.shape[1]), max(1, qs[0].shape[2], v.shape[2]), value_width)
     else:
         tiles = max(1, math.prod(widths) * value_width // TILE_OF_STATE)
         pieces = math.ceil(PROGRAMS / max(1, v.shape[0] * v.shape[1] * tiles))
     length = max(qs[0].shape[2], v.shape[2])
     step = 128 * max(1, pieces)  # a piece holds whole tiles of every kernel
     return max(256, (length + step - 1) // step * 128)
+
+
+def full_pieces(heads, length, width):
+    """Into how many pieces the CUDA kernels of bidirectional attention cut a sequence.
+
+    The time of a pass is that of full rounds of blocks, and that of writing and reading a float32 state for each piece beside
+    two 16-bit tensors.
+    """
+    blocks = FULL_WARPS * 16 // width
+
+    def cost(pieces):
+        return math.ceil(heads * pieces / blocks) * blocks / (heads * pieces) + 2 * pieces * width / length
+
+    return min(range(1, 2 + 4 * blocks // heads), key=cost)
 
 
 def prefers_direct(widths, value_width, num_queries, num_keys):
@@ -152,6 +170,17 @@ def problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend):
         walks(widths, v.shape[3], backend), piece_length_of(qs, v, causal, backend),
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
     )  # fmt: skip
+
+
+# Which kernels serve: walks with the state on chip; those that read it or pair directly, tile by tile; and in CUDA C++ those of
+# bidirectional attention, with one narrow factor, and with two of 64, which read a state slab by slab.
+WALK, TILES, FULL, SLABS = "walk", "tiles", "full", "slabs"
+
+
+def route_of(problem, stateful, backend):
+    if backend == "cuda" and stateful and not problem.causal:
+        return FULL if problem.walks else SLABS
+    return WALK if problem.walks and (problem.causal or stateful) else TILES
 
 
 def piece_table(cu_seqlens, num_tokens, piece_length):
@@ -207,29 +236,33 @@ def _plan_forward(*arguments):
     given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
     compile_ahead(ahead, backward, outputs[0], None, *given)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
-    of_cuda = backend == "cuda" and stateful and not (causal or problem.walks)
-    q_strides, k_strides, strides = _strides(qs), _strides(ks), (v.stride(), outputs[0].stride())
-    if problem.walks and (causal or stateful):
-        read = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, *strides), (float(eps),))
-    elif of_cuda:
-        read = _cuda.FactoredRead(problem, False, q_strides, strides[1], float(eps))
-    else:
-        read = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, *strides, float(eps))
+    route = route_of(problem, stateful, backend)
     pieces = first_pieces = None
     if cu_seqlens is not None:
         pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
     o, state, inverse, states, norms = outputs
+    q_strides, k_strides, v_strides, o_strides, eps = _strides(qs), _strides(ks), v.stride(), o.stride(), float(eps)
     launches, workspaces = [], ()
     if stateful:
-        partials, workspaces, (accumulate, combine) = _plan_states(problem, False, ks, v, of_cuda)
-        launches = [
-            (accumulate, (ks, v, None, None, *partials, *workspaces, pieces)),
-            (combine, (*partials, initial_state, states, norms, state, first_pieces)),
-        ]
-    if problem.walks and (causal or stateful):
-        launches.append((read, (*qs, *ks, v, states, norms, o, inverse, pieces)))
+        partials, combine = _plan_states(problem, False, v)
+        if route == FULL:
+            accumulate = _cuda.FullLaunch(problem, "sums", (*k_strides, v_strides)), (*ks, v, *partials, pieces)
+        else:
+            plan, workspaces = _plan_accumulate(problem, route, False, k_strides, v)
+            accumulate = plan, (ks, v, None, None, *partials, *workspaces, pieces)
+        launches = [accumulate, (combine, (*partials, initial_state, states, norms, state, first_pieces))]
+    if route == FULL:
+        read = _cuda.FullLaunch(problem, "read", (*q_strides, o_strides), (eps,)), (*qs, states, norms, o, inverse, pieces)
+    elif route == WALK:
+        plan = _plan_walk(backend)(problem, "walk_read", (*q_strides, *k_strides, v_strides, o_strides), (eps,))
+        read = plan, (*qs, *ks, v, states, norms, o, inverse, pieces)
+    elif route == SLABS:
+        plan = _cuda.FactoredRead(problem, False, q_strides, o_strides, eps)
+        read = plan, (qs, ks, v, None, states, norms, o, inverse, *workspaces[-2:], pieces)
     else:
-        launches.append((read, (qs, ks, v, None, states, norms, o, inverse, *workspaces[-2:], pieces)))
+        plan = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, v_strides, o_strides, eps)
+        read = plan, (qs, ks, v, None, states, norms, o, inverse, pieces)
+    launches.append(read)
     return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
 
 
@@ -237,20 +270,20 @@ def _plan_walk(backend):
     return _cuda.Walk if backend == "cuda" else _launchers().plan_walk
 
 
-def _plan_states(problem, of_queries, xs, y, of_cuda):
-    """Partial sums over the keys, or over the queries for the gradients, and workspaces; the launches accumulate and combine.
-
-    of_cuda: whether accumulate and read are kernels of csrc/, which have workspaces, read the last two.
-    """
-    launch, pieces = _launchers(), problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
+def _plan_states(problem, of_queries, like):
+    """Partial sums over the keys, or over the queries for the gradients, not filled; the launch that combines them."""
+    pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
     shape = problem.batch, problem.key_heads, pieces, problem.num_features
-    partials = y.new_empty((*shape, problem.value_width), dtype=torch.float32), y.new_empty(shape, dtype=torch.float32)
-    plan, workspaces = launch.plan_accumulate, ()
-    if of_cuda:
-        plan = _cuda.FactoredAccumulate
-        workspaces = plan.workspaces(problem, of_queries, y)
-    accumulate = plan(problem, of_queries, _strides(xs), y.stride())
-    return partials, workspaces, (accumulate, launch.plan_combine(problem, pieces, of_queries and problem.causal))
+    partials = [like.new_empty(size, dtype=torch.float32) for size in ((*shape, problem.value_width), shape)]
+    return partials, _launchers().plan_combine(problem, pieces, of_queries and problem.causal)
+
+
+def _plan_accumulate(problem, route, of_queries, x_strides, y):
+    """The launch and its workspaces, of which the kernels that read the state take the last two."""
+    if route != SLABS:
+        return _launchers().plan_accumulate(problem, of_queries, x_strides, y.stride()), ()
+    plan = _cuda.FactoredAccumulate
+    return plan(problem, of_queries, x_strides, y.stride()), plan.workspaces(problem, of_queries, y)
 
 
 def _strides(tensors):
@@ -274,19 +307,26 @@ def backward(
         qs, ks = factors[: len(qs)], factors[len(qs) :]
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
-    outputs, problem, of_states, launches = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
+    plan = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
+    outputs, problem, route, (accumulate, combine), launches = plan
     found = allocate(outputs, v.device)
     dqs, dks = tuple(found[:r]), tuple(found[r : 2 * r])
     dv, dinitial, weights, key_states, key_norms, partials, partial_norms, *workspaces = found[2 * r :]
     pieces, first_pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], problem.piece_length)
     state_launches = []
-    if states is not None:
-        accumulate, combine = of_states
-        state_launches = [
-            (accumulate, (qs, do, inverse, weights, partials, partial_norms, *workspaces, pieces)),
-            (combine, (partials, partial_norms, dstate, key_states, key_norms, dinitial, first_pieces)),
+    if combine is not None:
+        sums = partials, partial_norms
+        state_launches = [(combine, (*sums, dstate, key_states, key_norms, dinitial, first_pieces))]
+        if accumulate is not None:
+            state_launches.insert(0, (accumulate, (qs, do, inverse, weights, *sums, *workspaces, pieces)))
+    if route == FULL:
+        queries, keys = launches
+        launches = [
+            (queries, (*qs, do, inverse, states, norms, *dqs, partials, partial_norms, pieces)),
+            *state_launches,
+            (keys, (*ks, v, key_states, key_norms, *dks, dv, pieces)),
         ]
-    if problem.walks and (causal or states is not None):
+    elif route == WALK:
         queries, keys = launches
         launches = [
             (queries, (*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces)),
@@ -307,21 +347,26 @@ def backward(
 
 @planned
 def _plan_backward(do, o, states, norms, *arguments):
-    """Layouts of gradients and workspaces, the problem, the launches of the states and the others."""
+    """Layouts of gradients and workspaces, the problem, accumulate and combine where there are states, the other launches."""
     *tensors, feature_map, causal, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
-    weights = o.new_empty(o.shape[:3], dtype=torch.float32)
-    key_states = key_norms = of_states = None
-    partials, state_workspaces = (None, None), ()
-    of_cuda = backend == "cuda" and states is not None and not (causal or problem.walks)
-    if states is not None:
-        key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
-        partials, state_workspaces, of_states = _plan_states(problem, True, qs, do, of_cuda)
+    route = route_of(problem, states is not None, backend)
     q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
-    if problem.walks and (causal or states is not None):
+    weights = None if route == FULL else o.new_empty(o.shape[:3], dtype=torch.float32)
+    key_states = key_norms = accumulate = combine = None
+    partials, state_workspaces = (None, None), ()
+    if states is not None:
+        key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
+        partials, combine = _plan_states(problem, True, do)
+        if route != FULL:  # where the kernel of the gradients of the queries does it
+            accumulate, state_workspaces = _plan_accumulate(problem, route, True, q_strides, do)
+    if route == FULL:
+        of_queries, of_keys = (*q_strides, do_strides, *dq_strides), (*k_strides, v_strides, *dk_strides, dv.stride())
+        launches = _cuda.FullLaunch(problem, "grad_queries", of_queries), _cuda.FullLaunch(problem, "grad_keys", of_keys)
+    elif route == WALK:
         plan = _plan_walk(backend)
         of_queries = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
         of_keys = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
@@ -330,14 +375,14 @@ def _plan_backward(do, o, states, norms, *arguments):
         direct = causal or states is None
         queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, o_strides, k_strides, v_strides, dq_strides)
         keys = launch.plan_grad(problem, True, direct, k_strides, v_strides, o_strides, q_strides, do_strides, dk_strides)
-        if of_cuda:
+        if route == SLABS:
             values = _cuda.FactoredRead(problem, True, k_strides, dv.stride(), 0.0)
         else:
             values = launch.plan_read(problem, True, direct, k_strides, q_strides, do_strides, dv.stride(), 0.0)
         launches = queries, keys, values
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     workspaces = weights, key_states, key_norms, *partials, *state_workspaces
-    return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, of_states, launches
+    return layouts(*dqs, *dks, dv, dinitial, *workspaces), problem, route, (accumulate, combine), launches
 
 
 def _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend):

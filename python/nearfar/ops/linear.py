@@ -13,18 +13,18 @@ MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 
-# Milliseconds of the CUDA and the Triton kernels of causal attention, forward and backward, by number of factors and width of
-# values: bfloat16, B4 H32 N4096, and B1 H16 N65536 where they are 128 wide, on an H100 (docs/linear.md, Walks in CUDA C++).
-# "auto" takes the faster; Triton for what is not listed, and on GPUs of another architecture.
+# Milliseconds of the CUDA and the Triton kernels, forward and backward, by whether attention is causal, number of factors and
+# width of values: bfloat16 on an H100, B4 H32 N4096 where it is causal and B1 H32 N16384 where it is not, B1 H16 N65536 where
+# values are 128 wide (docs/linear.md). "auto" takes the faster; Triton for what is not listed, and on GPUs of another
+# architecture.
 MEASURED = {
-    (1, 64): ((0.1139, 0.1849), (0.3328, 0.6193)),
-    (1, 128): ((0.8644, 1.3251), (2.4432, 5.6790)),
-    (2, 64): ((0.1894, 0.3974), (0.6013, 1.2137)),
+    (True, 1, 64): ((0.1139, 0.1849), (0.3328, 0.6193)),
+    (True, 1, 128): ((0.8644, 1.3251), (2.4432, 5.6790)),
+    (True, 2, 64): ((0.1894, 0.3974), (0.6013, 1.2137)),
+    (False, 1, 64): ((0.1123, 0.1372), (0.1974, 0.3332)),
+    (False, 1, 128): ((0.4071, 0.5225), (0.8385, 1.2125)),
+    (False, 2, 128): ((1.18, 3.03), (4.3, 6.13)),
 }
-
-# The same without causality, for two factors of 64: B1 H12 N32760. The sum of kernels in the forward; the backward is a
-# prediction from those that it shares with the forward, to be measured.
-MEASURED_FULL = {(2, 128): ((1.18, 3.03), (4.3, 6.13))}
 
 
 class Call(NamedTuple):
@@ -284,11 +284,11 @@ def _checked(metas, num_factors, listed, causal, packed=False):
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
-    measured = (MEASURED if causal else MEASURED_FULL).get((len(qs), int(v.shape[3])))
-    orders = dispatch.measured_orders(measured, v.device)
+    orders = dispatch.measured_orders(MEASURED.get((causal, len(qs), int(v.shape[3]))), v.device)
     cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
-    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], qs[0].shape[2], v.shape[2]):
-        cuda_reason = "so few tokens pair directly, which the CUDA kernels do not do without causality"
+    queries, keys = qs[0].shape[2], v.shape[2]
+    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], queries, keys):
+        cuda_reason = f"{queries} queries and {keys} keys are few enough to go pair by pair, as no CUDA kernel does"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
