@@ -52,17 +52,18 @@ def first_call(room, case):
     return float(done.stdout)
 
 
-def host_us(fn, blocks=20, calls=200):
-    """Host time of a call that only enqueues work: of the medians of some blocks of calls the least.
+def host_us(fn, rounds=12, calls=200, pause=0.15):
+    """Host time of a call that only enqueues work: of the medians of some rounds of calls the least.
 
-    What else the host does, other tenants included, only adds to it, and lasts longer than a block: medians of one block
-    differed by half of the least (bench/results/h100/development/16/host.log).
+    What else the host does, other tenants included, only adds to it, and may last for seconds: medians of one round differed
+    by half of the least (bench/results/h100/development/16/host.log).
     """
     medians = []
-    for _ in range(blocks):
+    for _ in range(rounds):
         torch.cuda.synchronize()
         medians.append(statistics.median(wall_times(fn, most=calls)))
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        time.sleep(pause)
     return 1e3 * min(medians)
 
 

@@ -381,6 +381,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         const int chunk = index / group, member = index - chunk * group;
         const auto map = [](uint32_t word, int) { return map_word<Map>(word); };
         wait_for_groups<Geometry::kStages - 2>();
+        __syncwarp();  // all lanes have read the keys that were mapped before
         change_own_rows<Geometry>(bytes + slot + Layout::kQueries + own_rows, part.lane, map);
         if (member == 0)
             map_own_rows<Geometry>(bytes + Layout::kMapped + own_rows, bytes + slot + Layout::kKeys + own_rows, part.lane, map);
