@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
 from samples.linear import check, features, op_arguments, random_state, random_tensors, spans, with_ones
 
 from nearfar import _cuda
@@ -184,11 +184,14 @@ def make(width=64, heads=(1, 1), length=200, batch=1, state=False, scale=0.5, **
         widths, width = (16, 16), 64
         shapes = (batch, heads[0], length), (batch, heads[1], length)
         tensors = random_tensors(widths, width, *shapes, torch.bfloat16, device="cpu")
+        for name in ("q1", "q2", "k1", "k2"):  # features that are not alike
+            tensors[name] += torch.linspace(-1, 1, 16, dtype=torch.bfloat16)
     else:
         tensors = {
             name: randn(batch, count, length, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
             for seed, (name, count, factor) in enumerate((("q", heads[0], scale), ("k", heads[1], scale), ("v", heads[1], 1)))
         }
+    tensors["v"] += 1  # its mean, o, would be small
     if state:
         sequences = options["cu_seqlens"].numel() - 1 if "cu_seqlens" in options else batch
         tensors["initial_state"] = random_state((sequences, heads[1], *widths, width + 1), torch.bfloat16, device="cpu")
@@ -223,7 +226,7 @@ SAMPLES = {
 
 def upstream(sample):
     v, heads = sample.tensors["v"], next(iter(sample.tensors.values())).shape[1]
-    return randn(v.shape[0], heads, *v.shape[2:], dtype=v.dtype, seed=11, device="cpu")
+    return 1 + randn(v.shape[0], heads, *v.shape[2:], dtype=v.dtype, seed=11, device="cpu")
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -251,13 +254,14 @@ def test_hopper_kernels_against_the_oracle(name, kernels):
         assert torch.equal(gradient, again[name]), name
 
 
-@pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("width, chunk", [(64, 128), (128, 64), (TWO_FACTORS, 128)])
 def test_norms_are_as_exact_as_float32(width, chunk, kernels):
     """The last query is alone in its chunk and takes all keys but one by the norm of the state, kept as two numbers."""
     sample = make(width=width, length=2 * chunk + 1)
-    (_, inverse, _), _ = run(kernels, sample, like(sample.tensors["q"]))
-    (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
-    x, y = x.bfloat16().double(), y.bfloat16().double()
+    (_, inverse, _), _ = run(kernels, sample, upstream(sample))
+    xs, ys = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
+    x = face_split([factor.bfloat16().double() for factor in xs])  # queries' features meet the norms factor by factor
+    y = face_split([factor.bfloat16() for factor in ys]).double()  # those of keys are rounded
     expected = 1 / ((x[:, :, -1:] * y).sum((-1, -2)) + 1e-6)
     torch.testing.assert_close(inverse[:, :, -1].double(), expected, rtol=3e-5, atol=0)
 
