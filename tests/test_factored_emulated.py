@@ -209,8 +209,11 @@ class Extension:
         return run
 
 
-@pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
-@pytest.mark.parametrize("options", [{}, {"normalize": False, "feature_map": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "options, layout",
+    [({}, "tokens before heads"), ({"normalize": False, "feature_map": "relu"}, "off by eight bytes")],
+    ids=str,
+)
 def test_through_the_operator(options, layout, kernels, monkeypatch):
     """Arguments arrive where they belong, and what does not start at 16 bytes is copied; a returned state brings states about.
 
