@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) factored_read_kernel(const
             if (arguments.inverse != nullptr) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    const float sum = quad_sum(norm[i][r]) + arguments.eps, factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+                    const float sum = quad_sum(norm[i][r]) + arguments.eps, factor = inverse_of(sum);
                     if (pair == 0 && quad + 8 * r < rows_left) arguments.inverse[first_number + row + quad + 8 * r] = factor;
 #pragma unroll
                     for (int k = 0; k < Shape::kWidth / 4; ++k) acc[i][0][k / 2 * 4 + 2 * r + k % 2] *= factor;

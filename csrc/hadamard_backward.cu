@@ -56,10 +56,9 @@ hadamard_grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Geometry::kChunk - 1) / Geometry::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Geometry::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Role<Geometry> role(threadIdx.x);
     const TileOffsets offsets(role.lane);
@@ -191,10 +190,9 @@ hadamard_grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int group = arguments.group, num_chunks = (piece.end - piece.begin + Geometry::kChunk - 1) / Geometry::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int group = arguments.group, num_chunks = piece.chunks(Geometry::kChunk);
     const Role<Geometry> role(threadIdx.x);
     const TileOffsets offsets(role.lane);
     const int own_factors = role.block * Geometry::kFactorsBlock, own_values = role.block * Geometry::kValuesBlock;

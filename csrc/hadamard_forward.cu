@@ -38,10 +38,9 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_forward_kernel
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Geometry::kChunk - 1) / Geometry::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Geometry::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Role<Geometry> role(threadIdx.x);
     const TileOffsets offsets(role.lane);

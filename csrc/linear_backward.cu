@@ -2,7 +2,7 @@
 //
 // Gradients of queries go from the first chunk to the last with the state of the keys, sum_j phi(k_j) v_j^T; gradients of keys
 // and values from the last to the first with that of the queries, sum_i phi(q_i) g_i^T.
-#include "linear_backward.h"
+#include "linear_backward.cuh"
 
 #include <algorithm>
 #include <cstdint>
@@ -38,15 +38,6 @@ __device__ __forceinline__ float (&two_tiles(float (&c)[Tiles][4], int first))[2
 
 // ------------------------------------------------------------------------------------------------------------ queries
 
-struct QueryArguments {
-    Tensor<const Number> q, k, v, grad_o;
-    Tensor<Number> dq;
-    const float *inverse, *states, *norms;
-    float* weights;
-    const int32_t* pieces;
-    int heads, group, num_tokens, num_pieces, piece_length;
-};
-
 template <typename Walk>
 struct QueryLayout : Layout<Walk, 4, Walk::kParts * Walk::kChunk> {  // the numbers: what each part has of dO . o
     static constexpr int kKeys = 0, kValues = Walk::kTileBytes, kGrads = 2 * Walk::kTileBytes, kQueries = 3 * Walk::kTileBytes;
@@ -70,10 +61,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * Walk::kColumns / 16);
@@ -221,14 +211,6 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 
 // --------------------------------------------------------------------------------------------------- keys and values
 
-struct KeyArguments {
-    Tensor<const Number> k, v, q, grad_o;
-    Tensor<Number> dk, dv;
-    const float *inverse, *weights, *states, *norms;
-    const int32_t* pieces;
-    int heads, group, num_tokens, num_pieces, piece_length;  // heads: of keys
-};
-
 template <typename Walk>
 struct KeyLayout : Layout<Walk, 4, 2 * Walk::kChunk> {  // the numbers: weights of this chunk and of the next
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes, kKeys = 2 * Walk::kTileBytes, kValues = 3 * Walk::kTileBytes;
@@ -242,10 +224,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int group = arguments.group, num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int group = arguments.group, num_chunks = piece.chunks(Walk::kChunk);
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * Walk::kColumns / 16);
     const int my_rows = role.block * kBlockBytes, own_rows = role.own * Walk::kRowBytes;
@@ -421,13 +402,7 @@ int64_t linear_backward_shared_bytes(int64_t width) {
 }
 
 void linear_grad_queries(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
-    const auto input = input_tensor<Number>;
-    const QueryArguments arguments{
-        input(call.q, call.q_strides), input(call.k, call.k_strides), input(call.v, call.v_strides),
-        input(call.grad_o, call.grad_o_strides), output_tensor<Number>(call.dq, call.dq_strides),
-        call.inverse, call.states, call.norms, call.weights, call.pieces,
-        static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+    const QueryArguments arguments = query_arguments(call);
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = WalkOf<width>;
         launch<grad_queries_kernel<Walk, decltype(map)>, Walk, QueryLayout<Walk>>(arguments, call.batches * call.heads, stream,
@@ -436,14 +411,7 @@ void linear_grad_queries(const LinearGradQueries& call, const std::string& featu
 }
 
 void linear_grad_keys(const LinearGradKeys& call, const std::string& feature_map, cudaStream_t stream) {
-    const auto input = input_tensor<Number>;
-    const auto output = output_tensor<Number>;
-    const KeyArguments arguments{
-        input(call.k, call.k_strides), input(call.v, call.v_strides), input(call.q, call.q_strides),
-        input(call.grad_o, call.grad_o_strides), output(call.dk, call.dk_strides), output(call.dv, call.dv_strides),
-        call.inverse, call.weights, call.states, call.norms, call.pieces,
-        static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+    const KeyArguments arguments = key_arguments(call);
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = WalkOf<width>;
         launch<grad_keys_kernel<Walk, decltype(map)>, Walk, KeyLayout<Walk>>(arguments, call.batches * call.kv_heads, stream,

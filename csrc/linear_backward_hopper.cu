@@ -7,8 +7,9 @@
 #include <string>
 
 #include "common/hopper.cuh"
+#include "common/stream.cuh"
 #include "common/walk.cuh"
-#include "linear_backward.h"
+#include "linear_backward.cuh"
 
 namespace nearfar {
 namespace {
@@ -30,31 +31,12 @@ struct Layout {
     static constexpr int kBytes = kNumbers + 2 * Geometry::kChunk * 4;
 };
 
-// sum (+)= x y^T for 64 rows x and 64 rows y of tiles.
-__device__ __forceinline__ void start_tile_product(Products& sum, uint32_t x, uint32_t y, bool add) {
-#pragma unroll
-    for (int i = 0; i < kWidth / 16; ++i)
-        start_product<Number, 64>(sum, panel_operand(x, 32 * i), panel_operand(y, 32 * i), add || i > 0);
+// sum (+)= x y^T for 64 rows x and 64 rows y of tiles, and sum += weights y, as parts of a group.
+__device__ __forceinline__ void put_rows_product(Products& sum, uint32_t x, uint32_t y, bool add) {
+    put_tile_product<Number, kWidth, kHalf>(sum, x, 0, y, 0, add);
 }
-
-// sum += weights y, for fragments of weights of 64 rows y.
-__device__ __forceinline__ void start_weighted_sum(Products& sum, const uint32_t (&weights)[4][4], uint32_t y) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) start_product_of_rows<Number, 64>(sum, weights[i], rows_operand(y + 16 * 128 * i, 0));
-}
-
-// A warp's 16 rows of products, rounded to fragments.
-__device__ __forceinline__ void round_products(uint32_t (&a)[4][4], const Products& c) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        const int at = 8 * (i / 4) + 2 * (i % 4);
-        a[i / 4][i % 4] = pack<Number>(c[at], c[at + 1]);
-    }
-}
-
-// A warp's 16 rows of products by tiles of 8 columns.
-__device__ __forceinline__ float (&rows_of(Products& c))[kWidth / 8][4] {
-    return reinterpret_cast<float(&)[kWidth / 8][4]>(c);
+__device__ __forceinline__ void put_weighted_rows(Products& sum, const uint32_t (&weights)[4][4], uint32_t y) {
+    put_weighted_sum<Number, kWidth, kHalf>(sum, weights, y, 0);
 }
 
 // What a thread has to do in each chunk.
@@ -69,8 +51,7 @@ struct Part {
         : lane(threadIdx.x % 32), quad(lane / 4), pair(lane % 4), warp(threadIdx.x / 32),
           half(__shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x) / 128, 0)), own(16 * warp), first(own % kHalf + quad),
           state_warp(warp % 4) {}
-    __device__ int column(int i) const { return product_column(i) + 2 * pair; }
-    __device__ static constexpr int product_column(int i) { return i / 4 * 8 + i % 2; }
+    __device__ int column(int i) const { return product_column(lane, i); }
     __device__ int row(int i) const { return first + i / 2 % 2 * 8; }
 };
 
@@ -108,7 +89,7 @@ class HopperState {
                 mma<Number>(norm, rows[i], b.x, b.y);
             }
             begin_products();
-            start_weighted_sum(sum[0], rows, y + half * kHalfBytes);
+            put_weighted_rows(sum[0], rows, y + half * kHalfBytes);
             commit_products();
             wait_for_products<0>(sum);
         }
@@ -132,15 +113,6 @@ class HopperState {
 
 // ------------------------------------------------------------------------------------------------------------ queries
 
-struct QueryArguments {
-    Tensor<const Number> q, k, v, grad_o;
-    Tensor<Number> dq;
-    const float *inverse, *states, *norms;
-    float* weights;
-    const int32_t* pieces;
-    int heads, group, num_tokens, num_pieces, piece_length;
-};
-
 // Fragments of ones for a group's rows and 64 others: for those up to their own, or for all.
 __device__ __forceinline__ void ones_fragments(uint32_t (&a)[4][4], bool diagonal, const Part& part) {
 #pragma unroll
@@ -156,10 +128,9 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Geometry::kChunk - 1) / Geometry::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Geometry::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Part part;
     const LaneOffsets<kWidth> offsets(part.lane);
@@ -222,29 +193,29 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
 
         const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
         const uint32_t grads = base + slot + Layout::kGrads + my_half;
-        const float* const norm = norms + chunk % 2 * kWidth + 2 * part.pair;
+        const float* const norm = norms + chunk % 2 * kWidth;
         // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
         float sums[2][kHalf / 2];
 #pragma unroll
-        for (int i = 0; i < kHalf / 2; ++i) sums[1][i] = norm[Part::product_column(i)];
+        for (int i = 0; i < kHalf / 2; ++i) sums[1][i] = norm[part.column(i)];
         float slopes[1][kHalf / 2];
         const auto start_slopes = [&](int block) {
             begin_products();
-            start_tile_product(slopes[0], grads, values + block * kHalfBytes, false);
+            put_rows_product(slopes[0], grads, values + block * kHalfBytes, false);
             commit_products();
         };
         const auto add_block = [&](int block, bool diagonal) {
             uint32_t slope[4][4], ones[4][4];
-            round_products(slope, slopes[0]);
+            round_products<Number>(slope, slopes[0]);
             ones_fragments(ones, diagonal, part);
             begin_products();
-            start_weighted_sum(sums[0], slope, keys + block * kHalfBytes);
-            start_weighted_sum(sums[1], ones, keys + block * kHalfBytes);
+            put_weighted_rows(sums[0], slope, keys + block * kHalfBytes);
+            put_weighted_rows(sums[1], ones, keys + block * kHalfBytes);
             commit_products();
             wait_for_products<0>(sums);
         };
         start_slopes(part.half);
-        start_tile_product(sums[0], grads, base + Layout::kStates + chunk % 2 * Geometry::kStateBytes, false);
+        put_rows_product(sums[0], grads, base + Layout::kStates + chunk % 2 * Geometry::kStateBytes, false);
         commit_products();
         wait_for_products<1>(slopes);
 #pragma unroll
@@ -258,7 +229,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
             add_block(0, false);
         }
 
-        float(&u)[kWidth / 8][4] = rows_of(sums[0]);
+        float(&u)[kWidth / 8][4] = tiles_of(sums[0]);
         const uint32_t rows = base + slot + Layout::kQueries + own_rows;
         if (normalised) {  // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = phi(q_i) . u_i inverse_i, without reading o
 #pragma unroll
@@ -296,24 +267,15 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
 
 // --------------------------------------------------------------------------------------------------- keys and values
 
-struct KeyArguments {
-    Tensor<const Number> k, v, q, grad_o;
-    Tensor<Number> dk, dv;
-    const float *inverse, *weights, *states, *norms;
-    const int32_t* pieces;
-    int heads, group, num_tokens, num_pieces, piece_length;  // heads: of keys
-};
-
 template <typename Map>
 __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int group = arguments.group, num_chunks = (piece.end - piece.begin + Geometry::kChunk - 1) / Geometry::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int group = arguments.group, num_chunks = piece.chunks(Geometry::kChunk);
     const Part part;
     const LaneOffsets<kWidth> offsets(part.lane);
     const int own_rows = part.own * Geometry::kRowBytes, my_half = part.half * kHalfBytes;
@@ -405,35 +367,35 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         const uint32_t keys = base + Layout::kMapped + my_half, values = base + slot + Layout::kValues + my_half;
         float products[2][kHalf / 2];  // dA, and weights of pairs
         const auto start_pairs = [&](int block) {
-            const float* const weight = weights + kHalf * block + 2 * part.pair;
+            const float* const weight = weights + kHalf * block;
 #pragma unroll
-            for (int i = 0; i < kHalf / 2; ++i) products[0][i] = weight[Part::product_column(i)];
+            for (int i = 0; i < kHalf / 2; ++i) products[0][i] = weight[part.column(i)];
             begin_products();
-            start_tile_product(products[0], values, grads + block * kHalfBytes, true);
-            start_tile_product(products[1], keys, queries + block * kHalfBytes, false);
+            put_rows_product(products[0], values, grads + block * kHalfBytes, true);
+            put_rows_product(products[1], keys, queries + block * kHalfBytes, false);
             commit_products();
         };
         const auto start_sums = [&](int block) {
             uint32_t slope[4][4], similarity[4][4];
-            round_products(slope, products[0]);
-            round_products(similarity, products[1]);
+            round_products<Number>(slope, products[0]);
+            round_products<Number>(similarity, products[1]);
             begin_products();
-            start_weighted_sum(sums[0], slope, queries + block * kHalfBytes);
-            start_weighted_sum(sums[1], similarity, grads + block * kHalfBytes);
+            put_weighted_rows(sums[0], slope, queries + block * kHalfBytes);
+            put_weighted_rows(sums[1], similarity, grads + block * kHalfBytes);
             commit_products();
             wait_for_products<0>(sums);
         };
         start_pairs(part.half);
         if (member == 0) {  // the queries of later chunks
             const uint32_t after = base + Layout::kStates + chunk % 2 * Geometry::kStateBytes;
-            const float* const z = norms + chunk % 2 * kWidth + 2 * part.pair;
+            const float* const z = norms + chunk % 2 * kWidth;
             uint32_t key[4][4];
             load_rows<kWidth>(key, base + Layout::kMapped + own_rows, offsets);
 #pragma unroll
-            for (int i = 0; i < kHalf / 2; ++i) sums[0][i] = z[Part::product_column(i)], sums[1][i] = 0;
+            for (int i = 0; i < kHalf / 2; ++i) sums[0][i] = z[part.column(i)], sums[1][i] = 0;
             begin_products();
-            start_tile_product(sums[0], values, after, true);
-            start_weighted_sum(sums[1], key, after);
+            put_rows_product(sums[0], values, after, true);
+            put_weighted_rows(sums[1], key, after);
             commit_products();
             wait_for_products<1>(products);
 #pragma unroll
@@ -456,9 +418,9 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         if (member == group - 1) {
             const int first_row = step_at(index).first + part.own, rows_left = piece.end - first_row;
             const float one[2] = {1.0f, 1.0f};
-            multiply_by_slopes<Map>(rows_of(sums[0]), one, base + slot + Layout::kKeys + own_rows, offsets);
+            multiply_by_slopes<Map>(tiles_of(sums[0]), one, base + slot + Layout::kKeys + own_rows, offsets);
             const auto store = [&](Products& sum, Number* to, int64_t stride) {
-                store_rows<Number, kWidth>(rows_of(sum), 1.0f, part.lane, rows_left, stride, to + first_row * stride);
+                store_rows<Number, kWidth>(tiles_of(sum), 1.0f, part.lane, rows_left, stride, to + first_row * stride);
             };
             store(sums[0], dk, arguments.dk.row);
             store(sums[1], dv, arguments.dv.row);
@@ -476,13 +438,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
 }  // namespace
 
 void linear_grad_queries_hopper(const LinearGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
-    const auto input = input_tensor<Number>;
-    const QueryArguments arguments{
-        input(call.q, call.q_strides), input(call.k, call.k_strides), input(call.v, call.v_strides),
-        input(call.grad_o, call.grad_o_strides), output_tensor<Number>(call.dq, call.dq_strides),
-        call.inverse, call.states, call.norms, call.weights, call.pieces,
-        static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+    const QueryArguments arguments = query_arguments(call);
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = grad_queries_kernel<decltype(map)>;
         launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
@@ -491,14 +447,7 @@ void linear_grad_queries_hopper(const LinearGradQueries& call, const std::string
 }
 
 void linear_grad_keys_hopper(const LinearGradKeys& call, const std::string& feature_map, cudaStream_t stream) {
-    const auto input = input_tensor<Number>;
-    const auto output = output_tensor<Number>;
-    const KeyArguments arguments{
-        input(call.k, call.k_strides), input(call.v, call.v_strides), input(call.q, call.q_strides),
-        input(call.grad_o, call.grad_o_strides), output(call.dk, call.dk_strides), output(call.dv, call.dv_strides),
-        call.inverse, call.weights, call.states, call.norms, call.pieces,
-        static_cast<int>(call.kv_heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+    const KeyArguments arguments = key_arguments(call);
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = grad_keys_kernel<decltype(map)>;
         launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,

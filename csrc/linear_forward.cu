@@ -44,10 +44,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_forward_kernel(const
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane), mine(role.lane, role.part * Walk::kColumns / 16);

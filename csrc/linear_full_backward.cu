@@ -46,10 +46,9 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane);
     const bool normalised = arguments.inverse != nullptr;
@@ -213,10 +212,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane);
     const int first = piece.begin + 16 * role.warp;

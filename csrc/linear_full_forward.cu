@@ -36,10 +36,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
     extern __shared__ __align__(128) uint4 memory[];
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const Role<Walk> role(threadIdx.x);
     const Number* const k = arguments.k.at(piece.batch, piece.head);
     const Number* const v = arguments.v.at(piece.batch, piece.head);
@@ -116,10 +115,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
-    const Piece piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
-                      arguments.piece_length);
-    if (piece.begin >= piece.end) return;
-    const int num_chunks = (piece.end - piece.begin + Walk::kChunk - 1) / Walk::kChunk;
+    const Piece piece(arguments);
+    if (piece.empty()) return;
+    const int num_chunks = piece.chunks(Walk::kChunk);
     const Role<Walk> role(threadIdx.x);
     const LaneOffsets<kWidth> whole(role.lane);
     const int first = piece.begin + 16 * role.warp;

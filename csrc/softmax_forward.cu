@@ -211,10 +211,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) softmax_forward_kernel(
     const auto start_values = [&](float(&sum)[kWidth / 2], int step) {
         start_weighted_sum<Number, kWidth, kTile>(sum, weight, places.value_tile(step), Shape::kPanel);
     };
-    const auto round_weights = [&] {
-#pragma unroll
-        for (int i = 0; i < 4 * kSteps; ++i) weight[i / 4][i % 4] = pack<Number>(score[0][2 * i], score[0][2 * i + 1]);
-    };
+    const auto round_weights = [&] { round_products<Number>(weight, score[0]); };
 
     int keys = 0, values = 0, number = blockIdx.x;  // steps
 #pragma unroll 1

@@ -132,12 +132,6 @@ struct Group {
     }
 };
 
-template <typename Shape>
-__device__ __forceinline__ void round_to_words(uint32_t (&word)[kCell / 16][4], const float (&x)[kCell / 2]) {
-#pragma unroll
-    for (int i = 0; i < kCell / 4; ++i) word[i / 4][i % 4] = pack<typename Shape::Number>(x[2 * i], x[2 * i + 1]);
-}
-
 // A product of which log2 J^2 is 1e30, beside any squares.
 __device__ __forceinline__ float product_of_far(float factor) { return fminf(-kNever / factor, 1e38f); }
 
@@ -212,7 +206,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
             // By cells, so that those without a weight change no bit.
             for (int r = 0; r < 2; ++r) total[r] += (sum[r][0] + sum[r][1]) + 0.0f * squares[product_column(lane, 0)];
         };
-        const auto round = [&] { round_to_words<Shape>(weight, score[0]); };
+        const auto round = [&] { round_products<typename Shape::Number>(weight, score[0]); };
         group.walk(step, step + common.count, score, acc, start_scores, start_values, weigh, round);
         step += common.count;
         number = group.leave();
@@ -312,8 +306,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         // The weights of w_j and the sum of them, the weight of w_i, are sums of the same rounded numbers: only so do they
         // cancel for tokens whose frequencies nearly agree.
         const auto round = [&] {
-            round_to_words<Shape>(weight, pair[0]);
-            round_to_words<Shape>(pull, pair[1]);
+            round_products<typename Shape::Number>(weight, pair[0]);
+            round_products<typename Shape::Number>(pull, pair[1]);
             const uint32_t ones = pack<Number>(1.0f, 1.0f);
 #pragma unroll
             for (int i = 0; i < kCell / 16; ++i) mma<Number>(pulls, pull[i], ones, ones);

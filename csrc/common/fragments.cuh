@@ -77,6 +77,13 @@ __device__ __forceinline__ void round_to_fragment(uint32_t (&a)[4], const float 
     for (int i = 0; i < 4; ++i) a[i] = pack<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
+// A warp's 16 rows of the products of a warp group, rounded to T, as the a fragments of their columns.
+template <typename T, int Count>
+__device__ __forceinline__ void round_products(uint32_t (&a)[Count / 8][4], const float (&c)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count / 2; ++i) a[i / 4][i % 4] = pack<T>(c[2 * i], c[2 * i + 1]);
+}
+
 // x_i.y_i of rows quad and quad + 8, in every lane of the quad: the diagonal of the product of x with y transposed.
 template <typename T, int Steps>
 __device__ __forceinline__ float2 row_products(const uint32_t (&x)[Steps][4], const uint32_t (&y)[Steps][4], int lane) {
@@ -95,6 +102,11 @@ __device__ __forceinline__ float2 row_products(const uint32_t (&x)[Steps][4], co
 template <int Count>
 __device__ __forceinline__ const float (&tiles_of(const float (&c)[Count]))[Count / 4][4] {
     return reinterpret_cast<const float(&)[Count / 4][4]>(c);
+}
+
+template <int Count>
+__device__ __forceinline__ float (&tiles_of(float (&c)[Count]))[Count / 4][4] {
+    return reinterpret_cast<float(&)[Count / 4][4]>(c);
 }
 
 // Rounds the first rows_left of 16 rows, times `factor`, to T. Neighbouring lanes swap words, so that each stores 8 bytes.

@@ -46,6 +46,9 @@ __device__ __forceinline__ float reciprocal(float x) {
     return fmaf(fmaf(-x, result, 1.0f), result, result);
 }
 
+// 1 / x, and 0 for 1 / 0: of a row whose weights sum to 0.
+__device__ __forceinline__ float inverse_of(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
+
 // The sum (maximum, minimum) over the four lanes that share a row of c.
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(kWholeWarp, x, 1);

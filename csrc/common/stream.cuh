@@ -59,23 +59,37 @@ __device__ __forceinline__ void copy_panels(const CUtensorMap& tensor, uint32_t 
     for (int i = 0; i < Panels; ++i) copy_box(to + i * apart, tensor, 64 * i, row, head, batch, barrier);
 }
 
-// Starts the products c = x y^T of 64 rows x, whose panels are x_apart bytes after each other, and a tile of `Tile` rows y.
+// The products c = x y^T of 64 rows x, whose panels are x_apart bytes after each other, and a tile of `Tile` rows y, as part of
+// a group; add: c += them.
 template <typename T, int Width, int Tile>
-__device__ __forceinline__ void start_tile_product(float (&c)[Tile / 2], uint32_t x, int x_apart, uint32_t y, int y_apart) {
+__device__ __forceinline__ void put_tile_product(float (&c)[Tile / 2], uint32_t x, int x_apart, uint32_t y, int y_apart,
+                                                 bool add = false) {
 #pragma unroll
     for (int i = 0; i < Width / 16; ++i)
         start_product<T, Tile>(c, panel_operand(x + i / 4 * x_apart, i % 4 * 32),
-                               panel_operand(y + i / 4 * y_apart, i % 4 * 32), i > 0);
-    commit_products();
+                               panel_operand(y + i / 4 * y_apart, i % 4 * 32), add || i > 0);
 }
 
-// Starts the products sum += weights y, for fragments of weights of the rows y.
+// The products sum += weights y, for fragments of weights of the rows y, likewise.
 template <typename T, int Width, int Tile>
-__device__ __forceinline__ void start_weighted_sum(float (&sum)[Width / 2], const uint32_t (&weights)[Tile / 16][4], uint32_t y,
-                                                   int y_apart) {
+__device__ __forceinline__ void put_weighted_sum(float (&sum)[Width / 2], const uint32_t (&weights)[Tile / 16][4], uint32_t y,
+                                                 int y_apart) {
 #pragma unroll
     for (int i = 0; i < Tile / 16; ++i)
         start_product_of_rows<T, Width>(sum, weights[i], rows_operand(y + 16 * 128 * i, y_apart));
+}
+
+// Both as groups of their own, which are started.
+template <typename T, int Width, int Tile>
+__device__ __forceinline__ void start_tile_product(float (&c)[Tile / 2], uint32_t x, int x_apart, uint32_t y, int y_apart) {
+    put_tile_product<T, Width, Tile>(c, x, x_apart, y, y_apart);
+    commit_products();
+}
+
+template <typename T, int Width, int Tile>
+__device__ __forceinline__ void start_weighted_sum(float (&sum)[Width / 2], const uint32_t (&weights)[Tile / 16][4], uint32_t y,
+                                                   int y_apart) {
+    put_weighted_sum<T, Width, Tile>(sum, weights, y, y_apart);
     commit_products();
 }
 

@@ -71,12 +71,18 @@ struct Piece {
     int index, head, batch;
     int begin, end;
 
-    // pieces: begins and then ends, or null for pieces of `length` tokens.
+    // That of this block. arguments.pieces: begins and then ends, or null for pieces of `piece_length` tokens.
+    template <typename Arguments>
+    __device__ explicit Piece(const Arguments& arguments)
+        : Piece(blockIdx.x, arguments.pieces, arguments.num_pieces, arguments.heads, arguments.num_tokens,
+                arguments.piece_length) {}
     __device__ Piece(int block, const int32_t* pieces, int num_pieces, int num_heads, int num_tokens, int length)
         : index(block % num_pieces), head(block / num_pieces % num_heads), batch(block / num_pieces / num_heads) {
         begin = pieces == nullptr ? index * length : pieces[index];
         end = pieces == nullptr ? min(begin + length, num_tokens) : pieces[num_pieces + index];
     }
+    __device__ bool empty() const { return begin >= end; }
+    __device__ int chunks(int tokens) const { return (end - begin + tokens - 1) / tokens; }
 };
 
 // A number as the sum of two, in one word.
@@ -84,9 +90,6 @@ __device__ __forceinline__ uint32_t as_two(float x) {
     const float high = __bfloat162float(__float2bfloat16(x));
     return pack<Number>(high, x - high);
 }
-
-// 1 / x, and 0 for 1 / 0: of a row whose weights sum to 0.
-__device__ __forceinline__ float inverse_of(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
 
 // Divides rows quad and quad + 8 of acc by their sums of weights, norm in the first two columns, to be added up, and eps;
 // store(row, inverse) by the four lanes that share the row.
