@@ -176,21 +176,14 @@ def face_split(factors):
     return product
 
 
-def make(width=64, heads=(1, 1), length=200, batch=1, state=False, scale=0.5, **options):
+def make(width=64, heads=(1, 1), length=200, batch=1, state=False, **options):
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
-    widths = (width,)
-    if width == TWO_FACTORS:
-        widths, width = (16, 16), 64
-        shapes = (batch, heads[0], length), (batch, heads[1], length)
-        tensors = random_tensors(widths, width, *shapes, torch.bfloat16, device="cpu")
-        for name in ("q1", "q2", "k1", "k2"):  # features that are not alike
-            tensors[name] += torch.linspace(-1, 1, 16, dtype=torch.bfloat16)
-    else:
-        tensors = {
-            name: randn(batch, count, length, width, dtype=torch.bfloat16, seed=seed, device="cpu") * factor
-            for seed, (name, count, factor) in enumerate((("q", heads[0], scale), ("k", heads[1], scale), ("v", heads[1], 1)))
-        }
+    widths, width = ((16, 16), 64) if width == TWO_FACTORS else ((width,), width)
+    shapes = (batch, heads[0], length), (batch, heads[1], length)
+    tensors = random_tensors(widths, width, *shapes, torch.bfloat16, device="cpu", numbered=len(widths) > 1)
+    for name in [name for name in tensors if name[1:]]:  # factors, whose features are not to be alike
+        tensors[name] += torch.linspace(-1, 1, 16, dtype=torch.bfloat16)
     tensors["v"] += 1  # its mean, o, would be small
     if state:
         sequences = options["cu_seqlens"].numel() - 1 if "cu_seqlens" in options else batch

@@ -315,6 +315,11 @@ class Walk(BuiltLaunch):
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
 
 
+def _tokens(problem, of_queries):
+    """Their number and their heads: of the queries or of the keys."""
+    return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
+
+
 class FullLaunch(BuiltLaunch):
     """A launch of a linear_full_ kernel, of bidirectional attention.
 
@@ -324,7 +329,7 @@ class FullLaunch(BuiltLaunch):
     def __init__(self, problem, kernel, strides, eps=()):
         """kernel: sums, read, grad_queries or grad_keys. strides: as its binding lists them. eps: (eps,) for read."""
         self._function = getattr(extension, f"linear_full_{kernel}")
-        tokens = problem.num_queries if kernel in ("read", "grad_queries") else problem.num_keys
+        tokens, _ = _tokens(problem, kernel in ("read", "grad_queries"))
         sizes = (
             problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
             problem.num_pieces(tokens), problem.piece_length, problem.num_states,
@@ -334,11 +339,6 @@ class FullLaunch(BuiltLaunch):
     def run(self, tensors, surveyed):
         addresses = [address or 0 for address in surveyed[0]]
         self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
-
-
-def _tokens(problem, of_queries):
-    """Their number and their heads: of the queries or of the keys."""
-    return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
 
 
 def _where(tensors):
