@@ -91,12 +91,25 @@ py::list devices() {
     return result;
 }
 
+// A binding that takes what is `fixed` in a kernel's call and returns a launch (tensors, device, stream), made once for many
+// calls: reading sizes and strides takes longer than the rest of a launch.
+template <typename Tensors, typename... Fixed>
+auto made_once(void (*call)(const Tensors&, int, cudaStream_t, Fixed...)) {
+    return [call](std::decay_t<Fixed>... fixed) {
+        return py::cpp_function([=](const Tensors& tensors, int device, uintptr_t stream) {
+            const DeviceGuard guard(device);
+            call(tensors, device, reinterpret_cast<cudaStream_t>(stream), fixed...);
+        });
+    };
+}
+
 }  // namespace
 }  // namespace nearfar
 
 PYBIND11_MODULE(_C, m) {
     using namespace nearfar;
-    m.doc() = "nearfar's CUDA kernels, called with raw device addresses. Use nearfar's Python functions instead.";
+    m.doc() = "nearfar's CUDA kernels, called with raw device addresses. Use nearfar's Python functions instead. "
+              "Those that take no tensors make a launch for many calls, a function (tensors, device, stream).";
 
     m.def("version", [] { return NEARFAR_VERSION; }, "The nearfar version that this module was built from.");
     m.def("cuda_runtime_version", &cuda_runtime_version, "The CUDA runtime linked in, as 1000 * major + 10 * minor.");
@@ -121,37 +134,32 @@ PYBIND11_MODULE(_C, m) {
           "Bytes of shared memory that a block of krause_forward takes.");
     m.def(
         "krause_forward",
-        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides,
-           int64_t sigma_stride, int64_t left, int64_t right, int64_t top_k) {
-            return py::cpp_function([=, type = parse_dtype(dtype)](
-                                        uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t sigma, uintptr_t token_bounds,
-                                        uintptr_t o, uintptr_t lse, uintptr_t bits, int device, uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
-                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-                KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                   reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
-                                   reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
-                                   reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
-                                   q_strides, k_strides, v_strides, o_strides, sigma_stride,
-                                   batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
-                krause_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 8>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides,
+                      int64_t sigma_stride, int64_t left, int64_t right, int64_t top_k) {
+            const auto [q, k, v, sigma, token_bounds, o, lse, bits] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            KrauseForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                               reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(sigma),
+                               reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(o),
+                               reinterpret_cast<float*>(lse), reinterpret_cast<int32_t*>(bits),
+                               q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                               batches, heads, kv_heads, num_queries, num_keys, width, left, right, top_k};
+            krause_forward(call, parse_dtype(dtype), stream);
+        }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         py::arg("top_k"),
-        "A launch of Krause attention, (q, k, v, sigma, token_bounds, o, lse, bits, device, stream), which fills o, lse and, "
-        "with top_k > 0, bits; made once for many calls, as reading sizes and strides takes longer than the rest. sizes: B, "
-        "Hq, Hkv, N, M, D; strides: of q, k, v, o. More in csrc/krause_forward.h.");
+        "Krause attention: fills o, lse and, with top_k > 0, bits. tensors: q, k, v, sigma, token_bounds, o, lse, bits; "
+        "strides: of q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
 
     m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
           "Bytes of shared memory that a block of krause_backward takes.");
     m.def(
         "krause_backward",
-        [](const std::array<uintptr_t, 14>& tensors, const std::string& dtype, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 8>& strides, int64_t sigma_stride, int64_t left, int64_t right, int device,
-           uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 14>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides,
+                      int64_t sigma_stride, int64_t left, int64_t right) {
             const auto [q, k, v, o, grad_o, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials] = tensors;
             const auto& [q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
                 strides;
@@ -161,16 +169,16 @@ PYBIND11_MODULE(_C, m) {
                                 reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(sigma),
                                 reinterpret_cast<const float*>(lse), reinterpret_cast<const int32_t*>(bits),
                                 reinterpret_cast<const int32_t*>(token_bounds), reinterpret_cast<void*>(dq),
-                                reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(dsigma),
-                                reinterpret_cast<float*>(partials),
-                                q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides,
-                                sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, left, right};
-            krause_backward(call, parse_dtype(dtype), reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"),
-        py::arg("right"), py::arg("device"), py::arg("stream"),
-        "Gradients of krause_forward. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, workspace; "
-        "strides: of q, k, v, o, do, dq, dk, dv; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_backward.h.");
+                                reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv),
+                                reinterpret_cast<float*>(dsigma), reinterpret_cast<float*>(partials),
+                                q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides,
+                                dv_strides, sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, left,
+                                right};
+            krause_backward(call, parse_dtype(dtype), stream);
+        }),
+        py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
+        "Its gradients. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, "
+        "workspace; strides: of q, k, v, o, do, dq, dk, dv. More in csrc/krause_backward.h.");
 
     m.attr("KRAUSE_STEP_WINDOW") = kKrauseStepWindow;
     m.def(
@@ -204,9 +212,8 @@ PYBIND11_MODULE(_C, m) {
           "Bytes of shared memory that a block of the linear_ kernels takes, at most; of the linear_full_ ones if not causal.");
     m.def(
         "linear_forward",
-        [](const std::array<uintptr_t, 8>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
-           const std::array<std::array<int64_t, 3>, 4>& strides, double eps, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 8>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides, double eps) {
             const auto [q, k, v, states, norms, o, inverse, pieces] = tensors;
             const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
@@ -216,17 +223,15 @@ PYBIND11_MODULE(_C, m) {
                                reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                q_strides, k_strides, v_strides, o_strides,
                                batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, eps};
-            linear_forward(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
-        py::arg("stream"),
+            linear_forward(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Causal linear attention: fills o and inverse. tensors: q, k, v, states, norms, o, inverse, pieces; strides: of q, k, "
         "v, o; sizes: B, Hq, Hkv, N, D, pieces, their length. More in csrc/linear_forward.h.");
     m.def(
         "linear_grad_queries",
-        [](const std::array<uintptr_t, 10>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
-           const std::array<std::array<int64_t, 3>, 5>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 10>& tensors, int device, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 5>& strides) {
             const auto [q, k, v, grad_o, inverse, states, norms, dq, weights, pieces] = tensors;
             const auto& [q_strides, k_strides, v_strides, grad_o_strides, dq_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
@@ -240,16 +245,15 @@ PYBIND11_MODULE(_C, m) {
                                    batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
             const bool hopper = width == 64 && runs_hopper_code(device);
             const auto launch = hopper ? linear_grad_queries_hopper : linear_grad_queries;
-            launch(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            launch(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq and weights. tensors: q, k, v, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, do, "
         "dq; sizes as for linear_forward. More in csrc/linear_backward.h.");
     m.def(
         "linear_grad_keys",
-        [](const std::array<uintptr_t, 11>& tensors, const std::string& feature_map, const std::array<int64_t, 7>& sizes,
-           const std::array<std::array<int64_t, 3>, 6>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 11>& tensors, int device, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 6>& strides) {
             const auto [k, v, q, grad_o, inverse, weights, states, norms, dk, dv, pieces] = tensors;
             const auto& [k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
@@ -263,16 +267,15 @@ PYBIND11_MODULE(_C, m) {
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
             const bool hopper = width == 64 && runs_hopper_code(device);
             const auto launch = hopper ? linear_grad_keys_hopper : linear_grad_keys;
-            launch(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            launch(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "
         "dv; sizes as for linear_forward. More in csrc/linear_backward.h.");
     m.def(
         "linear_full_sums",
-        [](const std::array<uintptr_t, 5>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
-           const std::array<std::array<int64_t, 3>, 2>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 5>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 2>& strides) {
             const auto [k, v, partials, partial_norms, pieces] = tensors;
             const auto& [k_strides, v_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
@@ -280,17 +283,16 @@ PYBIND11_MODULE(_C, m) {
                                 reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
                                 reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_sums(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            linear_full_sums(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Bidirectional linear attention: fills sums over the keys of each piece. tensors: k, v, partials, partial_norms, "
         "pieces; strides: of k and v; sizes: B, Hq, Hkv, tokens, D, pieces, their length, states. More in "
         "csrc/linear_full_forward.h.");
     m.def(
         "linear_full_read",
-        [](const std::array<uintptr_t, 6>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
-           const std::array<std::array<int64_t, 3>, 2>& strides, double eps, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 6>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 2>& strides, double eps) {
             const auto [q, states, norms, o, inverse, pieces] = tensors;
             const auto& [q_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
@@ -299,17 +301,15 @@ PYBIND11_MODULE(_C, m) {
                                 reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                 q_strides, o_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states, eps};
-            linear_full_read(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
-        py::arg("stream"),
+            linear_full_read(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Fills o and inverse. tensors: q, states, norms, o, inverse, pieces; strides: of q and o; sizes as for "
         "linear_full_sums. More in csrc/linear_full_forward.h.");
     m.def(
         "linear_full_grad_queries",
-        [](const std::array<uintptr_t, 9>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
-           const std::array<std::array<int64_t, 3>, 3>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 9>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides) {
             const auto [q, grad_o, inverse, states, norms, dq, partials, partial_norms, pieces] = tensors;
             const auto& [q_strides, grad_o_strides, dq_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
@@ -319,16 +319,15 @@ PYBIND11_MODULE(_C, m) {
                                        reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
                                        reinterpret_cast<const int32_t*>(pieces), q_strides, grad_o_strides, dq_strides,
                                        batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            linear_full_grad_queries(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq and sums over the queries of each piece. tensors: q, do, inverse, states, norms, dq, partials, "
         "partial_norms, pieces; strides: of q, do, dq; sizes as for linear_full_sums. More in csrc/linear_full_backward.h.");
     m.def(
         "linear_full_grad_keys",
-        [](const std::array<uintptr_t, 7>& tensors, const std::string& feature_map, const std::array<int64_t, 8>& sizes,
-           const std::array<std::array<int64_t, 3>, 4>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 7>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides) {
             const auto [k, v, states, norms, dk, dv, pieces] = tensors;
             const auto& [k_strides, v_strides, dk_strides, dv_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
@@ -337,9 +336,9 @@ PYBIND11_MODULE(_C, m) {
                                     reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv),
                                     reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides, dk_strides, dv_strides,
                                     batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            linear_full_grad_keys(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk and dv. tensors: k, v, states, norms, dk, dv, pieces; strides: of k, v, dk, dv; sizes as for "
         "linear_full_sums. More in csrc/linear_full_backward.h.");
 
@@ -348,9 +347,8 @@ PYBIND11_MODULE(_C, m) {
           "Bytes of shared memory that a block of the hadamard_ kernels takes, at most.");
     m.def(
         "hadamard_forward",
-        [](const std::array<uintptr_t, 10>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 6>& strides, double eps, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 10>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 6>& strides, double eps) {
             const auto [q1, q2, k1, k2, v, states, norms, o, inverse, pieces] = tensors;
             const auto& [q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
@@ -361,17 +359,15 @@ PYBIND11_MODULE(_C, m) {
                                  reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                  q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides,
                                  batches, heads, kv_heads, num_tokens, num_pieces, piece_length, eps};
-            hadamard_forward(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"), py::arg("device"),
-        py::arg("stream"),
+            hadamard_forward(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Causal Hadamard attention: fills o and inverse. tensors: q1, q2, k1, k2, v, states, norms, o, inverse, pieces; "
         "strides: of q1, q2, k1, k2, v, o; sizes: B, Hq, Hkv, N, pieces, their length. More in csrc/hadamard_forward.h.");
     m.def(
         "hadamard_grad_queries",
-        [](const std::array<uintptr_t, 13>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 8>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 13>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides) {
             const auto [q1, q2, k1, k2, v, grad_o, inverse, states, norms, dq1, dq2, weights, pieces] = tensors;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
             HadamardGradQueries call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
@@ -383,16 +379,15 @@ PYBIND11_MODULE(_C, m) {
                                      reinterpret_cast<const int32_t*>(pieces),
                                      strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
                                      strides[7], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
-            hadamard_grad_queries(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            hadamard_grad_queries(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq1, dq2 and weights. tensors: q1, q2, k1, k2, v, do, inverse, states, norms, dq1, dq2, weights, pieces; "
         "strides: of q1, q2, k1, k2, v, do, dq1, dq2; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
     m.def(
         "hadamard_grad_keys",
-        [](const std::array<uintptr_t, 14>& tensors, const std::string& feature_map, const std::array<int64_t, 6>& sizes,
-           const std::array<std::array<int64_t, 3>, 9>& strides, int device, uintptr_t stream) {
-            const DeviceGuard guard(device);
+        made_once(+[](const std::array<uintptr_t, 14>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 9>& strides) {
             const auto [k1, k2, v, q1, q2, grad_o, inverse, weights, states, norms, dk1, dk2, dv, pieces] = tensors;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
             HadamardGradKeys call{reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
@@ -404,9 +399,9 @@ PYBIND11_MODULE(_C, m) {
                                   reinterpret_cast<const int32_t*>(pieces),
                                   strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
                                   strides[7], strides[8], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
-            hadamard_grad_keys(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-        },
-        py::arg("tensors"), py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("device"), py::arg("stream"),
+            hadamard_grad_keys(call, feature_map, stream);
+        }),
+        py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk1, dk2 and dv. tensors: k1, k2, v, q1, q2, do, inverse, weights, states, norms, dk1, dk2, dv, pieces; "
         "strides: of k1, k2, v, q1, q2, do, dk1, dk2, dv; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
 
@@ -466,111 +461,99 @@ PYBIND11_MODULE(_C, m) {
     m.attr("FACTORED_CHUNK") = kFactoredChunk;
     m.def(
         "factored_accumulate",
-        [](const std::string& feature_map, const std::array<int64_t, 7>& sizes,
-           const std::array<std::array<int64_t, 3>, 3>& strides) {
-            return py::cpp_function([=](const std::array<uintptr_t, 11>& tensors, int device, uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles,
-                            weighted_tiles, counter] = tensors;
-                const auto& [outer_strides, inner_strides, y_strides] = strides;
-                const auto [batches, heads, state_heads, num_tokens, width, num_pieces, piece_length] = sizes;
-                FactoredFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
-                                          reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(weights),
-                                          reinterpret_cast<void*>(outer_tiles), reinterpret_cast<void*>(weighted_tiles),
-                                          reinterpret_cast<void*>(inner_tiles), outer_strides, inner_strides,
-                                          batches, heads, num_tokens};
-                FactoredAccumulate call{
-                    reinterpret_cast<const void*>(outer_tiles),
-                    reinterpret_cast<const void*>(weighted_tiles == 0 ? outer_tiles : weighted_tiles),
-                    reinterpret_cast<const void*>(inner_tiles), reinterpret_cast<const void*>(y),
-                    reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
-                    reinterpret_cast<int32_t*>(counter), y_strides,
-                    batches, heads, state_heads, num_tokens, width, num_pieces, piece_length};
-                factored_features(features, feature_map, reinterpret_cast<cudaStream_t>(stream));
-                factored_accumulate(call, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 11>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides) {
+            const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles,
+                        weighted_tiles, counter] = tensors;
+            const auto& [outer_strides, inner_strides, y_strides] = strides;
+            const auto [batches, heads, state_heads, num_tokens, width, num_pieces, piece_length] = sizes;
+            FactoredFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+                                      reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(weights),
+                                      reinterpret_cast<void*>(outer_tiles), reinterpret_cast<void*>(weighted_tiles),
+                                      reinterpret_cast<void*>(inner_tiles), outer_strides, inner_strides,
+                                      batches, heads, num_tokens};
+            FactoredAccumulate call{
+                reinterpret_cast<const void*>(outer_tiles),
+                reinterpret_cast<const void*>(weighted_tiles == 0 ? outer_tiles : weighted_tiles),
+                reinterpret_cast<const void*>(inner_tiles), reinterpret_cast<const void*>(y),
+                reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
+                reinterpret_cast<int32_t*>(counter), y_strides,
+                batches, heads, state_heads, num_tokens, width, num_pieces, piece_length};
+            factored_features(features, feature_map, stream);
+            factored_accumulate(call, stream);
+        }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
-        "Launches of factored_features and factored_accumulate likewise. tensors: outer, inner, y, factors, weights, partials, "
+        "Launches factored_features and factored_accumulate. tensors: outer, inner, y, factors, weights, partials, "
         "partial_norms, outer_tiles, inner_tiles, weighted_tiles (with factors or weights), counter; strides: of outer, inner, "
         "y; sizes: B, H, Hs, N, Dv, pieces, their length. More in csrc/factored.h.");
     m.def(
         "factored_read",
-        [](const std::string& feature_map, const std::array<int64_t, 5>& sizes,
-           const std::array<std::array<int64_t, 3>, 3>& strides, double eps) {
-            return py::cpp_function([=](const std::array<uintptr_t, 8>& tensors, int device, uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [outer, inner, states, norms, out, inverse, counter, norm_tiles] = tensors;
-                const auto& [outer_strides, inner_strides, out_strides] = strides;
-                const auto [batches, heads, state_heads, num_tokens, width] = sizes;
-                FactoredRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
-                                  reinterpret_cast<const void*>(states), reinterpret_cast<const float*>(norms),
-                                  reinterpret_cast<void*>(out), reinterpret_cast<float*>(inverse),
-                                  reinterpret_cast<int32_t*>(counter), reinterpret_cast<void*>(norm_tiles),
-                                  outer_strides, inner_strides, out_strides,
-                                  batches, heads, state_heads, num_tokens, width, eps};
-                factored_read(call, feature_map, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 8>& tensors, int, cudaStream_t stream, const std::string& feature_map,
+                      const std::array<int64_t, 5>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides, double eps) {
+            const auto [outer, inner, states, norms, out, inverse, counter, norm_tiles] = tensors;
+            const auto& [outer_strides, inner_strides, out_strides] = strides;
+            const auto [batches, heads, state_heads, num_tokens, width] = sizes;
+            FactoredRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+                              reinterpret_cast<const void*>(states), reinterpret_cast<const float*>(norms),
+                              reinterpret_cast<void*>(out), reinterpret_cast<float*>(inverse),
+                              reinterpret_cast<int32_t*>(counter), reinterpret_cast<void*>(norm_tiles),
+                              outer_strides, inner_strides, out_strides,
+                              batches, heads, state_heads, num_tokens, width, eps};
+            factored_read(call, feature_map, stream);
+        }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
-        "A launch of factored_read likewise. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
+        "Launches factored_read. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
         "strides: of outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/factored.h.");
 
     m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
     m.def(
         "softmax_forward",
-        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides,
-           int64_t right, double scale) {
-            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 11>& tensors, int device,
-                                                                       uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
-                const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
-                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-                SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                    reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
-                                    reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
-                                    reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o),
-                                    reinterpret_cast<void*>(u), reinterpret_cast<float*>(lse),
-                                    reinterpret_cast<int32_t*>(counter),
-                                    q_strides, k_strides, v_strides, o_strides,
-                                    batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-                softmax_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 11>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right,
+                      double scale) {
+            const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
+            const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
+                                reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
+                                reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o),
+                                reinterpret_cast<void*>(u), reinterpret_cast<float*>(lse),
+                                reinterpret_cast<int32_t*>(counter),
+                                q_strides, k_strides, v_strides, o_strides,
+                                batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+            softmax_forward(call, parse_dtype(dtype), stream);
+        }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        "A launch of softmax and affine attention, (tensors, device, stream), which fills o, u and lse; made once for many "
-        "calls, as krause_forward is. tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; strides: of q, k, v, o; "
+        "Softmax and affine attention: fills o, u and lse. "
+        "tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; strides: of q, k, v, o; "
         "sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
 
     m.attr("SOFTMAX_TERMS") = kSoftmaxTerms;
     m.def(
         "softmax_backward",
-        [](const std::string& dtype, const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides,
-           int64_t right, double scale) {
-            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 16>& tensors, int device,
-                                                                       uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters] = tensors;
-                const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
-                    strides;
-                const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-                SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
-                                     reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
-                                     reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
-                                     reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
-                                     reinterpret_cast<const float*>(lse), reinterpret_cast<void*>(dq),
-                                     reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(m),
-                                     reinterpret_cast<float*>(dbeta), reinterpret_cast<float*>(terms),
-                                     reinterpret_cast<int32_t*>(counters),
-                                     q_strides, k_strides, v_strides, u_strides, grad_o_strides,
-                                     dq_strides, dk_strides, dv_strides,
-                                     batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-                softmax_backward(call, type, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 16>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides, int64_t right,
+                      double scale) {
+            const auto [q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters] = tensors;
+            const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
+                strides;
+            const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
+            SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+                                 reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
+                                 reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
+                                 reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
+                                 reinterpret_cast<const float*>(lse), reinterpret_cast<void*>(dq),
+                                 reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv), reinterpret_cast<float*>(m),
+                                 reinterpret_cast<float*>(dbeta), reinterpret_cast<float*>(terms),
+                                 reinterpret_cast<int32_t*>(counters),
+                                 q_strides, k_strides, v_strides, u_strides, grad_o_strides,
+                                 dq_strides, dk_strides, dv_strides,
+                                 batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
+            softmax_backward(call, parse_dtype(dtype), stream);
+        }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        "A launch of the gradients of softmax_forward likewise. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, "
+        "Gradients of softmax_forward. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, "
         "m, dbeta, terms, counters; strides: of q, k, v, u, do, dq, dk, dv. More in csrc/softmax_backward.h.");
 
     m.attr("SYNCHRONIZATION_ROWS") = kSynchronizationRows;
@@ -578,51 +561,45 @@ PYBIND11_MODULE(_C, m) {
     m.attr("SYNCHRONIZATION_MEMBERS") = kSynchronizationMembers;
     m.def(
         "synchronization_forward",
-        [](const std::string& dtype, const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides,
-           int64_t bandwidth_stride, bool causal) {
-            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 10>& tensors, int device,
-                                                                       uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [omega, v, squares, c, bandwidth, o, total, lists, counts, counter] = tensors;
-                const auto& [omega_strides, v_strides, o_strides] = strides;
-                const auto [batches, heads, num_tokens] = sizes;
-                SynchronizationForward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
-                                            reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
-                                            reinterpret_cast<const float*>(bandwidth), reinterpret_cast<void*>(o),
-                                            reinterpret_cast<float*>(total), reinterpret_cast<const int32_t*>(lists),
-                                            reinterpret_cast<const int32_t*>(counts), reinterpret_cast<int32_t*>(counter),
-                                            omega_strides, v_strides, o_strides,
-                                            batches, heads, num_tokens, bandwidth_stride, causal};
-                synchronization_forward(call, type, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 10>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides,
+                      int64_t bandwidth_stride, bool causal) {
+            const auto [omega, v, squares, c, bandwidth, o, total, lists, counts, counter] = tensors;
+            const auto& [omega_strides, v_strides, o_strides] = strides;
+            const auto [batches, heads, num_tokens] = sizes;
+            SynchronizationForward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
+                                        reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
+                                        reinterpret_cast<const float*>(bandwidth), reinterpret_cast<void*>(o),
+                                        reinterpret_cast<float*>(total), reinterpret_cast<const int32_t*>(lists),
+                                        reinterpret_cast<const int32_t*>(counts), reinterpret_cast<int32_t*>(counter),
+                                        omega_strides, v_strides, o_strides,
+                                        batches, heads, num_tokens, bandwidth_stride, causal};
+            synchronization_forward(call, parse_dtype(dtype), stream);
+        }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"), py::arg("causal"),
-        "A launch of synchronization attention likewise, which fills o and total. tensors: omega, v, squares, c, bandwidth, o, "
+        "Synchronization attention: fills o and total. tensors: omega, v, squares, c, bandwidth, o, "
         "total, lists, counts, counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
     m.def(
         "synchronization_backward",
-        [](const std::string& dtype, const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 5>& strides,
-           int64_t bandwidth_stride, double grad_floor) {
-            return py::cpp_function([=, type = parse_dtype(dtype)](const std::array<uintptr_t, 15>& tensors, int device,
-                                                                       uintptr_t stream) {
-                const DeviceGuard guard(device);
-                const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
-                            counter] = tensors;
-                const auto& [omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides] = strides;
-                const auto [batches, heads, num_tokens] = sizes;
-                SynchronizationBackward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
-                                             reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
-                                             reinterpret_cast<const float*>(bandwidth), reinterpret_cast<const void*>(grad_o),
-                                             reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(shift),
-                                             reinterpret_cast<void*>(dw), reinterpret_cast<void*>(dv),
-                                             reinterpret_cast<float*>(dalpha), reinterpret_cast<float*>(dradius),
-                                             reinterpret_cast<const int32_t*>(lists), reinterpret_cast<const int32_t*>(counts),
-                                             reinterpret_cast<int32_t*>(counter),
-                                             omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides,
-                                             batches, heads, num_tokens, bandwidth_stride, grad_floor};
-                synchronization_backward(call, type, reinterpret_cast<cudaStream_t>(stream));
-            });
-        },
+        made_once(+[](const std::array<uintptr_t, 15>& tensors, int, cudaStream_t stream, const std::string& dtype,
+                      const std::array<int64_t, 3>& sizes, const std::array<std::array<int64_t, 3>, 5>& strides,
+                      int64_t bandwidth_stride, double grad_floor) {
+            const auto [omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts,
+                        counter] = tensors;
+            const auto& [omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides] = strides;
+            const auto [batches, heads, num_tokens] = sizes;
+            SynchronizationBackward call{reinterpret_cast<const void*>(omega), reinterpret_cast<const void*>(v),
+                                         reinterpret_cast<const float*>(squares), reinterpret_cast<const float*>(c),
+                                         reinterpret_cast<const float*>(bandwidth), reinterpret_cast<const void*>(grad_o),
+                                         reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(shift),
+                                         reinterpret_cast<void*>(dw), reinterpret_cast<void*>(dv),
+                                         reinterpret_cast<float*>(dalpha), reinterpret_cast<float*>(dradius),
+                                         reinterpret_cast<const int32_t*>(lists), reinterpret_cast<const int32_t*>(counts),
+                                         reinterpret_cast<int32_t*>(counter),
+                                         omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides,
+                                         batches, heads, num_tokens, bandwidth_stride, grad_floor};
+            synchronization_backward(call, parse_dtype(dtype), stream);
+        }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"), py::arg("grad_floor"),
         "A launch of its gradients for orders by head, which fills dw, dv, dalpha, dradius. tensors: omega, v, squares, c, "
         "bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, lists, counts, counter; strides: of omega, v, do, dw, dv.");

@@ -112,9 +112,9 @@ def test_shared_memory_fits():
 def test_errors_of_the_extension_raise():
     launch = _cuda.extension.krause_forward("float16", (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 4, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="cudaError"):
-        launch(*[0] * 8, 4096, 0)
+        launch([0] * 8, 4096, 0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        launch(*[0] * 8)
+        launch([0] * 8)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward

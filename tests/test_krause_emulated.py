@@ -180,10 +180,10 @@ class Extension:
         launch_at(self._kernels[name], structure, dtype, addresses, steps, FEW_STRIPS, **numbers)
 
     def krause_forward(self, *fixed):
-        return lambda *addresses: self._launch("krause_forward", KrauseForward, addresses[:-2], *fixed)
+        return lambda addresses, *_: self._launch("krause_forward", KrauseForward, addresses, *fixed)
 
-    def krause_backward(self, addresses, dtype, sizes, steps, sigma_stride, left, right, _device, _stream):
-        self._launch("krause_backward", KrauseBackward, addresses, dtype, sizes, steps, sigma_stride, left, right)
+    def krause_backward(self, *fixed):
+        return lambda addresses, *_: self._launch("krause_backward", KrauseBackward, addresses, *fixed)
 
 
 @pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import DEVICE
 from nearfar.triton_kernels import launch as launch_module
 from nearfar.triton_kernels.launch import ALIGNMENT, Launch, LaunchParameters, survey
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from nearfar.ops import program as program_module
 from nearfar.ops.program import Program
 
 STAGE_BYTES = 1024
@@ -313,16 +315,19 @@ def test_survey():
 
 
 class Noted:
-    """Stands for a launch and notes what it is run with."""
+    """Stands for a launch and notes what it is run with: tensors, or when it is bound addresses."""
 
     def __init__(self):
-        self.runs = []
+        self.runs, self.addresses = [], []
 
     def is_new(self, surveyed):
         return False
 
     def run(self, tensors, surveyed):
         self.runs.append((tensors, surveyed))
+
+    def bound(self, device, kinds):
+        return lambda addresses, stream: self.addresses.append((device, kinds, addresses, stream))
 
 
 @pytest.fixture
@@ -332,6 +337,11 @@ def program(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    monkeypatch.setattr(program_module, "takes_the_short_way", lambda device: True)
+    monkeypatch.setattr(program_module, "current_stream", lambda device: STREAM)
+    monkeypatch.setattr(
+        program_module, "empty_cuda", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+    )
     x, y, out = torch.empty(8, device="meta"), torch.empty(4, device="meta"), torch.empty(2, 4, device="meta")
     numbers, counts = torch.empty(5, 7, device="meta"), torch.empty(3, dtype=torch.int32, device="meta")
     first, second = Noted(), Noted()
@@ -342,22 +352,25 @@ def program(monkeypatch):
 def test_a_program_hands_over_addresses(program):
     program, first, second = program
     x, y = torch.zeros(8), torch.zeros(4)
-    for _ in range(2):
-        out, nothing = program(x, None, y)
+    assert program.at_once(x, None, y) is None  # nothing is compiled yet
+    for run in (program, program, program.at_once):
+        out, nothing = run(x, None, y)
         assert out.shape == (2, 4) and nothing is None
-        (_, (of_first, kinds, aligned)), (_, (of_second, second_kinds, _)) = first.runs[-1], second.runs[-1]
-        assert aligned and kinds == (3, torch.float32, torch.float32, None)
+        (device, kinds, of_first, stream), (_, second_kinds, of_second, _) = first.addresses[-1], second.addresses[-1]
+        assert (device, stream) == (3, STREAM) and kinds == (3, torch.float32, torch.float32, None)
         assert second_kinds == (3, *[torch.float32] * 3, torch.int32, *[torch.float32] * 2)
         numbers, counts = of_second[1:3]
         assert of_first == (x.data_ptr(), numbers, 0)
         assert of_second == ((x.data_ptr(), y.data_ptr()), numbers, counts, (y.data_ptr(),), out.data_ptr())
         assert numbers % ALIGNMENT == counts % ALIGNMENT == 0 and counts >= numbers + 5 * 7 * 4
+    assert len(first.addresses) == len(second.addresses) == 3 and not (first.runs or second.runs)
 
 
 def test_a_program_hands_over_tensors_that_are_not_aligned(program):
     program, first, second = program
     x, y = torch.zeros(8), torch.zeros(5)[1:]
     out, _ = program(x, None, y)
+    assert program.at_once(x, None, y) is None and not first.addresses
     (of_first, _), (of_second, (_, _, aligned)) = first.runs[0], second.runs[0]
     assert not aligned and of_first[0] is x and of_first[2] is None
     assert of_second[0] == (x, y) and of_second[3] == (y,) and of_second[4] is out
@@ -367,3 +380,32 @@ def test_a_program_hands_over_tensors_that_are_not_aligned(program):
     of_second[1].fill_(1.0)
     of_second[2].fill_(2)
     assert (of_second[1] == 1).all()
+
+
+def test_a_program_lets_hooks_of_triton_hear_of_its_launches(program):
+    program, first, second = program
+    x, y = torch.zeros(8), torch.zeros(4)
+    program(x, None, y)
+    knobs.runtime.launch_enter_hook.add(print)
+    try:
+        assert program.at_once(x, None, y) is None
+        out, _ = program(x, None, y)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(print)
+    assert len(first.addresses) == 1 and len(first.runs) == len(second.runs) == 1 and second.runs[0][0][4] is out
+
+
+def test_a_program_without_launches_is_zeros():
+    made = torch.empty(2, 3, device="meta"), None, torch.empty(4, dtype=torch.int32, device="meta")
+    zeros, nothing, integers = Program((made[0],), made, ())(torch.ones(2, 3, device=DEVICE))
+    assert torch.equal(zeros, torch.zeros(2, 3, device=DEVICE)) and nothing is None
+    assert torch.equal(integers, torch.zeros(4, dtype=torch.int32, device=DEVICE))
+
+
+def test_a_bound_launch_passes_what_a_run_passes(kernel):
+    launch, tensor = launch_of(kernel), torch.zeros(4)
+    launch(tensor, None)
+    _, kinds, _ = survey((tensor, None))
+    launch.bound(3, kinds)((tensor.data_ptr(), None), STREAM)
+    assert kernel.calls[0] == kernel.calls[1] and not kernel.slow_calls
+    assert launch_of(kernel, programs=0).bound(3, kinds)((tensor.data_ptr(), None), STREAM) is None and len(kernel.calls) == 2

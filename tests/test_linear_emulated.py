@@ -268,11 +268,12 @@ class Extension:
     def __getattr__(self, name):
         sizes_of = [size for size in SIZES.split() if size != "width" or name.startswith("linear")]
 
-        def run(tensors, feature_map, sizes, strides, *rest):
-            numbers = dict(zip(sizes_of, sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
-            launch_at(self._kernels[name], STRUCTURES[name], feature_map, tensors, strides, ANY, **numbers)
+        def make(feature_map, sizes, strides, *eps):
+            numbers = dict(zip(sizes_of, sizes, strict=True)) | dict(zip(["eps"], eps, strict=False))
+            given = self._kernels[name], STRUCTURES[name], feature_map
+            return lambda tensors, *_: launch_at(*given, tensors, strides, ANY, **numbers)
 
-        return run
+        return make
 
 
 @pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])

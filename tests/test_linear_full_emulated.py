@@ -197,11 +197,11 @@ class Extension:
 
     def __init__(self, kernels):
         def function(name, structure):
-            def launch(tensors, feature_map, sizes, strides, *rest):
-                numbers = dict(zip(SIZES.split(), sizes, strict=True)) | ({"eps": rest[0]} if len(rest) == 3 else {})
-                launch_at(kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
+            def make(feature_map, sizes, strides, *eps):
+                numbers = dict(zip(SIZES.split(), sizes, strict=True)) | dict(zip(["eps"], eps, strict=False))
+                return lambda tensors, *_: launch_at(kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
 
-            return launch
+            return make
 
         self.linear_full_sums = function("linear_full_sums", LinearFullSums)
         self.linear_full_read = function("linear_full_read", LinearFullRead)

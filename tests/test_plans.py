@@ -220,13 +220,13 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     forget_plans()
     ahead, walked = Ahead(monkeypatch), []
     names = "linear_forward", "linear_grad_queries", "linear_grad_keys"
-    extension = SimpleNamespace(**{name: lambda *_, name=name: walked.append(name) for name in names})
+    extension = SimpleNamespace(**{name: lambda *_, name=name: lambda *_: walked.append(name) for name in names})
     monkeypatch.setattr(_cuda, "extension", extension)
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
     state = torch.zeros(1, 2, 64, 65, device=DEVICE)
     options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
-    o, _ = factored.attend(interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
+    o, _ = factored.attend(None, interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
     assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
@@ -238,9 +238,9 @@ def attend(operator, q, k, v, *backends):
     """Affine or synchronization attention by the backends of the forward and of the backward."""
     ones = torch.ones(q.shape[:3], device=DEVICE)
     if operator == "softmax":
-        return softmax.attend(interned(layouts(q, k, v)), q, k, v, ones, ones, None, None, -1, 0, 0.1, *backends)
+        return softmax.attend(None, interned(layouts(q, k, v)), q, k, v, ones, ones, None, None, -1, 0, 0.1, *backends)
     one, order = torch.ones(1, device=DEVICE), torch.ones(q.shape[:2], device=DEVICE)
-    return kuramoto.attend(interned(layouts(q, v)), q, None, v, one, one, order, False, None, 1e-3, *backends)
+    return kuramoto.attend(None, interned(layouts(q, v)), q, None, v, one, one, order, False, None, 1e-3, *backends)
 
 
 @pytest.mark.parametrize("backends", [("cuda", "cuda"), ("cuda", "triton"), ("triton", "cuda")], ids="-".join)

@@ -103,6 +103,15 @@ class Launch:
             *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._scalars
         )
 
+    def bound(self, _device, kinds):
+        """A function (addresses, stream) that runs the kernel compiled for these kinds, without a look at hooks."""
+        if not self._grid[0]:
+            return lambda addresses, stream: None
+        compiled = self._compiled[kinds]
+        run, grid, scalars = compiled.run, self._grid, self._scalars
+        handle = compiled.function, compiled.packed_metadata, None, None, None
+        return lambda addresses, stream: run(*grid, stream, *handle, *addresses, *scalars)
+
     def is_new(self, surveyed):
         _, kinds, aligned = surveyed
         return kinds not in self._compiled and aligned and self._grid[0] > 0

@@ -169,43 +169,78 @@ def aligned_rows(rows, *tensors):
     return rows, tensors
 
 
-def plan_krause_forward(q, k, v, sigma, left, right, top_k, o):
-    """A launch for tensors of these layouts, meta tensors or not, for which there is no krause_reason.
+def _where(tensors):
+    """Device and stream of what a launch is given, or a call."""
+    first = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
+    return first.get_device(), stream_of(first)
 
-    It takes (q, k, v, sigma, token_bounds, o, lse, bits) and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
+
+class BuiltLaunch:
+    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors.
+
+    `_launch` takes `arguments` of their addresses, and the device and the stream that they are on.
+    """
+
+    def is_new(self, _surveyed):
+        return False  # it was compiled with the package
+
+    def run(self, tensors, surveyed):
+        self._launch(self.arguments([address or 0 for address in surveyed[0]]), *_where(tensors))
+
+    def bound(self, device, _kinds):
+        """A function (addresses, stream); an address of nothing is 0."""
+        launch, arguments = self._launch, self.arguments
+        return lambda addresses, stream: launch(arguments(addresses), device, stream)
+
+    def arguments(self, addresses):
+        """Those that the kernel takes of the addresses of what it is given."""
+        return addresses
+
+
+def _pair_sizes(q, k):
+    """B, Hq, Hkv, N, M, D."""
+    return *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
+
+
+class KrauseForward(BuiltLaunch):
+    """A launch of krause_forward, for tensors without a krause_reason that start at multiples of 16 bytes.
+
+    It is given q, k, v, sigma, token_bounds, o, lse, bits and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
     (B, Hq, N, words).
     """
-    forward = extension.krause_forward(
-        _DTYPES[q.dtype], (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [x.stride()[:3] for x in (q, k, v, o)],
-        _by_head(sigma), left, right, 0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
-    )  # fmt: skip
 
-    def launch(q, k, v, sigma, token_bounds, o, lse, bits):
-        starts = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        if (starts[0] | starts[1] | starts[2]) % 16:
-            rows = aligned_starts(q, k, v)
-            plan_krause_forward(*rows, sigma, left, right, top_k, o)(*rows, sigma, token_bounds, o, lse, bits)
-            return
-        forward(
-            *starts, sigma.data_ptr(), 0 if token_bounds is None else token_bounds.data_ptr(),
-            o.data_ptr(), lse.data_ptr(), 0 if bits is None else bits.data_ptr(), q.get_device(), stream_of(q),
+    def __init__(self, q, k, v, sigma, left, right, top_k, o):
+        self._launch = extension.krause_forward(
+            _DTYPES[q.dtype], _pair_sizes(q, k), [x.stride()[:3] for x in (q, k, v, o)], _by_head(sigma), left, right,
+            0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
         )  # fmt: skip
 
-    return launch
+
+class KrauseBackward(BuiltLaunch):
+    """A launch of krause_backward, likewise.
+
+    It is given q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma and a workspace of `partials_shape`; the
+    gradients, which it fills, are shaped like what they belong to.
+    """
+
+    def __init__(self, q, k, v, o, do, sigma, left, right, dq, dk, dv):
+        strides = [x.stride()[:3] for x in (q, k, v, o, do, dq, dk, dv)]
+        self._launch = extension.krause_backward(
+            _DTYPES[q.dtype], _pair_sizes(q, k), strides, _by_head(sigma), left, right
+        )
+
+    @staticmethod
+    def partials_shape(q, k):
+        """Float32: a partial sum of dsigma for each strip of a head, of which there are at most as many as tiles."""
+        return *q.shape[:2], -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)
 
 
-def krause_backward(q, k, v, sigma, token_bounds, left, right, o, do, lse, bits, dq, dk, dv, dsigma):
-    """Fill dq, dk, dv and dsigma, shaped like what they belong to, from what the forward was given and has filled."""
-    (q, k, v), do = aligned_starts(q, k, v), aligned(do)  # autograd hands over whatever layout it has
-    strips = -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)  # of a head, at most; a partial sum of dsigma each
-    partials = lse.new_empty(*q.shape[:2], strips)
-    addressed = (q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials)
-    extension.krause_backward(
-        [0 if tensor is None else tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
-        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]),
-        [tensor.stride()[:3] for tensor in (q, k, v, o, do, dq, dk, dv)], _by_head(sigma),
-        left, right, q.get_device(), stream_of(q),
-    )  # fmt: skip
+class RowSumsq(BuiltLaunch):
+    """A launch of row_sumsq. It is given x and out (B, H, N), float32, which it fills."""
+
+    def __init__(self, x):
+        fixed = _DTYPES[x.dtype], tuple(x.shape), x.stride()[:3]
+        self._launch = lambda addresses, device, stream: extension.row_sumsq(*addresses, *fixed, device, stream)
 
 
 def krause_step_reason(q, k, v, cache):
@@ -281,13 +316,6 @@ def _linear_device_reason(index, widths, value_width, causal):
     return _memory_reason(index, value_width, needed)
 
 
-class BuiltLaunch:
-    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors."""
-
-    def is_new(self, _surveyed):
-        return False  # it was compiled with the package
-
-
 class Walk(BuiltLaunch):
     """A launch of a linear_ kernel of causal attention, or of a hadamard_ one where there are two factors.
 
@@ -300,19 +328,17 @@ class Walk(BuiltLaunch):
     def __init__(self, problem, kernel, strides, eps=()):
         """Arguments as for factored_launch.plan_walk."""
         factors, one = len(problem.widths), len(problem.widths) == 1
-        self._function = getattr(extension, f"{'linear' if one else 'hadamard'}_{self._FUNCTIONS[kernel]}")
         o = 2 * factors + 1  # between v and do
         self._unread = slice(o, o + 1 if kernel == "walk_grad_queries" else o)
         strides = [stride[:3] for stride in strides]
         del strides[self._unread]
         width = problem.widths if one else ()
         sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, *width, *problem.spans
-        self._fixed = problem.feature_map, sizes, strides, *eps
+        make = getattr(extension, f"{'linear' if one else 'hadamard'}_{self._FUNCTIONS[kernel]}")
+        self._launch = make(problem.feature_map, sizes, strides, *eps)
 
-    def run(self, tensors, surveyed):
-        addresses = [address or 0 for address in surveyed[0]]
-        del addresses[self._unread]
-        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
+    def arguments(self, addresses):
+        return *addresses[: self._unread.start], *addresses[self._unread.stop :]
 
 
 def _tokens(problem, of_queries):
@@ -328,23 +354,13 @@ class FullLaunch(BuiltLaunch):
 
     def __init__(self, problem, kernel, strides, eps=()):
         """kernel: sums, read, grad_queries or grad_keys. strides: as its binding lists them. eps: (eps,) for read."""
-        self._function = getattr(extension, f"linear_full_{kernel}")
         tokens, _ = _tokens(problem, kernel in ("read", "grad_queries"))
         sizes = (
             problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
             problem.num_pieces(tokens), problem.piece_length, problem.num_states,
         )  # fmt: skip
-        self._fixed = problem.feature_map, sizes, [stride[:3] for stride in strides], *eps
-
-    def run(self, tensors, surveyed):
-        addresses = [address or 0 for address in surveyed[0]]
-        self._function(addresses, *self._fixed, tensors[0].get_device(), stream_of(tensors[0]))
-
-
-def _where(tensors):
-    """Device and stream of what a launch is given, or a call."""
-    first = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
-    return first.get_device(), stream_of(first)
+        make = getattr(extension, f"linear_full_{kernel}")
+        self._launch = make(problem.feature_map, sizes, [stride[:3] for stride in strides], *eps)
 
 
 class FactoredAccumulate(BuiltLaunch):
@@ -371,9 +387,9 @@ class FactoredAccumulate(BuiltLaunch):
         norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
         return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
 
-    def run(self, tensors, surveyed):
-        xs, *others, _, _ = surveyed[0]
-        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
+    def arguments(self, addresses):
+        xs, *others, _, _ = addresses
+        return *xs, *others
 
 
 class FactoredRead(BuiltLaunch):
@@ -386,9 +402,9 @@ class FactoredRead(BuiltLaunch):
         strides = [x[:3] for x in (*x_strides, out_strides)]
         self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
 
-    def run(self, tensors, surveyed):
-        xs, _, _, _, *others, _ = surveyed[0]
-        self._launch([*xs, *(address or 0 for address in others)], *_where(tensors))
+    def arguments(self, addresses):
+        xs, _, _, _, *others, _ = addresses
+        return *xs, *others
 
 
 HOPPER_WIDTHS = (64, 128)
@@ -438,7 +454,7 @@ def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass
     levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2], extension.DIAGNOSTICS_TILE))
     extension.statistics(
         [tensor.data_ptr() for tensor in (q, k, lse, entropy, max_weight, max_key, mass, levels)], _DTYPES[q.dtype],
-        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]), [tensor.stride()[:3] for tensor in (q, k)], left, right, scale,
+        _pair_sizes(q, k), [tensor.stride()[:3] for tensor in (q, k)], left, right, scale,
         q.get_device(), stream_of(q),
     )  # fmt: skip
 
@@ -454,7 +470,7 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
     addressed = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
     call = (
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
-        (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], scores.shape[3]), [tensor.stride()[:3] for tensor in (q, k, v)],
+        (*_pair_sizes(q, k), scores.shape[3]), [tensor.stride()[:3] for tensor in (q, k, v)],
         left, right, scale, q.get_device(), stream_of(q),
     )  # fmt: skip
     extension.geometry_select(*call)
@@ -483,13 +499,8 @@ class Softmax(BuiltLaunch):
 
     def __init__(self, function, strided, right, scale):
         q, k, *_ = strided
-        sizes = *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
         strides = [x.stride()[:3] for x in strided]
-        self._launch = getattr(extension, function)(_DTYPES[q.dtype], sizes, strides, right, scale)
-
-    def run(self, tensors, surveyed):
-        addresses = [address or 0 for address in surveyed[0]]
-        self._launch(addresses, tensors[0].get_device(), stream_of(tensors[0]))
+        self._launch = getattr(extension, function)(_DTYPES[q.dtype], _pair_sizes(q, k), strides, right, scale)
 
 
 SYNCHRONIZATION_WIDTH = 64
@@ -519,9 +530,9 @@ class SynchronizationForward(BuiltLaunch):
             _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), causal
         )
 
-    def run(self, tensors, surveyed):
-        omega, _, v, squares, _, *others = surveyed[0]  # without those of the keys, which are the queries
-        self._launch([omega, v, squares, *others], tensors[0].get_device(), stream_of(tensors[0]))
+    def arguments(self, addresses):
+        omega, _, v, squares, _, *others = addresses  # without those of the keys, which are the queries
+        return omega, v, squares, *others
 
 
 class SynchronizationBackward(BuiltLaunch):
@@ -533,6 +544,3 @@ class SynchronizationBackward(BuiltLaunch):
         self._launch = extension.synchronization_backward(
             _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), grad_floor
         )
-
-    def run(self, tensors, surveyed):
-        self._launch(surveyed[0], tensors[0].get_device(), stream_of(tensors[0]))

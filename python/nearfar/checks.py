@@ -159,6 +159,18 @@ def positive_per_head(name, value, like, num_heads):
     return in_dtype(value if shape else value.reshape(1), dtype).contiguous()
 
 
+def parameter(value, like):
+    """A number as the tensor (1,) that positive_per_head makes of it: a positive float beside a CUDA tensor, a 0-d tensor.
+
+    Anything else as it is. So calls with numbers are found by their tensors, too.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.dim() else value.reshape(1)
+    if type(value) is float and value > 0 and type(like) in PLAIN and like.is_cuda and like.dtype != torch.float64:
+        return _constant(value, torch.float32, like)
+    return value
+
+
 def in_dtype(tensor, dtype):
     """tensor.to(dtype), which takes a microsecond to do nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

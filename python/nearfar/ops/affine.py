@@ -6,7 +6,7 @@ import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.localities import UNLIMITED
-from nearfar.ops import softmax
+from nearfar.ops import eager, softmax
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
@@ -77,10 +77,7 @@ def affine_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
-    call = prepare_affine_attention(
-        q, k, v, alpha, beta, causal=causal, window_size=window_size, scale=scale, sink=sink, cu_seqlens=cu_seqlens
-    )
-    return _attend(call, backend)
+    return _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend)
 
 
 def softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None, backend="auto"):
@@ -102,10 +99,7 @@ def softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
-    call = prepare_softmax_attention(
-        q, k, v, causal=causal, window_size=window_size, scale=scale, sink=sink, cu_seqlens=cu_seqlens
-    )
-    return _attend(call, backend)
+    return _attend(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens, backend)
 
 
 def prepare_affine_attention(
@@ -120,14 +114,20 @@ def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), sc
     return _prepare(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
 
 
-def _attend(call, backend):
+def _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend):
+    given = [x for x in (alpha, beta, sink) if x is not None]
+    absent = alpha is None, beta is None, sink is None
+    repeats = None if cu_seqlens is not None else eager.repeats(softmax, causal, window_size, scale, absent, backend)
+    if repeats and (plan := repeats.find(q, k, v, *given)):
+        return plan(q, k, v, alpha, beta, sink, None)
+    call = _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
     *tensors, left, right, scale, cu_seqlens, backends, layouts = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
         with checks.no_autocast(call.q):
             return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(layouts, *tensors, bounds, left, right, scale, forward, backward)
+    return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
 
 
 def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):

@@ -9,10 +9,10 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import is_plain
+from nearfar.ops.eager import Plan
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
-    apply,
     compile_ahead,
     device_of,
     empty_rows,
@@ -56,28 +56,23 @@ _BACKWARD = (
 )
 
 
-def attend(
-    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend
-):  # fmt: skip
+def attend(repeats, rows, qs, ks, v, initial_state, cu_seqlens, *options):
     """(o, state), state None unless return_state. The arguments are those of `nearfar.hadamard_attention`, checked.
 
-    rows: layouts of qs, ks and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda", which
-    read what either has saved with one factor; with several they have to be the same.
+    repeats: of calls with these options and without cu_seqlens, or None. rows: layouts of qs, ks and v, None where the call is
+    not plain. options: feature_map, normalize, causal, eps, return_state, and the backends of the forward and of the backward,
+    which read what either has saved with one factor; with several they have to be the same.
     """
-    rows, tensors = unit_strides(rows, *qs, *ks, v)
-    qs, ks, v = tensors[: len(qs)], tensors[len(qs) : -1], tensors[-1]
+    rows, given = unit_strides(rows, *qs, *ks, v)
     if initial_state is not None:
-        initial_state = initial_state.contiguous()
-        tensors = *tensors, initial_state
-    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend
+        given = *given, initial_state.contiguous()
+    tensors = *given, *[None] * (initial_state is None), cu_seqlens
     if rows is None or (initial_state is not None and not is_plain(initial_state)):
-        o, state, *_ = torch.ops.nearfar.hadamard_attention(qs, ks, v, initial_state, cu_seqlens, *options)
-    elif torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        arguments = qs, ks, v, initial_state, cu_seqlens, *options
-        o, state = apply(_Eager, rows, arguments, *qs, *ks, v, initial_state)
-    else:
-        o, state, *_ = forward(rows, qs, ks, v, initial_state, cu_seqlens, *options)
-    return o, state if return_state else None
+        return torch.ops.nearfar.hadamard_attention(*_split(tensors), *options)[:2]
+    plan = _Plan(rows, options, tensors)
+    if repeats is not None:
+        repeats.keep(plan, *given)
+    return plan(*tensors)
 
 
 def step(qs, ks, v, state, feature_map, normalize, eps, out):
@@ -200,28 +195,32 @@ def piece_table(cu_seqlens, num_tokens, piece_length):
     return torch.stack((begin, end, sequence, sequence_begin, sequence_end)), first
 
 
-def forward(
-    rows, qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, backward_backend,
-    ahead=None,
-):  # fmt: skip
+def forward(rows, tensors, feature_map, normalize, causal, eps, return_state, backend, backward_backend, ahead=None):
     """(o, final state, inverse, states, norms); what does not exist is None.
 
-    rows: layouts of qs, ks and v. ahead: see compile_ahead.
+    rows: layouts of qs, ks and v. tensors: they, initial_state and cu_seqlens. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, (*factors, v) = _cuda.aligned_rows(rows, *qs, *ks, v)
-        qs, ks = factors[: len(qs)], factors[len(qs) :]
-    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend, uses_tf32(v), ahead
+        rows, given = _cuda.aligned_rows(rows, *tensors[:-2])
+        tensors = *given, *tensors[-2:]
+    options = feature_map, normalize, causal, eps, return_state, backend, backward_backend
+    program = _program(rows, tensors, *options, ahead)
+    qs, _, v, _, cu_seqlens = _split(tensors)
+    if cu_seqlens is None:
+        return program(*tensors)
+    return program(*tensors, *piece_table(cu_seqlens, v.shape[2], piece_length_of(qs, v, causal, backend)))
+
+
+def _program(rows, tensors, *options):
+    """The program of (o, state, inverse, states, norms). Its inputs are the tensors and, if they are packed, a piece_table."""
+    *_, v, initial_state, cu_seqlens = tensors
     given = initial_state is not None, None if cu_seqlens is None else cu_seqlens.shape[0]
-    program, piece_length = _plan_forward(rows, *given, *options)
-    pieces = (None, None) if cu_seqlens is None else piece_table(cu_seqlens, v.shape[2], piece_length)
-    return program(*qs, *ks, v, initial_state, *pieces)
+    return _plan_forward(rows, *given, uses_tf32(v), *options)
 
 
 @planned
 def _plan_forward(*arguments):
-    """The program of (o, state, inverse, states, norms), and the length of the pieces of sequences."""
-    *tensors, continued, ends, feature_map, normalize, causal, eps, return_state, backend, backward_backend, _tf32, ahead = (
+    *tensors, continued, ends, _tf32, feature_map, normalize, causal, eps, return_state, backend, backward_backend, ahead = (
         arguments
     )
     r, v = len(tensors) // 2, tensors[-1]
@@ -238,8 +237,10 @@ def _plan_forward(*arguments):
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     route = route_of(problem, stateful, backend)
     pieces = first_pieces = None
+    inputs = *tensors, initial_state, cu_seqlens
     if cu_seqlens is not None:
         pieces, first_pieces = cu_seqlens.new_empty(5, problem.num_pieces(v.shape[2])), torch.empty_like(cu_seqlens)
+        inputs = *inputs, pieces, first_pieces
     o, state, inverse, states, norms = outputs
     q_strides, k_strides, v_strides, o_strides, eps = _strides(qs), _strides(ks), v.stride(), o.stride(), float(eps)
     launches, workspaces = [], ()
@@ -263,7 +264,7 @@ def _plan_forward(*arguments):
         plan = launch.plan_read(problem, False, causal or not stateful, q_strides, k_strides, v_strides, o_strides, eps)
         read = plan, (qs, ks, v, None, states, norms, o, inverse, pieces)
     launches.append(read)
-    return Program((*tensors, initial_state, pieces, first_pieces), outputs, launches), problem.piece_length
+    return Program(inputs, outputs, launches)
 
 
 def _plan_walk(backend):
@@ -421,7 +422,8 @@ def _or_none(*tensors):
 
 
 def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
-    return tuple(_or_empty(forward(layouts(*qs, *ks, v), qs, ks, v, initial_state, cu_seqlens, *options), v))
+    rows = layouts(*qs, *ks, v)
+    return tuple(_or_empty(forward(rows, (*qs, *ks, v, initial_state, cu_seqlens), *options), v))
 
 
 def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
@@ -448,47 +450,47 @@ def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
 def _save(ctx, inputs, output):
     qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _, _, backward_backend = inputs
     o, _, *saved = output
-    ctx.num_factors = len(qs)
     ctx.save_for_backward(*qs, *ks, v, initial_state, cu_seqlens, o, *saved)
     ctx.set_materialize_grads(False)
     ctx.options = feature_map, normalize, causal, backward_backend
 
 
-def _restore(ctx):
-    """Arguments of the backward after do and dstate."""
-    r = ctx.num_factors
-    saved = list(ctx.saved_tensors)
-    return saved[:r], saved[r : 2 * r], *saved[2 * r :], *ctx.options
-
-
 def _autograd_backward(ctx, do, dstate, *_):
-    arguments = _restore(ctx)
-    do = torch.zeros_like(arguments[5]) if do is None else do
-    dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
-    return dqs, dks, dv, None if arguments[3] is None else dinitial, *[None] * 8
+    *tensors, o, inverse, states, norms = ctx.saved_tensors
+    return *_backward_op(do, dstate, tensors, o, (inverse, states, norms), ctx.options), *[None] * 8
 
 
-class _Eager(torch.autograd.Function):
-    """The autograd of a plain eager call, without the dispatcher."""
+def _backward_op(do, dstate, tensors, o, saved, options):
+    """Gradients of qs, ks, v and initial_state by the torch operator."""
+    qs, ks, v, initial_state, cu_seqlens = _split(tensors)
+    do = torch.zeros_like(o) if do is None else do
+    operator = torch.ops.nearfar.hadamard_attention_backward
+    dqs, dks, dv, dinitial = operator(
+        do, dstate, qs, ks, v, initial_state, cu_seqlens, o, *_or_empty(saved, v), *options
+    )
+    return dqs, dks, dv, None if initial_state is None else dinitial
 
-    @staticmethod
-    def forward(ctx, rows, arguments, *tensors):
-        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
-        output = forward(rows, *arguments, ahead=rows[0][3])
-        _save(ctx, arguments, output)
-        return output[0], output[1]
 
-    @staticmethod
-    def backward(ctx, do, dstate):
+class _Plan(Plan):
+    """A plain call."""
+
+    num_visible = 2
+    program_of, forward_of = staticmethod(_program), staticmethod(forward)
+
+    def outputs(self, *tensors):
+        if tensors[-1] is None:
+            return super().outputs(*tensors)
+        return forward(self.rows, tensors, *self.options, self.ahead)  # makes the pieces of packed sequences
+
+    def backward(self, gradients, saved):
+        *tensors, o, inverse, states, norms = saved
+        feature_map, normalize, causal, _, _, _, backend = self.options
+        options = feature_map, normalize, causal, backend
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
-            qs, ks, v, initial, cu, o, *saved = _restore(ctx)[:9]
-            arguments = qs, ks, v, initial, cu, o, *_or_empty(saved, v), *ctx.options
-            do = torch.zeros_like(o) if do is None else do
-            dqs, dks, dv, dinitial = torch.ops.nearfar.hadamard_attention_backward(do, dstate, *arguments)
-            dinitial = None if initial is None else dinitial
+            dqs, dks, dv, dinitial = _backward_op(*gradients, tensors, o, (inverse, states, norms), options)
         else:
-            dqs, dks, dv, dinitial = backward(do, dstate, *_restore(ctx))
-        return None, None, *dqs, *dks, dv, dinitial
+            dqs, dks, dv, dinitial = backward(*gradients, *_split(tensors), o, inverse, states, norms, *options)
+        return *dqs, *dks, dv, dinitial, None
 
 
 register(

@@ -6,12 +6,13 @@ import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window
+from nearfar.ops import eager
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 
 _op = PairwiseOp(
-    "krause_attention", "nearfar.triton_kernels.krause", _cuda.plan_krause_forward, _cuda.krause_backward
+    "krause_attention", "nearfar.triton_kernels.krause", _cuda.KrauseForward, _cuda.KrauseBackward
 )
 
 
@@ -70,6 +71,11 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
+    repeats = None if cu_seqlens is not None else eager.repeats(_op, locality, top_k, backend)
+    if repeats:
+        sigma = checks.parameter(sigma, q)
+        if plan := repeats.find(q, k, v, sigma):
+            return plan(q, k, v, sigma, None)
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
     q, k, v, sigma, left, right, backends, rows = call
     forward, backward = backends.served(backend, q)
@@ -77,7 +83,7 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
         with checks.no_autocast(q):
             return reference_krause_attention(q, k, v, sigma, left, right, top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
+    return _op(repeats, rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
 
 
 def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):

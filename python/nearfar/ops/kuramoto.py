@@ -6,11 +6,11 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import PLAIN
+from nearfar.ops.eager import Plan
 from nearfar.ops.pairwise import no_bits, selection_words
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
-    apply,
     compile_ahead,
     empty_rows,
     kernels,
@@ -43,23 +43,23 @@ class Survey(NamedTuple):
     extents: torch.Tensor
 
 
-def attend(rows, omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend, backward_backend):
+def attend(repeats, rows, omega, omega_k, v, coupling, bandwidth, order, *options):
     """o (B, Hq, N, Dv). coupling, bandwidth (1,) or (Hq,), order (B, Hq) or (B, Hq, N): float32. omega_k None: omega.
 
-    rows: layouts of omega, v and, where it is given, omega_k; None where the call is not plain. backend, backward_backend:
-    "triton" or "cuda"; what "cuda" does not serve of the backward, "triton" does.
+    repeats: of calls with these options, or None. rows: layouts of omega, v and, where it is given, omega_k; None where the
+    call is not plain. options: causal, top_k, grad_floor, and the backends of the forward and of the backward, "triton" or
+    "cuda"; what "cuda" does not serve of the backward, "triton" does.
     """
-    if omega_k is None:
-        rows, (omega, v) = unit_strides(rows, omega, v)
-    else:
-        rows, (omega, v, omega_k) = unit_strides(rows, omega, v, omega_k)
-    tensors = omega, omega_k, v, coupling, bandwidth, order.contiguous()
-    arguments = *tensors, causal, top_k, grad_floor, backend, backward_backend
-    if rows is None or not all([type(tensor) in PLAIN for tensor in (coupling, bandwidth, order)]):
-        return torch.ops.nearfar.synchronization_attention(*arguments)[0]
-    if torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors]):
-        return apply(_Eager, *tensors, rows, arguments)
-    return forward(rows, *arguments)[0]
+    given = () if omega_k is None else (omega_k,)
+    rows, (omega, v, *given) = unit_strides(rows, omega, v, *given)
+    parameters = coupling, bandwidth, order.contiguous()
+    tensors = omega, given[0] if given else None, v, *parameters
+    if rows is None or not all([type(tensor) in PLAIN for tensor in parameters]):
+        return torch.ops.nearfar.synchronization_attention(*tensors, *options)[0]
+    plan = _Plan(rows, options, tensors)
+    if repeats is not None:
+        repeats.keep(plan, omega, v, *parameters, *given)
+    return plan(*tensors)
 
 
 _launchers = kernels("synchronization_launch")
@@ -97,29 +97,28 @@ def _empty_outputs(omega, v, top_k):
     return empty_rows(omega, v.shape[3]), total, bits
 
 
-def forward(
-    rows, omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend="triton", backward_backend="triton",
-    ahead=None,
-):  # fmt: skip
+def forward(rows, tensors, causal, top_k, grad_floor, backend, backward_backend, ahead=None):
     """(o, total, bits): total (B, Hq, N) are the sums of S; bits, the selection of top_k, are None without it.
 
-    rows: layouts of omega, v and, where it is given, omega_k. ahead: see compile_ahead.
+    rows: layouts of omega, v and, where it is given, omega_k. tensors: omega, omega_k, v, coupling, bandwidth, order.
+    ahead: see compile_ahead.
     """
     if backend == "cuda":
+        omega, omega_k, v, *parameters = tensors
         rows, (omega, v) = _cuda.aligned_rows(rows, omega, v)
-    parameters = coupling.numel(), bandwidth.numel(), order.dim(), order.dtype
-    options = causal, top_k, grad_floor, backend, backward_backend, uses_tf32(omega), ahead
-    program = _plan_forward(rows, *parameters, *options)
-    o, total, bits = program(omega, v, omega_k, coupling, bandwidth, order)
-    if not o.numel() or not v.shape[2]:
-        return o.zero_(), total.zero_(), bits
-    return o, total, bits
+        tensors = omega, omega_k, v, *parameters
+    return _program(rows, tensors, causal, top_k, grad_floor, backend, backward_backend, ahead)(*tensors)
+
+
+def _program(rows, tensors, *options):
+    omega, _, _, coupling, bandwidth, order = tensors
+    return _plan_forward(rows, coupling.numel(), bandwidth.numel(), order.dim(), order.dtype, uses_tf32(omega), *options)
 
 
 @planned
 def _plan_forward(omega, v, *arguments):
     """The program of (o, total, bits)."""
-    *omega_k, couplings, bandwidths, order_dims, dtype, causal, top_k, grad_floor, backend, backward_backend, _tf32, ahead = (
+    *omega_k, couplings, bandwidths, order_dims, dtype, _tf32, causal, top_k, grad_floor, backend, backward_backend, ahead = (
         arguments
     )
     omega_k = omega_k[0] if omega_k else None
@@ -135,7 +134,7 @@ def _plan_forward(omega, v, *arguments):
     compile_ahead(ahead, backward, outputs[0], *tensors, *outputs, causal, top_k, grad_floor, backward_backend)
     given = launch.forward(*tensors, *surveys, lists, *outputs)
     nothing = not outputs[0].numel() or not v.shape[2]
-    return Program((omega, v, *tensors[1:2], *tensors[3:]), outputs, () if nothing else [*zip(launches, given, strict=True)])
+    return Program(tensors, outputs, () if nothing else [*zip(launches, given, strict=True)])
 
 
 def _workspaces(omega_k, surveys):
@@ -217,9 +216,12 @@ def _or_empty(tensor, like):
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _dispatched_forward(omega, omega_k, v, *arguments):
+def _dispatched_forward(
+    omega, omega_k, v, coupling, bandwidth, order, causal, top_k, grad_floor, backend="triton", backward_backend="triton"
+):  # fmt: skip
     rows = layouts(omega, v) if omega_k is None else layouts(omega, v, omega_k)
-    o, total, bits = forward(rows, omega, omega_k, v, *arguments)
+    tensors = omega, omega_k, v, coupling, bandwidth, order
+    o, total, bits = forward(rows, tensors, causal, top_k, grad_floor, backend, backward_backend)
     return o, total, no_bits(omega) if bits is None else bits
 
 
@@ -257,25 +259,19 @@ def _autograd_backward(ctx, do, *_):
     return _given(saved[1], torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options))
 
 
-class _Eager(torch.autograd.Function):
-    """The autograd of a plain eager call, without the dispatcher."""
+class _Plan(Plan):
+    """A plain call."""
 
-    @staticmethod
-    def forward(ctx, omega, omega_k, v, coupling, bandwidth, order, rows, arguments):
-        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
-        output = forward(rows, *arguments, ahead=rows[0][3])
-        _save(ctx, arguments, output)
-        return output[0]
+    program_of, forward_of = staticmethod(_program), staticmethod(forward)
 
-    @staticmethod
-    def backward(ctx, do):
-        *saved, bits = ctx.saved_tensors
+    def backward(self, gradients, saved):
+        *saved, bits = saved
+        causal, top_k, grad_floor, _, backend = self.options
+        function = backward
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
-            saved.append(no_bits(saved[0]) if bits is None else bits)
-            results = torch.ops.nearfar.synchronization_attention_backward(do, *saved, *ctx.options)
-        else:
-            results = backward(do, *saved, bits, *ctx.options)
-        return *_given(saved[1], results)[:6], None, None
+            function = torch.ops.nearfar.synchronization_attention_backward
+            bits = no_bits(saved[0]) if bits is None else bits
+        return _given(saved[1], function(*gradients, *saved, bits, causal, top_k, grad_floor, backend))[:6]
 
 
 register(

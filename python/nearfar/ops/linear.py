@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.ops import factored
+from nearfar.ops import eager, factored
 from nearfar.reference import linear as reference
 
 MAX_FACTORS = 3  # of the kernels
@@ -82,11 +82,9 @@ def linear_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
-    call = prepare_linear_attention(
-        q, k, v, feature_map=feature_map, normalize=normalize, causal=causal, eps=eps,
-        initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    return _attend(call, backend)
+    return _attend(
+        (q,), (k,), v, False, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
+    )
 
 
 def hadamard_attention(
@@ -116,11 +114,9 @@ def hadamard_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: lists, shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
-    call = prepare_hadamard_attention(
-        qs, ks, v, feature_map=feature_map, normalize=normalize, causal=causal, eps=eps,
-        initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    return _attend(call, backend)
+    return _attend(
+        qs, ks, v, True, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
+    )
 
 
 def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
@@ -178,7 +174,21 @@ def prepare_hadamard_attention(
     )
 
 
-def _attend(call, backend):
+def _attend(
+    qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
+):
+    repeats = None
+    # A function as feature_map makes other tensors of these, for which a call is kept.
+    if cu_seqlens is None and type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
+        given = (*qs, *ks, v) if initial_state is None else (*qs, *ks, v, initial_state)
+        options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, initial_state is None, return_state
+        repeats = eager.repeats(factored, *options, backend)
+        if repeats and (plan := repeats.find(*given)):
+            o, state = plan(*given, *[None] * (initial_state is None), None)
+            return (o, state) if return_state else o
+    call = _prepare(
+        qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
+    )
     forward, backward = call.backends.served(backend, call.q)
     if forward == "reference":
         with checks.no_autocast(call.q):
@@ -187,7 +197,7 @@ def _attend(call, backend):
                 call.initial_state, call.return_state, call.cu_seqlens,
             )  # fmt: skip
     else:
-        o, state = factored.attend(call.layouts, *call[:10], forward, backward)
+        o, state = factored.attend(repeats, call.layouts, *call[:10], forward, backward)
     return (o, state) if call.return_state else o
 
 

@@ -8,13 +8,11 @@ import torch
 from nearfar import _cuda
 from nearfar.checks import PLAIN
 from nearfar.localities import keys_in_window
+from nearfar.ops.eager import Plan
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
-    allocate,
-    apply,
     compile_ahead,
-    device_of,
     empty_rows,
-    launch_all,
     layouts,
     planned,
     register,
@@ -42,16 +40,16 @@ _BACKWARD = (
 class PairwiseOp:
     """`torch.ops.nearfar.<name>` and its backward, over the Triton kernels of a module that defines PAIR.
 
-    plan_cuda_forward, cuda_backward: of backend="cuda"; its forward saves the same tensors as Triton's.
+    cuda_forward, cuda_backward: classes of the launches of backend="cuda"; its forward saves the same tensors as Triton's.
 
     The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
     dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
     dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
     """
 
-    def __init__(self, name, kernels, plan_cuda_forward, cuda_backward):
+    def __init__(self, name, kernels, cuda_forward, cuda_backward):
         self._kernels = kernels
-        self.plan_cuda_forward, self._cuda_backward = plan_cuda_forward, cuda_backward
+        self.cuda_forward, self.cuda_backward = cuda_forward, cuda_backward
         register(
             name,
             (_FORWARD, self._dispatched_forward, _fake_forward),
@@ -62,18 +60,19 @@ class PairwiseOp:
         self.forward_op = getattr(torch.ops.nearfar, name).default
         self.backward_op = getattr(torch.ops.nearfar, f"{name}_backward").default
 
-    def __call__(self, rows, q, k, v, parameter, token_bounds, *options):
-        """rows: layouts of q, k and v, None where the call is not plain.
-
-        options: left, right, top_k, and the backends of the forward and of the backward, which save and read the same.
+    def __call__(self, repeats, rows, q, k, v, parameter, token_bounds, *options):
+        """repeats: of calls with these options and without token_bounds, or None. rows: layouts of q, k and v, None where the
+        call is not plain. options: left, right, top_k, and the backends of the forward and of the backward, which save and
+        read the same.
         """
         rows, (q, k, v) = unit_strides(rows, q, k, v)
+        tensors = q, k, v, parameter, token_bounds
         if rows is None or type(parameter) not in PLAIN:
-            return self.forward_op(q, k, v, parameter, token_bounds, *options)[0]
-        arguments = q, k, v, parameter, token_bounds, *options
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or parameter.requires_grad):
-            return apply(_Eager, q, k, v, parameter, self, rows, arguments)
-        return self.forward(rows, *arguments)[0]
+            return self.forward_op(*tensors, *options)[0]
+        plan = _Plan(self, rows, options, tensors)
+        if repeats is not None:
+            repeats.keep(plan, q, k, v, parameter)
+        return plan(*tensors)
 
     @functools.cached_property
     def modules(self):
@@ -82,74 +81,49 @@ class PairwiseOp:
 
         return pairwise_launch, importlib.import_module(self._kernels).PAIR
 
-    def forward(
-        self, rows, q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend, ahead=None
-    ):  # fmt: skip
+    def forward(self, rows, tensors, left, right, top_k, backend, backward_backend, ahead=None):
         """(o, lse, bits), bits None without top_k. rows: layouts of q, k and v. ahead: see compile_ahead."""
-        options = left, right, top_k, backend, backward_backend, uses_tf32(q), ahead
-        outputs, launch, squares_ahead = _plan_forward(
-            rows, self, parameter.numel(), token_bounds is not None, *options
-        )
-        o, lse, bits = allocate(outputs, q.device)
-        if launch is None:
-            return o.zero_(), lse.zero_(), bits
         if backend == "cuda":
-            launch(q, k, v, parameter, token_bounds, o, lse, bits)
-            return o, lse, bits
-        with device_of(q):
-            if bits is None:
-                k_squares = _cuda.row_sumsq(k) if squares_ahead and k.is_cuda and _cuda.extension is not None else None
-                launch(q, k, v, k_squares, parameter, o, lse, token_bounds)
-            else:
-                launch(q, k, v, parameter, o, lse, bits, token_bounds)
-        return o, lse, bits
+            rows, (q, k, v) = _cuda.aligned_rows(rows, *tensors[:3])
+            tensors = q, k, v, *tensors[3:]
+        return self.program(rows, tensors, left, right, top_k, backend, backward_backend, ahead)(*tensors)
+
+    def program(self, rows, tensors, left, right, top_k, backend, backward_backend, ahead):
+        q, k, _, parameter, token_bounds = tensors
+        given = parameter.numel(), token_bounds is not None, q.is_cuda and _cuda.extension is not None
+        return _plan_forward(rows, self, *given, left, right, top_k, backend, backward_backend, uses_tf32(q), ahead)
 
     def _dispatched_forward(
         self, q, k, v, parameter, token_bounds, left, right, top_k, backend="triton", backward_backend="triton"
-    ):
-        arguments = q, k, v, parameter, token_bounds, left, right, top_k, backend, backward_backend
-        o, lse, bits = self.forward(layouts(q, k, v), *arguments)
+    ):  # fmt: skip
+        tensors, options = (q, k, v, parameter, token_bounds), (left, right, top_k, backend, backward_backend)
+        o, lse, bits = self.forward(layouts(q, k, v), tensors, *options)
         return o, lse, no_bits(q) if bits is None else bits
 
     def backward(self, do, q, k, v, parameter, token_bounds, o, lse, bits, left, right, top_k, backend="triton"):
+        """(dq, dk, dv, dparameter)."""
         do, bits = unit_stride(do), None if top_k is None else bits
-        if not o.numel() or not k.shape[2]:
-            return tuple(gradient.zero_() for gradient in empty_gradients(q, k, v, parameter))
-        if backend == "cuda":
-            gradients = empty_gradients(q, k, v, parameter)
-            self._cuda_backward(q, k, v, parameter, token_bounds, left, right, o, do, lse, bits, *gradients)
-            return gradients
+        if backend == "cuda":  # autograd hands over whatever layout it has
+            (q, k, v), do = _cuda.aligned_starts(q, k, v), _cuda.aligned(do)
         tensors = do, q, k, v, parameter, token_bounds, o, lse, bits
-        outputs, (queries, keys, of_parameter) = _plan_backward(layouts(*tensors), self, left, right, uses_tf32(q))
-        dq, dk, dv, dparameter, delta, dlog_scale = allocate(outputs, q.device)
-        launch_all(
-            q,
-            (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
-            (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
-            (of_parameter, (dlog_scale, parameter, dparameter)),
-        )
-        return dq, dk, dv, dparameter
+        return tuple(_plan_backward(layouts(*tensors), self, left, right, backend, uses_tf32(q))(*tensors))
 
     def _dispatched_backward(self, ctx, do, _dlse, _dbits):
         return *self.backward_op(do, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
-class _Eager(torch.autograd.Function):
-    """The autograd of a plain eager call."""
+class _Plan(Plan):
+    """A plain call of a PairwiseOp."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, parameter, op, rows, arguments):
-        """arguments: those of op.forward after rows, in one piece, as torch looks over each that it is given."""
-        output = op.forward(rows, *arguments, ahead=rows[0][3])
-        _save(ctx, arguments, output)
-        ctx.op = op
-        return output[0]
+    def __init__(self, op, *arguments):
+        self._op, self.program_of, self.forward_of = op, op.program, op.forward
+        super().__init__(*arguments)
 
-    @staticmethod
-    def backward(ctx, do):
+    def backward(self, gradients, saved):
         # With create_graph the torch operator runs, because it refuses to be differentiated again.
-        backward = ctx.op.backward_op if torch.is_grad_enabled() else ctx.op.backward
-        return *backward(do, *ctx.saved_tensors, *ctx.options), None, None, None
+        backward = self._op.backward_op if torch.is_grad_enabled() else self._op.backward
+        left, right, top_k, _, backend = self.options
+        return *backward(*gradients, *saved, left, right, top_k, backend), None
 
 
 def _save(ctx, inputs, output):
@@ -160,34 +134,59 @@ def _save(ctx, inputs, output):
 
 
 @planned
-def _plan_forward(q, k, v, op, num_parameters, packed, left, right, top_k, backend, backward_backend, _tf32, ahead):
-    """Layouts of o, lse and bits, the launch (None: there is nothing to read), and whether |k|^2 is to be computed ahead of it.
+def _plan_forward(
+    q, k, v, op, num_parameters, packed, squares, left, right, top_k, backend, backward_backend, _tf32, ahead
+):  # fmt: skip
+    """The program of (o, lse, bits). squares: whether there is a CUDA kernel of |k|^2.
 
-    One more pass over k, by a CUDA kernel, was measured to pay for wide heads and windows (docs/krause.md).
+    One more pass over k, by that kernel, was measured to pay for wide heads and windows (docs/krause.md).
     """
-    outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
-    if not outputs[0].numel() or not k.shape[2]:
-        return layouts(*outputs), None, False
+    o, lse, bits = outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
     parameter = q.new_empty(num_parameters, dtype=torch.float32)
     token_bounds = q.new_empty((2, q.shape[2]), dtype=torch.int32) if packed else None
+    inputs = q, k, v, parameter, token_bounds
+    if not o.numel() or not k.shape[2]:
+        return Program(inputs, outputs, ())
     if backward_backend == "triton":
-        compile_ahead(ahead, op.backward, outputs[0], q, k, v, parameter, token_bounds, *outputs, left, right, top_k)
+        compile_ahead(ahead, op.backward, o, *inputs, *outputs, left, right, top_k)
     if backend == "cuda":
-        return layouts(*outputs), op.plan_cuda_forward(q, k, v, parameter, left, right, top_k, outputs[0]), False
+        launch = op.cuda_forward(q, k, v, parameter, left, right, top_k, o)
+        return Program(inputs, outputs, [(launch, (*inputs, *outputs))])
     launchers, pair = op.modules
     launch = launchers.forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, *outputs)
-    many_keys = keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
-    return layouts(*outputs), launch, k.shape[3] >= SQUARES_AHEAD_WIDTH and many_keys
+    if bits is not None:
+        return Program(inputs, outputs, [(launch, (q, k, v, parameter, o, lse, bits, token_bounds))])
+    launches, k_squares = [], None
+    if squares and k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS:
+        k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
+        launches = [(_cuda.RowSumsq(k), (k, k_squares))]
+    launches.append((launch, (q, k, v, k_squares, parameter, o, lse, token_bounds)))
+    return Program(inputs, outputs, launches)
 
 
 @planned
-def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left, right, _tf32):
-    """Layouts of dq, dk, dv, dparameter, delta and dlog_scale, and Triton's launches."""
-    gradients = empty_gradients(q, k, v, parameter)
+def _plan_backward(do, q, k, v, parameter, token_bounds, o, lse, bits, op, left, right, backend, _tf32):
+    """The program of (dq, dk, dv, dparameter)."""
+    inputs = do, q, k, v, parameter, token_bounds, o, lse, bits
+    dq, dk, dv, dparameter = gradients = empty_gradients(q, k, v, parameter)
+    if not o.numel() or not k.shape[2]:
+        return Program(inputs, gradients, ())
+    if backend == "cuda":
+        launch = op.cuda_backward(q, k, v, o, do, parameter, left, right, dq, dk, dv)
+        partials = lse.new_empty(launch.partials_shape(q, k))
+        return Program(
+            inputs, gradients, [(launch, (q, k, v, o, do, parameter, lse, bits, token_bounds, *gradients, partials))]
+        )
     launchers, pair = op.modules
     call = launchers.signature(q, k, v, parameter, token_bounds is not None, left, right)
+    queries, keys, of_parameter = launchers.backward_launches(pair, call, o, do, bits, dq, dk, dv)
     delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], launchers.grad_query_tiles(call))
-    return layouts(*gradients, delta, dlog_scale), launchers.backward_launches(pair, call, o, do, bits, *gradients[:3])
+    launches = (
+        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+        (of_parameter, (dlog_scale, parameter, dparameter)),
+    )
+    return Program(inputs, gradients, launches)
 
 
 def empty_outputs(q, v, left, right, num_keys, top_k):

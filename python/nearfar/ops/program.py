@@ -1,10 +1,20 @@
-"""Launches in order with everything fixed but addresses: what the forward of an operator comes to in a call."""
+"""Launches in order with everything fixed but addresses: what a direction of an operator comes to in a call."""
 
 import operator
 
 import torch
 
-from nearfar.ops.torch_operator import allocate, kernels, layouts
+from nearfar._cuda import BuiltLaunch
+from nearfar.ops.torch_operator import (
+    allocate,
+    current_stream,
+    device_of,
+    empty_cuda,
+    kernels,
+    launch_all,
+    layouts,
+    takes_the_short_way,
+)
 
 _launch = kernels("launch")
 
@@ -13,7 +23,7 @@ PART_ALIGNMENT = 128  # bytes, of the parts of a workspace
 
 
 class Program:
-    """Fills the outputs of a signature. It is made of meta tensors, once, while the signature is planned.
+    """Fills the outputs of a signature, with zeros if it has no launches. It is made of meta tensors, once.
 
     inputs, outputs: None for what is absent. launches: pairs of a launch and what it is given, as for launch_all. What they are
     given besides inputs and outputs is a workspace: a call allocates all of them as one, and makes no tensors of its parts,
@@ -35,52 +45,85 @@ class Program:
         places = {id(x): place for place, x in enumerate([*values, *workspaces, *tuples])}
         self._tuples = [_selection(places, group) for group in tuples]
         self._selections = [_selection(places, given) for _, given in launches]
-        self._steps = ()  # launch, selection and what `survey` says of kinds, for addresses, once kernels are compiled
+        self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # what empty_cuda takes
+        self._offsets = [offset for offset, *_ in self._workspaces]
+        # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
+        self._device, self._hooks_are_set, self._steps = None, None, ()
 
     def __call__(self, *inputs):
         """The outputs."""
         first = inputs[0]
-        if first.is_cuda and first.get_device() != torch._C._cuda_getDevice():
-            with torch.cuda.device(first.device):
-                return self(*inputs)
-        outputs = allocate(self._outputs, first.device)
-        workspace = torch.empty(self._size, dtype=torch.uint8, device=first.device) if self._workspaces else None
+        with device_of(first):
+            if first.is_cuda and not self._steps:
+                self._compile(first)
+            outputs = self.at_once(*inputs)
+            if outputs is None:
+                outputs = allocate(self._outputs, first.device)
+                self._launch_tensors(inputs, outputs)
+        return outputs
+
+    def at_once(self, *inputs):
+        """The outputs, where it takes no more than to allocate them and to hand addresses over, else None.
+
+        It takes more while kernels are not compiled, and always where they are interpreted, where an input does not start at a
+        multiple of 16 bytes, where another device is current, where torch is to be deterministic, and where Triton has a hook.
+        """
+        if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
+            return None
         addresses, low_bits = [], 0
-        for tensor in (*inputs, *outputs):
+        for tensor in inputs:
             address = 0 if tensor is None else tensor.data_ptr()
             addresses.append(address)
             low_bits |= address
-        if not first.is_cuda or low_bits % ALIGNED or not (self._steps or self._compile(first.get_device())):
-            self._launch_tensors([*inputs, *outputs, None], workspace)
-            return outputs
+        if low_bits % ALIGNED:
+            return None
+        outputs = []
+        for layout in self._allocations:
+            tensor = None if layout is None else empty_cuda(*layout)
+            addresses.append(0 if tensor is None else tensor.data_ptr())
+            outputs.append(tensor)
         addresses.append(0)
-        if workspace is not None:
+        if self._workspaces:
+            workspace = empty_cuda((self._size,), (1,), torch.uint8)
             start = workspace.data_ptr()
-            addresses += [start + offset for offset, *_ in self._workspaces]
-        addresses += [select(addresses) for select in self._tuples]
-        for launch, select, kinds in self._steps:
-            launch.run(inputs, (select(addresses), kinds, True))
+            addresses += [start + offset for offset in self._offsets]
+        if self._tuples:
+            addresses += [select(addresses) for select in self._tuples]
+        stream = current_stream(self._device.index)
+        for launch, select in self._steps:
+            launch(select(addresses), stream)
         return outputs
 
-    def _launch_tensors(self, values, workspace):
-        """The long way of tensors that are interpreted or not aligned."""
+    def _launch_tensors(self, inputs, outputs):
+        """The long way, of tensors that are interpreted, not aligned, or on the meta device, as launch_all says."""
+        if not self._launches:
+            for tensor in outputs:
+                if tensor is not None:
+                    tensor.zero_()
+            return
+        values = [*inputs, *outputs, None]
+        workspace = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
         values += [workspace[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in self._workspaces]
         values += [select(values) for select in self._tuples]
         launches = zip(self._launches, self._selections, strict=True)
-        _launch().launch_all(*[(launch, select(values)) for (launch, _), select in launches])
+        launch_all(inputs[0], *[(launch, select(values)) for (launch, _), select in launches])
 
-    def _compile(self, device):
-        """Compile what is new and return the steps, none where kernels are interpreted."""
-        launcher, surveyed = _launch(), []
-        if launcher.knobs.runtime.interpret:
-            return ()
-        for launch, given in self._launches:
-            addresses, (_, *dtypes), aligned = launcher.survey(given)  # of the meta device; addresses are 0
-            surveyed.append((launch, given, (addresses, (device, *dtypes), aligned)))
-        launcher.compile_new(surveyed)
-        kinds = [seen[1] for _, _, seen in surveyed]
-        self._steps = [(launch, *rest) for (launch, _), *rest in zip(self._launches, self._selections, kinds, strict=True)]
-        return self._steps
+    def _compile(self, first):
+        """Compile what is new and prepare the steps, none where kernels are interpreted."""
+        device, launches = first.get_device(), [launch for launch, _ in self._launches]
+        kinds, hooks_are_set = [None] * len(launches), bool  # bool() is False
+        if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # else Triton is not needed
+            launcher, surveyed = _launch(), []
+            if launcher.knobs.runtime.interpret:
+                return
+            for launch, given in self._launches:
+                addresses, (_, *dtypes), aligned = launcher.survey(given)  # of the meta device; addresses are 0
+                surveyed.append((launch, given, (addresses, (device, *dtypes), aligned)))
+            launcher.compile_new(surveyed)
+            kinds, hooks_are_set = [seen[1] for _, _, seen in surveyed], launcher.hooks_are_set
+        bound = [launch.bound(device, of) for launch, of in zip(launches, kinds, strict=True)]
+        self._device, self._hooks_are_set = first.device, hooks_are_set
+        self._steps = [*zip(bound, self._selections, strict=True)]
 
 
 def _selection(places, given):

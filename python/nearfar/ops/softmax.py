@@ -9,10 +9,10 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import PLAIN
+from nearfar.ops.eager import Plan
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
-    apply,
     compile_ahead,
     empty_rows,
     kernels,
@@ -36,20 +36,22 @@ _BACKWARD = (
 )
 
 
-def attend(rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, backward_backend):
-    """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None. left, right: -1 unlimited.
+def attend(repeats, rows, q, k, v, alpha, beta, sink, token_bounds, *options):
+    """o (B, Hq, N, Dv). alpha, beta (B, Hq, N), sink (Hq,): float32 or None.
 
-    rows: layouts of q, k and v, None where the call is not plain. backend, backward_backend: "triton" or "cuda".
+    repeats: of calls with these options and without token_bounds, or None. rows: layouts of q, k and v, None where the call is
+    not plain. options: left and right, -1 unlimited, scale, and the backends of the forward and of the backward.
     """
     rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
-    arguments = q, k, v, *scalars, token_bounds, left, right, scale, backend, backward_backend
+    tensors = q, k, v, *scalars, token_bounds
     given = [tensor for tensor in scalars if tensor is not None]
     if rows is None or not all([type(tensor) in PLAIN for tensor in given]):
-        return torch.ops.nearfar.affine_attention(*arguments)[0]
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (q, k, v, *given)]):
-        return apply(_Eager, q, k, v, *scalars, rows, arguments)
-    return forward(rows, *arguments)[0]
+        return torch.ops.nearfar.affine_attention(*tensors, *options)[0]
+    plan = _Plan(rows, options, tensors)
+    if repeats is not None:
+        repeats.keep(plan, q, k, v, *given)
+    return plan(*tensors)
 
 
 _launchers = kernels("affine_launch")
@@ -76,23 +78,25 @@ def _sum_values(launches, v, sums):
     return [(launch, tensors) for launch, tensors in zip(launches, ((v, sums), (sums,)), strict=False) if sums is not None]
 
 
-def forward(
-    rows, q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend="triton", backward_backend="triton", ahead=None
-):  # fmt: skip
+def forward(rows, tensors, left, right, scale, backend, backward_backend, ahead=None):
     """(o, u, lse), u None without alpha and beta: o is the plain attention output then.
 
-    rows: layouts of q, k and v. ahead: see compile_ahead.
+    rows: layouts of q, k and v. tensors: they, alpha, beta, sink and token_bounds. ahead: see compile_ahead.
     """
     if backend == "cuda":
-        rows, (q, k, v) = _cuda.aligned_rows(rows, q, k, v)
-    given = [None if x is None else x.dtype for x in (alpha, beta, sink, token_bounds)]
-    program = _plan_forward(rows, *given, left, right, scale, backend, backward_backend, uses_tf32(q), ahead)
-    return program(q, k, v, alpha, beta, sink, token_bounds)
+        rows, (q, k, v) = _cuda.aligned_rows(rows, *tensors[:3])
+        tensors = q, k, v, *tensors[3:]
+    return _program(rows, tensors, left, right, scale, backend, backward_backend, ahead)(*tensors)
+
+
+def _program(rows, tensors, *options):
+    given = [None if x is None else x.dtype for x in tensors[3:]]
+    return _plan_forward(rows, *given, uses_tf32(tensors[0]), *options)
 
 
 @planned
 def _plan_forward(
-    q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend, backward_backend, _tf32, ahead
+    q, k, v, alpha, beta, sink, token_bounds, _tf32, left, right, scale, backend, backward_backend, ahead
 ):  # fmt: skip
     """The program of (o, u, lse). alpha, beta, sink, token_bounds: their dtypes, or None."""
     shapes = q.shape[:3], q.shape[:3], q.shape[1:2], (2, q.shape[2])
@@ -165,8 +169,11 @@ def _or_empty(tensors, like):
     return tuple(like.new_empty(0, dtype=torch.float32) if tensor is None else tensor for tensor in tensors)
 
 
-def _dispatched_forward(q, k, v, *arguments):
-    return _or_empty(forward(layouts(q, k, v), q, k, v, *arguments), q)
+def _dispatched_forward(
+    q, k, v, alpha, beta, sink, token_bounds, left, right, scale, backend="triton", backward_backend="triton"
+):  # fmt: skip
+    tensors = q, k, v, alpha, beta, sink, token_bounds
+    return _or_empty(forward(layouts(q, k, v), tensors, left, right, scale, backend, backward_backend), q)
 
 
 def _dispatched_backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, *arguments):
@@ -202,25 +209,19 @@ def _autograd_backward(ctx, do, *_):
     return _given(saved[:6], torch.ops.nearfar.affine_attention_backward(do, *saved, *ctx.options))
 
 
-class _Eager(torch.autograd.Function):
-    """The autograd of a plain eager call, without the dispatcher."""
+class _Plan(Plan):
+    """A plain call."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, alpha, beta, sink, rows, arguments):
-        """arguments: those of the forward after rows, in one piece, as torch looks over each that it is given."""
-        output = forward(rows, *arguments, ahead=rows[0][3])
-        _save(ctx, arguments, output)
-        return output[0]
+    program_of, forward_of = staticmethod(_program), staticmethod(forward)
 
-    @staticmethod
-    def backward(ctx, do):
-        *inputs, u, lse = ctx.saved_tensors
+    def backward(self, gradients, saved):
+        *inputs, u, lse = saved
+        left, right, scale, _, backend = self.options
+        function = backward
         if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
-            u = lse.new_empty(0) if u is None else u
-            results = torch.ops.nearfar.affine_attention_backward(do, *inputs, u, lse, *ctx.options)
-        else:
-            results = backward(do, *inputs, u, lse, *ctx.options)
-        return *_given(inputs[:6], results)[:6], None, None
+            function, u = torch.ops.nearfar.affine_attention_backward, lse.new_empty(0) if u is None else u
+        results = function(*gradients, *inputs, u, lse, left, right, scale, backend)
+        return *_given(inputs[:6], results)[:6], None
 
 
 register(

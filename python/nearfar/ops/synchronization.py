@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.ops import kuramoto, phases
+from nearfar.ops import eager, kuramoto, phases
 from nearfar.ops.ordering import by_frequency, permute
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.reference import synchronization as reference
@@ -107,6 +107,13 @@ def synchronization_attention(
         ValueError: shapes, devices or values that do not fit, among them an order of (B, Hq) with causal, through which later
             tokens would leak; or a backend that cannot serve the call.
     """
+    # Tokens in another order are other tensors than these, for which a call is kept.
+    repeats = None if sort else eager.repeats(kuramoto, omega_k is None, top_k, causal, grad_floor, backend)
+    if repeats:
+        coupling, bandwidth = (checks.parameter(number, omega) for number in (coupling, bandwidth))
+        given = () if omega_k is None else (omega_k,)
+        if plan := repeats.find(omega, v, coupling, bandwidth, order, *given):
+            return plan(omega, omega_k, v, coupling, bandwidth, order)
     call = prepare(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
@@ -124,7 +131,7 @@ def synchronization_attention(
         with checks.no_autocast(q):
             o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
     else:
-        o = kuramoto.attend(rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
+        o = kuramoto.attend(repeats, rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
 
 

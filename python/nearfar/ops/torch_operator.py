@@ -64,7 +64,13 @@ class Layouts(tuple):
 interned = functools.lru_cache(maxsize=1024)(Layouts)
 
 
-_planned, META = [], torch.device("meta")
+_caches, META = [], torch.device("meta")
+
+
+def forgotten_with_plans(cached):
+    """A function with a cache, which forget_plans empties."""
+    _caches.append(cached)
+    return cached
 
 
 def planned(plan):
@@ -73,28 +79,28 @@ def planned(plan):
     A plan holds what follows from layouts and options, which must be hashable: layouts of outputs and workspaces, and launches.
     """
 
+    @forgotten_with_plans
     @functools.lru_cache(maxsize=1024)
     def look_up(layouts, *options):
         return plan(*allocate(layouts, META), *options)
 
-    _planned.append(look_up)
     return look_up
 
 
 def forget_plans():
     """Everything is planned anew, with what the table of launch parameters says now."""
-    for look_up in _planned:
-        look_up.cache_clear()
+    for cached in _caches:
+        cached.cache_clear()
 
 
 # torch.empty_strided without the parsing of its arguments and the dispatcher, which code that torch.compile writes calls.
-_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
-def _takes_the_short_way(device):
+def takes_the_short_way(device):
     """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
     return (
-        _empty_cuda is not None
+        empty_cuda is not None
         and device.index == torch._C._cuda_getDevice()
         and not torch._C._get_deterministic_algorithms()
     )
@@ -102,24 +108,14 @@ def _takes_the_short_way(device):
 
 def allocate(layouts, device):
     """Tensors of these layouts on this device, not filled; None for None."""
-    if device.type == "cuda" and _takes_the_short_way(device):
-        return [None if x is None else _empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
+    if device.type == "cuda" and takes_the_short_way(device):
+        return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 
 
 def uses_tf32(tensor):
     """Whether the user allowed tf32 in the products of this tensor; plans depend on it (launch.dot_precision)."""
     return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-
-
-@functools.cache
-def _autograd_apply(function):
-    return super(torch.autograd.Function, function).apply
-
-
-def apply(function, *arguments):
-    """`function.apply(*arguments)` for plain arguments, without what torch does ahead of it for functorch's transforms."""
-    return _autograd_apply(function)(*arguments)
 
 
 def device_of(tensor):
@@ -129,9 +125,13 @@ def device_of(tensor):
     return torch.cuda.device(tensor.device)
 
 
+def current_stream(device):
+    """Handle of the current stream of a CUDA device, an index, without the object that torch.cuda.current_stream makes."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 def stream_of(tensor):
-    """Handle of the current stream of a CUDA tensor's device, without the object that torch.cuda.current_stream makes."""
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    return current_stream(tensor.get_device())
 
 
 def kernels(name):

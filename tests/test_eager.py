@@ -1,0 +1,258 @@
+"""Calls that are like an earlier one take its plan (ops/eager.py), and no other calls do."""
+
+import pytest
+import samples
+import torch
+from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, randn, run
+from samples import public
+from torch._subclasses import FakeTensorMode
+
+import nearfar as nf
+from nearfar import checks, dispatch
+from nearfar.ops import eager
+from nearfar.ops.torch_operator import forget_plans
+from nearfar.registry import OPERATORS
+
+
+@pytest.fixture(autouse=True)
+def cpu_repeats(monkeypatch):
+    """On a CPU, where calls are not kept, they are here: no test gives numbers that are to be refused."""
+    assert eager.GUARDS_WORK
+    if DEVICE == "cpu":
+        monkeypatch.setattr(eager, "can_repeat", lambda tensor: tensor.dtype != torch.float32)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Notes for every look whether it found a plan."""
+    find, looks = eager.Repeats.find, []
+
+    def noted(repeats, *tensors):
+        plan = find(repeats, *tensors)
+        looks.append(plan is not None)
+        return plan
+
+    monkeypatch.setattr(eager.Repeats, "find", noted)
+    return looks
+
+
+# ---------------------------------------------------------------------------------------------------------- signatures
+
+
+def tensors(width=16, dtype=torch.float16, grad=False):
+    return [randn(1, 2, 20, width, dtype=dtype, seed=seed).requires_grad_(grad) for seed in range(2)]
+
+
+def other_strides(x):
+    return LAYOUTS["tokens before heads"](x.detach())
+
+
+OTHERS = {
+    "shape": lambda x, y: (x[:, :, :-1].contiguous(), y),
+    "strides": lambda x, y: (x, other_strides(y)),
+    "dtype": lambda x, y: (x, y.bfloat16()),
+    "device": lambda x, y: (x.to("meta"), y),
+    "gradients": lambda x, y: (x, y.clone().requires_grad_()),
+    "a parameter": lambda x, y: (torch.nn.Parameter(x, requires_grad=False), y),
+    "a subclass": lambda x, y: (x.as_subclass(type("Sub", (torch.Tensor,), {})), y),
+    "a fake": lambda x, y: (FakeTensorMode().from_tensor(x), y),
+    "no tensor": lambda x, y: (x, y.tolist()),
+    "nothing": lambda x, y: (x, None),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_tensors_are_not_taken_for_those_that_were_kept(other):
+    x, y = tensors()
+    repeats = eager.Repeats()
+    repeats.keep("plan", x, y)
+    assert repeats.find(x, y) == repeats.find(y, x + 1) == "plan"
+    assert repeats.find(*OTHERS[other](x, y)) is None
+
+
+STATES = {
+    "no_grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast(DEVICE, dtype=torch.bfloat16),
+    "a dispatch mode": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_another_state_of_torch_has_plans_of_its_own(state):
+    x, y = tensors()
+    repeats = eager.Repeats()
+    repeats.keep("outside", x, y)
+    with STATES[state]():
+        assert repeats.find(x, y) is None
+    if state != "a dispatch mode":
+        with STATES[state]():
+            repeats.keep("inside", x, y)
+            assert repeats.find(x, y) == "inside"
+    assert repeats.find(x, y) == "outside"
+
+
+def test_each_dtype_of_autocast_has_plans_of_its_own():
+    """Tensors that one leaves alone another casts, and no dispatch key tells the two apart."""
+    x, y = tensors()
+    repeats = eager.Repeats()
+    with torch.autocast("cuda" if DEVICE == "cuda" else "cpu", dtype=torch.float16):
+        torch.set_autocast_dtype("cuda", torch.float16)
+        repeats.keep("float16", x, y)
+        assert repeats.find(x, y) == "float16"
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        assert repeats.find(x, y) is None
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_under_a_transform_nothing_is_found(transform):
+    """Not even for tensors that it does not transform."""
+    x, y = tensors()
+    repeats, seen = eager.Repeats(), []
+    repeats.keep("plan", x, y)
+
+    def look(z):
+        seen.append(repeats.find(x, y))
+        return z.sum()
+
+    transform(look)(torch.ones(3, device=DEVICE))
+    assert seen == [None] and repeats.find(x, y) == "plan"
+
+
+def test_the_last_signatures_are_kept():
+    repeats = eager.Repeats()
+    calls = [tensors(width) for width in range(16, 16 + 2 * eager.MOST_KEPT)]
+    for index, call in enumerate(calls):
+        repeats.keep(index, *call)
+        repeats.keep("again", *call)
+    kept = [repeats.find(*call) for call in calls]
+    assert kept == [*[None] * eager.MOST_KEPT, *range(eager.MOST_KEPT, 2 * eager.MOST_KEPT)]
+
+
+def test_options_of_other_types_are_other_options():
+    repeats = eager.repeats("name", 1, (2, -1))
+    assert eager.repeats("name", 1, (2, -1)) is repeats
+    others = [("name", True, (2, -1)), ("name", 1.0, (2, -1)), ("other", 1, (2, -1)), ("name", 1, (2, 0))]
+    for options in others:
+        assert eager.repeats(*options) is not repeats
+    assert eager.repeats("name", [1]) is None
+    forget_plans()
+    assert eager.repeats("name", 1, (2, -1)) is not repeats
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+
+OPTIONS_OF_VALUES = "cu_seqlens", "sort"
+
+
+def calls():
+    for operator in OPERATORS:
+        if operator.differentiable and operator.room != "diagnostics":
+            for name in samples.names(operator):
+                yield pytest.param(operator, name, id=f"{operator.function.__name__}-{name}")
+
+
+@pytest.mark.parametrize("operator, name", list(calls()))
+def test_a_call_like_an_earlier_one_gives_what_it_gives_alone(operator, name, found, monkeypatch):
+    """Other numbers at other addresses, with gradients and without; checks and dispatch are left out."""
+    make, function = samples.of(operator).make, public(operator)
+    first = make(name, torch.float16, length=21)
+    second = Sample({key: other_numbers(key, x) for key, x in first.tensors.items()}, first.options)
+    repeated = not any(option in first.options for option in OPTIONS_OF_VALUES)
+    alone = []
+    for sample in (first, second):
+        forget_plans()
+        alone.append((run(function, sample), without_gradients(function, sample)))
+    forget_plans()
+    run(function, first), without_gradients(function, first)
+    assert not any(found)
+    found.clear()
+    if repeated:
+        monkeypatch.setattr(checks, "plain_layouts", lambda *_: pytest.fail("a call is checked again"))
+        monkeypatch.setattr(dispatch.Backends, "served", lambda *_: pytest.fail("a call is dispatched again"))
+    for sample, (expected, plain) in zip((second, first), alone[::-1], strict=True):
+        assert_same(run(function, sample), expected, "after another call")
+        assert_same((without_gradients(function, sample), {}), (plain, {}), "after another call")
+    assert found == [repeated] * 4 if repeated else not any(found)
+
+
+def other_numbers(name, tensor):
+    """Of the same signs, as bandwidths and orders need."""
+    return tensor * (0.875 if name in ("sigma", "coupling", "bandwidth", "order") else -0.5)
+
+
+def without_gradients(function, sample):
+    with torch.no_grad():
+        return function(**sample.tensors, **sample.options, backend="triton")
+
+
+WINDOW = nf.SlidingWindow(9)
+
+
+def test_what_fits_no_kept_call_is_refused_as_ever():
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    sigma = torch.full((2,), 2.0, device=DEVICE)
+    for _ in range(2):
+        nf.krause_attention(q, k, v, sigma, WINDOW, top_k=1, backend="triton")
+        for error, match, change in (
+            (TypeError, "top_k must be an int or None, got bool", dict(top_k=True)),
+            (TypeError, "top_k must be an int or None, got float", dict(top_k=1.0)),
+            (TypeError, "locality must be None or a SlidingWindow, got list", dict(locality=[9])),
+            (TypeError, "q must be a torch.Tensor, got list", dict(q=q.tolist())),
+            (TypeError, "k must have the dtype of q", dict(k=k.float())),
+            (ValueError, "v must have the heads and length of k", dict(v=v[:, :, 1:])),
+            (ValueError, "sigma must be a number or one number per query head", dict(sigma=torch.ones(3, device=DEVICE))),
+            (TypeError, "sigma must be a float or a floating-point tensor, got str", dict(sigma="2")),
+            (ValueError, "backend must be", dict(backend="tritom")),
+        ):
+            arguments = dict(q=q, k=k, v=v, sigma=sigma, locality=WINDOW, top_k=1, backend="triton") | change
+            with pytest.raises(error, match=match):
+                nf.krause_attention(**arguments)
+
+
+def test_feature_maps_of_the_user_are_applied_in_every_call():
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    for _ in range(3):
+        o = nf.linear_attention(q, k, v, feature_map=torch.exp, backend="triton")
+        assert torch.equal(o, nf.linear_attention(q.exp(), k.exp(), v, feature_map="identity", backend="triton"))
+
+
+def test_tensors_that_do_not_start_at_16_bytes_take_the_long_way():
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    numbers = torch.tensor([2.0, 2.5, 3.0], device=DEVICE)
+    shifted = torch.cat((q.flatten()[:1], q.flatten()))[1:].view(q.shape)
+    assert shifted.data_ptr() % 16 and numbers[1:].data_ptr() % 16
+    expected = nf.krause_attention(q, k, v, numbers[1:].clone(), WINDOW, backend="triton")
+    for x, sigma in ((shifted, numbers[1:]), (q, numbers[1:]), (shifted, numbers[1:].clone())):
+        assert torch.equal(nf.krause_attention(x, k, v, sigma, WINDOW, backend="triton"), expected)
+
+
+def test_a_number_takes_the_plan_of_another(found):
+    """Where numbers become tensors: on a GPU alone they are not asked for in every call."""
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    for sigma in (2.0, 3.0, 2.0):
+        expected = nf.krause_attention(q, k, v, torch.full((1,), sigma, device=DEVICE), WINDOW, backend="triton")
+        assert torch.equal(nf.krause_attention(q, k, v, sigma, WINDOW, backend="triton"), expected)
+    assert found.count(True) >= (4 if DEVICE == "cuda" else 2)
+
+
+def test_double_backward_is_refused_in_a_repeated_call():
+    sample = samples.of(OPERATORS[0]).make("causal window", torch.float16, length=21)
+    for _ in range(2):
+        given = leaves(sample)
+        o = nf.krause_attention(**given, **sample.options, backend="triton")
+        (dq,) = torch.autograd.grad(o.sum(), given["q"], create_graph=True)
+        with pytest.raises(RuntimeError, match="no double backward"):
+            torch.autograd.grad(dq.sum(), given["q"])
+
+
+def test_a_compiled_call_looks_for_no_plan(found):
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    sigma = torch.full((2,), 2.0, device=DEVICE)
+    call = lambda: nf.krause_attention(q, k, v, sigma, WINDOW, backend="triton")  # noqa: E731
+    expected = call()
+    found.clear()
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(), expected) and not found
