@@ -171,6 +171,7 @@ class Ahead:
     def __init__(self, monkeypatch):
         self.launched, self.compiled = [], []
         monkeypatch.setattr(launch.Launch, "run", lambda made, _, surveyed: self.launched.append((made, surveyed[1][1:])))
+        monkeypatch.setattr(launch.Launch, "bound", lambda made, _, kinds: lambda *_: self.launched.append((made, kinds[1:])))
         monkeypatch.setattr(launch.Launch, "is_new", lambda made, surveyed: False)
         monkeypatch.setattr(launch, "build_ahead", self.build)
         for module in (factored, kuramoto, pairwise, softmax):

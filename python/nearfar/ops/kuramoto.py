@@ -50,10 +50,9 @@ def attend(repeats, rows, omega, omega_k, v, coupling, bandwidth, order, *option
     call is not plain. options: causal, top_k, grad_floor, and the backends of the forward and of the backward, "triton" or
     "cuda"; what "cuda" does not serve of the backward, "triton" does.
     """
-    given = () if omega_k is None else (omega_k,)
-    rows, (omega, v, *given) = unit_strides(rows, omega, v, *given)
+    rows, (omega, v, *given) = unit_strides(rows, omega, v, *(() if omega_k is None else (omega_k,)))
     parameters = coupling, bandwidth, order.contiguous()
-    tensors = omega, given[0] if given else None, v, *parameters
+    tensors = omega, None if omega_k is None else given[0], v, *parameters
     if rows is None or not all([type(tensor) in PLAIN for tensor in parameters]):
         return torch.ops.nearfar.synchronization_attention(*tensors, *options)[0]
     plan = _Plan(rows, options, tensors)
