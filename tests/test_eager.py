@@ -1,5 +1,8 @@
 """Calls that are like an earlier one take its plan (ops/eager.py), and no other calls do."""
 
+import gc
+import weakref
+
 import pytest
 import samples
 import torch
@@ -9,9 +12,11 @@ from torch._subclasses import FakeTensorMode
 
 import nearfar as nf
 from nearfar import checks, dispatch
-from nearfar.ops import eager
+from nearfar.ops import eager, krause
 from nearfar.ops.torch_operator import forget_plans
 from nearfar.registry import OPERATORS
+
+WINDOW = nf.SlidingWindow(9)
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +137,18 @@ def test_the_last_signatures_are_kept():
     assert kept == [*[None] * eager.MOST_KEPT, *range(eager.MOST_KEPT, 2 * eager.MOST_KEPT)]
 
 
+def test_nothing_that_is_kept_keeps_a_tensor_alive():
+    """Neither a signature nor the plan of a call with gradients, whose graph is gone."""
+    given = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(3)]
+    given.append(torch.full((2,), 2.0, device=DEVICE, requires_grad=True))
+    o = nf.krause_attention(*given, WINDOW, backend="triton")
+    assert eager.repeats(krause._op, WINDOW, None, "triton").find(*given) is not None
+    alive = [weakref.ref(x) for x in (*given, o)]
+    del given, o
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
 def test_options_of_other_types_are_other_options():
     repeats = eager.repeats("name", 1, (2, -1))
     assert eager.repeats("name", 1, (2, -1)) is repeats
@@ -187,9 +204,6 @@ def other_numbers(name, tensor):
 def without_gradients(function, sample):
     with torch.no_grad():
         return function(**sample.tensors, **sample.options, backend="triton")
-
-
-WINDOW = nf.SlidingWindow(9)
 
 
 def test_what_fits_no_kept_call_is_refused_as_ever():
