@@ -8,11 +8,12 @@ import samples
 import torch
 from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, randn, run
 from samples import public
+from test_plans import turns
 from torch._subclasses import FakeTensorMode
 
 import nearfar as nf
 from nearfar import checks, dispatch
-from nearfar.ops import eager, krause
+from nearfar.ops import eager, krause, synchronization
 from nearfar.ops.torch_operator import forget_plans
 from nearfar.registry import OPERATORS
 
@@ -149,6 +150,15 @@ def test_nothing_that_is_kept_keeps_a_tensor_alive():
     assert not any(reference() is not None for reference in alive)
 
 
+def test_a_tensor_that_is_given_twice_takes_no_room():
+    x, y = tensors()
+    repeats = eager.Repeats()
+    repeats.keep("plan", x, y)
+    for _ in range(eager.MOST_KEPT):
+        repeats.keep("twice", x, x)
+    assert repeats.find(x, x) is None and repeats.find(x, y) == "plan"
+
+
 def test_options_of_other_types_are_other_options():
     repeats = eager.repeats("name", 1, (2, -1))
     assert eager.repeats("name", 1, (2, -1)) is repeats
@@ -225,6 +235,41 @@ def test_what_fits_no_kept_call_is_refused_as_ever():
             arguments = dict(q=q, k=k, v=v, sigma=sigma, locality=WINDOW, top_k=1, backend="triton") | change
             with pytest.raises(error, match=match):
                 nf.krause_attention(**arguments)
+
+
+def test_calls_whose_tensors_are_alike_do_not_take_each_others_plans(found):
+    """Which arguments they are given as, and whether there are more of them."""
+    q, k, v = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(3)]
+    numbers, state = torch.rand(1, 2, 20, device=DEVICE), torch.rand(1, 2, 16, 17, device=DEVICE)
+    omega, order, one = q * 0.2, torch.ones(1, 2, device=DEVICE), torch.ones(1, device=DEVICE)
+    turns(
+        lambda: nf.affine_attention(q, k, v, numbers, None, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, None, numbers, backend="triton"),
+        lambda: nf.affine_attention(q, k, v, numbers, 2 * numbers, backend="triton"),
+        lambda: nf.softmax_attention(q, k, v, backend="triton"),
+        lambda: nf.softmax_attention(q, k, v, sink=order[0], backend="triton"),
+    )
+    turns(
+        lambda: nf.linear_attention(q, k, v, causal=True, backend="triton"),
+        lambda: nf.linear_attention(q, k, v, causal=True, initial_state=state, backend="triton"),
+        lambda: nf.hadamard_attention((q, k / 2), (k, q / 2), v, causal=True, backend="triton"),
+        lambda: nf.hadamard_attention((q, k / 2, q / 2), (k, 2 * q, 2 * k), v, causal=True, backend="triton"),
+    )
+    turns(
+        lambda: nf.synchronization_attention(omega, v, 2 * one, one / 2, order, backend="triton"),
+        lambda: nf.synchronization_attention(omega, v, 2 * one, one / 2, order, omega_k=k * 0.2, backend="triton"),
+    )
+    assert found.count(True) == 6 + 5 + 3  # the last of those alone, then all of the second round
+
+
+def test_tokens_are_sorted_in_every_call_that_asks_for_it(monkeypatch):
+    sorts, by_frequency = [], synchronization.by_frequency
+    monkeypatch.setattr(synchronization, "by_frequency", lambda omega: sorts.append(omega) or by_frequency(omega))
+    omega, v = [0.2 * randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(2)]
+    order = torch.ones(1, 2, device=DEVICE)
+    for sort in (False, True, True):
+        nf.synchronization_attention(omega, v, 2.0, 0.5, order, sort=sort, backend="triton")
+    assert len(sorts) == 2
 
 
 def test_feature_maps_of_the_user_are_applied_in_every_call():

@@ -105,10 +105,13 @@ class Repeats:
         """Remember the plan of a call by the tensors that it was made for, those that are absent left out.
 
         They may be others than the call came with: casts and copies leave alone what they have made, so that a call with such
-        tensors has the same plan. For calls of which that is not so there are no Repeats.
+        tensors has the same plan. For calls of which that is not so there are no Repeats. Where one tensor is given twice,
+        nothing is found.
         """
         if can_repeat(tensors[0]) and self.find(*tensors) is None:
-            self._kept = [(_guards(tensors), _state(), plan), *self._kept[: MOST_KEPT - 1]]
+            guards = _guards(tensors)
+            if guards.check(*tensors):
+                self._kept = [(guards, _state(), plan), *self._kept[: MOST_KEPT - 1]]
 
 
 def can_repeat(tensor):
