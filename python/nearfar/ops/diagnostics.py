@@ -187,7 +187,7 @@ def _checked(metas, limited, name):
     reason = checks.kernel_width_reason("q", q.shape[3])
     reason = reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
     order = dispatch.measured_order(MEASURED[name].get(int(q.shape[3])), q.device)
-    cuda_reason = reason or _cuda.hopper_reason(dict(zip("qkv", metas, strict=False)))
+    cuda_reason = reason or _cuda.hopper_reason(dict(zip("qkv"[: len(metas)], metas, strict=True)))
     return reason, cuda_reason, (order, order)
 
 

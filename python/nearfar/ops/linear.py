@@ -189,9 +189,9 @@ def _attend(
     call = _prepare(
         qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
     )
-    forward, backward = call.backends.served(backend, call.q)
+    forward, backward = call.backends.served(backend, call.v)
     if forward == "reference":
-        with checks.no_autocast(call.q):
+        with checks.no_autocast(call.v):
             o, state = reference.hadamard_attention(
                 call.qs, call.ks, call.v, call.feature_map, call.normalize, call.causal, call.eps,
                 call.initial_state, call.return_state, call.cu_seqlens,

@@ -183,15 +183,15 @@ def prepare(
 @checks.once
 def _checked(metas, top_k, symmetric):
     """The backends of these layouts. symmetric: whether S is; else gradients are Triton's."""
-    omega, v, *given = metas
-    keys, key_name = (given[0], "omega_k") if given else (omega, "omega")
+    omega, v, separate = metas[0], metas[1], len(metas) > 2
+    keys, key_name = (metas[2], "omega_k") if separate else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
     forward, backward = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
     orders = forward, backward if symmetric else dispatch.TRITON_FIRST
-    return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, bool(given), top_k), reason, orders)
+    return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
 
 
 def _check_grad_floor(grad_floor):
