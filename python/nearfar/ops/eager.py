@@ -94,7 +94,7 @@ class Repeats:
         self._kept = []
 
     def find(self, *tensors):
-        """The Plan of a call whose tensors were like these, or None. Options have to tell how many there are."""
+        """The Plan of a call whose tensors were like these, or None. Options have to tell which of them there are."""
         state = _state()
         for guards, kept_state, plan in self._kept:
             if kept_state == state and guards.check(*tensors):
@@ -102,12 +102,13 @@ class Repeats:
         return None
 
     def keep(self, plan, *tensors):
-        """Remember the plan of a call by the tensors that it was made for, those that are absent left out.
+        """Remember the plan of a call by the tensors that it was made for; None, what is absent, is no part of a look.
 
         They may be others than the call came with: casts and copies leave alone what they have made, so that a call with such
         tensors has the same plan. For calls of which that is not so there are no Repeats. Where one tensor is given twice,
         nothing is found.
         """
+        tensors = [x for x in tensors if x is not None]
         if can_repeat(tensors[0]) and self.find(*tensors) is None:
             guards = _guards(tensors)
             if guards.check(*tensors):

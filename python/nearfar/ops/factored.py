@@ -63,15 +63,13 @@ def attend(repeats, rows, qs, ks, v, initial_state, cu_seqlens, *options):
     not plain. options: feature_map, normalize, causal, eps, return_state, and the backends of the forward and of the backward,
     which read what either has saved with one factor; with several they have to be the same.
     """
-    rows, given = unit_strides(rows, *qs, *ks, v)
-    if initial_state is not None:
-        given = *given, initial_state.contiguous()
-    tensors = *given, *[None] * (initial_state is None), cu_seqlens
+    rows, factors_and_v = unit_strides(rows, *qs, *ks, v)
+    tensors = *factors_and_v, None if initial_state is None else initial_state.contiguous(), cu_seqlens
     if rows is None or (initial_state is not None and not is_plain(initial_state)):
         return torch.ops.nearfar.hadamard_attention(*_split(tensors), *options)[:2]
     plan = _Plan(rows, options, tensors)
     if repeats is not None:
-        repeats.keep(plan, *given)
+        repeats.keep(plan, *tensors)
     return plan(*tensors)
 
 

@@ -57,7 +57,7 @@ def attend(repeats, rows, omega, omega_k, v, coupling, bandwidth, order, *option
         return torch.ops.nearfar.synchronization_attention(*tensors, *options)[0]
     plan = _Plan(rows, options, tensors)
     if repeats is not None:
-        repeats.keep(plan, omega, v, *parameters, *given)
+        repeats.keep(plan, *tensors)
     return plan(*tensors)
 
 

@@ -180,11 +180,12 @@ def _attend(
     repeats = None
     # A function as feature_map makes other tensors of these, for which a call is kept.
     if cu_seqlens is None and type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
-        given = (*qs, *ks, v) if initial_state is None else (*qs, *ks, v, initial_state)
+        tensors = *qs, *ks, v, initial_state
+        given = tensors[:-1] if initial_state is None else tensors
         options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, initial_state is None, return_state
         repeats = eager.repeats(factored, *options, backend)
         if repeats and (plan := repeats.find(*given)):
-            o, state = plan(*given, *[None] * (initial_state is None), None)
+            o, state = plan(*tensors, None)
             return (o, state) if return_state else o
     call = _prepare(
         qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"

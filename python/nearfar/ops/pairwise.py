@@ -71,7 +71,7 @@ class PairwiseOp:
             return self.forward_op(*tensors, *options)[0]
         plan = _Plan(self, rows, options, tensors)
         if repeats is not None:
-            repeats.keep(plan, q, k, v, parameter)
+            repeats.keep(plan, *tensors)
         return plan(*tensors)
 
     @functools.cached_property

@@ -45,12 +45,11 @@ def attend(repeats, rows, q, k, v, alpha, beta, sink, token_bounds, *options):
     rows, (q, k, v) = unit_strides(rows, q, k, v)
     scalars = [None if tensor is None else tensor.contiguous() for tensor in (alpha, beta, sink)]
     tensors = q, k, v, *scalars, token_bounds
-    given = [tensor for tensor in scalars if tensor is not None]
-    if rows is None or not all([type(tensor) in PLAIN for tensor in given]):
+    if rows is None or not all([tensor is None or type(tensor) in PLAIN for tensor in scalars]):
         return torch.ops.nearfar.affine_attention(*tensors, *options)[0]
     plan = _Plan(rows, options, tensors)
     if repeats is not None:
-        repeats.keep(plan, q, k, v, *given)
+        repeats.keep(plan, *tensors)
     return plan(*tensors)
 
 

@@ -111,8 +111,8 @@ def synchronization_attention(
     repeats = None if sort else eager.repeats(kuramoto, omega_k is None, top_k, causal, grad_floor, backend)
     if repeats:
         coupling, bandwidth = (checks.parameter(number, omega) for number in (coupling, bandwidth))
-        given = () if omega_k is None else (omega_k,)
-        if plan := repeats.find(omega, v, coupling, bandwidth, order, *given):
+        omegas = (omega,) if omega_k is None else (omega, omega_k)
+        if plan := repeats.find(*omegas, v, coupling, bandwidth, order):
             return plan(omega, omega_k, v, coupling, bandwidth, order)
     call = prepare(
         omega, v, coupling, bandwidth, order,
