@@ -266,9 +266,9 @@ def test_tokens_are_sorted_in_every_call_that_asks_for_it(monkeypatch):
     sorts, by_frequency = [], synchronization.by_frequency
     monkeypatch.setattr(synchronization, "by_frequency", lambda omega: sorts.append(omega) or by_frequency(omega))
     omega, v = [0.2 * randn(1, 2, 20, 16, dtype=torch.float16, seed=seed) for seed in range(2)]
-    order = torch.ones(1, 2, device=DEVICE)
+    order, one = torch.ones(1, 2, device=DEVICE), torch.ones(1, device=DEVICE)
     for sort in (False, True, True):
-        nf.synchronization_attention(omega, v, 2.0, 0.5, order, sort=sort, backend="triton")
+        nf.synchronization_attention(omega, v, 2 * one, one / 2, order, sort=sort, backend="triton")
     assert len(sorts) == 2
 
 
