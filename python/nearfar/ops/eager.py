@@ -115,6 +115,13 @@ class Repeats:
                 self._kept = [(guards, _state(), plan), *self._kept[: MOST_KEPT - 1]]
 
 
+def start(plan, repeats, tensors):
+    """What the caller gets of a call that was not found; one like it will be, where there are Repeats."""
+    if repeats is not None:
+        repeats.keep(plan, *tensors)
+    return plan(*tensors)
+
+
 def can_repeat(tensor):
     """Whether nothing but signature and state tells what serves a call: on a CPU, values and the environment do, too.
 

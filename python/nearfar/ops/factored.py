@@ -9,7 +9,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import is_plain
-from nearfar.ops.eager import Plan
+from nearfar.ops.eager import Plan, start
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
@@ -67,10 +67,7 @@ def attend(repeats, rows, qs, ks, v, initial_state, cu_seqlens, *options):
     tensors = *factors_and_v, None if initial_state is None else initial_state.contiguous(), cu_seqlens
     if rows is None or (initial_state is not None and not is_plain(initial_state)):
         return torch.ops.nearfar.hadamard_attention(*_split(tensors), *options)[:2]
-    plan = _Plan(rows, options, tensors)
-    if repeats is not None:
-        repeats.keep(plan, *tensors)
-    return plan(*tensors)
+    return start(_Plan(rows, options, tensors), repeats, tensors)
 
 
 def step(qs, ks, v, state, feature_map, normalize, eps, out):

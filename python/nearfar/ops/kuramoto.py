@@ -6,7 +6,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import PLAIN
-from nearfar.ops.eager import Plan
+from nearfar.ops.eager import Plan, start
 from nearfar.ops.pairwise import no_bits, selection_words
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
@@ -55,10 +55,7 @@ def attend(repeats, rows, omega, omega_k, v, coupling, bandwidth, order, *option
     tensors = omega, None if omega_k is None else given[0], v, *parameters
     if rows is None or not all([type(tensor) in PLAIN for tensor in parameters]):
         return torch.ops.nearfar.synchronization_attention(*tensors, *options)[0]
-    plan = _Plan(rows, options, tensors)
-    if repeats is not None:
-        repeats.keep(plan, *tensors)
-    return plan(*tensors)
+    return start(_Plan(rows, options, tensors), repeats, tensors)
 
 
 _launchers = kernels("synchronization_launch")

@@ -8,7 +8,7 @@ import torch
 from nearfar import _cuda
 from nearfar.checks import PLAIN
 from nearfar.localities import keys_in_window
-from nearfar.ops.eager import Plan
+from nearfar.ops.eager import Plan, start
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     compile_ahead,
@@ -69,10 +69,7 @@ class PairwiseOp:
         tensors = q, k, v, parameter, token_bounds
         if rows is None or type(parameter) not in PLAIN:
             return self.forward_op(*tensors, *options)[0]
-        plan = _Plan(self, rows, options, tensors)
-        if repeats is not None:
-            repeats.keep(plan, *tensors)
-        return plan(*tensors)
+        return start(_Plan(self, rows, options, tensors), repeats, tensors)
 
     @functools.cached_property
     def modules(self):

@@ -9,7 +9,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.checks import PLAIN
-from nearfar.ops.eager import Plan
+from nearfar.ops.eager import Plan, start
 from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import (
     allocate,
@@ -47,10 +47,7 @@ def attend(repeats, rows, q, k, v, alpha, beta, sink, token_bounds, *options):
     tensors = q, k, v, *scalars, token_bounds
     if rows is None or not all([tensor is None or type(tensor) in PLAIN for tensor in scalars]):
         return torch.ops.nearfar.affine_attention(*tensors, *options)[0]
-    plan = _Plan(rows, options, tensors)
-    if repeats is not None:
-        repeats.keep(plan, *tensors)
-    return plan(*tensors)
+    return start(_Plan(rows, options, tensors), repeats, tensors)
 
 
 _launchers = kernels("affine_launch")
