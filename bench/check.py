@@ -1,76 +1,170 @@
-"""Is a provider right? Compared with the float64 oracle before any of its times is believed.
+"""Is a provider right? Compared with a float64 oracle before any of its times is believed, and again after they were taken.
 
-An output passes when its largest error is at most twice that of the plain formula in the same dtype, plus 4 eps of that
-dtype; errors count relative to the largest value of the oracle. A baseline may be off by twice that: the check is whether it
-computes the same, not how well.
+Every key head of every batch element, as far as a budget of pairs allows, gets a block of query rows: the last rows, the first
+ones, rows across the edge of a tile, or random ones. dO is zero in all other rows, so that every gradient, that of a parameter
+too, comes from the compared rows alone, and a million tokens take no longer than a few thousand. With top_k, rows whose
+selection is within rounding may rightly differ; they are left out, with dO zero.
 
-Only the last rows of the last key head are compared, against all keys that they see, so that a million tokens take no
-longer than a few thousand; there index arithmetic overflows first, too. dO is zero elsewhere: then every gradient, that of
-a parameter too, comes from those rows alone. With top_k, rows whose selection is within rounding may rightly differ; they
-are left out, with dO zero.
+An output passes when the norm of its error is at most CAPS[dtype] times its own norm. Ours also has to keep the rule of
+accuracy: the largest error at most twice that of the plain formula plus eps / 2 of the largest value, and the norm of the error
+at most 1.5 times that of the plain formula plus eps / 8 of the norm. The plain formula takes the same inputs, computes in
+float32 and rounds its results once. Where it is further off than the cap allows, the case can show nothing: no provider passes.
 
-The gradient of a parameter (sigma) is one number a head, a sum over all rows in which terms cancel and errors may by luck.
-It counts relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make
-as independent ones: the root of the sum of their squares.
+The gradient of a parameter (sigma) is one number a head, a sum over rows in which terms cancel, and errors may by luck. It
+counts relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make as
+independent ones, the root of the sum of their squares, and a rounding of the sum.
 """
 
 from typing import NamedTuple
 
 import torch
 
-PAIRS = {"cuda": 2**23, "cpu": 2**20}  # query-key pairs compared
+PAIRS = {"cuda": 2**25, "cpu": 2**21}  # query-key pairs compared
+CAPS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+TILE = 64  # rows: blocks across an edge of such a tile are across the edges of larger ones, too, now and then
+
+
+class Block(NamedTuple):
+    """The rows of one batch element and key head that are compared, and the keys that they see.
+
+    rows: of the queries that the formula is given, the last positions of `keys`. counted: how many of them, from the first,
+    see no key beyond `keys`, and so are compared.
+    """
+
+    batch: int
+    kv_head: int
+    rows: slice
+    keys: slice
+    counted: int
+
+
+class Part(NamedTuple):
+    """What a block says of one output: where it is, and its values by the oracle and by the plain formula."""
+
+    index: tuple
+    exact: torch.Tensor
+    plain: torch.Tensor
+    scale: torch.Tensor  # what errors are relative to
 
 
 class Expected(NamedTuple):
-    parts: dict  # {name: index of the compared part} of the output and of each gradient
-    clear: torch.Tensor  # compared rows whose selection rounding cannot change
+    parts: dict  # {name: Parts} of the output and of each gradient
+    clear: list  # for each block, the compared rows whose selection rounding cannot change
     do: torch.Tensor
-    oracle: dict
-    scale: dict  # what the errors of each output are relative to
-    allowed: dict
+    dtype: torch.dtype  # whose rounding the results have
+
+
+class Error(NamedTuple):
+    """error: norm of the error over the norm of the output. cap: what it may be. rule: error over what the rule allows.
+
+    shows: whether the plain formula itself is within the cap, so that a right result can be told from a wrong one.
+    """
+
+    error: float
+    cap: float
+    rule: float
+    shows: bool = True
 
 
 class Check(NamedTuple):
-    """errors: {output: (error, allowed)}, relative to the output's largest value."""
+    """errors: {output: Error}. ours: whether the rule of accuracy counts beside the cap."""
 
     errors: dict
     rows: int
     rows_left_out: int
+    ours: bool
 
     @property
     def worst(self):
-        """(output, error, allowed) of the one closest to its limit or furthest beyond; NaN is beyond everything."""
-        return max(((name, *pair) for name, pair in self.errors.items()), key=lambda e: (e[1] != e[1], e[1] / e[2]))
+        """(output, error, cap) of the one closest to its limit or furthest beyond; NaN is beyond everything."""
+        name = max(self.errors, key=lambda name: (self.excess(name) != self.excess(name), self.excess(name)))
+        return name, self.errors[name].error, self.errors[name].cap
+
+    def excess(self, name):
+        """How many times its limit an output is off."""
+        found = self.errors[name]
+        return max(found.error / found.cap, found.rule if self.ours else 0.0) if found.error == found.error else found.error
 
     @property
     def passed(self):
-        return all(error <= allowed for error, allowed in self.errors.values())
+        return not self.blind and all(self.excess(name) <= 1 for name in self.errors)
+
+    @property
+    def blind(self):
+        """Outputs of which the case can show nothing."""
+        return [name for name, found in self.errors.items() if not found.shows]
 
 
 def expect(formula, case, inputs):
-    """What the oracle and the plain formula say about the compared part of a problem."""
-    names, parameters = [*formula.inputs(case), *formula.rows, *formula.parameters], set(formula.parameters)
-    group, last = case.heads // case.kv_heads, slice(-1, None)
-    rows, keys = compared(formula, case.length, PAIRS[inputs[0].device.type])
-    parts = {"o": (last, slice(-group, None), slice(-rows, None))}
-    of_keys = (last, last, slice(-keys, None))
-    for name in names:
-        of_queries = name.startswith("q") or name in formula.rows
-        parts[f"d{name}"] = slice(-group, None) if name in parameters else parts["o"] if of_queries else of_keys
-    values = [tensor.detach()[parts[f"d{name}"]] for name, tensor in zip(names, inputs, strict=True)]
-    values64 = [value.double() for value in values]
-    keep, clear = formula.selection(*values64)
-    do = torch.randn(*clear.shape, case.width, device=clear.device, dtype=values[0].dtype) * clear[..., None]
+    """What the oracle and the plain formula say about the compared blocks of a problem."""
+    names, group = [*formula.inputs(case), *formula.rows, *formula.parameters], case.heads // case.kv_heads
+    dtype = formula.precision(case)
+    do = torch.zeros(*case.output_shape[:3], formula.columns(case), device=inputs[0].device, dtype=inputs[0].dtype)
+    parts, clears = {}, []
+    for block in blocks(formula, case, PAIRS[inputs[0].device.type]):
+        batch, heads = slice(block.batch, block.batch + 1), slice(block.kv_head * group, (block.kv_head + 1) * group)
+        of_rows, of_keys = (batch, heads, block.rows), (batch, slice(block.kv_head, block.kv_head + 1), block.keys)
+        places = {"o": of_rows}
+        for name in names:
+            of_queries = name.startswith("q") or name in formula.rows
+            places[f"d{name}"] = (heads,) if name in formula.parameters else of_rows if of_queries else of_keys
+        values = [tensor.detach()[places[f"d{name}"]] for name, tensor in zip(names, inputs, strict=True)]
+        keep, clear = formula.selection(*[value.double() for value in values])
+        clear = clear & (torch.arange(clear.shape[-1], device=clear.device) < block.counted)
+        block_do = torch.randn(*clear.shape, do.shape[-1], device=do.device, dtype=do.dtype) * clear[..., None]
+        do[of_rows] = block_do
+        clears.append(clear)
+        for name, found in results(formula, case, names, values, keep, clear, block_do, dtype).items():
+            parts.setdefault(name, []).append(Part(places[name], *found))
+    for name in [f"d{name}" for name in formula.parameters if f"d{name}" in parts]:
+        parts[name] = [whole(parts[name], case.heads)]
+    return Expected(parts, clears, do, dtype)
 
-    def plain(*inputs):
-        return formula.plain(*inputs, keep=keep)
+
+def whole(parts, heads):
+    """The gradient of a parameter of all heads: each batch element adds to it."""
+    sums = [torch.zeros(heads, dtype=torch.float64, device=parts[0].exact.device) for _ in range(3)]
+    for part in parts:
+        for total, value in zip(sums, part[1:], strict=True):
+            total[part.index] += value
+    return Part((), *sums)
+
+
+def blocks(formula, case, pairs):
+    """The compared Blocks, one for a key head of a batch element, spread evenly where there are more than the budget allows."""
+    group, length, members = case.heads // case.kv_heads, case.length, case.batch * case.kv_heads
+    least = length if formula.every_row else min(length, 16)
+    most = max(4, pairs // (group * least * seen_by(formula, least, length)))
+    chosen = sorted({round(x) for x in torch.linspace(0, members - 1, min(members, most)).tolist()})
+    rows = least
+    while rows < length and group * len(chosen) * 2 * rows * seen_by(formula, 2 * rows, length) <= pairs:
+        rows *= 2
+    rows, random = min(rows, length), torch.Generator().manual_seed(0)
+    for index, member in enumerate(chosen):
+        anywhere = int(torch.randint(length - rows + 1, (), generator=random))
+        edge = min(max(anywhere // TILE * TILE - rows // 2, 0), length - rows)
+        begin = (length - rows, 0, edge, anywhere)[index % 4] if formula.anywhere else length - rows
+        end, sees_all = begin + rows, formula.left < 0 and formula.right < 0
+        last = length if formula.right < 0 else min(length, end + formula.right)
+        first = 0 if formula.left < 0 else max(0, begin - formula.left)
+        # The formula takes its queries for the last positions of its keys: those that follow come along, uncounted.
+        yield Block(*divmod(member, case.kv_heads), slice(begin, end if sees_all else last), slice(first, last), rows)
+
+
+def seen_by(formula, rows, length):
+    """The most keys that a block of rows sees."""
+    return length if formula.left < 0 or formula.right < 0 else min(length, rows + formula.left + formula.right)
+
+
+def results(formula, case, names, values, keep, clear, do, dtype):
+    """{name: (exact, plain, scale)} of the output of a block and, where the case has a backward, of its gradients."""
+    parameters, rows = set(formula.parameters), clear.shape[-1]
 
     def by_row(values):
         """The values with a number for each row, and with it a gradient for each row, in a parameter."""
         return [v[:, None].repeat(1, rows) if name in parameters else v for name, v in zip(names, values, strict=True)]
 
     def outputs(run, values):
-        """{name: value} of the output and, where the case has a backward, of the gradients."""
         leaves = [value.detach().requires_grad_(case.backward) for value in values]
         o = run(*leaves)
         found = {"o": o.detach() * clear[..., None]}
@@ -79,49 +173,55 @@ def expect(formula, case, inputs):
             found |= {f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
         return found
 
-    oracle, coarse = outputs(formula.oracle, values64), outputs(plain, by_row(values))
-    single = {f"d{name}" for name in parameters} & set(oracle)
-    scale = {name: value.abs().max() for name, value in oracle.items()}
-    spread = {name: (coarse[name] - oracle[name]).abs().max() for name in set(oracle) - single}
-    exact = outputs(plain, by_row(values64)) if single else {}
-    for name in single:
-        scale[name] = exact[name].abs().sum(-1)
-        spread[name] = (coarse[name] - exact[name]).square().sum(-1).sqrt()
-    allowed = {
-        name: (2 * spread[name] / scale[name]).max().item() + 4 * torch.finfo(coarse[name].dtype).eps for name in oracle
-    }
-    return Expected(parts, clear, do, oracle, scale, allowed)
+    def plain(*inputs):
+        return formula.plain(*inputs, keep=keep)
+
+    exact = outputs(formula.oracle, [value.double() for value in values])
+    coarse = outputs(plain, by_row([value.float() for value in values]))
+    of_rows = outputs(plain, by_row([value.double() for value in values])) if parameters and case.backward else {}
+    found = {}
+    for name, value in exact.items():
+        if name[1:] in parameters:
+            scale = of_rows[name].abs().sum(-1)
+            of_sum = torch.finfo(torch.float32).eps * scale  # the sum over rows rounds, too
+            found[name] = value, value + (coarse[name] - of_rows[name]).square().sum(-1).sqrt() + of_sum, scale
+        else:
+            found[name] = value, coarse[name].to(dtype), value.abs()
+    return found
 
 
-def compared(formula, length, pairs):
-    """(rows, keys): how many of the last queries and keys fit the budget of pairs; all where a formula needs every row."""
-    if formula.every_row:
-        return length, length
-    if formula.left < 0:
-        return max(1, min(length, pairs // length)), length
-    rows = min(length, max(1, int((formula.left**2 / 4 + pairs) ** 0.5 - formula.left / 2)))
-    return rows, min(length, rows + formula.left)
+def outputs_of(run, inputs, expected, ours):
+    """{name: value} of a provider: its output and, where the case has a backward, its gradients.
 
-
-def forward(expected, o, ours):
-    """{"o": (error, allowed)} of a provider's output."""
-    return {"o": compare(expected, "o", o.detach()[expected.parts["o"]] * expected.clear[..., None], ours)}
-
-
-def backward(expected, o, inputs, ours):
-    """The same for a provider's gradients. A baseline may leave a parameter constant, we may not."""
-    do = torch.zeros_like(o)
-    do[expected.parts["o"]] = expected.do
-    gradients = torch.autograd.grad(o, inputs, do, retain_graph=True, allow_unused=not ours)
+    A baseline may leave a parameter constant, we may not.
+    """
+    o = run(*inputs)
     names = [name for name in expected.parts if name != "o"]
-    return {
-        name: compare(expected, name, gradient[expected.parts[name]], ours)
-        for name, gradient in zip(names, gradients, strict=True)
-        if gradient is not None
-    }
+    gradients = torch.autograd.grad(o, inputs, expected.do.to(o.dtype), allow_unused=not ours) if names else ()
+    pairs = zip(names, gradients, strict=True)
+    return {"o": o.detach(), **{name: gradient for name, gradient in pairs if gradient is not None}}
 
 
-def compare(expected, name, actual, ours):
-    """(error, allowed) of an output."""
-    difference = (actual.double() - expected.oracle[name]).abs()
-    return (difference / expected.scale[name]).max().item(), expected.allowed[name] * (1 if ours else 2)
+def check(expected, found, ours):
+    """The Check of what `outputs_of` found."""
+    errors = {name: compare(expected, name, value) for name, value in found.items()}
+    return Check(errors, sum(clear.numel() for clear in expected.clear), sum(int((~c).sum()) for c in expected.clear), ours)
+
+
+def compare(expected, name, actual):
+    """The Error of an output."""
+    eps, cap = torch.finfo(expected.dtype).eps, CAPS[expected.dtype]
+    largest, squares = torch.zeros(3, 2, dtype=torch.float64).unbind(1)  # of the error, of the plain formula's, of the scale
+    for part, clear in zip(expected.parts[name], expected.clear, strict=False):
+        found = actual[part.index].double()
+        if name == "o":
+            found = found * clear[..., None]
+        for index, x in enumerate((found - part.exact, part.plain.double() - part.exact, part.scale)):
+            largest[index] = torch.maximum(largest[index], x.abs().max().cpu())
+            squares[index] += x.square().sum().cpu()
+    norms = squares.sqrt()
+    if not norms[2]:
+        return Error(norms[0].item(), cap, 0.0 if not norms[0] else float("inf"))
+    error, plain, _ = (norms / norms[2]).tolist()
+    by_largest = (largest[0] / (2 * largest[1] + eps / 2 * largest[2])).item()
+    return Error(error, cap, max(by_largest, error / (1.5 * plain + eps / 8)), 1.5 * plain + eps / 8 <= cap)

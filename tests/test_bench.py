@@ -162,14 +162,17 @@ def test_check_approves_the_plain_formula_and_sees_a_small_error(case, formula):
 
     keep, _ = formula.selection(*every_head([t.detach() for t in inputs]))
 
-    def errors(output):
-        return {**check.forward(expected, output, ours=True), **check.backward(expected, output, inputs, ours=True)}
+    def plain(*inputs):
+        return formula.plain(*every_head(inputs), keep=keep)
 
-    output = formula.plain(*every_head(inputs), keep=keep)
-    right = errors(output)
-    assert set(right) == {"o", *(f"d{name}" for name in names)}
-    assert all(error <= allowed for error, allowed in right.values())
-    assert all(error > allowed for error, allowed in errors(1.0001 * output).values() if allowed < 1e-5)
+    def checked(run):
+        return check.check(expected, check.outputs_of(run, inputs, expected, ours=True), ours=True)
+
+    right = checked(plain)
+    assert set(right.errors) == {"o", *(f"d{name}" for name in names)}
+    assert right.passed, right.worst
+    wrong = checked(lambda *inputs: 1.0001 * plain(*inputs))
+    assert all(wrong.excess(name) > 1 for name in wrong.errors)
 
 
 @pytest.mark.parametrize("feature_map", linear.FEATURE_MAPS)
@@ -198,12 +201,108 @@ def test_hadamard_oracle_is_the_recurrence(feature_map, causal):
 def test_check_refuses_nan_and_a_missing_gradient():
     inputs = CASE.inputs(CPU, Rbf(31, 5))
     expected = check.expect(Rbf(31, 5), CASE, inputs)
-    output = CASE.call()(*inputs)
-    broken = check.Check(check.forward(expected, output * float("nan"), ours=True), rows=1, rows_left_out=0)
+    broken = check.check(expected, {"o": CASE.call()(*inputs).detach() * float("nan")}, ours=True)
     assert not broken.passed and broken.worst[0] == "o"
-    constant_sigma = CASE.call()(*inputs[:3], inputs[3].detach())
     with pytest.raises(RuntimeError, match="not have been used"):
-        check.backward(expected, constant_sigma, inputs, ours=True)
+        check.outputs_of(lambda q, k, v, sigma: CASE.call()(q, k, v, sigma.detach()), inputs, expected, ours=True)
+
+
+PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=512, left=127, right=0)
+
+
+class LostGradient(torch.autograd.Function):
+    """o, whose first rows pass no gradient on."""
+
+    @staticmethod
+    def forward(ctx, o):
+        return o.clone()
+
+    @staticmethod
+    def backward(ctx, do):
+        do = do.clone()
+        do[:, :, : do.shape[2] // 2] = 0
+        return do
+
+
+def first_quarter_constant(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((torch.full_like(o[:, :, :128], 7.0), o[:, :, 128:]), 2)
+
+
+def only_the_last_head(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((0 * o[:, :-1], o[:, -1:]), 1)
+
+
+def only_the_last_batch_element(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((float("nan") * o[:-1], o[-1:]), 0)
+
+
+def head_0_for_all(call, q, k, v, sigma):
+    return call(q, *(torch.cat((x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]), 1) for x in (k, v)), sigma)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        first_quarter_constant,
+        only_the_last_head,
+        only_the_last_batch_element,
+        head_0_for_all,
+        lambda call, *inputs: LostGradient.apply(call(*inputs)),
+        lambda call, *inputs: 1.03 * call(*inputs),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("provider", ["nearfar", "eager"])
+def test_planted_errors_are_seen(monkeypatch, plant, dtype, provider):
+    case = replace(PLANTED, dtype=dtype)
+    assert suite.measure(case, provider, CPU, {}, CEILINGS)["status"] == "ok"
+    of_case = krause.Case.provider
+
+    def planted(case, name, inputs):
+        right = of_case(case, name, inputs)
+        return right._replace(run=functools.partial(plant, right.run))
+
+    monkeypatch.setattr(krause.Case, "provider", planted)
+    row = suite.measure(case, provider, CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and row["forward"] is row["backward"] is None
+
+
+def one_rounding_off(o):
+    o.view(-1)[0].nextafter_(o.new_tensor(9.0))
+    return o
+
+
+@pytest.mark.parametrize("later, note", [(lambda o: 0 * o, "is off by"), (one_rounding_off, "of a later call differ")])
+def test_what_is_right_at_first_and_wrong_later_is_seen(monkeypatch, later, note):
+    of_case, calls = krause.Case.provider, []
+
+    def planted(case, name, inputs):
+        right = of_case(case, name, inputs)
+
+        def run(*inputs):
+            calls.append(1)
+            return right.run(*inputs) if len(calls) == 1 else later(right.run(*inputs))
+
+        return right._replace(run=run)
+
+    monkeypatch.setattr(krause.Case, "provider", planted)
+    row = suite.measure(replace(PLANTED, backward=False), "nearfar", CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and note in row["note"] and row["forward"] is None
+
+
+def test_a_case_that_can_show_nothing_says_so(monkeypatch):
+    """The plain formula itself is off by more than the cap: with float32 far from the origin it has no digits left."""
+    right = krause.Case.inputs
+
+    def far(case, device, formula):
+        return [(x + 1000).detach().requires_grad_() if x.dim() == 4 else x for x in right(case, device, formula)]
+
+    monkeypatch.setattr(krause.Case, "inputs", far)
+    row = suite.measure(PLANTED, "nearfar", CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and "shows nothing" in row["note"]
 
 
 @pytest.mark.parametrize("length", [300, 512])
@@ -225,8 +324,7 @@ def test_flex_agrees_with_the_oracle(formula):
     inputs = case.inputs(CPU, formula)
     expected = check.expect(formula, case, inputs)
     run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
-    error, allowed = check.forward(expected, run(*inputs), ours=True)["o"]
-    assert error <= allowed
+    assert check.check(expected, {"o": run(*inputs).detach()}, ours=False).passed
 
 
 @pytest.mark.parametrize("top_k", [None, 12])

@@ -6,12 +6,14 @@ A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the
     rows                        names of further inputs, one float32 number for each query
     parameters                  names of further inputs, one number for each query head, whose value is a field of the case
     every_row                   whether its oracle needs all queries, as they are keys, too
+    anywhere                    whether rows anywhere can be compared, or the last ones alone
+    columns(case)               width of its output
+    precision(case)             dtype that its results are rounded to
     flops(case)                 (forward, backward) at the very least
     oracle(*inputs)             run in float64
     selection(*inputs)          mask of the pairs that count, and the (B, Hq, N) mask of the rows whose selection rounding
                                 cannot change
-    plain(*inputs, keep)        the textbook lines in the dtype of the inputs: the yardstick for every error; keep is the
-                                mask of selection
+    plain(*inputs, keep)        the textbook lines in float32: the yardstick for every error; keep is the mask of selection
 """
 
 from dataclasses import dataclass
@@ -47,6 +49,13 @@ class Formula(Window):
     rows: ClassVar = ()
     parameters: ClassVar = ()
     every_row: ClassVar = False
+    anywhere: ClassVar = True
+
+    def columns(self, case):
+        return case.width
+
+    def precision(self, case):
+        return getattr(torch, case.dtype)
 
     def selection(self, *inputs):
         (q, *_), (*_, v) = inputs, inputs

@@ -4,6 +4,7 @@ Statistics are float32 whatever the inputs, and so is their plain formula, the y
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,14 @@ class Statistics(Streamed):
     The last queries are all that send the last keys any, so that both can be compared without the others.
     """
 
+    anywhere: ClassVar = False
+
+    def columns(self, case):
+        return 4 if self.right == 0 else 3
+
+    def precision(self, case):
+        return torch.float32
+
     def inputs(self, case):
         return {"q": case.output_shape, "k": (case.batch, case.kv_heads, case.length, case.width)}
 
@@ -52,6 +61,9 @@ class Geometry(Streamed):
 
     top_n: int
     dtype: str
+
+    def columns(self, case):
+        return 3
 
     def inputs(self, case):
         kv = case.batch, case.kv_heads, case.length, case.width
