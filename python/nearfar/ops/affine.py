@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED
+from nearfar.localities import UNLIMITED, within_reach
 from nearfar.ops import eager, softmax
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
@@ -166,11 +166,9 @@ def _window(window_size, causal):
     if not (type(left) is type(right) is int and left >= UNLIMITED and right >= UNLIMITED):
         _check_side("left", left)
         _check_side("right", right)
-    if not causal:
-        return left, right
-    if right > 0:
+    if causal and right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
-    return left, 0
+    return within_reach(left, 0 if causal else right)
 
 
 def _check_side(side, value):
@@ -187,7 +185,7 @@ def _numbers(name, tensor, shape, meaning, q):
     checks.check_tensor(name, tensor)
     if tensor.dtype not in checks.FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.shape != shape:
+    if not checks.same_shape(tensor.shape, shape):
         raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.localities import UNLIMITED, SlidingWindow, within_reach
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
 from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
@@ -198,4 +198,4 @@ def _window(causal, locality):
     left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
     if causal and right > 0:
         raise ValueError(f"causal sees no key after the query: locality must have a right of -1 or 0, got {right}")
-    return left, 0 if causal else right
+    return within_reach(left, 0 if causal else right)

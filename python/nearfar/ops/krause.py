@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window
+from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
 from nearfar.ops import eager
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
@@ -105,7 +105,7 @@ def _checked(metas, locality, top_k):
     """left, right, and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
-    left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
+    left, right = (UNLIMITED, UNLIMITED) if locality is None else within_reach(locality.left, locality.right)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None:
         reason = reason or _candidates_reason(left, right, k.shape[2])

@@ -206,7 +206,7 @@ def _order(order, omega, causal):
     rows = omega.shape[:3]
     if order.dtype not in checks.FLOATING:
         raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {order.dtype}")
-    if order.shape not in (rows, rows[:2]):
+    if not (checks.same_shape(order.shape, rows) or checks.same_shape(order.shape, rows[:2])):
         raise ValueError(f"order must have shape (B, Hq), {tuple(rows[:2])}, or (B, Hq, N), got {tuple(order.shape)}")
     if order.device != omega.device:
         raise ValueError(f"order must be on the device of omega, {omega.device}, got {order.device}")
@@ -216,7 +216,7 @@ def _order(order, omega, causal):
             "Pass nearfar.order_parameter(theta, causal=True), of shape (B, Hq, N), or, where the order is known to hold "
             "nothing of later tokens, order[..., None].expand(B, Hq, N)"
         )
-    if order.is_cpu and type(order) in checks.PLAIN and not torch.compiler.is_compiling() and order.numel():
+    if order.is_cpu and checks.has_values(order) and order.numel():
         low, high = order.detach().aminmax()
         if not (low >= 0 and high <= 1 + ORDER_ROUNDING):
             raise ValueError(f"order must be between 0 and 1, got {low.item()} to {high.item()}")
