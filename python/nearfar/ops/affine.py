@@ -7,6 +7,7 @@ import torch
 from nearfar import _cuda, checks, dispatch
 from nearfar.localities import UNLIMITED, within_reach
 from nearfar.ops import eager, softmax
+from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
@@ -25,6 +26,15 @@ MEASURED = {
         16384: ((1.773, 2.118), (5.962, 7.161)),
     },
 }
+
+
+_reference = opaque(
+    "affine_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, int left, int right, float scale,"
+    " Tensor? cu_seqlens) -> Tensor",
+    reference_affine_attention,
+    lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
+)
 
 
 class Call(NamedTuple):
@@ -124,8 +134,7 @@ def _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, 
     *tensors, left, right, scale, cu_seqlens, backends, layouts = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
-        with checks.no_autocast(call.q):
-            return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
+        return _reference(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
     return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
 
