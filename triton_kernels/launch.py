@@ -12,6 +12,8 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
+from nearfar.ops.torch_operator import tf32_allowed
+
 ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
 TABLE = Path(__file__).with_name("launch.json")
 
@@ -59,7 +61,7 @@ def width_block(width):
 
 def dot_precision(dtype):
     """float32 products are exact unless the user allowed tf32, by the switch that torch obeys."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed(dtype) else "ieee"
 
 
 class Launch:

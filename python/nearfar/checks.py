@@ -6,15 +6,18 @@ import numbers
 from contextlib import nullcontext
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.amp import is_autocast_available
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nearfar.ops.torch_operator import Layout, interned, layouts, stream_of
+from nearfar.ops.torch_operator import Layout, in_forward_ad, interned, layouts, stream_of
 
 is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 transform_level, autocast_enabled = torch._C._functorch.maybe_current_level, torch._C._is_any_autocast_enabled
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CAST = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
 
 
 def require(condition, message, error=ValueError):
@@ -26,6 +29,11 @@ def require(condition, message, error=ValueError):
 def check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def same_shape(first, second):
+    """Whether two shapes are equal: number by number, because Dynamo finds equal tuples unequal where they hold symbols."""
+    return len(first) == len(second) and all([a == b for a, b in zip(first, second, strict=True)])
 
 
 def meta(name, tensor):
@@ -76,7 +84,7 @@ def check_qkv(q, k, v, names=("q", "k", "v")):
             raise ValueError(f"{name} must have the batch size of {q_name}, {q.shape[0]}, got {tensor.shape[0]}")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"{k_name} must have the width of {q_name}, {q.shape[3]}, got {k.shape[3]}")
-    if v.shape[1:3] != k.shape[1:3]:
+    if not same_shape(v.shape[1:3], k.shape[1:3]):
         raise ValueError(
             f"{v_name} must have the heads and length of {k_name}, {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
         )
@@ -90,7 +98,7 @@ def check_like(name, tensor, other_name, other):
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
-    if len(tensor.shape) != len(other.shape) or tensor.shape[:-1] != other.shape[:-1]:
+    if not same_shape(tensor.shape[:-1], other.shape[:-1]):
         raise ValueError(
             f"{name} must have the shape of {other_name} but for its width, {(*other.shape[:-1], '*')}, "
             f"got {tuple(tensor.shape)}"
@@ -101,7 +109,7 @@ def check_exactly(name, tensor, shape, dtype, device):
     """A Meta of this shape, dtype and device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape:
+    if not same_shape(tensor.shape, shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
@@ -109,27 +117,42 @@ def check_exactly(name, tensor, shape, dtype, device):
 
 def is_plain(*tensors):
     """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
-    if is_compiling() or dispatch_modes() or transform_level():
+    if is_compiling() or dispatch_modes() or transform_level() or in_forward_ad():
         return False
     for tensor in tensors:
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN or is_legacy_batchedtensor(tensor):
             return False
     return True
 
 
+def has_values(tensor):
+    """Whether the values of a tensor can be looked at: not while they are traced, nor one for all slices of vmap."""
+    if is_compiling() or type(tensor) not in PLAIN:
+        return False
+    return not is_functorch_wrapped_tensor(tensor) and not is_legacy_batchedtensor(tensor)
+
+
 def autocast(*tensors):
-    """Cast to the autocast dtype of the tensors' device where autocast is on, as torch's attention does."""
-    if not autocast_enabled() or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        return tensors  # what is no tensor, meta() refuses by name
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    """Cast what torch's attention casts under autocast: float64 and integers stay as they are, for the checks to meet."""
+    if not autocast_enabled():
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple([_cast(tensor) for tensor in tensors])
+
+
+def _cast(tensor):
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in CAST or not _autocasts(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _autocasts(device):
+    return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def no_autocast(tensor):
     """Context in which the float32 of a reference stays float32."""
-    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled() else nullcontext()
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if autocast_enabled() and _autocasts(device) else nullcontext()
 
 
 def positive_per_head(name, value, like, num_heads):
@@ -149,14 +172,13 @@ def positive_per_head(name, value, like, num_heads):
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {value.dtype}")
     shape = value.shape
-    if shape and shape not in ((1,), (num_heads,)):
+    if len(shape) and not same_shape(shape, (1,)) and not same_shape(shape, (num_heads,)):
         raise ValueError(f"{name} must be a number or one number per query head, shape ({num_heads},), got {tuple(shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
-    readable = value.is_cpu and type(value) in PLAIN and not torch.compiler.is_compiling()
-    if readable and not bool((value > 0).all()):
+    if value.is_cpu and has_values(value) and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return in_dtype(value if shape else value.reshape(1), dtype).contiguous()
+    return in_dtype(value if len(shape) else value.reshape(1), dtype).contiguous()
 
 
 def parameter(value, like):
@@ -215,7 +237,7 @@ def check_cu_seqlens(cu_seqlens, q, k):
         raise ValueError(f"cu_seqlens packs sequences in a batch of 1, got a batch of {q.shape[0]}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"cu_seqlens needs q and k of one length, got {q.shape[2]} and {k.shape[2]}")
-    if type(cu_seqlens) not in PLAIN or torch.compiler.is_compiling():
+    if not has_values(cu_seqlens):
         return
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return

@@ -10,6 +10,8 @@ import os
 
 import torch
 
+from nearfar.ops.torch_operator import kernels
+
 BACKENDS = ("cuda", "triton", "reference")
 KERNELS = CUDA_FIRST = ("cuda", "triton")
 TRITON_FIRST = ("triton", "cuda")
@@ -25,8 +27,21 @@ def triton_device_reason(tensor):
     if tensor.device.type == "meta":
         return None
     if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
+        return _interpreter_reason() if tensor.dtype == torch.bfloat16 else None
     return f"q is on {tensor.device}; the kernels need a CUDA device (or TRITON_INTERPRET=1 for CPU tensors)"
+
+
+_interpreter = kernels("interpreter")
+
+
+def _interpreter_reason():
+    """Why bfloat16 cannot be interpreted, or None."""
+    if _interpreter().multiplies_bfloat16():
+        return None
+    return "q is bfloat16, whose products Triton's interpreter (TRITON_INTERPRET=1) gets wrong; take float32 or float16 there"
+
+
+_interpreter_reason._dynamo_marked_constant = True  # torch.compile calls it while it traces, and does not trace it
 
 
 @functools.cache

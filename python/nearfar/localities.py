@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 UNLIMITED = -1
+FARTHEST = 2**30  # positions; tensors are shorter, and positions that it is added to stay within int32
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class SlidingWindow:
                 raise ValueError(
                     f"SlidingWindow: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited"
                 )
+
+
+def within_reach(left, right):
+    """The sides of a window as kernels take them: those that reach beyond any tensor are unlimited."""
+    return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])
 
 
 def keys_in_window(left, right, num_keys):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED
+from nearfar.localities import UNLIMITED, within_reach
 from nearfar.ops import eager, softmax
+from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 
@@ -25,6 +26,15 @@ MEASURED = {
         16384: ((1.773, 2.118), (5.962, 7.161)),
     },
 }
+
+
+_reference = opaque(
+    "affine_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, int left, int right, float scale,"
+    " Tensor? cu_seqlens) -> Tensor",
+    reference_affine_attention,
+    lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
+)
 
 
 class Call(NamedTuple):
@@ -124,8 +134,7 @@ def _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, 
     *tensors, left, right, scale, cu_seqlens, backends, layouts = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
-        with checks.no_autocast(call.q):
-            return reference_affine_attention(*tensors, left, right, scale, cu_seqlens)
+        return _reference(*tensors, left, right, scale, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
     return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
 
@@ -166,11 +175,9 @@ def _window(window_size, causal):
     if not (type(left) is type(right) is int and left >= UNLIMITED and right >= UNLIMITED):
         _check_side("left", left)
         _check_side("right", right)
-    if not causal:
-        return left, right
-    if right > 0:
+    if causal and right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
-    return left, 0
+    return within_reach(left, 0 if causal else right)
 
 
 def _check_side(side, value):
@@ -187,7 +194,7 @@ def _numbers(name, tensor, shape, meaning, q):
     checks.check_tensor(name, tensor)
     if tensor.dtype not in checks.FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.shape != shape:
+    if not checks.same_shape(tensor.shape, shape):
         raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.localities import UNLIMITED, SlidingWindow, within_reach
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
+from nearfar.ops.opaque import opaque
 from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
 
@@ -19,6 +20,34 @@ MEASURED = {
     "selection_geometry": {64: (7.05, 9.05), 128: (9.20, 12.89)},
 }
 DISTANCES_REASON = "the CUDA kernels score by dot products: leave sigma out"
+
+
+
+
+def _per_query(q, dtype=None):
+    return q.new_empty(q.shape[:3], dtype=dtype or torch.promote_types(q.dtype, torch.float32))
+
+
+def _empty_statistics(q, k, *_):
+    lse, entropy, max_weight = (_per_query(q) for _ in range(3))
+    return lse, entropy, max_weight, _per_query(q, torch.int64), lse.new_empty((*q.shape[:2], k.shape[2]))
+
+
+_reference_statistics = opaque(
+    "attention_statistics",
+    "(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.attention_statistics,
+    _empty_statistics,
+    differentiable=2,
+)
+_reference_geometry = opaque(
+    "selection_geometry",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.selection_geometry,
+    lambda q, *_: tuple(_per_query(q) for _ in range(3)),
+    differentiable=0,
+)
 
 
 class AttentionStatistics(NamedTuple):
@@ -90,8 +119,7 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
     q, k, sigma, options = call.q, call.k, call.sigma, call[4:7]
     served, _ = call.backends.served(backend, q)
     if served == "reference":
-        with checks.no_autocast(q):
-            return AttentionStatistics(*reference.attention_statistics(q, k, sigma, *options))
+        return AttentionStatistics(*_reference_statistics(q, k, sigma, *options))
     found = torch.ops.nearfar.attention_statistics(unit_stride(q), unit_stride(k), sigma, *options, served)
     return AttentionStatistics(*found)
 
@@ -129,8 +157,7 @@ def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, 
     sigma, options = call.sigma, call[4:7]
     served, _ = call.backends.served(backend, call.q)
     if served == "reference":
-        with checks.no_autocast(call.q):
-            return SelectionGeometry(*reference.selection_geometry(*call[:4], top_n, *options))
+        return SelectionGeometry(*_reference_geometry(*call[:4], top_n, *options))
     tensors = (unit_stride(x).detach() for x in call[:3])
     sigma = None if sigma is None else sigma.detach()
     return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options, served))
@@ -198,4 +225,4 @@ def _window(causal, locality):
     left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
     if causal and right > 0:
         raise ValueError(f"causal sees no key after the query: locality must have a right of -1 or 0, got {right}")
-    return left, 0 if causal else right
+    return within_reach(left, 0 if causal else right)

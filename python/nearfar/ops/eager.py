@@ -9,7 +9,8 @@ import functools
 
 import torch
 
-from nearfar.ops.torch_operator import forgotten_with_plans
+from nearfar.checks import is_plain
+from nearfar.ops.torch_operator import forgotten_with_plans, in_forward_ad
 
 is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 autocast_enabled, dispatch_modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
@@ -40,8 +41,9 @@ class Plan:
 
     program_of(rows, tensors, *options, ahead)      the Program of the forward
     forward_of(rows, tensors, *options, ahead)      its outputs, also where the program does not run at once
-    backward(gradients, saved)      gradients of the tensors from those of the visible outputs; saved: the tensors, the first
-                                    output and those that are not visible
+    backward(gradients, saved, dispatched)      gradients of the tensors from those of the visible outputs; saved: the
+                                    tensors, the first output and those that are not visible; dispatched: whether the torch
+                                    operator must compute them
 
     rows: layouts of the tensors of rows. options: of the operator. tensors: those of the call, None for what is absent. ahead:
     see compile_ahead.
@@ -80,7 +82,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, *ctx.plan.backward(gradients, ctx.saved_tensors)
+        # That the forward was plain binds nothing here. The torch operator refuses to be differentiated again, in either mode,
+        # and maps over batched gradients.
+        dispatched = grad_enabled() or not is_plain(*[x for x in gradients if x is not None])
+        return None, *ctx.plan.backward(gradients, ctx.saved_tensors, dispatched)
 
 
 # What torch does ahead of it in Function.apply is for functorch's transforms, under which no call is plain.
@@ -132,7 +137,8 @@ def can_repeat(tensor):
 
 def _state():
     """What a call depends on besides its arguments and what the dispatch keys of its tensors tell."""
-    return grad_enabled(), dispatch_modes(), torch.get_autocast_dtype("cuda") if autocast_enabled() else None
+    autocast_dtype = torch.get_autocast_dtype("cuda") if autocast_enabled() else None
+    return grad_enabled(), in_forward_ad(), dispatch_modes(), autocast_dtype
 
 
 def repeats(*options):

@@ -477,11 +477,11 @@ class _Plan(Plan):
             return super().outputs(*tensors)
         return forward(self.rows, tensors, *self.options, self.ahead)  # makes the pieces of packed sequences
 
-    def backward(self, gradients, saved):
+    def backward(self, gradients, saved, dispatched):
         *tensors, o, inverse, states, norms = saved
         feature_map, normalize, causal, _, _, _, backend = self.options
         options = feature_map, normalize, causal, backend
-        if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
+        if dispatched:
             dqs, dks, dv, dinitial = _backward_op(*gradients, tensors, o, (inverse, states, norms), options)
         else:
             dqs, dks, dv, dinitial = backward(*gradients, *_split(tensors), o, inverse, states, norms, *options)
@@ -494,4 +494,5 @@ register(
     (_BACKWARD, _dispatched_backward, _fake_backward),
     _autograd_backward,
     _save,
+    "linear_attention and hadamard_attention",
 )

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
-from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window
+from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
 from nearfar.ops import eager
+from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
 from nearfar.reference.krause import krause_attention as reference_krause_attention
@@ -29,6 +30,14 @@ MEASURED = {
     (128, 4, False): ((0.2044, 0.2631), (1.1299, 0.7941)),
     (128, 4, True): ((0.2905, 0.5348), (1.2708, 1.0110)),
 }
+
+
+_reference = opaque(
+    "krause_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor sigma, int left, int right, int? top_k, Tensor? cu_seqlens) -> Tensor",
+    reference_krause_attention,
+    lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
+)
 
 
 class Call(NamedTuple):
@@ -80,8 +89,7 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
     q, k, v, sigma, left, right, backends, rows = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
-        with checks.no_autocast(q):
-            return reference_krause_attention(q, k, v, sigma, left, right, top_k, cu_seqlens)
+        return _reference(q, k, v, sigma, left, right, top_k, cu_seqlens)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
     return _op(repeats, rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
 
@@ -105,7 +113,7 @@ def _checked(metas, locality, top_k):
     """left, right, and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
-    left, right = (UNLIMITED, UNLIMITED) if locality is None else (locality.left, locality.right)
+    left, right = (UNLIMITED, UNLIMITED) if locality is None else within_reach(locality.left, locality.right)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None:
         reason = reason or _candidates_reason(left, right, k.shape[2])

@@ -260,11 +260,11 @@ class _Plan(Plan):
 
     program_of, forward_of = staticmethod(_program), staticmethod(forward)
 
-    def backward(self, gradients, saved):
+    def backward(self, gradients, saved, dispatched):
         *saved, bits = saved
         causal, top_k, grad_floor, _, backend = self.options
         function = backward
-        if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
+        if dispatched:
             function = torch.ops.nearfar.synchronization_attention_backward
             bits = no_bits(saved[0]) if bits is None else bits
         return _given(saved[1], function(*gradients, *saved, bits, causal, top_k, grad_floor, backend))[:6]

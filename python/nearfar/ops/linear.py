@@ -7,6 +7,7 @@ import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.ops import eager, factored
+from nearfar.ops.opaque import opaque
 from nearfar.reference import linear as reference
 
 MAX_FACTORS = 3  # of the kernels
@@ -25,6 +26,31 @@ MEASURED = {
     (False, 1, 128): ((0.3996, 0.5225), (0.8330, 1.2125)),
     (False, 2, 128): ((1.304, 3.031), (4.098, 6.133)),
 }
+
+
+def _reference_attention(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    return reference.hadamard_attention(
+        qs, ks, v, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens
+    )  # fmt: skip
+
+
+def _empty_reference(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+    o = v.new_empty((*qs[0].shape[:3], v.shape[3]))
+    if not return_state:
+        return o, v.new_empty(0)
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = sequences, v.shape[1], *[q.shape[3] for q in qs], v.shape[3] + 1
+    return o, v.new_empty(shape, dtype=torch.promote_types(v.dtype, torch.float32))
+
+
+_reference = opaque(
+    "hadamard_attention",
+    "(Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, str feature_map, bool normalize,"
+    " bool causal, float eps, bool return_state) -> (Tensor, Tensor)",
+    _reference_attention,
+    _empty_reference,
+    differentiable=2,
+)
 
 
 class Call(NamedTuple):
@@ -192,11 +218,7 @@ def _attend(
     )
     forward, backward = call.backends.served(backend, call.v)
     if forward == "reference":
-        with checks.no_autocast(call.v):
-            o, state = reference.hadamard_attention(
-                call.qs, call.ks, call.v, call.feature_map, call.normalize, call.causal, call.eps,
-                call.initial_state, call.return_state, call.cu_seqlens,
-            )  # fmt: skip
+        o, state = _reference(*call[:10])
     else:
         o, state = factored.attend(repeats, call.layouts, *call[:10], forward, backward)
     return (o, state) if call.return_state else o

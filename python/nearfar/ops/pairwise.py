@@ -116,9 +116,8 @@ class _Plan(Plan):
         self._op, self.program_of, self.forward_of = op, op.program, op.forward
         super().__init__(*arguments)
 
-    def backward(self, gradients, saved):
-        # With create_graph the torch operator runs, because it refuses to be differentiated again.
-        backward = self._op.backward_op if torch.is_grad_enabled() else self._op.backward
+    def backward(self, gradients, saved, dispatched):
+        backward = self._op.backward_op if dispatched else self._op.backward
         left, right, top_k, _, backend = self.options
         return *backward(*gradients, *saved, left, right, top_k, backend), None
 

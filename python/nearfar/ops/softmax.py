@@ -210,11 +210,11 @@ class _Plan(Plan):
 
     program_of, forward_of = staticmethod(_program), staticmethod(forward)
 
-    def backward(self, gradients, saved):
+    def backward(self, gradients, saved, dispatched):
         *inputs, u, lse = saved
         left, right, scale, _, backend = self.options
         function = backward
-        if torch.is_grad_enabled():  # with create_graph the torch operator runs, because it refuses to be differentiated again
+        if dispatched:
             function, u = torch.ops.nearfar.affine_attention_backward, lse.new_empty(0) if u is None else u
         results = function(*gradients, *inputs, u, lse, left, right, scale, backend)
         return *_given(inputs[:6], results)[:6], None
@@ -226,4 +226,5 @@ register(
     (_BACKWARD, _dispatched_backward, _fake_backward),
     _autograd_backward,
     _save,
+    "affine_attention and softmax_attention",
 )

@@ -7,6 +7,7 @@ import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.ops import eager, kuramoto, phases
+from nearfar.ops.opaque import opaque
 from nearfar.ops.ordering import by_frequency, permute
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.reference import synchronization as reference
@@ -15,6 +16,34 @@ ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head: bfloat16, B4 H32 N4096, every pair
 # locks, on an H100 (docs/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
 MEASURED = {64: ((1.60, 2.07), (3.63, 5.88))}
+
+
+
+
+def _wide(x):
+    """The dtype that x is computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+_reference_order = opaque(
+    "order_parameter",
+    "(Tensor theta, bool causal) -> Tensor",
+    reference.order_parameter,
+    lambda theta, causal: theta.new_empty(theta.shape[:3] if causal else theta.shape[:2], dtype=_wide(theta)),
+)
+_reference = opaque(
+    "synchronization_attention",
+    "(Tensor omega, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order, Tensor? omega_k, int? top_k, bool causal,"
+    " float grad_floor) -> Tensor",
+    reference.synchronization_attention,
+    lambda omega, v, *_: omega.new_empty((*omega.shape[:3], v.shape[3])),
+)
+_reference_share = opaque(
+    "locked_share",
+    "(Tensor omega, Tensor coupling, Tensor bandwidth, Tensor order, Tensor? omega_k, bool causal) -> Tensor",
+    reference.locked_share,
+    lambda omega, *_: omega.new_empty(omega.shape[:2], dtype=_wide(omega)),
+)
 
 
 class Call(NamedTuple):
@@ -56,8 +85,7 @@ def order_parameter(theta, *, causal=False, backend="auto"):
     width_reason = checks.kernel_width_reason("theta", theta.shape[3])
     reasons = dispatch.Backends("there is no CUDA kernel of order_parameter yet", width_reason).reasons(theta)
     if dispatch.choose(backend, reasons, theta.device) == "reference":
-        with checks.no_autocast(theta):
-            return reference.order_parameter(theta, causal)
+        return _reference_order(theta, bool(causal))
     return phases.order_parameter(theta, bool(causal))
 
 
@@ -128,8 +156,7 @@ def synchronization_attention(
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
     if forward == "reference":
         q, k, v, *parameters = tensors
-        with checks.no_autocast(q):
-            o = reference.synchronization_attention(q, v, *parameters, k, top_k, causal, grad_floor)
+        o = _reference(q, v, *parameters, k, top_k, bool(causal), float(grad_floor))
     else:
         o = kuramoto.attend(repeats, rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
@@ -153,8 +180,8 @@ def locked_share(omega, coupling, bandwidth, order, *, omega_k=None, causal=Fals
     """
     keys = omega if omega_k is None else omega_k
     call = prepare(omega, keys, coupling, bandwidth, order, omega_k=omega_k, causal=causal)
-    with torch.no_grad(), checks.no_autocast(call.q):
-        return reference.locked_share(call.q, call.coupling, call.bandwidth, call.order, call.k, causal)
+    with torch.no_grad():
+        return _reference_share(call.q, call.coupling, call.bandwidth, call.order, call.k, bool(causal))
 
 
 def prepare(
@@ -206,7 +233,7 @@ def _order(order, omega, causal):
     rows = omega.shape[:3]
     if order.dtype not in checks.FLOATING:
         raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {order.dtype}")
-    if order.shape not in (rows, rows[:2]):
+    if not (checks.same_shape(order.shape, rows) or checks.same_shape(order.shape, rows[:2])):
         raise ValueError(f"order must have shape (B, Hq), {tuple(rows[:2])}, or (B, Hq, N), got {tuple(order.shape)}")
     if order.device != omega.device:
         raise ValueError(f"order must be on the device of omega, {omega.device}, got {order.device}")
@@ -216,7 +243,7 @@ def _order(order, omega, causal):
             "Pass nearfar.order_parameter(theta, causal=True), of shape (B, Hq, N), or, where the order is known to hold "
             "nothing of later tokens, order[..., None].expand(B, Hq, N)"
         )
-    if order.is_cpu and type(order) in checks.PLAIN and not torch.compiler.is_compiling() and order.numel():
+    if order.is_cpu and checks.has_values(order) and order.numel():
         low, high = order.detach().aminmax()
         if not (low >= 0 and high <= 1 + ORDER_ROUNDING):
             raise ValueError(f"order must be between 0 and 1, got {low.item()} to {high.item()}")

@@ -6,27 +6,122 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
-def define(name, schema, function, fake):
-    """`torch.ops.nearfar.<name>` with an implementation and a fake one, that of shapes, strides and dtypes."""
-    operator = f"nearfar::{name}"
-    torch.library.define(operator, schema)
-    torch.library.impl(operator, ("CPU", "CUDA"), function)
-    torch.library.register_fake(operator, fake)
+def define(name, schema, function, fake, serves=None, autograd=None, setup_context=None):
+    """`torch.ops.nearfar.<name>`: an implementation, a fake one, that of shapes, strides and dtypes, and its transforms.
+
+    vmap takes the slices one by one. Forward AD is refused.
+
+    Args:
+        serves: the public functions that it serves, for messages; None: its name.
+        autograd, setup_context: as for `torch.library.register_autograd`; None: its outputs are constants.
+    """
+    qualified = f"nearfar::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, ("CPU", "CUDA"), function)
+    torch.library.register_fake(qualified, fake)
+    operator, library = getattr(torch.ops.nearfar, name).default, _Library(serves or name)
+    torch.library.register_vmap(qualified, functools.partial(_map, operator), lib=library)
+    library.impl(name, functools.partial(_map_batched_gradients, operator), "Batched")
+    if autograd is None:
+        library.impl(name, functools.partial(_below_autograd, operator), "Autograd", with_keyset=True)
+    else:
+        torch.library.register_autograd(qualified, autograd, setup_context=setup_context, lib=library)
+    _libraries.append(library)
 
 
-def register(name, forward, backward, autograd, setup_context):
+def register(name, forward, backward, autograd, setup_context, serves=None):
     """An operator and the operator of its backward, which cannot be differentiated again.
 
     Args:
         forward, backward: schema, function and fake of `<name>` and of `<name>_backward`.
-        autograd, setup_context: as for `torch.library.register_autograd`.
+        autograd, setup_context, serves: as for `define`.
     """
-    define(name, *forward)
-    define(f"{name}_backward", *backward)
-    torch.library.register_autograd(f"nearfar::{name}", autograd, setup_context=setup_context)
-    torch.library.register_autograd(f"nearfar::{name}_backward", refuse_double_backward)
+    define(name, *forward, serves or name, autograd, setup_context)
+    define(f"{name}_backward", *backward, serves or name, refuse_double_backward)
+
+
+_libraries = []  # registrations last as long as these
+
+
+class _Library(torch.library.Library):
+    """Registers autograd kernels that refuse forward AD, whose tangents would be lost in silence below them."""
+
+    def __init__(self, serves):
+        super().__init__("nearfar", "FRAGMENT")
+        self._serves = serves
+
+    def impl(self, name, kernel, dispatch_key="", **options):
+        if dispatch_key != "Autograd":
+            return super().impl(name, kernel, dispatch_key, **options)
+
+        def refusing(keyset, *arguments, **keywords):
+            refuse_forward_ad(self._serves, *arguments, *keywords.values())
+            return kernel(keyset, *arguments, **keywords)
+
+        return super().impl(name, refusing, dispatch_key, **options)
+
+
+def in_forward_ad():
+    """Whether a level of forward AD is active, torch.func's included."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_ad(serves, *arguments):
+    """Raise if a tensor among the arguments, or in lists of them, has a tangent; free outside forward AD."""
+    if not in_forward_ad():
+        return
+    for tensor in tree_leaves(arguments):
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{serves}: the kernels have no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad). "
+                'Pass backend="reference", which has, or use reverse mode'
+            )
+
+
+def _below_autograd(operator, keyset, *arguments):
+    """An autograd kernel: the outputs are constants."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _map(operator, info, in_dims, *arguments):
+    """The vmap rule of an operator, as for `torch.library.register_vmap`: a loop over the slices."""
+    (leaves, spec), dims = tree_flatten(arguments), tree_leaves(in_dims)
+    moved = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(leaves, dims, strict=True)]
+    outputs = _loop(operator, info.batch_size, moved, [dim is not None for dim in dims], spec)
+    return outputs, tree_map(lambda _: 0, outputs)
+
+
+def _map_batched_gradients(operator, *arguments):
+    """The same for the older vmap, which torch.autograd.grad(is_grads_batched=True) still maps the backward with."""
+    leaves, spec = tree_flatten(arguments)
+    mapped = [isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in leaves]
+    level = _level(leaves[mapped.index(True)])
+    leaves = [torch._remove_batch_dim(x, level, 1, 0) if cut else x for x, cut in zip(leaves, mapped, strict=True)]
+    outputs = _loop(operator, leaves[mapped.index(True)].shape[0], leaves, mapped, spec)
+    return tree_map(lambda x: torch._add_batch_dim(x, 0, level), outputs)
+
+
+def _level(batched):
+    """The level of a tensor of the older vmap, which the thread of a CUDA backward does not know."""
+    for level in range(1, 64):
+        if not is_legacy_batchedtensor(torch._remove_batch_dim(batched, level, 1, 0)):
+            return level
+    raise RuntimeError("gradients are batched over several dimensions at once; batch them over one")
+
+
+def _loop(operator, count, leaves, mapped, spec):
+    """The outputs of an operator for each of `count` slices, stacked. mapped: which leaves are cut, along dimension 0."""
+    outputs = []
+    for index in range(count):
+        own = [x[index] if cut else x for x, cut in zip(leaves, mapped, strict=True)]
+        outputs.append(operator(*tree_unflatten(own, spec)))
+    return tree_map(lambda *slices: torch.stack(slices), *outputs)
 
 
 def refuse_double_backward(ctx, *gradients):
@@ -115,7 +210,16 @@ def allocate(layouts, device):
 
 def uses_tf32(tensor):
     """Whether the user allowed tf32 in the products of this tensor; plans depend on it (launch.dot_precision)."""
-    return tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return tf32_allowed(tensor.dtype)
+
+
+def tf32_allowed(dtype):
+    """Whether torch's own products of this dtype may be rounded to tf32.
+
+    All switches end in this one, the older ones (allow_tf32, set_float32_matmul_precision) too; where nothing is set here, it
+    reads torch.backends.fp32_precision. The getter of allow_tf32 raises when switches of both kinds were set.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def device_of(tensor):
