@@ -107,9 +107,7 @@ def squared_distances(q: Tensor, k: Tensor) -> Tensor:
     """
     queries, keys = q.double(), k.double()
     q_squares, k_squares = (x.square().sum(-1, keepdim=True) for x in (queries, keys))
-    rows = torch.cat((-2 * queries, q_squares, torch.ones_like(q_squares)), -1)
-    columns = torch.cat((keys, torch.ones_like(k_squares), k_squares), -1)
-    distances = group_product(rows, columns.mT).to(q.dtype)
+    distances = (group_product(-2 * queries, keys.mT) + q_squares + k_squares[:, :, None].mT).to(q.dtype)
     return distances - distances.detach().masked_fill(distances.detach() > resolution(q), 0)
 
 
@@ -135,7 +133,7 @@ def top_k_mask(scores, top_k):
         return allowed
     cut = scores.topk(top_k, dim=-1).values[..., -1:]
     above, tied = scores > cut, scores == cut
-    room = top_k - above.sum(-1, keepdim=True)
+    room = top_k - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))) & allowed
 
 

@@ -60,9 +60,9 @@ def synchronization_attention(omega, v, coupling, bandwidth, order, omega_k, top
     """
 
     def attend(visible, _, margin, values):
-        weights = lock(margin.masked_fill(~visible, 0), grad_floor)
+        weights = lock(margin, grad_floor)
         if top_k is not None:
-            weights = weights * top_k_mask(weights.detach().masked_fill(~visible, float("-inf")), top_k)
+            weights = weights.masked_fill(~top_k_mask(weights.detach().masked_fill(~visible, float("-inf")), top_k), 0)
         return group_product(weights, values) / (weights.sum(-1, keepdim=True) + EPS)
 
     outputs = by_rows(attend, omega, coupling, bandwidth, order, omega_k, causal, v)
@@ -84,7 +84,7 @@ def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *value
     """[function(visible, own, margin, *values)] by chunks of queries, with the values of the keys that come with a chunk.
 
     visible: the (rows, keys) mask. own: that of a token with itself, None with omega_k. margin: J^2 - delta^2 / (K r)^2,
-    (B, Hkv, group, rows, keys), of hidden pairs, too.
+    (B, Hkv, group, rows, keys), 0 where a pair is hidden.
     """
     k = omega if omega_k is None else omega_k
     compute, heads_kv = torch.promote_types(omega.dtype, torch.float32), k.shape[1]
@@ -104,7 +104,8 @@ def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *value
         # Within a lock radius K r that distances do not resolve, the difference of two tokens is rounding, which c would make
         # a gradient of: what such a row does to frequencies and parameters is 0, as it is for tokens that are equal.
         unresolved = c.detach() * resolution(w) > UNRESOLVED
-        return function(visible, own, torch.where(unresolved, margin.detach(), margin), *values)
+        margin = torch.where(unresolved, margin.detach(), margin).masked_fill(~visible, 0)
+        return function(visible, own, margin, *values)
 
     w_blocks, c_blocks = split_rows(group_heads(omega.to(compute), heads_kv), c)
     key_blocks = split_rows(*(tensor.to(compute) for tensor in (k, *values)))
@@ -114,8 +115,8 @@ def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *value
 
 def lock(margin, grad_floor):
     """sqrt(max(0, margin)), with the derivative 1 / (2 max(S, grad_floor)) where that is positive and 0 elsewhere."""
-    positive = margin.clamp(min=0)
-    steep = positive > grad_floor**2
-    root = torch.where(steep, positive, 1).sqrt()
-    line = positive.detach().sqrt() + (positive - positive.detach()) / (2 * grad_floor)
-    return torch.where(steep, root, line)
+    steep = margin > grad_floor**2
+    root = torch.where(steep, margin, 1).sqrt()
+    gentle = margin.masked_fill(steep | (margin <= 0), 0)
+    constant = gentle.detach()
+    return torch.where(steep, root, constant.sqrt() + (gentle - constant) / (2 * grad_floor))
