@@ -8,7 +8,15 @@ with j over the keys that query i may see and c_i the sum of their values, which
 import torch
 from torch.nn.functional import pad
 
-from nearfar.reference.pairwise import masked_softmax, row_chunks, sequence_lengths, split_rows
+from nearfar.reference.pairwise import (
+    by_chunk,
+    group_heads,
+    group_product,
+    masked_softmax,
+    row_chunks,
+    sequence_lengths,
+    split_rows,
+)
 
 
 def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None):
@@ -24,41 +32,40 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32. A query that sees no key returns zeros.
     """
-    heads_q, heads_kv = q.shape[1], k.shape[1]
+    heads_kv = k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
+    sinks = () if sink is None else (sink.to(compute).reshape(heads_kv, -1, 1, 1),)
 
-    def grouped(tensor):
-        """Query heads of a group share their key head by broadcasting: (B, Hkv, group, N, _) against (B, Hkv, 1, M, _)."""
-        return tensor.to(compute).unflatten(1, (heads_kv, heads_q // heads_kv))
+    def attend(chunk, q_rows, *arguments):
+        *sinks, k_seen, v_seen = arguments
+        weights = _softmax(group_product(q_rows, k_seen.mT), chunk.visible(q.device), *sinks)
+        return group_product(weights, v_seen)
 
-    tensors = grouped(q) * scale, k.to(compute)[:, :, None], v.to(compute)[:, :, None]
+    tensors = group_heads(q.to(compute), heads_kv) * scale, k.to(compute), v.to(compute)
     sequences = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
     outputs, sums = [], []
     for q_seq, k_seq, v_seq in zip(*sequences, strict=True):
-        q_blocks, k_blocks, v_blocks = split_rows(q_seq, k_seq, v_seq)
-        for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
-            scores = q_blocks[block] @ torch.cat(k_blocks[first:last], -2).mT
-            weights = _softmax(scores, visible.to(q.device), sink, heads_kv)
-            outputs.append(weights @ torch.cat(v_blocks[first:last], -2))
+        q_blocks, *key_blocks = split_rows(q_seq, k_seq, v_seq)
+        for chunk in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
+            outputs.append(by_chunk(attend, chunk, (q_blocks[chunk.block], *sinks), *key_blocks))
         if beta is not None:
-            sums.append(window_sums(v_seq, q_seq.shape[-2], left, right))
+            sums.append(window_sums(v_seq, q_seq.shape[-2], left, right)[:, :, None])
     o = torch.cat(outputs, -2)
     if alpha is not None:
-        o = o * grouped(alpha)[..., None]
+        o = o * group_heads(alpha.to(compute), heads_kv)[..., None]
     if beta is not None:
-        o = o + grouped(beta)[..., None] * torch.cat(sums, -2)
+        o = o + group_heads(beta.to(compute), heads_kv)[..., None] * torch.cat(sums, -2)
     return o.flatten(1, 2).to(q.dtype)
 
 
-def _softmax(scores, visible, sink, heads_kv):
+def _softmax(scores, visible, sink=None):
     """Weights (B, Hkv, group, rows, keys); a sink is one more key, which every query sees and whose weight is dropped."""
-    visible = visible.expand(scores.shape)
     if sink is None:
         return masked_softmax(scores, visible)
-    logits = sink.to(scores.dtype).reshape(heads_kv, -1, 1, 1).expand(*scores.shape[:-1], 1)
     # Concatenated, not padded: Inductor writes no valid C++ for the padding of a bool tensor (torch 2.13).
     every = torch.ones_like(visible[..., :1])
-    return masked_softmax(torch.cat((scores, logits), -1), torch.cat((visible, every), -1))[..., :-1]
+    scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), -1)
+    return masked_softmax(scores, torch.cat((visible, every), -1))[..., :-1]
 
 
 def window_sums(v, num_queries, left, right):

@@ -16,7 +16,16 @@ The queries are the last positions, and every query sees a key.
 import torch
 from torch.nn.functional import pad
 
-from nearfar.reference.pairwise import CHUNK, row_chunks, top_k_mask
+from nearfar.reference.pairwise import (
+    by_chunk,
+    distance_scores,
+    group_heads,
+    group_product,
+    per_head,
+    row_chunks,
+    split_rows,
+    top_k_mask,
+)
 
 
 def attention_statistics(q, k, sigma, left, right, scale):
@@ -31,19 +40,25 @@ def attention_statistics(q, k, sigma, left, right, scale):
     lse and entropy are differentiable twice; the others are constants.
     """
     num_keys = k.shape[2]
-    rows, mass = [], k.new_zeros((*q.shape[:2], num_keys), dtype=torch.promote_types(q.dtype, torch.float32))
-    for scores, visible, first, _ in score_chunks(q, k, sigma, left, right, scale):
+
+    def statistics(visible, first, scores):
         masked = scores.masked_fill(~visible, float("-inf"))
         lse = masked.logsumexp(-1, keepdim=True)
+        # Masked before the exp, which overflows where a hidden key scores far above lse.
         log_weights = (scores - lse).masked_fill(~visible, 0.0)
-        weights = (scores - lse).exp().masked_fill(~visible, 0.0)
+        weights = log_weights.exp().masked_fill(~visible, 0.0)
         entropy = -(weights * log_weights).sum(-1)
         constant, key = masked.detach(), torch.arange(first, first + scores.shape[-1], device=q.device)
         highest = constant.amax(-1, keepdim=True)
-        max_key = key.where(constant == highest, num_keys).amin(-1)
-        rows.append((lse.squeeze(-1), entropy, (highest - lse.detach()).exp().squeeze(-1), max_key))
-        received = weights.detach().sum(-2)
-        mass = mass + pad(received, (first, num_keys - first - received.shape[-1])).flatten(1, 2)
+        max_key = key.where((constant == highest) | constant.isnan(), num_keys).amin(-1)
+        max_weight = (highest - lse.detach()).exp().squeeze(-1)
+        return lse.squeeze(-1), entropy, max_weight, max_key, weights.detach().sum(-2)
+
+    rows, mass = [], k.new_zeros((*q.shape[:2], num_keys), dtype=torch.promote_types(q.dtype, torch.float32))
+    for chunk, (*parts, received) in by_scores(statistics, q, k, sigma, left, right, scale):
+        rows.append(parts)
+        first, last = chunk.keys
+        mass = mass + pad(received, (first, num_keys - last)).flatten(1, 2)
     per_query = (torch.cat(parts, -1).flatten(1, 2) for parts in zip(*rows, strict=True))
     return *per_query, mass
 
@@ -51,11 +66,12 @@ def attention_statistics(q, k, sigma, left, right, scale):
 @torch.no_grad()
 def selection_geometry(q, k, v, sigma, top_n, left, right, scale):
     """Reference of `nearfar.selection_geometry`: (precision, recall, f_score), each (B, Hq, N); see attention_statistics."""
-    values = v.to(torch.promote_types(v.dtype, torch.float32))[:, :, None]
-    rows = []
-    for scores, visible, first, last in score_chunks(q, k, sigma, left, right, scale):
+
+    def geometry(visible, _, scores, values):
         masked = scores.masked_fill(~visible, float("-inf"))
-        rows.append(separation(masked.softmax(-1), top_k_mask(masked, top_n), visible, values[..., first:last, :]))
+        return separation(masked.softmax(-1), top_k_mask(masked, top_n), visible, values[:, :, None])
+
+    rows = [parts for _, parts in by_scores(geometry, q, k, sigma, left, right, scale, v)]
     return tuple(torch.cat(parts, -1).flatten(1, 2) for parts in zip(*rows, strict=True))
 
 
@@ -67,7 +83,11 @@ def separation(weights, selected, visible, values):
         values: (.., keys, Dv).
 
     Distances are compared as excess = (D_j^2 - |s|^2) / 2 = w_j (w_j |v_j|^2 / 2 - v_j . s), where small weights do not drown.
+    A query that sees a weight or a value that is not finite scores NaN; others do not notice.
     """
+    finite = values.isfinite().all(-1)[..., None, :]
+    unknown = (visible & ~(finite & weights.isfinite())).any(-1)
+    values = values.masked_fill(~finite.mT, 0.0)
     s = (weights * selected) @ values
     excess = weights * (0.5 * weights * values.square().sum(-1)[..., None, :] - s @ values.mT)
     outside = visible & ~selected
@@ -77,26 +97,26 @@ def separation(weights, selected, visible, values):
     count = selected.sum(-1)
     precision = count / (count + (outside & (excess <= farthest)).sum(-1)).to(weights.dtype)
     recall = (selected & ((excess < nearest) | (nearest == infinity))).sum(-1) / count.to(weights.dtype)
+    precision, recall = (share.masked_fill(unknown, float("nan")) for share in (precision, recall))
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-def score_chunks(q, k, sigma, left, right, scale):
-    """Yield (scores, visible, first, last) for each chunk of queries: scores (B, Hkv, group, rows, keys) with the keys from
-    `first` to `last` - 1, and the mask of those that each query sees."""
-    heads_kv, num_keys = k.shape[1:3]
+def by_scores(function, q, k, sigma, left, right, scale, *values):
+    """Yield (chunk, function(visible, first, scores, *values)) for each chunk of queries.
+
+    visible: the (rows, keys) mask. first: the number of the first key. scores: (B, Hkv, group, rows, keys). values: their rows
+    of those keys.
+    """
+    heads_kv = k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
-    # Query heads of a group share their key head by broadcasting: (B, Hkv, group, N, D) against (B, Hkv, 1, M, D).
-    queries = q.to(compute).unflatten(1, (heads_kv, q.shape[1] // heads_kv))
-    # Blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
-    q_blocks, k_blocks = queries.split(CHUNK, -2), k.to(compute)[:, :, None].split(CHUNK, -2)
-    if sigma is not None:
-        inverse_variance = sigma.to(compute).expand(q.shape[1]).reshape(heads_kv, -1, 1, 1).reciprocal().square()
-    for block, first, last, visible in row_chunks(q.shape[2], num_keys, left, right):
-        q_rows, k_seen = q_blocks[block], torch.cat(k_blocks[first:last], -2)
-        scores = q_rows @ k_seen.mT
-        if sigma is None:
-            scores = scores * scale
-        else:
-            half_squares = 0.5 * k_seen.square().sum(-1)[..., None, :] + 0.5 * q_rows.square().sum(-1)[..., None]
-            scores = (scores - half_squares) * inverse_variance
-        yield scores, visible.to(q.device).expand(scores.shape), first * CHUNK, min(last * CHUNK, num_keys)
+    parameters = () if sigma is None else (per_head(sigma.to(compute), q.shape[1], heads_kv),)
+
+    def evaluate(chunk, q_rows, *arguments):
+        *sigma, k_seen = arguments[: len(parameters) + 1]
+        scores = distance_scores(q_rows, k_seen, *sigma) if sigma else group_product(q_rows * scale, k_seen.mT)
+        return function(chunk.visible(q.device), chunk.keys[0], scores, *arguments[len(parameters) + 1 :])
+
+    (q_blocks,) = split_rows(group_heads(q.to(compute), heads_kv))
+    key_blocks = split_rows(*(tensor.to(compute) for tensor in (k, *values)))
+    for chunk in row_chunks(q.shape[2], k.shape[2], left, right):
+        yield chunk, by_chunk(evaluate, chunk, (q_blocks[chunk.block], *parameters), *key_blocks)

@@ -2,7 +2,18 @@
 
 import torch
 
-from nearfar.reference.pairwise import masked_softmax, row_chunks, sequence_lengths, split_rows, top_k_mask
+from nearfar.reference.pairwise import (
+    by_chunk,
+    distance_scores,
+    group_heads,
+    group_product,
+    masked_softmax,
+    per_head,
+    row_chunks,
+    sequence_lengths,
+    split_rows,
+    top_k_mask,
+)
 
 
 def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
@@ -16,31 +27,26 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
 
     Returns:
-        (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32.
+        (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32, distances in float64.
     """
-    batch, heads_q, num_queries, width = q.shape
-    heads_kv, num_keys = k.shape[1:3]
     compute = torch.promote_types(q.dtype, torch.float32)
-    # Query heads of a group share their key head by broadcasting: (B, Hkv, group, N, D) against (B, Hkv, 1, M, D).
-    grouped = q.to(compute).reshape(batch, heads_kv, heads_q // heads_kv, num_queries, width)
-    keys, values = k.to(compute)[:, :, None], v.to(compute)[:, :, None]
-    inverse_variance = (
-        sigma.to(compute).expand(heads_q).reshape(heads_kv, heads_q // heads_kv, 1, 1).reciprocal().square()
-    )
 
-    spans = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in (grouped, keys, values)]
+    def attend(chunk, sigma, q_rows, k_seen, v_seen):
+        scores = distance_scores(q_rows, k_seen, sigma)
+        keep = chunk.visible(q.device)
+        if top_k is not None:
+            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k)
+        return group_product(masked_softmax(scores, keep), v_seen)
+
+    sigma = per_head(sigma.to(compute), q.shape[1], k.shape[1])
+    tensors = group_heads(q.to(compute), k.shape[1]), k.to(compute), v.to(compute)
+    spans = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
     outputs = []
     for q_seq, k_seq, v_seq in zip(*spans, strict=True):
-        q_blocks, k_blocks, v_blocks = split_rows(q_seq, k_seq, v_seq)
-        for block, first, last, visible in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
-            k_seen, v_seen = torch.cat(k_blocks[first:last], -2), torch.cat(v_blocks[first:last], -2)
-            half_squares = 0.5 * k_seen.square().sum(-1)[..., None, :]
-            scores = (q_blocks[block] @ k_seen.transpose(-1, -2) - half_squares) * inverse_variance
-            keep = visible = visible.to(q.device).expand(scores.shape)
-            if top_k is not None:
-                keep = top_k_mask(scores.detach().masked_fill(~visible, float("-inf")), top_k)
-            outputs.append(masked_softmax(scores, keep) @ v_seen)
-    return torch.cat(outputs, -2).reshape(batch, heads_q, num_queries, v.shape[-1]).to(q.dtype)
+        q_blocks, *key_blocks = split_rows(q_seq, k_seq, v_seq)
+        for chunk in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
+            outputs.append(by_chunk(attend, chunk, (sigma, q_blocks[chunk.block]), *key_blocks))
+    return torch.cat(outputs, -2).flatten(1, 2).to(q.dtype)
 
 
 def krause_attention_step(q, k, v, cache, sigma, top_k=None):
@@ -53,7 +59,7 @@ def krause_attention_step(q, k, v, cache, sigma, top_k=None):
         top_k: how many of the last W keys a query keeps, None for all.
 
     Returns:
-        (B, Hq, 1, Dv) in the dtype of q, without gradient; half precision is computed in float32.
+        (B, Hq, 1, Dv) in the dtype of q, without gradient; half precision is computed in float32, distances in float64.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     heads_kv, window = cache.k.shape[1:3]
@@ -68,12 +74,10 @@ def krause_attention_step(q, k, v, cache, sigma, top_k=None):
         oldest = (position + 1 - window).clamp(min=0)
         slots = ((oldest[:, None] + rank) % window)[:, None, :, None]
         visible = (rank <= position[:, None])[:, None, None, None]
-        keys, values = (x.take_along_dim(slots, 2).to(compute)[:, :, None] for x in (cache.k, cache.v))
-        values = values.masked_fill(~visible.mT, 0.0)  # slots that were never filled may hold anything
+        keys, values = (x.take_along_dim(slots, 2).to(compute) for x in (cache.k, cache.v))
+        values = values.masked_fill(~visible[:, 0].mT, 0.0)  # slots that were never filled may hold anything
 
-        grouped = q.to(compute).unflatten(1, (heads_kv, -1))
-        scale = sigma.to(compute).expand(q.shape[1]).reshape(heads_kv, -1, 1, 1).reciprocal().square()
-        half_squares = 0.5 * keys.square().sum(-1)[..., None, :]
-        scores = ((grouped @ keys.mT - half_squares) * scale).masked_fill(~visible, float("-inf"))
-        keep = visible.expand(scores.shape) if top_k is None else top_k_mask(scores, top_k)
-        return (masked_softmax(scores, keep) @ values).flatten(1, 2).to(q.dtype)
+        sigma = per_head(sigma.to(compute), q.shape[1], heads_kv)
+        scores = distance_scores(group_heads(q.to(compute), heads_kv), keys, sigma)
+        keep = visible if top_k is None else top_k_mask(scores.masked_fill(~visible, float("-inf")), top_k)
+        return group_product(masked_softmax(scores, keep), values).flatten(1, 2).to(q.dtype)

@@ -1,8 +1,13 @@
-"""What the references of the pairwise operators share: sequences, windows, chunks of rows, selection."""
+"""What the references of the pairwise operators share: sequences, windows, chunks of rows, distances, selection."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-CHUNK = 128  # rows and keys of a block
+CHUNK = 64  # rows and keys of a block
 
 
 def sequence_lengths(length, cu_seqlens):
@@ -19,11 +24,33 @@ def split_rows(*tensors):
     return [tensor.split(CHUNK, -2) if tensor.shape[-2] else (tensor,) for tensor in tensors]
 
 
-def row_chunks(num_queries, num_keys, left, right):
-    """Yield (row block, first key block, last key block + 1, visible) for each block of CHUNK queries.
+class Chunk(NamedTuple):
+    """A block of CHUNK queries and the key blocks from `first` to `last` - 1 that its window reaches."""
 
-    visible is the (rows, keys) mask of the allowed pairs of the row block with those key blocks; the queries are the last
-    positions. A row block sees O(CHUNK + window) keys. No queries make one empty block, no keys no key block.
+    block: int
+    first: int
+    last: int
+    rows: tuple[int, int]  # the positions of the queries among the keys, from and to
+    keys: tuple[int, int]
+    left: int
+    right: int
+
+    def visible(self, device: torch.device) -> Tensor:
+        """The (rows, keys) mask of the allowed pairs."""
+        position = torch.arange(*self.rows, device=device)[:, None]
+        key = torch.arange(*self.keys, device=device)[None, :]
+        visible = torch.ones(position.shape[0], key.shape[1], dtype=torch.bool, device=device)
+        if self.left >= 0:
+            visible &= key >= position - self.left
+        if self.right >= 0:
+            visible &= key <= position + self.right
+        return visible
+
+
+def row_chunks(num_queries: int, num_keys: int, left: int, right: int) -> Iterator[Chunk]:
+    """Yield the Chunk of each block of CHUNK queries; the queries are the last positions.
+
+    A chunk has O(CHUNK + window) keys. No queries make one empty block, no keys no key block.
     """
     offset = num_keys - num_queries
     num_blocks = max(1, -(-num_keys // CHUNK))
@@ -31,30 +58,87 @@ def row_chunks(num_queries, num_keys, left, right):
         stop = min(start + CHUNK, num_queries)
         first = 0 if left < 0 else min(max(0, start + offset - left) // CHUNK, num_blocks - 1)
         last = num_blocks if right < 0 else max(min(num_blocks, -(-(stop + offset + right) // CHUNK)), first + 1)
-        position = torch.arange(start, stop)[:, None] + offset
-        key = torch.arange(first * CHUNK, min(last * CHUNK, num_keys))[None, :]
-        visible = torch.ones(position.shape[0], key.shape[1], dtype=torch.bool)
-        if left >= 0:
-            visible &= key >= position - left
-        if right >= 0:
-            visible &= key <= position + right
-        yield block, first, last, visible
+        keys = first * CHUNK, min(last * CHUNK, num_keys)
+        yield Chunk(block, first, last, (start + offset, stop + offset), keys, left, right)
+
+
+def by_chunk(function: Callable[..., Any], chunk: Chunk, tensors: Sequence[Tensor], *blocks: Sequence[Tensor]) -> Any:
+    """function(chunk, *tensors, ..) with, of each list of blocks of keys, those of the chunk, one after the other.
+
+    The backward computes it again, so that nothing is kept of a chunk's scores; it is differentiable any number of times.
+    What keeps everything: calls that need no gradient by autograd, and those under transforms of torch.func and in
+    torch.compile, which take no hooks on saved tensors.
+    """
+    count, length = len(tensors), chunk.last - chunk.first
+
+    def evaluate(*arguments):
+        seen = [torch.cat(arguments[i : i + length], -2) for i in range(count, len(arguments), length)]
+        return function(chunk, *arguments[:count], *seen)
+
+    # Each block is an argument of its own, in which autograd notices writes before the backward.
+    arguments = *tensors, *(block for keys in blocks for block in keys[chunk.first : chunk.last])
+    tracked = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
+    if not tracked or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return evaluate(*arguments)
+    return checkpoint(evaluate, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+
+def group_heads(tensor: Tensor, heads_kv: int) -> Tensor:
+    """(B, Hq, ..) as (B, Hkv, group, ..): the query heads of a group share their key head."""
+    return tensor.unflatten(1, (heads_kv, tensor.shape[1] // heads_kv))
+
+
+def per_head(parameter: Tensor, heads_q: int, heads_kv: int) -> Tensor:
+    """A parameter (Hq,) or (1,) as (Hkv, group, 1, 1), which broadcasts to rows and pairs."""
+    return parameter.expand(heads_q).reshape(heads_kv, -1, 1, 1)
+
+
+def group_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(B, Hkv, group, n, c) times (B, Hkv, c, m), without a copy of the matrix for each head of a group."""
+    return (rows.flatten(2, 3) @ matrix).unflatten(2, rows.shape[2:4])
+
+
+def squared_distances(q: Tensor, k: Tensor) -> Tensor:
+    """|q_i - k_j|^2 of q (B, Hkv, group, n, D) and k (B, Hkv, m, D): (B, Hkv, group, n, m) in the dtype of q.
+
+    By products in float64, exact for inputs of fewer bits but for the rounding of their sum: tokens may lie far from the
+    origin and close to each other. No pair depends on other tokens, as it would if a mean of all were subtracted. What is
+    within that rounding, equal tokens above all, is 0; its derivatives of every order are as they are.
+    """
+    queries, keys = q.double(), k.double()
+    q_squares, k_squares = (x.square().sum(-1, keepdim=True) for x in (queries, keys))
+    distances = (group_product(-2 * queries, keys.mT) + q_squares + k_squares[:, :, None].mT).to(q.dtype)
+    return distances - distances.detach().masked_fill(distances.detach() > resolution(q), 0)
+
+
+def resolution(q: Tensor) -> Tensor:
+    """(.., n, 1): squared distances from q (.., n, D) that are not larger are rounding of the products they are made of."""
+    # Products with equal keys, in rows and columns of every number, came out up to (D + 16) 2^-55 |q|^2 off.
+    return (q.detach().double().square().sum(-1, keepdim=True) * ((q.shape[-1] + 16) * 2.0**-54)).to(q.dtype)
+
+
+def distance_scores(q: Tensor, k: Tensor, sigma: Tensor) -> Tensor:
+    """-|q_i - k_j|^2 / (2 sigma^2); sigma broadcasts to (B, Hkv, group, n, m)."""
+    return squared_distances(q, k) * (-0.5 * sigma.reciprocal().square())
 
 
 def top_k_mask(scores, top_k):
     """Mask of the top_k largest scores along the last dimension; equal scores go to the smaller index.
 
-    Masked candidates hold -inf and are never selected.
+    Masked candidates hold -inf and are never selected. NaN counts as largest: it has to show in what is made of the selection.
     """
+    scores = scores.masked_fill(scores.isnan(), float("inf"))
+    allowed = scores > float("-inf")
     if top_k >= scores.shape[-1]:
-        return scores > float("-inf")
+        return allowed
     cut = scores.topk(top_k, dim=-1).values[..., -1:]
     above, tied = scores > cut, scores == cut
-    room = top_k - above.sum(-1, keepdim=True)
-    return (above | (tied & (tied.cumsum(-1) <= room))) & (scores > float("-inf"))
+    room = top_k - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))) & allowed
 
 
 def masked_softmax(scores, keep):
-    """Softmax over the kept entries of the last dimension; rows that keep nothing give zeros and no gradient."""
+    """Softmax over the kept entries of the last dimension, a mask that broadcasts; rows that keep nothing give zeros and no
+    gradient."""
     empty = ~keep.any(-1, keepdim=True)
     return scores.masked_fill(~(keep | empty), float("-inf")).softmax(-1).masked_fill(empty, 0.0)

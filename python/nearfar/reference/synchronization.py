@@ -8,11 +8,23 @@ The second form of S needs no square root of a distance, whose gradient at 0 wou
 
 import torch
 
-from nearfar.reference.pairwise import CHUNK, row_chunks, top_k_mask
+from nearfar.reference.pairwise import (
+    by_chunk,
+    group_heads,
+    group_product,
+    per_head,
+    resolution,
+    row_chunks,
+    split_rows,
+    squared_distances,
+    top_k_mask,
+)
 
 EPS = 1e-8
 # 1 / (K r)^2 is at most this, so that it times a distance is finite where r is 0: such a token locks with itself alone.
 LARGEST_C = 1e24
+# A row whose lock radius is below twice what squared distances resolve has no gradient.
+UNRESOLVED = 0.25
 
 
 def order_parameter(theta, causal=False):
@@ -44,70 +56,67 @@ def synchronization_attention(omega, v, coupling, bandwidth, order, omega_k, top
         top_k: how many keys a query keeps, None for all. causal: the queries are the last positions.
 
     Returns:
-        (B, Hq, N, Dv) in the dtype of omega; half precision is computed in float32.
+        (B, Hq, N, Dv) in the dtype of omega; half precision is computed in float32, distances in float64.
     """
-    compute = torch.promote_types(omega.dtype, torch.float32)
-    value_blocks = v.to(compute)[:, :, None].split(CHUNK, -2)
-    outputs = []
-    for _, last, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
+
+    def attend(visible, _, margin, values):
         weights = lock(margin, grad_floor)
         if top_k is not None:
-            weights = weights * top_k_mask(weights.detach().masked_fill(~visible, float("-inf")), top_k)
-        outputs.append(weights @ torch.cat(value_blocks[:last], -2) / (weights.sum(-1, keepdim=True) + EPS))
+            weights = weights.masked_fill(~top_k_mask(weights.detach().masked_fill(~visible, float("-inf")), top_k), 0)
+        return group_product(weights, values) / (weights.sum(-1, keepdim=True) + EPS)
+
+    outputs = by_rows(attend, omega, coupling, bandwidth, order, omega_k, causal, v)
     return torch.cat(outputs, -2).flatten(1, 2).to(omega.dtype)
 
 
 def locked_share(omega, coupling, bandwidth, order, omega_k, causal):
     """Reference of `nearfar.locked_share`."""
-    locked = pairs = 0
-    for block, _, visible, margin in margins(omega, coupling, bandwidth, order, omega_k, causal):
-        if omega_k is None:
-            visible = visible & ~own_pairs(visible, block)
-        locked = locked + ((margin > 0) & visible).sum((-2, -1))
-        pairs = pairs + visible.sum()
+
+    def count(visible, own, margin):
+        others = visible if own is None else visible & ~own
+        return ((margin > 0) & others).sum((-2, -1)), others.sum()
+
+    locked, pairs = map(sum, zip(*by_rows(count, omega, coupling, bandwidth, order, omega_k, causal), strict=True))
     return (locked / pairs.clamp(min=1)).flatten(1, 2).to(torch.promote_types(omega.dtype, torch.float32))
 
 
-def margins(omega, coupling, bandwidth, order, omega_k, causal):
-    """Yield, for each block of CHUNK queries: its number, how many blocks of keys come with it, the (rows, keys) mask of
-    visible pairs, and J^2 - delta^2 / (K r)^2.
+def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *values):
+    """[function(visible, own, margin, *values)] by chunks of queries, with the values of the keys that come with a chunk.
 
-    The latter is (B, Hkv, group, rows, keys), 0 where a pair is not visible: query heads share key heads by broadcasting.
+    visible: the (rows, keys) mask. own: that of a token with itself, None with omega_k. margin: J^2 - delta^2 / (K r)^2,
+    (B, Hkv, group, rows, keys), 0 where a pair is hidden.
     """
     k = omega if omega_k is None else omega_k
     compute, heads_kv = torch.promote_types(omega.dtype, torch.float32), k.shape[1]
-    queries = omega.to(compute).unflatten(1, (heads_kv, -1))
-    keys = k.to(compute)[:, :, None]
-    key_squares = keys.square().sum(-1)[..., None, :]
-    rates = 2 * bandwidth.to(compute).expand(omega.shape[1]).reshape(heads_kv, -1, 1, 1)
-    if order.dim() == 2:
-        order = order[..., None]
-    radius = order * coupling.reshape(-1, 1)
-    c = radius.square().clamp(min=1 / LARGEST_C).reciprocal().to(compute).expand(omega.shape[:3])
-    c = c.unflatten(1, (heads_kv, -1))[..., None]
-    # Blocks by split, not by slices: the gradient of a slice is as long as what it was cut from.
-    blocks = zip(queries.split(CHUNK, -2), c.split(CHUNK, -2), strict=True)
-    chunks = row_chunks(omega.shape[2], k.shape[2], -1, 0 if causal else -1)
-    key_blocks, square_blocks = keys.split(CHUNK, -2), key_squares.split(CHUNK, -1)
-    for (rows, row_c), (block, _, last, visible) in zip(blocks, chunks, strict=True):
-        visible = visible.to(omega.device)
-        products = rows @ torch.cat(key_blocks[:last], -2).mT
-        delta2 = rows.square().sum(-1, keepdim=True) + torch.cat(square_blocks[:last], -1) - 2 * products
-        delta2 = delta2.clamp(min=0)
+    rates = 2 * per_head(bandwidth.to(compute), omega.shape[1], heads_kv)
+    # K r in float64: where 1 / (K r)^2 is at its largest, its derivatives are beyond float32.
+    order = (order if order.dim() == 3 else order[..., None]).double()
+    c = (order * coupling.double().reshape(-1, 1)).square().clamp(min=1 / LARGEST_C).reciprocal()
+    c = group_heads(c.to(compute).expand(omega.shape[:3]), heads_kv)[..., None]
+
+    def evaluate(chunk, rates, w, c, keys, *values):
+        visible = chunk.visible(omega.device)
+        delta2, own = squared_distances(w, keys), None
         if omega_k is None:
-            delta2 = delta2.masked_fill(own_pairs(visible, block), 0)
-        yield block, last, visible, ((-rates * delta2).exp() - row_c * delta2).masked_fill(~visible, 0)
+            own = torch.ones_like(visible).tril(chunk.rows[0]).triu(chunk.rows[0])
+            delta2 = delta2.masked_fill(own, 0)
+        margin = (-rates * delta2).exp() - c * delta2
+        # Within a lock radius K r that distances do not resolve, the difference of two tokens is rounding, which c would make
+        # a gradient of: what such a row does to frequencies and parameters is 0, as it is for tokens that are equal.
+        unresolved = c.detach() * resolution(w) > UNRESOLVED
+        margin = torch.where(unresolved, margin.detach(), margin).masked_fill(~visible, 0)
+        return function(visible, own, margin, *values)
 
-
-def own_pairs(mask, block):
-    """Of the pairs of a block of queries with the keys from the first on, those of a token with itself: a mask like `mask`."""
-    return torch.ones_like(mask).tril(block * CHUNK).triu(block * CHUNK)
+    w_blocks, c_blocks = split_rows(group_heads(omega.to(compute), heads_kv), c)
+    key_blocks = split_rows(*(tensor.to(compute) for tensor in (k, *values)))
+    chunks = row_chunks(omega.shape[2], k.shape[2], -1, 0 if causal else -1)
+    return [by_chunk(evaluate, x, (rates, w_blocks[x.block], c_blocks[x.block]), *key_blocks) for x in chunks]
 
 
 def lock(margin, grad_floor):
     """sqrt(max(0, margin)), with the derivative 1 / (2 max(S, grad_floor)) where that is positive and 0 elsewhere."""
-    positive = margin.clamp(min=0)
-    steep = positive > grad_floor**2
-    root = torch.where(steep, positive, 1).sqrt()
-    line = positive.detach().sqrt() + (positive - positive.detach()) / (2 * grad_floor)
-    return torch.where(steep, root, line)
+    steep = margin > grad_floor**2
+    root = torch.where(steep, margin, 1).sqrt()
+    gentle = margin.masked_fill(steep | (margin <= 0), 0)
+    constant = gentle.detach()
+    return torch.where(steep, root, constant.sqrt() + (gentle - constant) / (2 * grad_floor))
