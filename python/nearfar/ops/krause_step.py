@@ -137,7 +137,6 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     if out is None:
         out = cache.k.new_empty(shape)  # under vmap it is mapped over, as the cache has to be
     _run(layouts is not None, q, k, v, sigma, *cache, out, top_k, chosen)
-    cache.length.add_(1)
     return out
 
 
@@ -174,7 +173,7 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, out: Tensor,
     top_k: int | None, backend: str,
 ) -> None:  # fmt: skip
-    """Fill out and the slots of the new tokens. length stays as it is."""
+    """Fill out and the slots of the new tokens, and count them."""
     cache = KrauseCache(cache_k, cache_v, length)
     if backend == "reference":
         with checks.no_autocast(q):
@@ -183,6 +182,7 @@ def _step(
         launch = _cuda.krause_step if backend == "cuda" else _kernels().step
         with device_of(q):
             launch(unit_stride(q), unit_stride(k), unit_stride(v), cache, sigma, top_k, out)
+    length.add_(1)
 
 
-_run = define_step("krause_attention_step", _step, ("cache_k", "cache_v", "out"))
+_run = define_step("krause_attention_step", _step, ("cache_k", "cache_v", "length", "out"))
