@@ -451,5 +451,5 @@ def test_auto_asks_first_what_was_measured_faster(window, selects, first, hopper
         return Layout(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype, torch.device("cuda", 0))
 
     q, k, length = layout(2, 4, 1, 64), layout(2, 4, window, 64), layout(2, dtype=torch.int32)
-    _, order, _ = operator._checked.__wrapped__((q, q, q, k, k, length), selects)
+    _, order, _ = operator._checked.__wrapped__((q, q, q, k, k, length), 3, selects)
     assert order[0] == (first if hopper else "triton")

@@ -243,21 +243,27 @@ class RowSumsq(BuiltLaunch):
         self._launch = lambda addresses, device, stream: extension.row_sumsq(*addresses, *fixed, device, stream)
 
 
-def krause_step_reason(q, k, v, cache):
-    """Why the CUDA kernel cannot serve this call of krause_attention_step, or None."""
+def krause_step_reason(q, k, v, cache, addressed=True):
+    """Why the CUDA kernel cannot serve this call of krause_attention_step, or None.
+
+    addressed: whether the tensors have addresses; those of compiled code have none yet.
+    """
     if reason := _krause_rows_reason(q, v):
         return reason
     for name, tensor in (("q", q), ("k", k), ("v", v)):  # one whose last dimension is not contiguous will be copied
         strided = any(tensor.shape[i] > 1 and tensor.stride(i) % 8 for i in (0, 1))
-        if tensor.stride(3) == 1 and (strided or tensor.data_ptr() % 16):
+        if tensor.stride(3) == 1 and (strided or (addressed and tensor.data_ptr() % 16)):
             return ROWS_REASON.format(name)
-    if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:
+    if addressed and (cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16):
         return ROWS_REASON.format("cache.k or cache.v")
-    return _architecture_reason(q.device.index)
+    return None if torch.compiler.is_compiling() else _architecture_reason(q.device.index)
 
 
 def krause_step(q, k, v, cache, sigma, top_k, out):
     """Fill out (B, Hq, 1, D) and the slots of the new tokens, for a call without krause_step_reason."""
+    q, k, v = aligned_starts(q, k, v)
+    if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:  # compiled code learns of it here
+        raise ValueError(ROWS_REASON.format("cache.k or cache.v"))
     addressed = (q, k, v, *cache, sigma, out)
     extension.krause_step(
         [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],

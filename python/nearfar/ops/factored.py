@@ -6,11 +6,13 @@ Linear attention is Hadamard linear attention with one factor; both are `torch.o
 import math
 
 import torch
+from torch import Tensor
 
 from nearfar import _cuda
-from nearfar.checks import is_plain
+from nearfar.checks import is_plain, no_autocast
 from nearfar.ops.eager import Plan, start
 from nearfar.ops.program import Program
+from nearfar.ops.step import define_step
 from nearfar.ops.torch_operator import (
     allocate,
     compile_ahead,
@@ -25,6 +27,7 @@ from nearfar.ops.torch_operator import (
     unit_strides,
     uses_tf32,
 )
+from nearfar.reference.linear import step as reference_step
 
 # A multiply-add of a pair computed directly takes as long as two of those that go through the state, forward and backward
 # together, as measured on an H100 for one, two and three factors (docs/linear.md).
@@ -70,19 +73,24 @@ def attend(repeats, rows, qs, ks, v, initial_state, cu_seqlens, *options):
     return start(_Plan(rows, options, tensors), repeats, tensors)
 
 
-def step(qs, ks, v, state, feature_map, normalize, eps, out):
-    """One token: update the state in place and fill out (B, Hq, 1, Dv)."""
-    qs, ks, v = [unit_stride(q) for q in qs], [unit_stride(k) for k in ks], unit_stride(v)
-    if not out.numel():
-        return out
-    strides = tuple(q.stride() for q in qs), tuple(k.stride() for k in ks), v.stride(), out.stride()
-    widths, group = tuple(q.shape[3] for q in qs), qs[0].shape[1] // v.shape[1]
-    with device_of(v):
-        plan = _launchers().plan_step(
-            v.shape[0], v.shape[1], group, widths, v.shape[3], feature_map, normalize, eps, strides
-        )
-        plan(tuple(qs), tuple(ks), v, state, out)
-    return out
+def _step(
+    qs: list[Tensor], ks: list[Tensor], v: Tensor, state: Tensor, out: Tensor,
+    feature_map: str, normalize: bool, eps: float, backend: str,
+) -> None:  # fmt: skip
+    """One token: update the state and fill out (B, Hq, 1, Dv)."""
+    if backend == "reference":
+        with no_autocast(v):
+            out.copy_(reference_step(qs, ks, v, state, feature_map, normalize, eps))
+    elif out.numel():
+        qs, ks, v = tuple(map(unit_stride, qs)), tuple(map(unit_stride, ks)), unit_stride(v)
+        widths, group = tuple([q.shape[3] for q in qs]), qs[0].shape[1] // v.shape[1]
+        strides = _strides(qs), _strides(ks), v.stride(), out.stride()
+        with device_of(v):
+            plan = _launchers().plan_step(*v.shape[:2], group, widths, v.shape[3], feature_map, normalize, eps, strides)
+            plan(qs, ks, v, state, out)
+
+
+step = define_step("hadamard_attention_step", _step, ("state", "out"))
 
 
 _launchers = kernels("factored_launch")

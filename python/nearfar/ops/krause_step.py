@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.ops.step import check_out, check_writes, define_step
 from nearfar.ops.torch_operator import device_of, kernels, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
-
-NAMES = "q", "k", "v", "cache.k", "cache.v", "cache.length"
 
 # Microseconds of a step by the CUDA and the Triton kernels, by slots of the cache and whether it selects: bfloat16 on an H100,
 # B64 H8 D64 with 32 slots, B32 Hq32 Hkv8 D128 with more (docs/krause.md). "auto" takes the faster of the next larger entry.
@@ -86,6 +86,9 @@ class KrauseCache(NamedTuple):
         return cache
 
 
+torch.serialization.add_safe_globals([KrauseCache])  # a saved cache is loaded by torch.load as it is by default
+
+
 def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backend="auto"):
     """Decode one token of each sequence with `nearfar.krause_attention` (arXiv 2602.11534).
 
@@ -115,37 +118,33 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     checks.check_top_k(top_k)
     if not isinstance(cache, KrauseCache):
         raise TypeError(f"cache must be a KrauseCache, got {type(cache).__name__}")
-    tensors = q, k, v, *cache
-    shape, order, kernel_reason = _checked(checks.plain_layouts(*tensors), NAMES, tensors, top_k is not None)
-    for name, tensor in zip(NAMES[3:], cache, strict=True):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, as it is updated in place")
-    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    names, tensors = ["q", "k", "v"], [q, k, v]
+    if isinstance(sigma, torch.Tensor):
+        names, tensors = [*names, "sigma"], [*tensors, sigma]
+    num_read = len(tensors)
+    names, tensors = [*names, "cache.k", "cache.v", "cache.length"], [*tensors, *cache]
     if out is not None:
-        checks.check_exactly("out", checks.meta("out", out), shape, q.dtype, q.device)
-        if out.stride(3) != 1:
-            raise ValueError(f"out must have a contiguous last dimension, got strides {out.stride()}")
-    reasons = dispatch.Backends(kernel_reason or _cuda.krause_step_reason(q, k, v, cache), kernel_reason).reasons(q)
+        names, tensors = [*names, "out"], [*tensors, out]
+    layouts = checks.plain_layouts(*tensors)
+    shape, order, kernel_reason = _checked(layouts, names, tensors, num_read, top_k is not None)
+    check_writes(layouts, names, tensors, num_read)
+    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    cuda_reason = kernel_reason or _cuda.krause_step_reason(q, k, v, cache, layouts is not None)
+    reasons = dispatch.Backends(cuda_reason, kernel_reason).reasons(q)
     chosen = dispatch.choose(backend, reasons, q.device, order)
-    with torch.no_grad():
-        if top_k is not None and top_k >= cache.k.shape[2]:
-            top_k = None
-        if chosen == "reference":
-            with checks.no_autocast(q):
-                o = reference_step(q, k, v, cache, sigma, top_k)
-            out = o if out is None else out.copy_(o)
-        else:
-            out = q.new_empty(shape) if out is None else out
-            if out.numel():
-                _launch(chosen, unit_stride(q), unit_stride(k), unit_stride(v), cache, sigma.detach(), top_k, out)
-        cache.length.add_(1)
+    if top_k is not None and top_k >= cache.k.shape[2]:
+        top_k = None
+    if out is None:
+        out = cache.k.new_empty(shape)  # under vmap it is mapped over, as the cache has to be
+    _run(layouts is not None, q, k, v, sigma, *cache, out, top_k, chosen)
     return out
 
 
 @checks.once
-def _checked(metas, selects):
+def _checked(metas, num_read, selects):
     """Shape of the output, the order in which "auto" asks the kernels, and why they cannot serve these shapes, or None."""
-    q, k, v, cached_k, cached_v, length = metas
+    q, k, v = metas[:3]
+    cached_k, cached_v, length, *outs = metas[num_read:]
     checks.check_qkv(q, k, v)
     for name, x in (("q", q), ("k", k)):
         if x.shape[2] != 1:
@@ -157,19 +156,33 @@ def _checked(metas, selects):
     checks.check_exactly("cache.k", cached_k, (batch, heads, window, width), k.dtype, k.device)
     checks.check_exactly("cache.v", cached_v, (batch, heads, window, v.shape[3]), k.dtype, k.device)
     checks.check_exactly("cache.length", length, (batch,), torch.int32, k.device)
+    shape = (*q.shape[:3], v.shape[3])
+    for out in outs:
+        check_out(out, shape, q.dtype, q.device)
     reason = checks.kernel_width_reason("q", width) or checks.kernel_width_reason("v", v.shape[3])
     if window > MAX_CANDIDATES:
         reason = reason or f"cache has {window} slots; kernels take at most {MAX_CANDIDATES}"
     measured = next((times for (slots, how), times in MEASURED.items() if slots >= window and how == selects), None)
-    return (*q.shape[:3], v.shape[3]), dispatch.measured_order(measured, q.device), reason
+    return shape, dispatch.measured_order(measured, q.device), reason
 
 
 _kernels = kernels("krause_step")
 
 
-def _launch(backend, q, k, v, cache, sigma, top_k, out):
-    if backend == "cuda":
-        _cuda.krause_step(q, k, v, cache, sigma, top_k, out)
-        return
-    with device_of(q):
-        _kernels().step(q, k, v, cache, sigma, top_k, out)
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, out: Tensor,
+    top_k: int | None, backend: str,
+) -> None:  # fmt: skip
+    """Fill out and the slots of the new tokens, and count them."""
+    cache = KrauseCache(cache_k, cache_v, length)
+    if backend == "reference":
+        with checks.no_autocast(q):
+            out.copy_(reference_step(q, k, v, cache, sigma, top_k))
+    elif out.numel():
+        launch = _cuda.krause_step if backend == "cuda" else _kernels().step
+        with device_of(q):
+            launch(unit_stride(q), unit_stride(k), unit_stride(v), cache, sigma, top_k, out)
+    length.add_(1)
+
+
+_run = define_step("krause_attention_step", _step, ("cache_k", "cache_v", "length", "out"))

@@ -8,6 +8,7 @@ import torch
 from nearfar import _cuda, checks, dispatch
 from nearfar.ops import eager, factored
 from nearfar.ops.opaque import opaque
+from nearfar.ops.step import check_out, check_writes
 from nearfar.reference import linear as reference
 
 MAX_FACTORS = 3  # of the kernels
@@ -230,20 +231,27 @@ def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
     shape = (*call.q.shape[:3], call.v.shape[3])
     if shape[2] != 1:
         raise ValueError(f"a step takes 1 token, got q of length {shape[2]}; nearfar.hadamard_attention takes more")
-    if not state.is_contiguous():
-        raise ValueError("state must be contiguous, as it is updated in place")
+    names, tensors = [*_names("q", qs, listed), *_names("k", ks, listed), "v", "state"], [*call.qs, *call.ks, call.v, state]
+    num_read = len(tensors) - 1
     if out is not None:
-        checks.check_exactly("out", checks.meta("out", out), shape, call.v.dtype, call.v.device)
-    arguments = (call.qs, call.ks, call.v, state, call.feature_map, call.normalize, call.eps)
+        names, tensors = [*names, "out"], [*tensors, out]
+    layouts = checks.plain_layouts(*tensors)
+    if out is not None:
+        _check_out(layouts, names, tensors)
+    check_writes(layouts, names, tensors, num_read)
     reasons = {**call.backends.reasons(call.q), "cuda": "there is no CUDA kernel of a decoding step yet"}
-    if dispatch.choose(backend, reasons, call.q.device) == "reference":
-        with checks.no_autocast(call.q):
-            o = reference.step(*arguments)
-        if out is None:
-            return o
-        with torch.no_grad():
-            return out.copy_(o)
-    return factored.step(*arguments, call.v.new_empty(shape) if out is None else out)
+    chosen = dispatch.choose(backend, reasons, call.q.device)
+    if out is None:
+        out = state.new_empty(shape, dtype=call.v.dtype)  # under vmap it is mapped over, as the state has to be
+    options = call.feature_map, call.normalize, call.eps, chosen
+    factored.step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
+    return out
+
+
+@checks.once
+def _check_out(metas):
+    q, v, out = metas[0], metas[-3], metas[-1]
+    check_out(out, (*q.shape[:3], v.shape[3]), v.dtype, v.device)
 
 
 def _prepare(
