@@ -121,7 +121,24 @@ def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
         else:
             squares = _squares(k, sigma is not None), _squares(v)
             _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
+    hidden = _sees_nan(q, k, v, left, right)
+    for output in outputs:
+        output.masked_fill_(hidden, math.nan)
     return outputs
+
+
+def _sees_nan(q, k, v, left, right):
+    """(B, Hq, N): whether a query or anything of the keys and values that it sees is NaN.
+
+    The kernels compare scores and distances, which NaN passes by: a row without a number would look like a perfect one.
+    """
+    own, keys, values = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).isnan() for x in (q, k, v))
+    before = torch.nn.functional.pad((keys | values).cumsum(2, dtype=torch.int32), (1, 0))
+    last, positions = k.shape[2], torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+    begin = positions - left if left >= 0 else torch.zeros_like(positions)
+    end = positions + right + 1 if right >= 0 else torch.full_like(positions, last)
+    seen = before[..., end.clamp(0, last)] > before[..., begin.clamp(0, last)]
+    return own | seen.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def _fake_backward(dlse, dentropy, q, k, sigma, *_):
