@@ -9,7 +9,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from harness import DEVICE, DTYPES, LAYOUTS, Sample, assert_accurate, leaves, needs_gpu, randn
+from harness import DEVICE, DTYPES, LAYOUTS, Sample, assert_accurate, leaves, needs_gpu, randn, run
 from hypothesis import strategies as st
 from samples import diagnostics as oracle
 from test_affine import Largest
@@ -17,7 +17,7 @@ from test_operators import poison
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nearfar as nf
-from nearfar.ops.statistics import UPSTREAM
+from nearfar.ops.statistics import UPSTREAM_EXPONENT
 
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,7 +171,7 @@ def test_gradients_of_a_mean_over_many_rows(dtype):
         error = (got.double() - 1e-7 * want).abs().max()
         # float16 cannot hold the gradient itself any better than its smallest number.
         assert error <= 8 * torch.finfo(dtype).eps * 1e-7 * want.abs().max() + torch.finfo(dtype).smallest_normal * 2.0**-10
-    assert UPSTREAM * 20 < torch.finfo(torch.float16).max
+    assert 2.0**UPSTREAM_EXPONENT * 20 < torch.finfo(torch.float16).max
 
 
 def test_gradients_that_are_zero():
@@ -622,3 +622,50 @@ def test_beyond_32_bit_offsets():
     alone = (*nf.attention_statistics(*last[:2], locality=window)[:3], *nf.selection_geometry(*last, 3, locality=window))
     for whole, part in zip(found, alone, strict=True):
         torch.testing.assert_close(whole[:, -1:, -40:], part, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [None, 2.0])
+@pytest.mark.parametrize("where", "qkv")
+def test_nan_reaches_the_rows_that_see_it(where, sigma):
+    """Comparisons pass NaN by: a broken query must not look like one that selects perfectly."""
+    tensors = {"q": randn(1, 2, 30, 16, seed=1), "k": randn(1, 2, 30, 16, seed=2), "v": randn(1, 2, 30, 16, seed=3)}
+    window = nf.SlidingWindow(9, 2)
+    tensors[where][0, 1, 17, 3] = math.nan
+    seen = torch.zeros(1, 2, 30, dtype=torch.bool, device=DEVICE)
+    seen[0, 1, slice(17, 18) if where == "q" else slice(15, 27)] = True
+    geometry = nf.selection_geometry(*tensors.values(), 3, locality=window, sigma=sigma, backend="triton")
+    for name, part in geometry._asdict().items():
+        assert torch.equal(part.isnan(), seen), name
+    if where != "v":
+        statistics = nf.attention_statistics(tensors["q"], tensors["k"], locality=window, sigma=sigma, backend="triton")
+        for name in ("lse", "entropy", "max_weight"):
+            assert torch.equal(getattr(statistics, name).isnan(), seen), name
+        # A key has lost its mass where a row that sees it has.
+        rows, keys = torch.arange(30)[:, None], torch.arange(30)
+        visible = ((rows - keys <= 9) & (keys - rows <= 2)).to(DEVICE)
+        assert torch.equal(statistics.key_mass.isnan(), (seen[..., None] & visible).any(2))
+
+
+@pytest.mark.parametrize("sigma", [False, True])
+def test_gradients_do_not_depend_on_the_batch(sigma):
+    """Bit for bit, whatever the size of the others' gradients; and what is not a number stays in its batch element."""
+    tensors = {"q": randn(3, 2, 9, 16, dtype=torch.float16, seed=1), "k": randn(3, 1, 9, 16, dtype=torch.float16, seed=2)}
+    options = {"sigma": torch.tensor([2.0, 1.5], device=DEVICE)} if sigma else {}
+    do = [randn(3, 2, 9, seed=3) for _ in range(2)]
+    do[0][2] *= 1e6
+
+    def gradients(elements):
+        sample = Sample({name: tensor[elements] for name, tensor in tensors.items()}, {"causal": True, **options})
+        upstream = [part[elements] for part in do]
+        return run(lambda **keywords: tuple(nf.attention_statistics(**keywords)[:2]), sample, upstream)[1]
+
+    together = gradients(slice(0, 3))
+    for index in range(3):
+        alone = gradients(slice(index, index + 1))
+        for name in "qk":
+            assert torch.equal(together[name][index : index + 1], alone[name]), name
+    do[1][1, 0, 3] = math.nan
+    broken = gradients(slice(0, 3))
+    for name in "qk":
+        assert broken[name][1].isnan().any()
+        assert torch.equal(together[name][::2], broken[name][::2]), name

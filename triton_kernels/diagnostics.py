@@ -214,7 +214,7 @@ def statistics_grad_queries(
     SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gain dS = P (level + slope log2(P)) with a level and a slope for each row.
+    """gain dS = P (level + slope log2(P)) with a level and a slope for each row; gain (B, Hkv).
 
     With a parameter, ds_total (B, Hq, N) are the sums of gain dS, and weighted becomes those of gain dS log2(P).
     """
@@ -252,7 +252,7 @@ def statistics_grad_queries(
     if parameter is not None:
         # |q|^2, which the raw scores leave out, counts in lse.
         acc -= load_vector(ds_total + row_offset, rows, num_queries, 0.0)[:, None] * q_tile.to(tl.float32)
-    acc *= row_scale * SIGN / tl.load(gain)
+    acc *= row_scale * SIGN / tl.load(gain + batch * (num_heads // group) + head // group)
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
     if weighted is not None:
         tl.store(weighted + row_offset + rows, row_weighted, mask=rows < num_queries)
@@ -305,7 +305,7 @@ def statistics_grad_keys(
     if k_squares is not None:
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
-    dk_tile *= unit * SIGN / tl.load(gain)
+    dk_tile *= unit * SIGN / tl.load(gain + batch * (num_heads // group) + kv_head)
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
 
 

@@ -107,7 +107,7 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
 def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, ds_total, dq, dk, weighted):
     """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N).
 
-    lse, level, slope, ds_total: (B, Hq, N), the last three times gain, which is 0-d.
+    lse, level, slope, ds_total: (B, Hq, N), the last three times gain, (B, Hkv).
     """
     call = signature(q, k, k, parameter, False, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))

@@ -34,12 +34,12 @@ def elu_grad(x):
 
 @triton.jit
 def relu(x):
-    return tl.maximum(x, 0.0)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def relu_grad(x):
-    return tl.where(x > 0, 1.0, 0.0)
+    return tl.where(x > 0, 1.0, relu(x))
 
 
 @triton.jit

@@ -25,8 +25,8 @@ struct Elu {  // elu(x) + 1
 };
 
 struct Relu {
-    __device__ static float value(float x) { return fmaxf(x, 0.0f); }
-    __device__ static float grad(float x) { return x > 0 ? 1.0f : 0.0f; }
+    __device__ static float value(float x) { return positive_or_nan(x); }
+    __device__ static float grad(float x) { return x > 0 ? 1.0f : positive_or_nan(x); }
 };
 
 struct Softplus {

@@ -82,6 +82,13 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
     return result;
 }
 
+// max(x, 0), and NaN where x is.
+__device__ __forceinline__ float positive_or_nan(float x) {
+    float result;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // The square root of x >= 0 and its inverse likewise; x below 2^-126 is taken for zero.
 __device__ __forceinline__ float sqrt_approximate(float x) {
     float result;

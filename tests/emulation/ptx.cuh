@@ -116,6 +116,8 @@ inline float exp2_approximate(float x) {
 
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
+inline float positive_or_nan(float x) { return x < 0 ? 0.0f : x; }
+
 inline float sqrt_approximate(float x) { return x < 0x1p-126f ? 0.0f : sqrtf(x); }
 inline float rsqrt_approximate(float x) { return 1.0f / sqrt_approximate(x); }
 

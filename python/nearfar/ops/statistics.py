@@ -25,9 +25,10 @@ _GEOMETRY = (
     " -> (Tensor, Tensor, Tensor)"
 )
 
-# The largest upstream gradient as the products of the backward see it. Weights of long rows, and the gradients of a mean over
-# many rows, are below what float16 holds; with |P log2(P)| and the entropy at most 20 in all, this stays below its largest.
-UPSTREAM = 2.0**11
+# The products of the backward see upstream gradients below 2^11, the largest above 2^10. Weights of long rows, and the
+# gradients of a mean over many rows, are below what float16 holds; with |P log2(P)| and the entropy at most 20 in all, this
+# stays below its largest.
+UPSTREAM_EXPONENT = 11
 
 
 _launchers = kernels("diagnostics_launch")
@@ -53,6 +54,18 @@ def _common(q, sigma):
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 
 
+def _gain(key_heads, *gradients):
+    """(B, Hkv) powers of two that bring the gradients (B, Hq, N) near 2^UPSTREAM_EXPONENT.
+
+    One for each key head, whose queries a sum over them meets: no other head or batch element changes a bit of its gradients,
+    and what is not finite in a row stays there.
+    """
+    largest = [x.abs().nan_to_num(0, 0, 0).unflatten(1, (key_heads, -1)).amax((2, 3)) for x in gradients]
+    exponent = torch.frexp(functools.reduce(torch.maximum, largest)).exponent
+    # The bits of a float32, bounded so that its inverse is a normal number, too.
+    return (127 + UPSTREAM_EXPONENT - exponent).clamp(1, 253).bitwise_left_shift(23).view(torch.float32)
+
+
 def statistics(q, k, sigma, left, right, scale, backend="triton"):
     """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
     outputs = _empty_statistics(q, k)
@@ -73,9 +86,10 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
     if not q.numel():
         return dq, dk.zero_(), dsigma.zero_()
-    largest = torch.maximum(dlse.abs().amax(), dentropy.abs().amax())
-    gain = UPSTREAM / largest.clamp_min(torch.finfo(torch.float32).tiny * UPSTREAM)
-    level, slope, ds_total = gain * (dlse - dentropy * entropy), -math.log(2) * gain * dentropy, gain * dlse
+    dlse, dentropy = dlse.contiguous(), dentropy.contiguous()  # the kernels read (B, Hq, N) as it lies
+    gain = _gain(k.shape[1], dlse, dentropy)
+    of_rows = gain.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
+    level, slope, ds_total = of_rows * (dlse - dentropy * entropy), -math.log(2) * of_rows * dentropy, of_rows * dlse
     weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
     with device_of(q):
         _launchers().statistics_backward(
@@ -85,7 +99,7 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     if sigma is None:
         return dq, dk, dsigma
     # s is proportional to sigma^-2, and log P = s - lse: sum of dS s = sum of dS log P + lse sum of dS.
-    of_scale = (math.log(2) / gain * weighted + lse * dlse).sum((0, 2))
+    of_scale = (math.log(2) / of_rows * weighted + lse * dlse).sum((0, 2))
     return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
 
 
@@ -107,7 +121,24 @@ def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
         else:
             squares = _squares(k, sigma is not None), _squares(v)
             _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
+    hidden = _sees_nan(q, k, v, left, right)
+    for output in outputs:
+        output.masked_fill_(hidden, math.nan)
     return outputs
+
+
+def _sees_nan(q, k, v, left, right):
+    """(B, Hq, N): whether a query or anything of the keys and values that it sees is NaN.
+
+    The kernels compare scores and distances, which NaN passes by: a row without a number would look like a perfect one.
+    """
+    own, keys, values = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).isnan() for x in (q, k, v))
+    before = torch.nn.functional.pad((keys | values).cumsum(2, dtype=torch.int32), (1, 0))
+    last, positions = k.shape[2], torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+    begin = positions - left if left >= 0 else torch.zeros_like(positions)
+    end = positions + right + 1 if right >= 0 else torch.full_like(positions, last)
+    seen = before[..., end.clamp(0, last)] > before[..., begin.clamp(0, last)]
+    return own | seen.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
 def _fake_backward(dlse, dentropy, q, k, sigma, *_):
