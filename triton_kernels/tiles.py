@@ -113,6 +113,19 @@ def row_squares(tile):
 
 
 @triton.jit
+def finite_or_zero(tile):
+    """The tile with zeros for its infinities and NaN, for products whose other factor is 0 wherever nobody may see them."""
+    return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def poison(tile):
+    """NaN for each row of a tile that holds infinities or NaN, 0 for the others: added to the weights of those who see it."""
+    wide = tile.to(tl.float32)
+    return tl.sum(wide - wide, 1)
+
+
+@triton.jit
 def reach(index, token_bounds, num_tokens, num_targets, window):
     """Half-open interval of targets that a token reaches. window: (offset, back, ahead) in positions.
 
