@@ -2,8 +2,12 @@
 //
 //     s_ij = (q_i.k_j - |k_j|^2 / 2) scale      P = 2^(s - lse)      dP = dO V^T      delta_i = dO_i.o_i
 //     dS = P (dP - delta)
-//     dq_i = scale sum_j dS_ij k_j
+//     dq_i = scale sum_j dS_ij (k_j - c_i)
 //     dk_j = scale (sum_i dS_ij q_i - k_j sum_i dS_ij)                dv_j = sum_i P_ij dO_i
+//     d log(scale) = sum_ij dS_ij (s_ij - m_i)
+//
+// As dS sums to zero in a row, c_i and m_i may be anything, but delta is off by what o lost when it was rounded. With the key of
+// greatest weight as c_i that hardly matters, with the mean score sum_j P_ij s_ij as m_i it cancels.
 //
 // Two kinds of blocks: one walks a strip of consecutive tiles of 64 queries and keeps the keys and values within reach in a
 // ring of rows in shared memory; the other walks tiles of keys, with a ring of the queries that see them and their dO. A warp
@@ -130,6 +134,29 @@ __device__ __forceinline__ void keep_columns(float (&weight)[2][4], int r, uint3
         if (!(mine >> (i / 2 * 8 + i % 2) & 1)) weight[i / 2][2 * r + i % 2] = 0;
 }
 
+// Subtracts total * x from two columns of row quad + 8 r, whose numbers of a tile of 8 columns are c.
+template <typename T>
+__device__ __forceinline__ void subtract(float (&c)[4], int r, float total, uint32_t x) {
+    const float2 number = unpack<T>(x);
+    c[2 * r] -= total * number.x;
+    c[2 * r + 1] -= total * number.y;
+}
+
+// The weights of a block of 16 columns from `column` on, as integers in their order, with the column in the lowest bits: the
+// largest of row quad + 8 r.
+constexpr int kColumnBits = 8;
+static_assert(kKrauseWindow + kRows <= 1 << kColumnBits);
+constexpr int kColumns = (1 << kColumnBits) - 1;
+
+__device__ __forceinline__ int heaviest(const float (&weight)[2][4], int r, int column, int pair) {
+    int largest = kColumns;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        largest = max(largest, (__float_as_int(weight[i / 2][2 * r + i % 2]) & ~kColumns) |
+                                   (column + 2 * pair) | (8 * (i / 2) + i % 2));
+    return largest;
+}
+
 // dq and the gradient of log(scale), over one strip of queries.
 template <typename T, int Width>
 __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>& memory, int outer, int strip) {
@@ -149,6 +176,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const int32_t* const bits = arguments.bits + static_cast<int64_t>(outer) * window.num_queries * num_words;
     const bool selected = arguments.bits != nullptr;
     const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2E;
+    const uint32_t ones = pack<T>(1.0f, 1.0f);
 
     const uint32_t my_rows = warp * kRows * kRowBytes;
     float row_lse[2];
@@ -222,7 +250,10 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
             fetch_numbers(tile + 1);
         }
 
-        float sum[Width / 8][4] = {}, weighted = 0;
+        float sum[Width / 8][4] = {};
+        float rounded_total[4] = {};  // of each row, in every column: the sum of what enters dq, with its rounding
+        float ds_total[2] = {}, mean_score[2] = {};
+        int nearest[2] = {kColumns, kColumns};
 #pragma unroll 1
         for (int block = 0; block < arguments.num_blocks; ++block) {
             if (block == kTileBlocks && more) {  // No warp reaches the oldest keys any more: the next ones take their place.
@@ -259,15 +290,32 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                ds[i / 4][i % 4] *= weight[i / 4][i % 4];
-                // d log(scale) = sum dS s; as dS sums to zero in a row, s - lse serves and cancels less.
-                weighted = fmaf(ds[i / 4][i % 4], score[i / 4][i % 4], weighted);
+                const int r = i / 2 % 2;
+                float& gradient = ds[i / 4][i % 4];
+                gradient *= weight[i / 4][i % 4];
+                ds_total[r] += gradient;
+                dlog_scale = fmaf(gradient, score[i / 4][i % 4], dlog_scale);
+                mean_score[r] = fmaf(weight[i / 4][i % 4], score[i / 4][i % 4], mean_score[r]);
             }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) nearest[r] = max(nearest[r], heaviest(weight, r, kRows * block, pair));
             uint32_t a[4];
             round_to_fragment<T>(a, ds);
             multiply<T, Width>(sum, a, keys, 0, offsets);
+            mma<T>(rounded_total, a, ones, ones);
         }
-        dlog_scale += weighted;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            dlog_scale -= quad_sum(mean_score[r]) * ds_total[r];
+            int mark = max(nearest[r], __shfl_xor_sync(kWholeWarp, nearest[r], 1));
+            mark = max(mark, __shfl_xor_sync(kWholeWarp, mark, 2));
+            if (mark == kColumns) continue;  // no key in reach
+            const int column = mark & kColumns;
+            const T* const key = k + static_cast<int64_t>(first_row + window.offset - window.back + column) * arguments.k.row;
+#pragma unroll
+            for (int i = 0; i < Width / 8; ++i)
+                subtract<T>(sum[i], r, rounded_total[2 * r], reinterpret_cast<const uint32_t*>(key + 8 * i)[pair]);
+        }
         // dS entered its products unscaled, lest half precision lose or overflow it.
         store_rows<T, Width>(sum, scale, lane, window.num_queries - first_row, arguments.dq.row,
                              dq + first_row * arguments.dq.row);
@@ -453,13 +501,8 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
         }
 
 #pragma unroll
-        for (int i = 0; i < Width / 4; ++i) {  // word i % 4 of a fragment of keys is row quad + i % 2 * 8 of these columns
-            const float2 x = unpack<T>(key[i / 4][i % 4]);
-            float(&at)[4] = dk[i / 4 * 2 + i % 4 / 2];
-            const int r = i % 2;
-            at[2 * r] -= ds_total[2 * r] * x.x;
-            at[2 * r + 1] -= ds_total[2 * r] * x.y;
-        }
+        for (int i = 0; i < Width / 4; ++i)  // word i % 4 of a fragment of keys is row quad + i % 2 * 8 of these columns
+            subtract<T>(dk[i / 4 * 2 + i % 4 / 2], i % 2, ds_total[i % 2 * 2], key[i / 4][i % 4]);
         store_rows<T, Width>(dk, unit, lane, num_keys - first_row, arguments.dk.row,
                              arguments.dk.at(batch, kv_head) + first_row * arguments.dk.row);
         store_rows<T, Width>(dv, 1.0f, lane, num_keys - first_row, arguments.dv.row,

@@ -16,14 +16,38 @@ def rbf_scale(sigma):
 
 
 @triton.jit
-def rbf_score(qk, k_squares, scale):
-    # Scaled last: products and squares of small integers stay exact, so equal distances stay equal and ties are ties.
-    return (qk - 0.5 * k_squares) * scale
+def rbf_score(q_tile, k_tile, k_squares, scale, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """(queries, keys) scores of two tiles, or their transpose.
+
+    They are scaled last: products and squares of small integers stay exact, so equal distances stay equal and ties are ties.
+    """
+    if q_tile.dtype == tl.float32 and PRECISION == "ieee":
+        return wide_half_distances(k_tile, q_tile) * scale if TRANSPOSED else wide_half_distances(q_tile, k_tile) * scale
+    elif TRANSPOSED:
+        return (tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) - 0.5 * k_squares[:, None]) * scale
+    else:
+        return (tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) - 0.5 * k_squares[None, :]) * scale
 
 
 @triton.jit
-def rbf_grad_keys(ds_q, ds_total, k_tile):
-    return ds_q - ds_total * k_tile
+def wide_half_distances(x_tile, y_tile):
+    """-|x - y|^2 / 2 of float32 rows, rounded once.
+
+    Far from the origin products and squares have nothing in common but digits that cancel: in float64 what is left is right.
+    On GPUs for data centers its products take the tensor cores, and no longer than float32's without them.
+    """
+    x, y = x_tile.to(tl.float64), y_tile.to(tl.float64)
+    products = tl.dot(x, tl.trans(y), out_dtype=tl.float64)
+    return (products - 0.5 * tl.sum(x * x, 1)[:, None] - 0.5 * tl.sum(y * y, 1)[None, :]).to(tl.float32)
+
+
+@triton.jit
+def rbf_grad(ds_others, ds_total, x):
+    """Gradient of a token x from sum_j dS_j y_j and sum_j dS_j over the others y.
+
+    It is sum_j dS_j (y_j - x). Where all dS_j of a token sum to zero, as those of a query do, any point may stand for x.
+    """
+    return ds_others - ds_total * x
 
 
 @triton.jit
@@ -32,4 +56,4 @@ def rbf_grad_sigma(dlog_scale, sigma):
     return -2.0 * dlog_scale / sigma
 
 
-PAIR = PairFunctions(rbf_scale, rbf_score, rbf_grad_keys, rbf_grad_sigma)
+PAIR = PairFunctions(rbf_scale, rbf_score, rbf_grad, rbf_grad_sigma)

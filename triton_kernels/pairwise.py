@@ -1,19 +1,24 @@
 """The pairwise skeleton: walk the tiles of keys that a tile of queries may see, score them, normalise by softmax.
 
 An operator hangs four pair functions on it, passed as `tl.constexpr`: SCALE turns a head's parameter into the scale of its
-scores, SCORE turns the products q.k and the squared norms |k|^2 of a tile into scores, GRAD_KEYS turns the reductions of dS
-over queries into the gradient of k, GRAD_PARAMETER the gradient of log(scale) into that of the parameter. Scores are
-proportional to the scale; the kernels fold log2(e) into it, so that every
-exponential is a bare exp2.
+scores, SCORE turns tiles of q and k and the squared norms |k|^2 into scores, GRAD turns the reductions of dS over the others
+into the gradient of q or of k, GRAD_PARAMETER the gradient of log(scale) into that of the parameter. Scores are
+proportional to the scale; the kernels fold log2(e) into it, so that every exponential is a bare exp2.
 
     attend            forward, any number of keys: online softmax; k_squares, (B, Hkv, M) float32, spares computing |k|^2
                       again for every tile of queries
     attend_resident   forward, few keys: all scores of the tile stay in registers, hence exact top-k selection
-    grad_queries      dq, delta = sum(dO * O) of each row, and the gradient of log(scale)
+    grad_queries      dq, delta of each row, and the gradient of log(scale)
     grad_keys         dk and dv, summed over the query heads of a group
     grad_parameter    the partial sums of grad_queries, added in a fixed order and brought to the parameter
 
 lse is in base 2. Rows without keys and rows beyond the last have o = dO = delta = 0, so their dS vanishes whatever lse is.
+
+dS = P (dP - delta) sums to zero in a row. delta = dO.o is off by what o lost when it was rounded, so each gradient is written such
+that this error cancels: dq by differences of keys (GRAD), that of log(scale) as the covariance of dP and the score.
+
+In packed calls NaN of one sequence stays there: weights and dS of pairs that do not see each other are 0, and the matrices that
+they are multiplied with have 0 where they are not finite, as 0 times NaN is NaN.
 """
 
 import triton
@@ -26,11 +31,13 @@ from .tiles import (
     WORD,
     at,
     exp2,
+    finite_or_zero,
     inside,
     load_bits,
     load_tile,
     load_tiles,
     load_vector,
+    poison,
     program_coordinates,
     reach,
     row_squares,
@@ -69,7 +76,7 @@ def attend(
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_keys, 0.0)
-        score = SCORE(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), squares[None, :], scale)
+        score = SCORE(q_tile, k_tile, squares, scale, PRECISION)
         if first < all_begin or first + BLOCK_N > all_end:
             score = tl.where(inside(keys, begin, end), score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
@@ -78,6 +85,9 @@ def attend(
         weight = exp2(score - shift[:, None])
         decay = exp2(highest - shift)
         total = total * decay + tl.sum(weight, 1)
+        if token_bounds is not None:
+            weight = tl.where(inside(keys, begin, end), weight + poison(v_tile)[None, :], 0.0)
+            v_tile = finite_or_zero(v_tile)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         highest = new_highest
 
@@ -111,8 +121,7 @@ def attend_resident(
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
             k_tile = k_tiles[t] if AT_ONCE else load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            score = SCORE(qk, row_squares(k_tile)[None, :], scale)
+            score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
             merged = tl.where(inside(keys, begin, end), score, merged)
         scores = scores + (merged,)
 
@@ -141,6 +150,9 @@ def attend_resident(
             weight = exp2(tl.where(mine, scores[slot] - shift[:, None], float("-inf")))
             total += tl.sum(weight, 1)
             v_tile = v_tiles[t] if AT_ONCE else load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+            if token_bounds is not None:
+                weight = tl.where(mine, weight + poison(v_tile)[None, :], 0.0)
+                v_tile = finite_or_zero(v_tile)
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
@@ -164,7 +176,7 @@ def grad_queries(
     q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -183,33 +195,54 @@ def grad_queries(
     if bits is not None:
         bits += row_offset * num_words
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    tl.store(delta + row_offset + rows, row_delta, mask=rows < num_queries)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    weighted = tl.zeros((BLOCK_M,), tl.float32)
+    rounded_total = tl.zeros((BLOCK_M,), tl.float32)
+    ds_total = tl.zeros((BLOCK_M,), tl.float32)
+    ds_score = tl.zeros((BLOCK_M,), tl.float32)
+    mean_score = tl.zeros((BLOCK_M,), tl.float32)
+    highest = tl.full((BLOCK_M,), BLOCK_N - 1, tl.int32)  # weight of the key of greatest weight, its lowest bits the tile's column
+    nearest = tl.zeros((BLOCK_M,), tl.int32) + num_keys  # that key
     for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        score = SCORE(qk, row_squares(k_tile)[None, :], scale * LOG2E)
-        log_weight = score - row_lse[:, None]
+        log_weight = SCORE(q_tile, k_tile, row_squares(k_tile), scale * LOG2E, PRECISION) - row_lse[:, None]
         weight = exp2(log_weight)
         if bits is not None:
-            keep = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
-            weight = tl.where(keep, weight, 0.0)
+            seen = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
+            weight = tl.where(seen, weight, 0.0)
+        elif token_bounds is not None:
+            seen = inside(keys, begin, end)
+            weight = tl.where(seen, weight, 0.0)
         elif first < all_begin or first + BLOCK_N > all_end:
             weight = tl.where(inside(keys, begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = weight * (dp - row_delta[:, None])
-        # d log(scale) = sum dS * score; as dS sums to zero in a row, log_weight serves and cancels less.
-        weighted += tl.sum(ds * log_weight, 1)
+        if token_bounds is not None:
+            ds, log_weight, k_tile = tl.where(seen, ds, 0.0), tl.where(seen, log_weight, 0.0), finite_or_zero(k_tile)
+        marked = tl.max((weight.to(tl.int32, bitcast=True) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :], 1)
+        nearest = tl.where(marked > highest, first + (marked & (BLOCK_N - 1)), nearest)
+        highest = tl.maximum(marked, highest)
+        ds_total += tl.sum(ds, 1)
+        ds_score += tl.sum(ds * log_weight, 1)
+        mean_score += tl.sum(weight * log_weight, 1)
+        rounded = ds.to(k_tile.dtype)
+        rounded_total += tl.sum(rounded.to(tl.float32), 1)
         # Not tl.dot(..., acc): Triton (3.6, sm_90) then lets the product run on into the next step, but as k_tile also goes
         # through registers for |k|^2, it gives it no extra buffer, and the next load overwrites it: wrong dq, now and then.
-        acc += scale * tl.dot(ds.to(k_tile.dtype), k_tile, input_precision=PRECISION)
+        acc += scale * tl.dot(rounded, k_tile, input_precision=PRECISION)
 
-    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
-    tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, weighted, 0.0), 0) * LN2)
+    # Of the points that dq may be taken from, the nearest key is where the terms of a row cancel best.
+    centre = load_tile(k, nearest, k_strides[2], num_keys, D, BLOCK_D)
+    dq_tile = GRAD(acc, scale * rounded_total[:, None], centre.to(tl.float32))
+    store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, dq_tile, D, BLOCK_D)
+    # What dS sums to is the error of delta: grad_keys gets one without.
+    tl.store(delta + row_offset + rows, row_delta + ds_total, mask=rows < num_queries)
+    # d log(scale) = sum dS * score, with any number taken off the scores of a row. Of all, the mean score alone lets an error of
+    # delta cancel.
+    dlog_row = ds_score - ds_total * mean_score
+    tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, dlog_row, 0.0), 0) * LN2)
 
 
 @triton.jit
@@ -217,7 +250,7 @@ def grad_keys(
     q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -251,27 +284,34 @@ def grad_keys(
             row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0)
             row_delta = load_vector(delta + row_offset, rows, num_queries, 0.0)
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
-            kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            score = SCORE(kq, k_squares[:, None], scale * LOG2E)
+            score = SCORE(q_tile, k_tile, k_squares, scale * LOG2E, PRECISION, True)
             weight = exp2(score - row_lse[None, :])
             if bits is not None:
                 begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
-                keep = load_bits(
+                seen = load_bits(
                     bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, num_words,
                     BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
-                weight = tl.where(keep, weight, 0.0)
+                weight = tl.where(seen, weight, 0.0)
+            elif token_bounds is not None:
+                begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+                seen = inside(keys, begin, end, True)
+                weight = tl.where(seen, weight, 0.0)
             elif first < all_begin or first + BLOCK_M > all_end:
                 begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
                 weight = tl.where(inside(keys, begin, end, True), weight, 0.0)
-            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             ds = weight * (dp - row_delta[None, :])
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-            ds_total += tl.sum(ds, 1)
+            if token_bounds is not None:
+                weight = tl.where(seen, weight + poison(do_tile)[None, :], 0.0)
+                ds, q_tile, do_tile = tl.where(seen, ds, 0.0), finite_or_zero(q_tile), finite_or_zero(do_tile)
+            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            rounded = ds.to(q_tile.dtype)
+            dk_tile = tl.dot(rounded, q_tile, dk_tile, input_precision=PRECISION)
+            ds_total += tl.sum(rounded.to(tl.float32), 1)  # of what enters dk, so that dk depends on differences q - k alone
 
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
-    dk_tile = GRAD_KEYS(dk_tile * unit, ds_total[:, None] * unit, k_tile.to(tl.float32))
+    dk_tile = GRAD(dk_tile * unit, ds_total[:, None] * unit, k_tile.to(tl.float32))
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
 

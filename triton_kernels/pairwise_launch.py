@@ -24,7 +24,7 @@ class PairFunctions:
 
     scale: Callable
     score: Callable
-    grad_keys: Callable
+    grad: Callable
     grad_parameter: Callable
 
 
@@ -138,7 +138,7 @@ def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
-        pair.scale, pair.score, call.precision, *call.sizes(parameters),
+        pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -150,7 +150,7 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
-        pair.scale, pair.score, pair.grad_keys, call.precision, *call.sizes(parameters),
+        pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
