@@ -1,7 +1,7 @@
 """Affine-scaled and softmax attention: the dense oracle, with N x N masks and weights, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -162,7 +162,7 @@ def check(sample, do, o, gradients, names=None):
         found = torch.autograd.grad(result, list(inputs.values()), do.to(dtype))
         return result.detach(), dict(zip(tensors, found, strict=True))
 
-    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
+    exact, rough = evaluate(dense, torch.float64), evaluate(plain, accumulation(dtype))
     scale = scales(*call, do.double(), **{n: t.detach().double() for n, t in tensors.items()})
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)

@@ -1,7 +1,7 @@
 """Krause attention: the dense oracle by direct distances, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -219,7 +219,7 @@ def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"
         result = function(*inputs, selected)
         return result.detach(), dict(zip(tensors, torch.autograd.grad(result, inputs, do.to(dtype)), strict=True))
 
-    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
+    exact, rough = evaluate(dense, torch.float64), evaluate(plain, accumulation(dtype))
     scale = scales(*(t.double() for t in tensors.values()), selected, do.double())
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)

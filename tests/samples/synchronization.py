@@ -1,7 +1,7 @@
 """Selective synchronization attention: the dense oracle, which forms all differences w_i - w_j, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -142,10 +142,7 @@ def evaluate(sample, dtype, distance, do, selected=None):
 
 
 def scales(sample, do, chosen):
-    """Output and gradients with every term by its absolute value: what their roundings are relative to.
-
-    A weight S has the rounding of its square, of terms J^2 and c delta2, where delta2 is a sum of |w|^2, |k|^2 and 2 |w k|.
-    """
+    """Output and gradients with every term by its absolute value; delta2 is a sum of |w|^2, |k|^2 and 2 |w k|."""
     t = {n: tensor.detach().double() for n, tensor in sample.tensors.items()}
     w, do = t["omega"], do.double().abs()
     k, v = by_head(w, t.get("omega_k", w)), by_head(w, t["v"]).abs()
@@ -156,13 +153,10 @@ def scales(sample, do, chosen):
     near = (-2 * rate * delta2).exp()
     root = (near - c * delta2).clamp(min=0).sqrt()
     inverse = chosen / root.clamp(min=floor)
-    steep = near * (1 + 2 * rate * terms) + c * terms
-    weight = chosen * root + 0.5 * inverse * steep
-    total = (chosen * root).sum(-1, keepdim=True) + 1e-8
+    weight = chosen * root
+    total = weight.sum(-1, keepdim=True) + 1e-8
     o = weight @ v / total
-    ds = (do @ v.mT + (do * o).sum(-1, keepdim=True)) / total
-    # The derivative 1 / S has the rounding of S again.
-    slope = ds * inverse * (1 + 0.5 * inverse.square() * steep)
+    slope = (do @ v.mT + (do * o).sum(-1, keepdim=True)) / total * inverse
     pull = slope * (2 * rate * near + c)
 
     def group_sum(x):
@@ -192,7 +186,7 @@ def check(sample, do, o, gradients, names=None):
     dtype = sample.tensors["omega"].dtype
     exact_o, exact, chosen = evaluate(sample, torch.float64, differences, do)
     selected = chosen if "top_k" in sample.options else None
-    plain_o, plain, _ = evaluate(sample, dtype, products, do, selected)
+    plain_o, plain, _ = evaluate(sample, accumulation(dtype), products, do, selected)
     scale_o, scale = scales(sample, do, chosen)
     assert o.dtype == dtype
     assert_accurate("o", o, exact_o, plain_o, scale_o, dtype)
