@@ -36,8 +36,8 @@ class Sample(NamedTuple):
 
 
 def has_tokens(name):
-    """Whether a sample's tensor of this name is (B, H, N, D): q, k, v, or q1, q2, .. if there are several; omega, omega_k."""
-    return name[0] in "qkv" or name.startswith("omega")
+    """Whether a sample's tensor of this name is (B, H, N, D): q, k, v, or q1, q2, .. of several; omega, omega_k; theta."""
+    return name[0] in "qkv" or name.startswith(("omega", "theta"))
 
 
 def generator(seed=0):

@@ -171,6 +171,11 @@ def check(sample, do, o, gradients, names=None):
         assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
 
 
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample)
+
+
 # ----------------------------------------------------------------------------------------------------- torch operators
 
 

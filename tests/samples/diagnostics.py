@@ -148,6 +148,11 @@ def check(sample, do, o, gradients):
         assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
 
 
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample.tensors["q"], sample.tensors["k"], sample.options)
+
+
 # ----------------------------------------------------------------------------------------------------- torch operators
 
 

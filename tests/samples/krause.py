@@ -231,6 +231,14 @@ def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"
         assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
 
 
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample)
+
+
+# ----------------------------------------------------------------------------------------------------- torch operators
+
+
 def op_arguments(sample):
     q, k, v, sigma = sample.tensors.values()
     bounds = None

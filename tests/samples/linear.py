@@ -229,6 +229,12 @@ def check(sample, do, o, gradients, names=None):
         assert_accurate(f"gradient of {name}", got, exact_gradients[name], plain_gradients[name], scale[name], dtype)
 
 
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    queries, v = sample.tensors[factor_names(sample.tensors, "q")[0]], sample.tensors["v"]
+    return visible(sample.options, queries.shape[2], v.shape[2], v.device)
+
+
 # ----------------------------------------------------------------------------------------------------- torch operators
 
 
