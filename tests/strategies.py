@@ -1,13 +1,28 @@
-"""One way to draw calls of every operator and step: a specification of plain numbers, what it makes, and the check of it.
+"""One way to draw calls of every operator and step, and to check them.
 
-`specifications(name)` draws a dict, which hypothesis shrinks and prints; `check(specification)` makes the call and compares it with
-the float64 oracle of tests/samples by the rule of accuracy.
+CALLS has for each function a strategy of specifications, dicts of plain numbers that hypothesis shrinks and prints, and a check
+that makes the call of one and compares it with the float64 oracle of tests/samples by the rule of accuracy.
 """
 
 import math
+import random
 
 import torch
-from harness import DEVICE, DTYPES, GRADIENTS, LAYOUTS, Sample, accumulation, as_tuple, assert_accurate, generator, like, randn, run
+from harness import (
+    DEVICE,
+    DTYPES,
+    FEW_KERNELS,
+    GRADIENTS,
+    LAYOUTS,
+    Sample,
+    accumulation,
+    as_tuple,
+    assert_accurate,
+    generator,
+    like,
+    randn,
+)
+from harness import run as run_sample
 from hypothesis import strategies as st
 from samples import affine, diagnostics, krause, linear, steps, synchronization
 
@@ -17,9 +32,9 @@ from nearfar.registry import STEPS
 BACKENDS = ("triton", "reference")
 LENGTHS = (17, 0, 1, 2, 33, 64, 65, 100, 130)  # from nothing to beyond two blocks of 64
 WIDTHS = (16, 24, 40, 64)
-SIDES = st.sampled_from([-1, 0, 1, 31, 500])  # 500 is wider than any sequence
+SIDES = (-1, 0, 1, 31, 500)  # 500 is wider than any sequence
 MAGNITUDES = (1.0, 1 / 64, 8.0)
-KEYS = ("random", "equal", "off the origin")
+NUMBERS = ("random", "equal", "off the origin")  # of q and k
 ALL_LAYOUTS = {
     **LAYOUTS,
     "batch last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
@@ -27,15 +42,22 @@ ALL_LAYOUTS = {
 }
 
 
-@st.composite
-def calls_of_pairs(draw, packs=True, keys_at_least=False, one_length=False, widths=WIDTHS):
+def kernels(draw):
+    """choose(options): a draw of what kernels are compiled for; on a GPU, which compiles, of few combinations of them."""
+    if not FEW_KERNELS:
+        return lambda options: draw(st.sampled_from(list(options)))
+    combination = random.Random(draw(st.integers(0, 5)))
+    return lambda options: combination.choice(list(options))
+
+
+def pairs(draw, choose, packs=True, keys_at_least=False, one_length=False):
     """What every operator on queries and keys draws: sizes, layouts, numbers."""
     spec = {
-        "dtype": draw(st.sampled_from(range(len(DTYPES)))),
+        "dtype": choose(range(len(DTYPES))),
         "backend": draw(st.sampled_from(BACKENDS)),
-        "width": draw(st.sampled_from(widths)),
-        "value_width": draw(st.sampled_from(WIDTHS)),
-        "packed": packs and draw(st.integers(0, 3)) == 3,
+        "width": choose(WIDTHS),
+        "value_width": choose(WIDTHS),
+        "packed": packs and choose([False, False, False, True]),
     }
     length = draw(st.sampled_from(LENGTHS))
     same = one_length or spec["packed"] or draw(st.booleans())
@@ -48,9 +70,9 @@ def calls_of_pairs(draw, packs=True, keys_at_least=False, one_length=False, widt
         "keys": keys,
         "batch": draw(st.integers(0, 3)) if small and not spec["packed"] else 1,
         "kv_heads": draw(st.integers(1, 2)) if small else 1,
-        "group": draw(st.integers(1, 3 if small else 2)),
+        "group": choose([1, 2, 3]) if small or FEW_KERNELS else choose([1, 2]),
         "magnitude": draw(st.sampled_from(MAGNITUDES)),
-        "numbers": draw(st.sampled_from(KEYS)),
+        "numbers": draw(st.sampled_from(NUMBERS)),
         "seed": draw(st.integers(0, 2**16)),
         "layouts": [draw(st.sampled_from(list(ALL_LAYOUTS))) for _ in range(3)],
         "gradients": [draw(st.sampled_from(list(GRADIENTS))) for _ in range(2)],
@@ -98,9 +120,9 @@ def upstream(spec, outputs):
 
 
 def compare(spec, function, oracle, sample, **keywords):
-    outputs, _ = run(function, sample, backend=spec["backend"])
+    outputs, _ = run_sample(function, sample, backend=spec["backend"])
     do = upstream(spec, outputs)
-    outputs, gradients = run(function, sample, do, spec["backend"])
+    outputs, gradients = run_sample(function, sample, do, spec["backend"])
     oracle.check(sample, do, outputs, gradients, **keywords)
 
 
@@ -109,9 +131,10 @@ def compare(spec, function, oracle, sample, **keywords):
 
 @st.composite
 def krause_calls(draw):
-    spec = draw(calls_of_pairs())
-    spec["window"] = draw(st.none() | st.tuples(SIDES, SIDES))
-    spec["top_k"] = draw(st.none() | st.sampled_from([1, 2, 8, 1000]))
+    choose = kernels(draw)
+    spec = pairs(draw, choose)
+    spec["window"] = choose([None, (choose(SIDES), choose(SIDES))])
+    spec["top_k"] = choose([None, 1, 2, 8, 1000])
     spec["spread"] = draw(st.sampled_from([0.5, 1.0, 4.0]))  # of bandwidths, around the root of the width
     spec["sigma"] = draw(st.sampled_from(["by head", "one", "0-d"]))
     return spec
@@ -131,10 +154,11 @@ def check_krause(spec):
 
 @st.composite
 def affine_calls(draw):
-    spec = draw(calls_of_pairs())
-    spec["causal"] = draw(st.booleans())
-    spec["window"] = draw(SIDES), -1 if spec["causal"] else draw(SIDES)
-    spec["scale"], spec["sink"] = draw(st.sampled_from([None, 0.5, -0.1])), draw(st.sampled_from([None, 0.5, 4.0]))
+    choose = kernels(draw)
+    spec = pairs(draw, choose)
+    spec["causal"] = choose([False, True])
+    spec["window"] = choose(SIDES), -1 if spec["causal"] else choose(SIDES)
+    spec["scale"], spec["sink"] = draw(st.sampled_from([None, 0.5, -0.1])), choose([None, 0.5, 4.0])
     return spec
 
 
@@ -152,17 +176,18 @@ def check_affine(spec, scaled=True):
 
 @st.composite
 def linear_calls(draw, factors=1):
-    spec = draw(calls_of_pairs(widths=(16, 8, 24) if factors == 1 else (8, 16)))
-    spec["widths"] = [draw(st.sampled_from([8, 16, 24] if factors == 1 else [8, 16])) for _ in range(factors)]
-    spec["causal"] = draw(st.booleans())
+    choose = kernels(draw)
+    spec = pairs(draw, choose)
+    spec["widths"] = [choose([16, 8, 24] if factors == 1 else [8, 16]) for _ in range(factors)]
+    spec["causal"] = choose([False, True])
     if spec["causal"]:
         spec["keys"] = spec["length"]
     spec["value_width"] = min(spec["value_width"], 24)
-    spec["feature_map"] = draw(st.sampled_from(list(linear.MAPS)))
+    spec["feature_map"] = choose(linear.MAPS)
     # Sums of signed weights may vanish, and dividing by them has no accuracy to speak of.
     spec["normalize"] = spec["feature_map"] != "identity"
     spec["eps"] = draw(st.sampled_from([1e-6, 0.0, 1.0]))
-    spec["state"], spec["return_state"] = draw(st.booleans()), draw(st.booleans())
+    spec["state"], spec["return_state"] = choose([False, True]), choose([False, True])
     return spec
 
 
@@ -185,11 +210,12 @@ def check_linear(spec):
 
 @st.composite
 def synchronization_calls(draw):
-    separate = draw(st.booleans())
-    spec = draw(calls_of_pairs(packs=False, one_length=not separate))
-    spec["separate"], spec["causal"] = separate, draw(st.booleans())
-    spec["by_token"] = spec["causal"] or draw(st.booleans())
-    spec["top_k"] = draw(st.none() | st.sampled_from([1, 5, 1000]))
+    choose = kernels(draw)
+    separate = choose([False, True])
+    spec = pairs(draw, choose, packs=False, one_length=not separate)
+    spec["separate"], spec["causal"] = separate, choose([False, True])
+    spec["by_token"] = spec["causal"] or choose([False, True])
+    spec["top_k"] = choose([None, 1, 5, 1000])
     spec["spread"] = draw(st.sampled_from([1.0, 0.3, 8.0]))
     if not separate:
         spec["group"] = 1
@@ -213,10 +239,11 @@ def check_synchronization(spec):
 
 @st.composite
 def statistics_calls(draw):
-    spec = draw(calls_of_pairs(packs=False, keys_at_least=True))
-    spec["causal"] = draw(st.booleans())
-    spec["window"] = draw(st.none() | st.tuples(SIDES, st.just(-1) if spec["causal"] else SIDES))
-    spec["by_distance"] = draw(st.booleans())
+    choose = kernels(draw)
+    spec = pairs(draw, choose, packs=False, keys_at_least=True)
+    spec["causal"] = choose([False, True])
+    spec["window"] = choose([None, (choose(SIDES), -1 if spec["causal"] else choose(SIDES))])
+    spec["by_distance"] = choose([False, True])
     spec["scale"] = None if spec["by_distance"] else draw(st.sampled_from([None, -0.1, 0.5]))
     spec["batch"] = max(spec["batch"], 1)
     return spec
@@ -237,8 +264,9 @@ def check_statistics(spec):
 
 @st.composite
 def order_calls(draw):
-    spec = draw(calls_of_pairs(packs=False, one_length=True))
-    spec["causal"] = draw(st.booleans())
+    choose = kernels(draw)
+    spec = pairs(draw, choose, packs=False, one_length=True)
+    spec["causal"] = choose([False, True])
     spec["length"] = max(spec["length"], 1)
     return spec
 
@@ -263,9 +291,8 @@ def step_calls(draw):
     }
 
 
-def check_step(name, spec):
-    step = next(step for step in STEPS if step.function.__name__ == name)
-    dtype, krauses = dtype_of(spec), name == "krause_attention_step"
+def check_step(step, spec):
+    dtype, krauses = dtype_of(spec), step.memory == "cache"
     sample = steps.make(step, dtype, batch=spec["batch"], tokens=spec["tokens"])
     before = steps.clone(sample)
     move = ALL_LAYOUTS[spec["layout"]] if spec["batch"] else lambda x: x
@@ -310,5 +337,5 @@ CALLS = {
     "synchronization_attention": (synchronization_calls(), check_synchronization),
     "attention_statistics": (statistics_calls(), check_statistics),
     "order_parameter": (order_calls(), check_order),
-    **{step.function.__name__: (step_calls(), lambda spec, step=step: check_step(step.function.__name__, spec)) for step in STEPS},
+    **{step.function.__name__: (step_calls(), lambda spec, step=step: check_step(step, spec)) for step in STEPS},
 }
