@@ -15,11 +15,11 @@ ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s._
 	2>/dev/null && echo --no-build-isolation)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test sanitize build lint
+.PHONY: help bench test fuzz sanitize build lint
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
-	@echo "Variables: ARGS (passed on by bench and test), PYTHON (default: python3), WORKERS (processes of test)"
+	@echo "Variables: ARGS (passed on by bench, test and fuzz), PYTHON (default: python3), WORKERS (processes of test), MINUTES (of fuzz)"
 
 bench: $(VENV)/.with-bench  ## measure every operator against its baselines
 	$(PY) -m bench $(ARGS)
@@ -29,6 +29,10 @@ WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then nproc | awk '{print
 
 test: $(VENV)/.with-interpreter  ## run the tests: on the GPU if there is one, else in Triton's interpreter
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+MINUTES ?= 5
+fuzz: $(VENV)/.with-interpreter  ## draw calls of every operator, from a fresh seed, for MINUTES
+	$(PY) tests/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 # Without torch's cache of memory, reads beyond a tensor are seen. initcheck has to follow whoever writes, in every kernel.
 OURS := --kernel-name kns=nearfar

@@ -158,7 +158,7 @@ def test_neutral_factors_are_torchs_attention(causal, dtype, backend):
         o = scaled_dot_product_attention(*tensors.values(), is_causal=causal, enable_gqa=True)
         return o, *torch.autograd.grad(o, list(tensors.values()), do.to(dtype))
 
-    exact, plain = torchs(torch.float64), torchs(dtype)
+    exact, plain = torchs(torch.float64), torchs(torch.promote_types(dtype, torch.float32))
     for tensors in (sample.tensors, {**sample.tensors, **neutral}):
         o, gradients = run_sample(Sample(tensors, sample.options), do, backend)
         for name, *results in zip(("o", *"qkv"), (o, *(gradients[n] for n in "qkv")), exact, plain, strict=True):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
-from harness import Sample, assert_accurate, randn
+from harness import Sample, accumulation, assert_accurate, randn
 from samples import affine as oracle
 
 from nearfar import _cuda
@@ -134,7 +134,7 @@ def check(sample, found):
             numbers = torch.promote_types(dtype, torch.float32)
             return function(*call, **{n: x.to(dtype if n in "qkv" else numbers) for n, x in inputs.items()})
 
-        exact, rough = evaluate(oracle.dense, torch.float64), evaluate(oracle.plain, dtype)
+        exact, rough = evaluate(oracle.dense, torch.float64), evaluate(oracle.plain, accumulation(dtype))
         scale = oracle.scales(*call, torch.ones_like(exact), **{n: x.double() for n, x in inputs.items()})[0]
         assert_accurate(name, found[name], exact, rough, scale, dtype)
     q, k = (tensors[name].double() for name in "qk")

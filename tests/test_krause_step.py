@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_accurate, generator, needs_gpu, randn
+from harness import DEVICE, DTYPES, Sample, accumulation, assert_accurate, generator, needs_gpu, randn
 from samples.krause import best, dense, plain, scales
 
 import nearfar as nf
@@ -88,7 +88,7 @@ def check(sample, positions, o):
         part = seen(sample, b, position)
         keep, (q, k, v, sigma) = best(part), part.tensors.values()
         wide = [x.double() for x in (q, k, v, sigma)]
-        exact, rough = dense(*wide, keep), plain(q, k, v, sigma, keep)
+        exact, rough = dense(*wide, keep), plain(*(x.to(accumulation(v.dtype)) for x in (q, k, v, sigma)), keep)
         scale, _ = scales(*wide, keep, torch.ones_like(exact))
         assert o.dtype == v.dtype
         assert_accurate(f"o of sequence {b}", o[b : b + 1], exact, rough, scale, v.dtype)

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import nearfar
-from nearfar.registry import OPERATORS
+from nearfar.registry import OPERATORS, PARTS
 
 HALF = torch.float16
 CASES = [
-    pytest.param(op, name, id=f"{op.room}-{name}") for op in OPERATORS if op.differentiable for name in samples.names(op)
-]
+    pytest.param(op, name, id=f"{op.room}-{name}")
+    for op in (*OPERATORS, *PARTS) if op.differentiable for name in samples.names(op)
+]  # fmt: skip
 each_sample = pytest.mark.parametrize("operator, name", CASES)
 each_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.function.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

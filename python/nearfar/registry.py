@@ -1,9 +1,9 @@
-"""The operators of nearfar, listed once: this list drives the generic tests, the benchmark suite and the README's table."""
+"""The operators and steps of nearfar, listed once: for the generic tests, the benchmark suite and the README's table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nearfar.ops import affine, diagnostics, krause, linear, synchronization
+from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchronization
 
 
 class Operator(NamedTuple):
@@ -93,6 +93,38 @@ OPERATORS = (
         differentiable=False,
     ),
 )
+
+
+class Step(NamedTuple):
+    """One public function that decodes a token.
+
+    room: as of an Operator. function: the public function; it writes to its `memory` in place. operator: the public function
+    whose last row it computes.
+    """
+
+    room: str
+    function: Callable
+    memory: str
+    operator: Callable
+
+
+STEPS = (
+    Step("krause", krause_step.krause_attention_step, "cache", krause.krause_attention),
+    Step("linear", linear.linear_attention_step, "state", linear.linear_attention),
+    Step("linear", linear.hadamard_attention_step, "state", linear.hadamard_attention),
+)
+
+
+class Part(NamedTuple):
+    """A public function that feeds an operator: it has samples and keeps the contract, but no module of its own."""
+
+    room: str
+    function: Callable
+    op: str
+    differentiable: bool = True
+
+
+PARTS = (Part("synchronization", synchronization.order_parameter, "order_parameter"),)
 
 
 def find(op):

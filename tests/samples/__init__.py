@@ -9,6 +9,7 @@ and for every sample:
     op_arguments(sample)        positional arguments of torch.ops.nearfar.<op>
     backward_arguments(sample, do, outputs)     those of its backward; its results are in the order of the sample's tensors
     compile_lengths(name)       lengths that one compiled graph must serve
+    reach(sample)               (N, M) mask: which keys a row of the output may depend on
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Affine-scaled and softmax attention: the dense oracle, with N x N masks and weights, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -150,25 +150,30 @@ def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
     }
 
 
+def evaluate(formula, sample, do, dtype):
+    """(o, gradients by name) of `dense` or `plain` in this dtype."""
+    inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype)).requires_grad_()
+              for n, t in sample.tensors.items()}  # fmt: skip
+    o = formula(visible(sample), score_factor(sample.options, inputs["q"]), **inputs)
+    return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
+
+
 def check(sample, do, o, gradients, names=None):
     """Assert the rule of accuracy for o and the gradients; names: of some tensors only."""
     tensors, dtype = sample.tensors, sample.tensors["q"].dtype
-    call = visible(sample), score_factor(sample.options, tensors["q"])
-
-    def evaluate(function, dtype):
-        inputs = {n: t.detach().to(dtype if n in "qkv" else torch.promote_types(dtype, torch.float32)).requires_grad_()
-                  for n, t in tensors.items()}  # fmt: skip
-        result = function(*call, **inputs)
-        found = torch.autograd.grad(result, list(inputs.values()), do.to(dtype))
-        return result.detach(), dict(zip(tensors, found, strict=True))
-
-    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
-    scale = scales(*call, do.double(), **{n: t.detach().double() for n, t in tensors.items()})
+    exact, rough = evaluate(dense, sample, do, torch.float64), evaluate(plain, sample, do, accumulation(dtype))
+    wide = {n: t.detach().double() for n, t in tensors.items()}
+    scale = scales(visible(sample), score_factor(sample.options, tensors["q"]), do.double(), **wide)
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
     for name in names or tensors:
         assert gradients[name].dtype == tensors[name].dtype
         assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
+
+
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample)
 
 
 # ----------------------------------------------------------------------------------------------------- torch operators

@@ -1,7 +1,7 @@
 """Krause attention: the dense oracle by direct distances, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -205,6 +205,14 @@ def scales(q, k, v, sigma, keep, do):
     }
 
 
+def evaluate(formula, sample, selected, do, dtype):
+    """(o, gradients by name) of `dense` or `plain` with this selection, in this dtype."""
+    inputs = {n: t.detach().to(accumulation(dtype) if n == "sigma" else dtype, copy=True).requires_grad_()
+              for n, t in sample.tensors.items()}  # fmt: skip
+    o = formula(*inputs.values(), selected)
+    return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
+
+
 def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma")):
     """Assert the rule of accuracy for o and the gradients, given the set that the kernels selected."""
     tensors, dtype = sample.tensors, sample.tensors["q"].dtype
@@ -213,19 +221,22 @@ def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"
     if sample.options.get("top_k") is not None:
         assert_optimal(sample, selected)
 
-    def evaluate(function, dtype):
-        inputs = [t.detach().to(torch.promote_types(dtype, torch.float32) if n == "sigma" else dtype, copy=True)
-                  .requires_grad_() for n, t in tensors.items()]  # fmt: skip
-        result = function(*inputs, selected)
-        return result.detach(), dict(zip(tensors, torch.autograd.grad(result, inputs, do.to(dtype)), strict=True))
-
-    exact, rough = evaluate(dense, torch.float64), evaluate(plain, dtype)
+    exact = evaluate(dense, sample, selected, do, torch.float64)
+    rough = evaluate(plain, sample, selected, do, accumulation(dtype))
     scale = scales(*(t.double() for t in tensors.values()), selected, do.double())
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
     for name in names:
         assert gradients[name].dtype == tensors[name].dtype
         assert_accurate(f"gradient of {name}", gradients[name], exact[1][name], rough[1][name], scale[1][name], dtype)
+
+
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample)
+
+
+# ----------------------------------------------------------------------------------------------------- torch operators
 
 
 def op_arguments(sample):

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from harness import DEVICE, Sample, as_tuple, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, as_tuple, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -214,8 +214,8 @@ def scales(tensors, options, do, dstate=None):
 def check(sample, do, o, gradients, names=None):
     """Assert the rule of accuracy for the outputs and the gradients; names: of some tensors only."""
     options, dtype = sample.options, sample.tensors["v"].dtype
-    exact, plain = in_dtype(sample.tensors, torch.float64), in_dtype(sample.tensors, dtype)
-    wide, narrow = (tuple(d.to(kind) for d in as_tuple(do)) for kind in (torch.float64, dtype))
+    exact, plain = in_dtype(sample.tensors, torch.float64), in_dtype(sample.tensors, accumulation(dtype))
+    wide, narrow = (tuple(d.to(kind) for d in as_tuple(do)) for kind in (torch.float64, accumulation(dtype)))
     exact_o, plain_o = (as_tuple(attend(tensors, options)) for tensors in (exact, plain))
     o_scale, scale = scales(exact, options, *wide)
     o = as_tuple(o)
@@ -227,6 +227,12 @@ def check(sample, do, o, gradients, names=None):
         got = gradients[name]
         assert got.dtype == sample.tensors[name].dtype
         assert_accurate(f"gradient of {name}", got, exact_gradients[name], plain_gradients[name], scale[name], dtype)
+
+
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    queries, v = sample.tensors[factor_names(sample.tensors, "q")[0]], sample.tensors["v"]
+    return visible(sample.options, queries.shape[2], v.shape[2], v.device)
 
 
 # ----------------------------------------------------------------------------------------------------- torch operators

@@ -1,7 +1,7 @@
 """Selective synchronization attention: the dense oracle, which forms all differences w_i - w_j, and sample calls."""
 
 import torch
-from harness import DEVICE, Sample, assert_accurate, generator, randn
+from harness import DEVICE, Sample, accumulation, assert_accurate, generator, randn
 
 import nearfar as nf
 
@@ -12,12 +12,19 @@ SAMPLES = {
         "separate queries, grouped heads": dict(heads=(2, 1), more_keys=30, separate=True, causal=True),
         "top_k": dict(top_k=5),
     },
+    "order_parameter": {
+        "phases": dict(),
+        "phases, causal": dict(causal=True),
+    },
 }
-FUNCTIONS = {"synchronization_attention": nf.synchronization_attention}
+FUNCTIONS = {"synchronization_attention": nf.synchronization_attention, "order_parameter": nf.order_parameter}
 WIDTH = 24
 
 
 def make(name, dtype, device=DEVICE, length=75):
+    if name in SAMPLES["order_parameter"]:
+        theta = randn(2, 2, length, WIDTH, dtype=dtype, seed=1, device=device)
+        return Sample({"theta": theta}, dict(SAMPLES["order_parameter"][name]))
     options = dict(SAMPLES["synchronization_attention"][name])
     (heads, kv_heads), separate = options.pop("heads", (2, 2)), options.pop("separate", False)
     keys, by_token = length + options.pop("more_keys", 0), options.get("causal", False)
@@ -60,10 +67,13 @@ def compile_lengths(name):
 
 def visible(sample):
     """(N, M) mask of the pairs that causality allows."""
-    queries, keys = sample.tensors["omega"].shape[2], sample.tensors["v"].shape[2]
+    if "theta" in sample.tensors:
+        queries = keys = sample.tensors["theta"].shape[2]
+    else:
+        queries, keys = sample.tensors["omega"].shape[2], sample.tensors["v"].shape[2]
     position = torch.arange(keys - queries, keys)[:, None]
     mask = torch.arange(keys)[None, :] <= position if sample.options.get("causal") else torch.ones(queries, keys) > 0
-    return mask.to(sample.tensors["v"].device)
+    return mask.to(next(iter(sample.tensors.values())).device)
 
 
 def by_head(w, kv):
@@ -142,10 +152,7 @@ def evaluate(sample, dtype, distance, do, selected=None):
 
 
 def scales(sample, do, chosen):
-    """Output and gradients with every term by its absolute value: what their roundings are relative to.
-
-    A weight S has the rounding of its square, of terms J^2 and c delta2, where delta2 is a sum of |w|^2, |k|^2 and 2 |w k|.
-    """
+    """Output and gradients with every term by its absolute value; delta2 is a sum of |w|^2, |k|^2 and 2 |w k|."""
     t = {n: tensor.detach().double() for n, tensor in sample.tensors.items()}
     w, do = t["omega"], do.double().abs()
     k, v = by_head(w, t.get("omega_k", w)), by_head(w, t["v"]).abs()
@@ -156,13 +163,10 @@ def scales(sample, do, chosen):
     near = (-2 * rate * delta2).exp()
     root = (near - c * delta2).clamp(min=0).sqrt()
     inverse = chosen / root.clamp(min=floor)
-    steep = near * (1 + 2 * rate * terms) + c * terms
-    weight = chosen * root + 0.5 * inverse * steep
-    total = (chosen * root).sum(-1, keepdim=True) + 1e-8
+    weight = chosen * root
+    total = weight.sum(-1, keepdim=True) + 1e-8
     o = weight @ v / total
-    ds = (do @ v.mT + (do * o).sum(-1, keepdim=True)) / total
-    # The derivative 1 / S has the rounding of S again.
-    slope = ds * inverse * (1 + 0.5 * inverse.square() * steep)
+    slope = (do @ v.mT + (do * o).sum(-1, keepdim=True)) / total * inverse
     pull = slope * (2 * rate * near + c)
 
     def group_sum(x):
@@ -183,16 +187,46 @@ def scales(sample, do, chosen):
     }
 
 
+def order(sample, do, dtype):
+    """(r, gradient of theta) of the order parameter in this dtype: one mean for every query that sees all of its tokens."""
+    theta = sample.tensors["theta"].detach().to(dtype).requires_grad_()
+    mask = visible(sample).to(dtype)
+    if not sample.options.get("causal"):
+        mask = mask[:1]
+    share = mask / mask.sum(-1, keepdim=True)
+    r = ((share @ theta.cos()).square() + (share @ theta.sin()).square()).sqrt().mean(-1)
+    r = r if sample.options.get("causal") else r[..., 0]
+    return r.detach(), torch.autograd.grad(r, theta, do.to(dtype))[0]
+
+
+def check_order(sample, do, o, gradients):
+    dtype, single = sample.tensors["theta"].dtype, accumulation(sample.tensors["theta"].dtype)
+    exact, exact_gradient = order(sample, do, torch.float64)
+    plain, plain_gradient = order(sample, do, single)
+    mask = visible(sample).double()
+    if sample.options.get("causal"):
+        pulls = (do.double().abs() / mask.sum(-1)) @ mask
+    else:
+        pulls = (do.double().abs() / mask.shape[0])[..., None]
+    scale = (2 * pulls / exact_gradient.shape[3])[..., None].expand(exact_gradient.shape)
+    assert o.dtype == single
+    assert_accurate("order parameter", o, exact, plain, torch.ones_like(exact), single)
+    assert_accurate("gradient of theta", gradients["theta"], exact_gradient, plain_gradient, scale, dtype)
+
+
 def check(sample, do, o, gradients, names=None):
     """Assert the rule of accuracy for o and the gradients; names: of some tensors only.
 
     The plain formula keeps its row sums and parameters in the dtype of omega, too. A selection is that of the oracle: the
     samples have no two weights within rounding at their cut.
     """
+    if "theta" in sample.tensors:
+        check_order(sample, do, o, gradients)
+        return
     dtype = sample.tensors["omega"].dtype
     exact_o, exact, chosen = evaluate(sample, torch.float64, differences, do)
     selected = chosen if "top_k" in sample.options else None
-    plain_o, plain, _ = evaluate(sample, dtype, products, do, selected)
+    plain_o, plain, _ = evaluate(sample, accumulation(dtype), products, do, selected)
     scale_o, scale = scales(sample, do, chosen)
     assert o.dtype == dtype
     assert_accurate("o", o, exact_o, plain_o, scale_o, dtype)
@@ -201,10 +235,17 @@ def check(sample, do, o, gradients, names=None):
         assert_accurate(f"gradient of {name}", gradients[name], exact[name], plain[name], scale[name], dtype)
 
 
+def reach(sample):
+    """(N, M) mask: which tokens a row of the output may depend on."""
+    return visible(sample)
+
+
 # ----------------------------------------------------------------------------------------------------- torch operators
 
 
 def op_arguments(sample):
+    if "theta" in sample.tensors:
+        return sample.tensors["theta"], bool(sample.options.get("causal"))
     t, options = sample.tensors, sample.options
     dtype = torch.float32
     w, v = t["omega"], t["v"]
@@ -214,5 +255,7 @@ def op_arguments(sample):
 
 
 def backward_arguments(sample, do, outputs):
+    if "theta" in sample.tensors:
+        return do, *op_arguments(sample)
     tensors, flags = op_arguments(sample)[:6], op_arguments(sample)[6:]
     return do, *tensors, *outputs, *flags
