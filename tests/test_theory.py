@@ -84,6 +84,16 @@ def test_entropy_and_support():
     torch.testing.assert_close(sigmoid.entropy[0], -(shares * shares.log()).sum(-1))
 
 
+@pytest.mark.parametrize("dtype, level", [(torch.float64, -800.0), (torch.float32, -120.0)])
+def test_entropy_of_sigmoids_that_underflow(dtype, level):
+    a = level + torch.tensor([[0.0, 0, 0, 0], [math.log(3), 0, 0, 0]], dtype=dtype)
+    start = theory.ValueSoftmax(torch.zeros(2, 2, 4, dtype=dtype), a, torch.ones(2, 2, dtype=dtype))
+    flow = theory.value_softmax_flow(start, [0], normaliser="sigmoid")
+    shares = torch.tensor([[1, 1, 1, 1], [3, 1, 1, 1]], dtype=dtype) / torch.tensor([[4], [6]])
+    assert not flow.weights.any()
+    torch.testing.assert_close(flow.entropy[0], torch.special.entr(shares).sum(-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_conserved_quantities(loss):
     initial = draw(value_std=1.0, beta=F.one_hot(torch.tensor(2), 4) if loss == "cross_entropy" else None)
@@ -164,7 +174,10 @@ def test_draws_are_seeded():
 def test_log_spaced():
     steps = theory.log_spaced(10**6, 50)
     assert steps[:3] == [0, 1, 2] and steps[-1] == 10**6 and steps == sorted(set(steps)) and 40 < len(steps) <= 51
-    assert theory.log_spaced(1) == [0, 1]
+    assert theory.log_spaced(1) == [0, 1] and theory.log_spaced(0) == [0]
+    for arguments, message in (((-1,), "^last must be"), ((5, 0), "^count must be")):
+        with pytest.raises(ValueError, match=message):
+            theory.log_spaced(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +227,12 @@ def test_spectral_amplification_is_the_condition_of_the_cubed_gram_matrix(points
     torch.testing.assert_close(theory.spectral_amplification(x), (values[0] / values[-1]) ** 2)
     twins = torch.cat((x, x[:1]))  # of lower rank than its shape says
     assert theory.spectral_amplification(twins) < 1e12
+    both = theory.spectral_amplification(torch.stack((x, 0 * x)))  # of rank 0, which amplifies nothing
+    torch.testing.assert_close(both[0], theory.spectral_amplification(x))
+    assert both[1].isnan()
+    for empty in (x[:0], x[:, :0]):
+        with pytest.raises(ValueError, match="^x must be"):
+            theory.spectral_amplification(empty)
 
 
 def test_neural_tangent_kernel_is_that_of_torch_func():
@@ -387,3 +406,12 @@ def test_malleability_refuses(change, error, message):
     x, y, x_test, y_test = two_clouds()
     with pytest.raises(error, match=message):
         theory.influence_malleability(**{"x": x, "y": y, "x_test": x_test, "y_test": y_test} | change)
+
+
+@pytest.mark.parametrize(
+    "change, message", [({"attack": "PGD"}, "^attack must be one of fgsm"), ({"attack_steps": 0}, "^attack_steps")]
+)
+def test_perturb_refuses(change, message):
+    x = normal(6, 4).sigmoid()
+    with pytest.raises(ValueError, match=message):
+        theory.perturb(**{"x": x, "y": x[:, :2], "predict": lambda p: p[:, :2], "attack": "pgd"} | change)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nearfar.diagnostics.regimes import REGIMES
+from nearfar.diagnostics.regimes import REGIMES, UNDEFINED
 
 COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # told apart by colour-blind readers, too
 NAMES = ("precision", "recall", "F")
@@ -32,7 +32,7 @@ def plot(watched, path=None):
     figure = Figure(figsize=(12, 4 + max(4, 0.28 * len(means))), layout="constrained")
     grid = figure.subplots(2, 2, height_ratios=(4, max(4, 0.28 * len(means))))
     draw_by_layer(grid[0, 0], [m["entropy"] for m in means])
-    highest = max(m["entropy"].max().item() for m in means) + 0.1
+    highest = max(m["entropy"].nan_to_num().max().item() for m in means) + 0.1
     grid[0, 0].set(title="entropy of the weights", ylabel="nats, mean over queries", ylim=(-0.04 * highest, 1.04 * highest))
     support = grid[0, 0].secondary_yaxis("right", functions=(lambda x: x, lambda x: x))
     support.set_ylabel("effective support, keys")
@@ -56,7 +56,7 @@ def draw_by_layer(axes, values):
     for layer, heads in enumerate(values):
         axes.plot([layer] * len(heads), heads.tolist(), "o", color="#0072b2", alpha=0.5, markersize=5,
                   label=None if layer else "head")  # fmt: skip
-    axes.plot(range(len(values)), [heads.mean().item() for heads in values], "k-", linewidth=1.5, label="mean of the layer")
+    axes.plot(range(len(values)), [heads.nanmean().item() for heads in values], "k-", linewidth=1.5, label="mean of the layer")
     axes.set(xlabel="layer", xticks=thinned(len(values)))
     axes.grid(True, axis="y", color="0.9")
     axes.legend(frameon=False)
@@ -65,13 +65,14 @@ def draw_by_layer(axes, values):
 def draw_geometry(axes, watched, means):
     """Medians over all heads with the middle half of them, and the random control where it was made."""
     curves = torch.cat([m["geometry"] for m in means], -1)
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
-        low, middle, high = curves[index].quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), -1).tolist()
+        low, middle, high = curves[index].nanquantile(quartiles, -1).tolist()
         axes.plot(watched.sweep, middle, marker=marker, color=f"C{index}", label=name)
         axes.fill_between(watched.sweep, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
         control = torch.cat([m[("control_precision", "control_recall", "control_f_score")[index]] for m in means])
-        axes.plot(watched.top_n, control.median().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
+        axes.plot(watched.top_n, control.nanmedian().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
                   linestyle="none", label=f"{name}, random keys")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(watched.sweep, watched.sweep)
@@ -92,6 +93,7 @@ def draw_regimes(axes, rows, top_n):
     from matplotlib.patches import Patch
 
     colours = [COLOURS[name] for name in REGIMES]
+    rows = rows.masked_fill(rows == UNDEFINED, math.nan)  # left blank, as heads that a layer does not have
     axes.imshow(rows.numpy(), vmin=-0.5, vmax=2.5, cmap=ListedColormap(colours), aspect="auto")
     label_axes(axes, *rows.shape)
     counts = [int((rows == index).sum()) for index in range(len(REGIMES))]

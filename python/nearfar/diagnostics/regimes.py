@@ -14,6 +14,7 @@ from nearfar.ops.diagnostics import (
 from nearfar.reference.diagnostics import separation
 
 REGIMES = ("retriever", "mixer", "reset")
+UNDEFINED = -1  # instead of an index into REGIMES: the regime of a head with NaN
 CONTROL_ROWS = 16  # queries of the random control whose weights are in memory at once
 
 
@@ -47,7 +48,7 @@ class HeadRegimes(NamedTuple):
     control_precision: torch.Tensor  # the same of as many keys drawn at random, by some of these queries
     control_recall: torch.Tensor
     control_f_score: torch.Tensor
-    regime: torch.Tensor  # int64 index into nearfar.diagnostics.REGIMES: 0 retriever, 1 mixer, 2 reset
+    regime: torch.Tensor  # int64 index into nearfar.diagnostics.REGIMES: 0 retriever, 1 mixer, 2 reset; -1 if anything is NaN
 
 
 def head_regimes(
@@ -92,7 +93,7 @@ def head_regimes(
 
 
 def classify(heads, top_n, thresholds):
-    """Index into REGIMES of each head, from the other fields of a HeadRegimes."""
+    """Index into REGIMES of each head, from the other fields of a HeadRegimes; -1 where one of them is NaN."""
     sinks = heads.sink_mass >= thresholds.reset_mass
     reset = sinks & (heads.sink_value_norm <= thresholds.reset_norm * heads.value_norm)
     retriever = (
@@ -103,7 +104,14 @@ def classify(heads, top_n, thresholds):
         & (heads.entropy.exp() <= thresholds.support * top_n)
     )
     index = torch.full(reset.shape, REGIMES.index("mixer"), device=reset.device)
-    return index.masked_fill(retriever, REGIMES.index("retriever")).masked_fill(reset, REGIMES.index("reset"))
+    index = index.masked_fill(retriever, REGIMES.index("retriever")).masked_fill(reset, REGIMES.index("reset"))
+    # comparisons with NaN are false, which would make a head that has diverged a mixer
+    undefined = torch.stack([x.isnan() for x in heads if x is not None]).any(0)
+    return index.masked_fill(undefined, UNDEFINED)
+
+
+def regime_name(index):
+    return "undefined" if index == UNDEFINED else REGIMES[index]
 
 
 def sink_of(key_mass, v, num_queries):
@@ -132,7 +140,7 @@ def mean_geometry(q, k, v, top_n, *, backend="auto", **keywords):
 def seen(call):
     """(first, last + 1) of the keys that each query sees, both (N,)."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
-    position = torch.arange(num_queries) + num_keys - num_queries
+    position = torch.arange(num_queries, device="cpu") + num_keys - num_queries
     first = torch.zeros_like(position) if call.left < 0 else (position - call.left).clamp_min(0)
     end = torch.full_like(position, num_keys) if call.right < 0 else (position + call.right + 1).clamp_max(num_keys)
     return first, end
@@ -142,21 +150,24 @@ def telling_rows(call, top_n):
     """The queries that see more than top_n keys; all, if none does: to select everything tells nothing."""
     first, end = seen(call)
     rows = (end - first > top_n).nonzero().squeeze(-1)
-    return rows if len(rows) else torch.arange(call.q.shape[2])
+    return rows if len(rows) else torch.arange(call.q.shape[2], device="cpu")
 
 
 def random_control(call, top_n, count, seed):
     """(precision, recall, f_score) of keys drawn at random, (B, Hq) means over at most `count` of the telling rows."""
-    generator, rows = torch.Generator().manual_seed(seed), telling_rows(call, top_n)
-    rows = rows[torch.randperm(len(rows), generator=generator)[:count]]
+    generator, rows = torch.Generator("cpu").manual_seed(seed), telling_rows(call, top_n)
+    rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]
     first, end = (bound[rows] for bound in seen(call))
-    drawn = [a + torch.randperm(b - a, generator=generator)[:top_n] for a, b in zip(first.tolist(), end.tolist(), strict=True)]
+    drawn = [
+        a + torch.randperm(b - a, generator=generator, device="cpu")[:top_n]
+        for a, b in zip(first.tolist(), end.tolist(), strict=True)
+    ]
     totals = 0
     for start in range(0, len(rows), CONTROL_ROWS):
         part = slice(start, start + CONTROL_ROWS)
-        key = torch.arange(call.k.shape[2])
+        key = torch.arange(call.k.shape[2], device="cpu")
         visible = ((key >= first[part, None]) & (key < end[part, None])).to(call.q.device)
-        selected = torch.zeros(visible.shape, dtype=torch.bool)
+        selected = torch.zeros(visible.shape, dtype=torch.bool, device="cpu")
         for row, keys in zip(selected, drawn[part], strict=True):
             row[keys] = True
         weights = weights_of(call, rows[part].to(call.q.device), visible)

@@ -1,17 +1,22 @@
 """A watch over the attention of a model while it reads: per layer and head, what `nearfar.head_regimes` tells, and more."""
 
-import sys
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
-from nearfar.diagnostics.regimes import REGIMES, HeadRegimes, Thresholds, classify, head_regimes, mean_geometry
-from nearfar.localities import UNLIMITED, SlidingWindow
+from nearfar.diagnostics import running
+from nearfar.diagnostics.read import Call
+from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
+from nearfar.diagnostics.visible import Unreadable
 
-CHANGES_WEIGHTS = ("softcap", "s_aux", "position_bias")  # of transformers' attention interface: what statistics do not know
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))
+
+
+ON_UNSUPPORTED = ("skip", "raise")
+merging = threading.Lock()  # of means, which several threads may add to
 
 
 class Watch:
@@ -19,32 +24,70 @@ class Watch:
 
     layers: {name of the module that called attention: {quantity: (Hq,) float64 tensor on the CPU}}, in order of the first call.
         The quantities are those of `HeadRegimes` but sink_key and regime, with sink_at_start, the share of texts whose sink is
-        their first key, and geometry, (3, sweep, Hq) precision, recall and F for each top_n of the sweep.
+        their first key, and geometry, (3, sweep, Hq) precision, recall and F for each top_n of the sweep. Calls of one module
+        with another number of heads are a layer of their own, "name#2".
+    skipped: {name of the layer: why a call of it was not taken in}, the first reason of each.
     """
 
-    def __init__(self, top_n=4, sweep=(1, 2, 4, 8, 16), thresholds=Thresholds(), backend="auto"):  # noqa: B008
+    def __init__(self, top_n: int = 4, sweep=(1, 2, 4, 8, 16), thresholds: Thresholds = Thresholds(), backend: str = "auto"):  # noqa: B008
         self.top_n, self.sweep, self.thresholds, self.backend = top_n, tuple(sweep), thresholds, backend
-        self.layers, self._weights = {}, {}
+        self.layers: dict[str, dict[str, torch.Tensor]] = {}
+        self.skipped: dict[str, str] = {}
+        self._weights: dict[str, int] = {}
 
-    @torch.no_grad()
-    def record(self, layer, q, k, v, **keywords):
+    def record(self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords) -> None:
         """Take in one call of attention; `watch` does it, and so may any code that has q, k and v.
+
+        A call without queries, or of an empty batch, changes nothing.
 
         Args:
             layer: name of the layer. q, k, v, **keywords: as for `nearfar.head_regimes`.
         """
+        self._merge(layer, [self._measured(q, k, v, **keywords)])
+
+    def _take(self, layer: str, calls: list[Call]) -> None:
+        """Take in calls all of whose parts can be measured, or else none of them."""
+        parts = [
+            self._measured(
+                call.q[part.batch, :, part.queries], call.k[part.batch, :, part.keys], call.v[part.batch, :, part.keys],
+                scale=call.scale, locality=part.locality,
+            )
+            for call in calls for part in call.parts
+        ]  # fmt: skip
+        self._merge(layer, parts)
+
+    @torch.no_grad()
+    def _measured(self, q, k, v, **keywords) -> tuple[int, dict[str, torch.Tensor]]:
+        """(batch times queries, {quantity: mean over the batch})."""
+        weight = q.shape[0] * q.shape[2]
+        if not weight:
+            return 0, {}
         heads = head_regimes(q, k, v, top_n=self.top_n, thresholds=self.thresholds, backend=self.backend, **keywords)
         found = {name: getattr(heads, name) for name in AVERAGED}
-        found["sink_at_start"] = (heads.sink_key == 0).double()
+        found["sink_at_start"] = (heads.sink_key == 0).double().masked_fill(heads.sink_mass.isnan(), torch.nan)
         curves = [mean_geometry(q, k, v, top_n, backend=self.backend, **keywords) for top_n in self.sweep]
         found["geometry"] = torch.stack([torch.stack(curve) for curve in curves], 1)
-        weight = q.shape[0] * q.shape[2]
-        before = self._weights.get(layer, 0)
-        means = self.layers.setdefault(layer, {})
-        for name, value in found.items():
-            value = value.double().mean(-2).cpu()  # over the batch
-            means[name] = value if not before else (before * means[name] + weight * value) / (before + weight)
-        self._weights[layer] = before + weight
+        return weight, {name: value.double().mean(-2).cpu() for name, value in found.items()}
+
+    def _merge(self, module: str, parts: list[tuple[int, dict[str, torch.Tensor]]]) -> None:
+        for weight, found in parts:
+            if not weight:
+                continue
+            with merging:
+                layer = self._layer(module, found["entropy"].shape)
+                before = self._weights.get(layer, 0)
+                means = self.layers.setdefault(layer, {})
+                for name, value in found.items():
+                    means[name] = value if not before else (before * means[name] + weight * value) / (before + weight)
+                self._weights[layer] = before + weight
+
+    def _layer(self, module: str, heads: torch.Size) -> str:
+        """Name of the first layer of a module that has this many heads, or has none yet."""
+        layer, count = module, 1
+        while layer in self.layers and self.layers[layer]["entropy"].shape != heads:
+            count += 1
+            layer = f"{module}#{count}"
+        return layer
 
     def regimes(self):
         """{layer: (Hq,) int64 index into nearfar.diagnostics.REGIMES}, of the means."""
@@ -62,7 +105,7 @@ class Watch:
                 own = {name: means[name][head].item() for name in (*AVERAGED, "sink_at_start")}
                 own["effective_support"] = means["entropy"][head].exp().item()
                 own["sink_norm"] = own["sink_value_norm"] / max(own["value_norm"], 1e-30)
-                rows.append({"layer": layer, "head": head, **own, "regime": REGIMES[regime]})
+                rows.append({"layer": layer, "head": head, **own, "regime": regime_name(regime)})
         return rows
 
     def __str__(self):
@@ -76,11 +119,64 @@ class Watch:
         for row in rows:
             numbers = " ".join(f"{row[name]:{max(len(name), 6)}.3f}" for name in columns)
             lines.append(f"{row['layer']:{width}} {row['head']:4} {numbers}  {row['regime']}")
-        return "\n".join(lines)
+        return "\n".join((*lines, *(f"skipped {layer}: {reason}" for layer, reason in self.skipped.items())))
+
+
+class Session:
+    """One `watch` while it is open: what hears of calls of attention (`running.report`)."""
+
+    def __init__(self, model: torch.nn.Module, watched: Watch, on_unsupported: str):
+        self.modules = [(name or "model", module) for name, module in model.named_modules()]  # held: keys must stay theirs
+        self.names = {running.key(module): name for name, module in self.modules}
+        # Dynamo cannot trace all of torch under a TorchFunctionMode: what runs compiled modules runs without it
+        self.compiled = {running.key(m) for _, m in self.modules if any(map(running.is_compiled, m.modules()))}
+        self.watched, self.on_unsupported = watched, on_unsupported
+        self.ran: set[int] = set()
+
+    def take(self, layer: str, read: Callable[[], list[Call]]) -> None:
+        try:
+            with torch.no_grad():
+                self.watched._take(layer, read())
+        except Exception as error:  # whatever it is: to watch must not end what the model computes
+            reason = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
+            self.watched.skipped.setdefault(layer, reason)
+            if self.on_unsupported == "raise":
+                raise ValueError(f"watch cannot read the attention of {layer}: {reason}") from error
+
+    def close(self) -> None:
+        """Say what was not seen: in `skipped`, and in a warning if nothing was."""
+        watched = self.watched
+        for name, module in self.modules:
+            if reason := self.unseen(module):
+                known = [*watched.layers, *watched.skipped]
+                if not any(is_inside(seen, name) or is_inside(name, seen) for seen in known):
+                    watched.skipped[name] = reason
+        if not watched.layers:
+            classes = {name: type(module).__name__ for name, module in self.modules}
+            lines = [f"{name} ({classes[name]}): {reason}" for name, reason in watched.skipped.items()]
+            lines += [] if self.ran else ["no module of it ran while the watch was open"]
+            model = type(self.modules[0][1]).__name__
+            warnings.warn("\n  ".join((f"nearfar.diagnostics.watch saw no attention in {model}", *lines)), stacklevel=4)
+
+    def unseen(self, module: torch.nn.Module) -> str | None:
+        """Why attention of a module may have gone unseen."""
+        if running.is_compiled(module):
+            return "torch.compile runs it: watch the model that is not compiled"
+        if running.key(module) in self.ran and "attention" in type(module).__name__.lower():
+            return "it calls no attention that watch can read, as scaled_dot_product_attention: call watched.record in it"
+        return None
+
+
+def is_inside(name: str, other: str) -> bool:
+    """Whether a module is another one, or in it."""
+    return other == "model" or f"{name.split('#')[0]}.".startswith(f"{other}.")
 
 
 @contextmanager
-def watch(model, *, top_n=4, sweep=(1, 2, 4, 8, 16), thresholds=Thresholds(), backend="auto"):  # noqa: B008
+def watch(
+    model: torch.nn.Module, *, top_n: int = 4, sweep=(1, 2, 4, 8, 16), thresholds: Thresholds = Thresholds(),  # noqa: B008
+    backend: str = "auto", on_unsupported: str = "skip",
+) -> Iterator[Watch]:  # fmt: skip
     """Context manager that yields a `Watch` of every attention that the model computes inside it.
 
         with nearfar.diagnostics.watch(model) as watched:
@@ -88,9 +184,16 @@ def watch(model, *, top_n=4, sweep=(1, 2, 4, 8, 16), thresholds=Thresholds(), ba
         print(watched)
         nearfar.diagnostics.plot(watched, "heads.png")
 
-    Watched are Hugging Face models through transformers' attention interface (5.0 or later), whatever attn_implementation they
-    have, and in every model the calls of torch.nn.functional.scaled_dot_product_attention. Other attention can call
-    `Watch.record` itself. The model computes what it computes anyway. Dropout is not part of what is watched.
+    Watched are, in every thread in which modules of the model run: torch.nn.functional.scaled_dot_product_attention,
+    torch.nn.MultiheadAttention, torch's encoder layers (their fast path, too), and Hugging Face models through transformers'
+    attention interface (5.0 or later) with "eager", "sdpa", "flex_attention" and FlashAttention. Other attention can call
+    `Watch.record` itself. The model computes what it computes anyway, and nothing is registered on it or on a copy of it.
+    Dropout is not part of what is watched, nor are forwards that a checkpoint repeats in the backward.
+
+    A query may see all keys, or a causal or sliding window of them. Padding on the left and several texts in one sequence, one
+    after the other, are read as texts of their own; queries that see no key are left out. Whatever else changes the weights
+    (other masks, biases, soft caps, learned sinks) cannot be read, nor can what torch.compile or a CUDA graph runs. It is
+    skipped, with a reason in `Watch.skipped`.
 
     Args:
         model: a torch.nn.Module; the names of its modules name the layers.
@@ -98,106 +201,22 @@ def watch(model, *, top_n=4, sweep=(1, 2, 4, 8, 16), thresholds=Thresholds(), ba
         sweep: the values of top_n for which precision, recall and F are recorded.
         thresholds: of the regimes.
         backend: of the diagnostics, as for `nearfar.attention_statistics`.
+        on_unsupported: what to do with a call that cannot be read: "skip" it, or "raise" a ValueError from it.
 
     Raises:
         TypeError: model is no torch.nn.Module.
-        ValueError: from the watched call, for attention whose weights are not a softmax over a window: padding (give texts of
-            one length), biases, soft caps, learned sinks.
+        ValueError: on_unsupported is neither "skip" nor "raise"; with "raise", from a call that cannot be read, with the layer
+            and the reason.
+
+    Warns:
+        UserWarning: the watch ends without an error and without any attention that it could read; it names what looks like it.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    watched, running = Watch(top_n, sweep, thresholds, backend), []
-    with ExitStack() as stack:
-        follow_modules(stack, model, running)
-        watch_functional(stack, watched, running)
-        if transformers := sys.modules.get("transformers.modeling_utils"):  # or the model is none of its own
-            watch_transformers(stack, watched, running, transformers.AttentionInterface)
+    if on_unsupported not in ON_UNSUPPORTED:
+        raise ValueError(f"on_unsupported must be one of {', '.join(ON_UNSUPPORTED)}, got {on_unsupported!r}")
+    watched = Watch(top_n, sweep, thresholds, backend)
+    session = Session(model, watched, on_unsupported)
+    with running.opened(session):
         yield watched
-
-
-def follow_modules(stack, model, running):
-    """Keep in `running` the names of the modules that are running, the innermost last."""
-
-    def enter(name):
-        return lambda *_: running.append(name)
-
-    def leave(*_):
-        running.pop()  # and return None, lest it replaced the module's output
-
-    for name, module in model.named_modules():
-        stack.callback(module.register_forward_pre_hook(enter(name or "model")).remove)
-        stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-
-
-def watch_functional(stack, watched, running):
-    """Watch scaled_dot_product_attention where modules of the model call it."""
-    attend = F.scaled_dot_product_attention
-
-    def watched_attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if running:
-            if is_causal and query.shape[2] != key.shape[2]:
-                raise ValueError("is_causal with unequal lengths counts positions from the first query: it is not watched")
-            keywords = window_of(attn_mask, query, key) if attn_mask is not None else {"causal": is_causal}
-            watched.record(running[-1], query, key, value, scale=scale, **keywords)
-        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    stack.enter_context(patch.object(F, "scaled_dot_product_attention", watched_attend))
-
-
-def watch_transformers(stack, watched, running, attention_interface):
-    """Watch what transformers' models call for attention, and not what that calls in turn."""
-    get_interface = attention_interface.get_interface
-
-    def watched_interface(interface, *arguments, **keywords):
-        attend = get_interface(interface, *arguments, **keywords)
-
-        def watched_attend(module, query, key, value, attention_mask=None, **options):
-            if running:
-                watched.record(running[-1], query, key, value, **keywords_of(module, query, key, attention_mask, options))
-            outer, running[:] = running[:], []
-            try:
-                return attend(module, query, key, value, attention_mask, **options)
-            finally:
-                running[:] = outer
-
-        return watched_attend
-
-    stack.enter_context(patch.object(attention_interface, "get_interface", watched_interface))
-
-
-def keywords_of(module, query, key, mask, options):
-    """scale, causal and locality of a call through transformers' attention interface."""
-    for name in CHANGES_WEIGHTS:
-        if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} attends with {name}: its weights are no softmax of q . k alone")
-    scale = options.get("scaling")
-    if mask is not None and mask.dim() == 4:
-        return {"scale": scale, **window_of(mask, query, key)}
-    if mask is not None and not bool(mask.all()):
-        raise ValueError("attention_mask hides padding: watch texts of one length, without padding")
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal  # as transformers reads it
-    window = options.get("sliding_window")
-    locality = None if window is None else SlidingWindow(window - 1, 0 if causal else window - 1)
-    return {"scale": scale, "causal": bool(causal) and query.shape[2] > 1, "locality": locality}
-
-
-def window_of(mask, query, key):
-    """{"locality": the window that a mask (.., N, M) makes}; mask is a bool, or is added to scores: 0, or next to -inf."""
-    if mask.dtype != torch.bool:
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        if bool(((mask != 0) & ~hidden).any()):
-            raise ValueError("attention_mask adds a bias to the scores: its weights are no softmax of q . k alone")
-        mask = ~hidden
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    mask = mask[..., :num_keys].expand(*mask.shape[:-2], num_queries, num_keys).reshape(-1, num_queries, num_keys)
-    distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
-    distance = distance.to(mask.device)
-    shown = distance[mask[0]]
-    if shown.numel():
-        back, ahead = -int(shown.min()), int(shown.max())
-        limits = [UNLIMITED if reach >= num_keys - 1 else reach for reach in (back, ahead)]
-        window = (distance >= -back) & (distance <= ahead)
-        if min(limits) >= UNLIMITED and bool((mask == window).all()):
-            return {"locality": SlidingWindow(*limits)}
-    raise ValueError("attention_mask is no causal or sliding window: watch texts of one length, without padding")
+    session.close()

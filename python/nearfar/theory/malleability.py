@@ -62,6 +62,10 @@ def most_influential(influence, share):
     return influence.abs().topk(max(1, round(share * influence.shape[-1])), dim=-1).indices
 
 
+def check_attack(attack):
+    require(attack in ATTACKS, f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
+
+
 def perturb(x, y, predict, attack, *, eps=0.3, moved=None, bounds=(0.0, 1.0), attack_steps=10, generator=None):
     """Move x (.., N, D) by at most eps a coordinate to raise the squared error of predict(x) (.., N, C) against y.
 
@@ -71,7 +75,11 @@ def perturb(x, y, predict, attack, *, eps=0.3, moved=None, bounds=(0.0, 1.0), at
               "noise" one step of eps along random signs: no adversary, for comparison
     moved:    (.., N) bool, which points move; None: all of them
     bounds:   lowest and highest value of a coordinate, which x must keep to already (else ValueError)
+
+    Raises ValueError for an attack of another name, x outside bounds and attack_steps below 1.
     """
+    check_attack(attack)
+    require(attack_steps >= 1, f"attack_steps must be at least 1, got {attack_steps}")
     inside = bool(((x >= bounds[0]) & (x <= bounds[1])).all())
     require(inside, f"x must lie inside bounds={bounds}, got values from {x.min():.3g} to {x.max():.3g}")
     reach = eps if moved is None else eps * moved[..., None].to(x.dtype)
@@ -109,10 +117,12 @@ def spectral_amplification(x):
     """cond(G)^3 of G = X X^T on its range, (.., N, D) to (..): the condition number of the kernel G^3 of f(X) = X X^T X.
 
     The range is the numerical rank of X, as torch.linalg.matrix_rank counts it: with more points than dimensions G is singular.
+    NaN where X is of rank 0: nothing is amplified. Raises ValueError if X has no points or no dimensions.
     """
+    require(x.ndim >= 2 and x.shape[-2] > 0 and x.shape[-1] > 0, f"x must be (.., N, D), not empty, got {tuple(x.shape)}")
     values = torch.linalg.svdvals(x)
-    smallest = values.gather(-1, torch.linalg.matrix_rank(x)[..., None] - 1).squeeze(-1)
-    return (values[..., 0] / smallest) ** 6
+    smallest = values.gather(-1, (torch.linalg.matrix_rank(x)[..., None] - 1).clamp_min(0)).squeeze(-1)
+    return (values[..., 0] / smallest) ** 6  # 0 / 0 at rank 0, where all values are 0
 
 
 @torch.no_grad()
@@ -153,7 +163,7 @@ def influence_malleability(
     Returns an InfluenceMalleability. Raises ValueError for names, shares and shapes that do not fit.
     """
     require(features in FEATURES, f"features must be one of {', '.join(FEATURES)}, got {features!r}")
-    require(attack in ATTACKS, f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
+    check_attack(attack)
     for name, share in (("top", top), ("moved", moved)):
         require(0 < share <= 1, f"{name} must be a share above 0 and at most 1, got {share}")
     for name, points, labels in (("x", x, y), ("x_test", x_test, y_test)):

@@ -100,7 +100,11 @@ def draw_value_softmax(
 
 
 def log_spaced(last, count=100):
-    """0 and at most `count` different integers from 1 to `last`, evenly spaced on a logarithmic scale."""
+    """0 and at most `count` different integers from 1 to `last`, evenly spaced on a logarithmic scale; [0] if last is 0."""
+    require(last >= 0, f"last must be a number of steps, 0 or more, got {last}")
+    require(count >= 1, f"count must be at least 1, got {count}")
+    if not last:
+        return [0]
     return [0, *torch.logspace(0, math.log10(last), count, dtype=torch.float64).round().long().unique().tolist()]
 
 
@@ -155,6 +159,6 @@ def value_softmax_flow(initial, steps, *, loss="logistic", normaliser="softmax",
                 on_record(step)
     v, a = map(torch.stack, zip(*records, strict=True))
     weights = value(a)
-    shares = weights / weights.sum(-1, keepdim=True)
+    shares = F.logsigmoid(a).softmax(-1) if normaliser == "sigmoid" else weights  # sigmoids underflow, their logarithms do not
     z = (v @ weights[..., None]).squeeze(-1)
     return ValueSoftmaxFlow(steps, v, a, weights, torch.special.entr(shares).sum(-1), LOSSES[loss].value(z, beta))

@@ -1,0 +1,213 @@
+"""Calls of attention, read exactly: queries, keys and values of each head, and which keys each query sees."""
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from nearfar.diagnostics.visible import (
+    Part,
+    Unreadable,
+    causal_from_the_first,
+    everything,
+    packed,
+    parts_of_mask,
+    visible_keys,
+)
+from nearfar.localities import SlidingWindow
+
+CHANGES_WEIGHTS = ("softcap", "s_aux", "position_bias")  # of transformers' attention interface: what statistics do not know
+PAGED = ("block_table", "k_cache", "v_cache")
+CHECKED_ROWS = 8  # of a model's own attention in transformers
+
+
+class Call(NamedTuple):
+    """Attention of query heads that may share key heads."""
+
+    q: torch.Tensor  # (B, Hq, N, D)
+    k: torch.Tensor  # (B, Hkv, M, D)
+    v: torch.Tensor  # (B, Hkv, M, Dv)
+    scale: float | None
+    parts: list[Part]
+
+
+def unreadable(reason: str):
+    raise Unreadable(reason)
+
+
+# torch.nn.functional.scaled_dot_product_attention
+
+
+def scaled_dot_product(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> list[Call]:
+    if query.is_nested or key.is_nested:
+        raise Unreadable("its tensors are nested")
+    if query.dim() < 4:  # no heads: one
+        query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
+        attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    q, k, v = (x.expand(*lead, *x.shape[-3:]).reshape(lead.numel(), *x.shape[-3:]) for x in (query, key, value))
+    heads, num_queries, num_keys = q.shape[1], q.shape[2], k.shape[2]
+    if not enable_gqa and k.shape[1] not in (1, heads):
+        raise Unreadable(f"it broadcasts {heads} heads of queries over {k.shape[1]} of keys")
+    if attn_mask is not None:
+        parts = parts_of_mask(expanded(attn_mask, lead, heads, num_queries, num_keys))
+    else:
+        parts = causal_from_the_first(num_queries, num_keys) if is_causal else everything(num_queries, num_keys)
+    return [Call(q, k, v, scale, parts)]
+
+
+def expanded(mask: torch.Tensor, lead: torch.Size, *rest: int) -> torch.Tensor:
+    """What a mask shows, (B, H, N, M); a view where one mask serves all."""
+    return visible_keys(mask).expand(*lead, *rest).reshape(lead.numel(), *rest)
+
+
+# torch.nn.MultiheadAttention, and the encoder layer that computes its attention without calling it
+
+
+def multihead(
+    module: nn.MultiheadAttention, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+    average_attn_weights=True, is_causal=False,
+) -> list[Call]:  # fmt: skip
+    if module.bias_k is not None or module.add_zero_attn:
+        raise Unreadable("add_bias_kv or add_zero_attn give it keys of its own")
+    if query.is_nested:
+        if not query is key is value:
+            raise Unreadable("its tensors are nested")
+        return [call for text in query.unbind() for call in multihead(module, text, text, text)]
+    itself = query is key
+    if query.dim() == 3 and not module.batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if query.dim() == 2:
+        query, key, value = (x[None] for x in (query, key, value))
+    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    weights = weights if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    shape = len(q), module.num_heads, q.shape[2], k.shape[2]
+    visible = torch.ones((), dtype=torch.bool, device=q.device)
+    if attn_mask is not None:
+        visible = visible_keys(inverted(attn_mask)).reshape(*(shape[:2] if attn_mask.dim() == 3 else (1, 1)), *shape[2:])
+    if key_padding_mask is not None:
+        kept = visible_keys(inverted(key_padding_mask)).view(-1, 1, 1, shape[3])
+        visible = visible & kept & (kept.mT if itself else True)  # padding is no query of a text either
+    return [Call(q, k, v, None, parts_of_mask(visible.expand(shape)))]
+
+
+def inverted(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of nn.MultiheadAttention, where True hides, as one of scaled_dot_product_attention, where True shows."""
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def encoder_layer(
+    layer: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
+) -> list[Call]:
+    x = layer.norm1.forward(src) if layer.norm_first else src
+    return multihead(layer.self_attn, x, x, x, src_key_padding_mask, attn_mask=src_mask)
+
+
+# transformers' attention interface
+
+
+def kind_of(attend, default) -> str | None:
+    """How a function of transformers' attention interface reads its arguments: None if that is not known."""
+    if attend is default:
+        return "eager"
+    function = getattr(attend, "func", attend)  # a kernel from the hub is a partial
+    for kind in ("sdpa", "flash", "flex"):
+        module = sys.modules.get(f"transformers.integrations.{kind}_attention")
+        if function is getattr(module, f"{kind}_attention_forward", None):
+            return kind
+    return None
+
+
+def transformers_call(
+    kind: str, result, module, query, key, value, attention_mask=None, *more, scaling=None, is_causal=None, **options
+) -> list[Call]:
+    for name in CHANGES_WEIGHTS:
+        if options.get(name) is not None:
+            raise Unreadable(f"{type(module).__name__} attends with {name}: its weights are no softmax of q . k alone")
+    if any(options.get(name) is not None for name in PAGED):
+        raise Unreadable("its keys are in a paged cache")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    shape = *query.shape[:3], key.shape[2]
+    if isinstance(attention_mask, BlockMask):
+        attention_mask = dense(attention_mask, *shape[2:])
+    if kind == "flash":
+        parts = parts_of_flash(attention_mask, *shape, is_causal, **options)
+    elif attention_mask is not None:
+        mask = attention_mask[..., : shape[3]]
+        parts = parts_of_mask(expanded(mask, query.shape[:1], *shape[1:]))
+    elif kind == "sdpa" and is_causal and shape[2] > 1:
+        parts = causal_from_the_first(*shape[2:])
+    else:
+        parts = everything(*shape[2:])
+    call = Call(query, key, value, scaling, parts)
+    if kind == "eager" and not options.get("dropout"):
+        check(call, attention_mask, result[0])
+    return [call]
+
+
+def dense(mask: BlockMask, num_queries: int, num_keys: int) -> torch.Tensor:
+    """A BlockMask as bools (B, H, N, M): its function, where its blocks are computed."""
+    rows, columns = mask.BLOCK_SIZE
+    blocks = mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :num_queries, :num_keys]
+    return blocks & create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)
+
+
+def parts_of_flash(
+    mask, batch, heads, num_queries, num_keys, is_causal, *, sliding_window=None, position_ids=None, cu_seq_lens_q=None,
+    cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **options,
+) -> list[Part]:  # fmt: skip
+    """As transformers' flash_attention_forward: from padding, else lengths of texts, else positions that begin again."""
+    back = -1 if sliding_window is None or num_keys <= sliding_window else sliding_window - 1
+    locality = SlidingWindow(back, 0 if is_causal else back) if is_causal or back >= 0 else None
+    if mask is not None:
+        if num_queries != num_keys or mask.shape != (batch, num_keys):
+            raise Unreadable(f"attention_mask hides padding from {num_queries} queries with {num_keys} keys")
+        texts = [torch.nonzero(row).flatten().tolist() for row in mask]
+        if any(text and len(text) != text[-1] - text[0] + 1 for text in texts):
+            raise Unreadable("attention_mask hides keys in the middle of a text")
+        spans = [slice(text[0], text[-1] + 1) if text else slice(0, 0) for text in texts]
+        return [Part(slice(b, b + 1), span, span, locality) for b, span in enumerate(spans)]
+    if all(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
+        if batch != 1:
+            raise Unreadable(f"cu_seq_lens_q counts texts through a batch of {batch}")
+        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), locality)
+    if batch == 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == num_queries > 1:
+        starts = (position_ids[0] == position_ids.min()).nonzero().flatten().tolist()
+        if len(starts) > 1 and num_queries == num_keys:
+            return packed([*starts, num_queries], [*starts, num_keys], locality)
+        if bool((position_ids[0].diff() != 1).any()):
+            raise Unreadable("position_ids are those of several texts")
+    return [part._replace(locality=locality) for part in everything(num_queries, num_keys)]
+
+
+def check(call: Call, mask: torch.Tensor | None, output: torch.Tensor):
+    """Raise Unreadable if some rows of the output, (B, N, Hq, Dv), are not what softmax makes of the call.
+
+    Each model has its own function for "eager", which may do what its arguments do not show.
+    """
+    q, k, v = (x.float() if x.dtype.itemsize < 4 else x for x in call[:3])
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    eps = max(torch.finfo(output.dtype).eps, 2.0**-11 if output.is_cuda else 0)  # TF32
+    for batch, queries, *_ in call.parts:
+        rows = range(queries.start, queries.stop, max(1, (queries.stop - queries.start) // CHECKED_ROWS))
+        scores = q[batch, :, rows] @ k[batch].mT * scale
+        if mask is not None:
+            added = mask.expand(len(q), q.shape[1], *mask.shape[2:])[batch, :, rows, : k.shape[2]]
+            scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
+        expected = (scores.softmax(-1) @ v[batch]).transpose(1, 2)
+        largest = q[batch, :, rows].norm(dim=-1).max() * k[batch].norm(dim=-1).max() * abs(scale)
+        error = (output[batch, rows] - expected).abs().max()
+        if bool(error > eps * (16 + 4 * largest) * v[batch].abs().max()):
+            raise Unreadable("its output is not that of softmax of q . k over the keys that its mask shows")

@@ -1,0 +1,249 @@
+"""Which modules run in which thread, and the calls of attention that they make.
+
+Nothing is registered on a model: hooks are torch's global ones, there while any watch is open. Each thread has its own list of
+running modules, and its own TorchFunctionMode, which is on while a watched module runs. Only transformers is patched, whose
+models may compute attention without a function of torch.
+"""
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial, wraps
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._guards import TracingContext
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from nearfar.diagnostics import read
+
+# Modules of torch that take a slower path, with other roundings, where a TorchFunctionMode is on: it is off while they run, and
+# their attention is read from what they were called with.
+READ_WHOLE = tuple(module.forward for module in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
+
+
+class Entry:
+    """A module that runs: was_on is whether the mode was on before, called whether it called another watched module."""
+
+    def __init__(self, module: nn.Module, was_on: bool):
+        self.module, self.was_on, self.called = module, was_on, False
+
+
+class Thread:
+    """Watched modules that run in a thread, the innermost last, and the mode that sees their attention."""
+
+    def __init__(self):
+        self.entries: list[Entry] = []
+        self.mode = SeeAttention()
+
+    def is_on(self) -> bool:
+        return any(mode is self.mode for mode in _get_current_function_mode_stack())
+
+    def switch(self, on: bool) -> bool:
+        """Turn the mode on or off, wherever it is on torch's stack, and return whether it was on."""
+        was_on = self.is_on()
+        if on and not was_on:
+            _push_mode(self.mode)
+        elif was_on and not on:
+            above = []
+            while (mode := _pop_mode()) is not self.mode:
+                above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)
+        return was_on
+
+    @contextmanager
+    def unseen(self):
+        was_on = self.switch(False)
+        try:
+            yield
+        finally:
+            self.switch(was_on)
+
+    def drop(self, depth: int):
+        """Forget the modules from a depth on: they have ended."""
+        if depth < len(self.entries):
+            self.switch(self.entries[depth].was_on)
+            del self.entries[depth:]
+        if not self.entries:
+            with lock:
+                busy.discard(self)
+            uninstall_if_idle()
+
+
+class SeeAttention(TorchFunctionMode):
+    """Reports scaled_dot_product_attention, however a module imported it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # Dynamo traces this
+            return result
+        if getattr(func, "__name__", None) == "scaled_dot_product_attention":
+            report(lambda: read.scaled_dot_product(*args, **kwargs))
+        elif func is F.multi_head_attention_forward:
+            report(lambda: read.unreadable("it calls multi_head_attention_forward itself, not nn.MultiheadAttention"))
+        return result
+
+
+local = threading.local()
+lock = threading.RLock()
+sessions: tuple = ()  # the open watches: replaced, never changed
+busy: "weakref.WeakSet[Thread]" = weakref.WeakSet()  # threads in which watched modules run
+installed: list[Callable[[], None]] = []  # what takes hooks and patch away again
+
+
+def this_thread() -> Thread:
+    if not hasattr(local, "thread"):
+        local.thread = Thread()
+    return local.thread
+
+
+def is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
+    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+
+
+def key(module: nn.Module) -> int:
+    """Of a module, and of the replicas that nn.DataParallel makes of it: these share the dict of its hooks."""
+    return id(module._forward_hooks)
+
+
+@contextmanager
+def opened(session):
+    """Let a session hear of attention: it has names {key: name}, sets compiled and ran of keys, and take(name, reader)."""
+    global sessions
+    with lock:
+        sessions += (session,)
+        if not installed:
+            install()
+    thread = this_thread()
+    depth = len(thread.entries)
+    try:
+        yield
+    finally:
+        with lock:
+            sessions = tuple(other for other in sessions if other is not session)
+        if thread is this_thread():
+            thread.drop(depth)  # what a KeyboardInterrupt has left: torch calls no hook for it
+        uninstall_if_idle()
+
+
+def install():
+    installed.append(register_module_forward_pre_hook(enter).remove)
+    handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+    installed.append(handle.remove)
+    installed.append(lambda: _global_forward_hooks_with_kwargs.pop(handle.id, None))  # which remove forgets
+    if transformers := sys.modules.get("transformers.modeling_utils"):  # or no model is one of its own
+        installed.append(patch_transformers(transformers.AttentionInterface))
+
+
+def uninstall_if_idle():
+    """Threads that began under a watch may go on after its end: they take down the rest."""
+    with lock:
+        if not sessions and not busy:
+            while installed:
+                installed.pop()()
+
+
+def enter(module, arguments):
+    if torch.compiler.is_compiling() or not any(key(module) in session.names for session in sessions):
+        return
+    thread = this_thread()
+    if thread.entries:
+        thread.entries[-1].called = True
+    else:
+        with lock:
+            busy.add(thread)
+    on = type(module).forward not in READ_WHOLE and not any(key(module) in session.compiled for session in sessions)
+    thread.entries.append(Entry(module, thread.switch(on)))
+
+
+def leave(module, arguments, *rest):
+    """rest: keywords and output, or None alone after an exception, for which torch leaves the keywords out."""
+    if torch.compiler.is_compiling():
+        return
+    thread = this_thread()
+    depth = next((i for i in reversed(range(len(thread.entries))) if thread.entries[i].module is module), None)
+    if depth is None:
+        return
+    try:
+        if len(rest) == 2:
+            read_module(thread.entries[depth], arguments, rest[0])
+    finally:
+        thread.drop(depth)
+
+
+def read_module(entry: Entry, arguments: tuple, keywords: dict):
+    """Report the attention of torch's own modules, which the mode does not see."""
+    module, forward = entry.module, type(entry.module).forward
+    for session in sessions:
+        session.ran.add(key(module))
+    if forward is nn.MultiheadAttention.forward:
+        report(lambda: read.multihead(module, *arguments, **keywords))
+    elif forward is nn.TransformerEncoderLayer.forward and not entry.called:  # the fast path calls no module
+        report(lambda: read.encoder_layer(module, *arguments, **keywords), module.self_attn)
+
+
+def report(reader: Callable[[], list[read.Call]], *inside: nn.Module):
+    """Let every watch that knows a running module, or one inside, hear of its attention; reader may raise Unreadable."""
+    if TracingContext.try_get() is not None or torch._C._current_graph_task_id() != -1:
+        return  # a compiler tries the call out, or a checkpoint repeats it in the backward
+    if torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        reader = partial(read.unreadable, "it is being captured in a graph")
+    thread = this_thread()
+    running = [*(entry.module for entry in thread.entries), *inside]
+    with thread.unseen():
+        for session in sessions:
+            name = next((session.names[key(m)] for m in reversed(running) if key(m) in session.names), None)
+            if name is not None:
+                session.take(name, reader)
+
+
+def patch_transformers(interface) -> Callable[[], None]:
+    """Let transformers' models ask a wrapper for their attention function; returns what undoes it."""
+    get_interface = interface.get_interface
+
+    @wraps(get_interface)
+    def get_watched(*arguments, **keywords):
+        attend = get_interface(*arguments, **keywords)
+        if torch.compiler.is_compiling() or not this_thread().is_on():
+            return attend
+        return watched(attend, keywords.get("default", arguments[-1]))
+
+    def restore():
+        if interface.get_interface is get_watched:  # else someone wrapped it since: it stays, without effect
+            interface.get_interface = get_interface
+
+    interface.get_interface = get_watched
+    return restore
+
+
+def watched(attend: Callable, default: Callable) -> Callable:
+    """A function of transformers' attention interface that reports its calls; itself if it is not known how to read them.
+
+    The mode sees what scaled_dot_product_attention a function that is not known calls.
+    """
+    kind = read.kind_of(getattr(attend, "watches", attend), default)
+    if kind is None:
+        return attend
+
+    def watched_attend(*arguments, **keywords):
+        thread = this_thread()
+        if not thread.is_on():
+            return attend(*arguments, **keywords)
+        with thread.unseen():
+            result = attend(*arguments, **keywords)
+        report(lambda: read.transformers_call(kind, result, *arguments, **keywords))
+        return result
+
+    watched_attend.watches = getattr(attend, "watches", attend)
+    return watched_attend
