@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import samples
 import torch
+import torch.autograd.forward_ad as fw
 from harness import DEVICE, DTYPES, Sample, as_tuple, assert_same, detached, grad, has_tokens, leaves, like, needs_gpu, run
 from samples import public
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -197,12 +200,41 @@ def test_compile_once_for_all_lengths(operator, name):
 
 @each_sample
 def test_compile_the_reference(operator, name):
-    """What "auto" takes for CPU tensors. Packed sequences break the graph, because their lengths are read back."""
+    """What "auto" takes for CPU tensors: one graph for all lengths, of one block of rows and of several, packed or not."""
     torch._dynamo.reset()
-    sample = make(operator, name, torch.float32, device="cpu", length=19)
-    packed = "cu_seqlens" in sample.options
-    compiled = torch.compile(public(operator), fullgraph=not packed, backend="aot_eager")
-    assert_same(run(public(operator), sample, backend="auto"), run(compiled, sample, backend="auto"), "when compiled")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(public(operator), fullgraph=True, dynamic=True, backend=counter)
+    for length in (19, 35, 150):
+        sample = make(operator, name, torch.float32, device="cpu", length=length)
+        expected = run(public(operator), sample, backend="auto")
+        assert_same(expected, run(compiled, sample, backend="auto"), f"when compiled, at length {length}")
+    assert counter.frame_count <= 2
+
+
+@each_sample
+def test_opcheck_of_the_reference(operator, name, monkeypatch):
+    """The operator that stands for it while something is traced, with its backward."""
+    seen = []
+    for op_name in (f"{operator.op}_reference", f"{operator.op}_reference_backward"):
+        reference = getattr(torch.ops.nearfar, op_name).default
+        with Calls(reference, seen), torch.enable_grad():
+            sample = make(operator, name, torch.float32, device="cpu", length=19)
+            torch._dynamo.reset()
+            run(torch.compile(public(operator), backend="eager"), sample, backend="reference")
+        torch.library.opcheck(reference, seen.pop())
+
+
+class Calls(TorchDispatchMode):
+    """Notes the arguments of an operator."""
+
+    def __init__(self, operator, seen):
+        super().__init__()
+        self._operator, self._seen = operator, seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is self._operator:
+            self._seen.append(args)
+        return function(*args, **(kwargs or {}))
 
 
 @each_sample
@@ -224,6 +256,123 @@ def test_function_transforms_of_the_reference(operator, name):
     for index, tensors in enumerate((sample.tensors, other)):
         own = {n: gradient[index] for n, gradient in mapped.items()}
         torch.testing.assert_close(own, torch.func.grad(loss)(tensors), rtol=1e-4, atol=1e-5)
+
+
+def tangents(sample):
+    return {n: like(t, seed=31) for n, t in sample.tensors.items()}
+
+
+@each_sample
+def test_forward_ad_of_the_kernels_is_refused(operator, name):
+    """A tangent of any one tensor, by each way to bring it, forward over reverse and batched too; then all is as before."""
+    sample = make(operator, name, torch.float32, length=5)
+    function = public(operator)
+    expected = function(**sample.tensors, **sample.options, backend="triton")
+
+    def call(**tensors):
+        return function(**{**sample.tensors, **tensors}, **sample.options, backend="triton")
+
+    for only, tangent in tangents(sample).items():
+        one, x = (lambda y, only=only: call(**{only: y})), sample.tensors[only]
+        with pytest.raises(NotImplementedError, match=f'{operator.function.__name__}.*backend="reference"'):
+            torch.func.jvp(one, (x,), (tangent,))
+        with fw.dual_level(), pytest.raises(NotImplementedError, match=operator.function.__name__):
+            one(fw.make_dual(x, tangent))
+        with fw.dual_level(), pytest.raises(NotImplementedError, match=operator.function.__name__):
+            one(fw.make_dual(x.clone().requires_grad_(), tangent))
+    first = next(iter(sample.tensors))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.hessian(lambda y: as_tuple(call(**{first: y}))[0].sum())(sample.tensors[first])
+    with fw.dual_level():  # no tensor has a tangent
+        assert_same((call(), {}), (expected, {}), "beside a level of forward AD")
+        tensors = leaves(sample)
+        o = as_tuple(call(**tensors))[0]
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.autograd.grad(o, list(tensors.values()), fw.make_dual(like(o), like(o)), allow_unused=True)
+    assert_same((call(), {}), (expected, {}), "after forward AD")
+
+
+@each_sample
+def test_a_plain_forward_differentiated_in_forward_ad_is_refused(operator, name):
+    """What the forward decided does not bind the backward."""
+    sample = make(operator, name, torch.float32, length=5)
+    tensors = leaves(sample)
+    o = as_tuple(public(operator)(**tensors, **sample.options, backend="triton"))[0].clone()
+    with fw.dual_level(), pytest.raises(NotImplementedError, match=operator.function.__name__):
+        torch.autograd.grad(o, list(tensors.values()), fw.make_dual(like(o), like(o)), allow_unused=True)
+
+
+@each_sample
+def test_forward_ad_of_the_reference(operator, name):
+    """Against differences of float64, of all tensors at once."""
+    sample = make(operator, name, torch.float64, device="cpu", length=5)
+    directions, step = {n: like(t, seed=31) for n, t in sample.tensors.items()}, 1e-6
+
+    def call(*values):
+        tensors = dict(zip(sample.tensors, values, strict=True))
+        return as_tuple(public(operator)(**tensors, **sample.options, backend="reference"))
+
+    x, t = tuple(sample.tensors.values()), tuple(directions.values())
+    _, got = torch.func.jvp(call, x, t)
+    ahead, behind = (call(*[a + sign * step * b for a, b in zip(x, t, strict=True)]) for sign in (1, -1))
+    for tangent, a, b in zip(got, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+@each_sample
+def test_batched_gradients(operator, name):
+    """torch.autograd.grad(is_grads_batched=True), and vmap over it, of a plain forward: what a loop gives."""
+    sample = make(operator, name, torch.float32, length=19)
+    tensors = leaves(sample)
+    o = as_tuple(public(operator)(**tensors, **sample.options, backend="triton"))
+    do = [torch.stack([like(part, seed=s) for s in (1, 2, 3)]) for part in o]
+
+    def gradients(*do, **options):
+        return torch.autograd.grad(o, list(tensors.values()), do, retain_graph=True, **options)
+
+    expected = [torch.stack(parts) for parts in zip(*[gradients(*one) for one in zip(*do, strict=True)], strict=True)]
+    for got in (gradients(*do, is_grads_batched=True), torch.vmap(gradients)(*do)):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@each_sample
+def test_vmap_of_the_kernels(operator, name):
+    """Over all tensors, nested and in chunks, and over each alone, parameters of heads among them; with gradients."""
+    first = make(operator, name, torch.float32, length=19)
+    second = Sample({n: t * 0.75 for n, t in first.tensors.items()}, first.options)
+    function = public(operator)
+    expected = [function(**sample.tensors, **sample.options, backend="triton") for sample in (first, second)]
+    stacked = {n: torch.stack((t, second.tensors[n])) for n, t in first.tensors.items()}
+
+    def call(tensors):
+        return function(**tensors, **first.options, backend="triton")
+
+    def check(got, results):
+        for part, wanted in zip(as_tuple(got), zip(*map(as_tuple, results), strict=True), strict=True):
+            assert torch.equal(part, torch.stack(wanted))
+
+    check(torch.vmap(call)(stacked), expected)
+    check(torch.vmap(call, chunk_size=1)(stacked), expected)
+    nested = torch.vmap(torch.vmap(call))({n: x[None] for n, x in stacked.items()})
+    check(tuple(part[0] for part in as_tuple(nested)), expected)
+    for only in first.tensors:
+        dims = {n: 1 if n == only else None for n in first.tensors}
+        mixed = {**first.tensors, only: stacked[only].movedim(0, -1 if stacked[only].dim() == 1 else 1)}
+        if stacked[only].dim() == 1:
+            dims[only] = 0
+        others = [{**first.tensors, only: x} for x in stacked[only]]
+        check(torch.vmap(call, in_dims=(dims,))(mixed), [call(tensors) for tensors in others])
+
+    def loss(tensors):
+        return sum(part.square().sum() for part in as_tuple(call(tensors)))
+
+    per_sample = torch.vmap(torch.func.grad(loss))(stacked)
+    summed = torch.func.grad(lambda x: sum(part.square().sum() for part in as_tuple(torch.vmap(call)(x))))(stacked)
+    for index, sample in enumerate((first, second)):
+        wanted = torch.func.grad(loss)(sample.tensors)
+        for key, gradient in wanted.items():
+            assert torch.equal(per_sample[key][index], gradient) and torch.equal(summed[key][index], gradient), key
 
 
 @each_sample

@@ -1,6 +1,7 @@
 """What is looked up by signature: checks, plans, tensors of numbers. None of them may serve a call that it does not fit."""
 
 import math
+import sys
 import threading
 import time
 from functools import partial
@@ -10,19 +11,19 @@ import pytest
 import samples
 import torch
 from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
-from nearfar.triton_kernels import launch
+from nearfar.triton_kernels import interpreter, launch
 from samples import public
 from triton.runtime.jit import JITFunction
 
 import nearfar as nf
 from nearfar import _cuda, checks
 from nearfar.ops import factored, kuramoto, pairwise, softmax
-from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned
+from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned, uses_tf32
 from nearfar.registry import OPERATORS
 
-each_operator = pytest.mark.parametrize(
-    "operator", [op for op in OPERATORS if op.differentiable], ids=lambda op: op.function.__name__
-)
+GRADED = [op for op in OPERATORS if op.differentiable]
+each_operator = pytest.mark.parametrize("operator", GRADED, ids=lambda op: op.function.__name__)
+WINDOW = nf.SlidingWindow(7)
 
 
 def first_sample(operator, dtype, length=21):
@@ -139,6 +140,158 @@ def test_autocast_is_looked_at_in_every_call():
         assert nf.softmax_attention(q, k, v).dtype == torch.float32
         with torch.autocast(DEVICE, dtype=torch.float16):
             assert nf.softmax_attention(q, k, v).dtype == torch.float16
+
+
+@each_operator
+def test_autocast_casts_what_torch_casts(operator):
+    """float64 stays, alone or beside others, which are then refused; integers are refused, as without autocast."""
+    sample = first_sample(operator, torch.float64)
+    sample = Sample({name: tensor.cpu() for name, tensor in sample.tensors.items()}, sample.options)
+    expected = run(public(operator), sample, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = public(operator)(**sample.tensors, **sample.options, backend="reference")
+        assert_same((result, {}), (expected[0], {}), "under autocast")
+        names = [name for name, tensor in sample.tensors.items() if tensor.dim() == 4]
+        for name in names:
+            for dtype in (torch.float64, torch.int64):
+                others = {n: x.float() if n in names else x for n, x in sample.tensors.items()}
+                others[name] = sample.tensors[name].to(dtype)
+                with pytest.raises(TypeError, match="must (have the dtype of|be float16)"):
+                    public(operator)(**others, **sample.options, backend="reference")
+        halves = {n: x.half() if n in names[:1] else x.float() if n in names else x for n, x in sample.tensors.items()}
+        mixed = public(operator)(**halves, **sample.options, backend="reference")  # both are cast
+        assert torch.isfinite(mixed[0] if isinstance(mixed, tuple) else mixed).all()
+    meta = {name: tensor.float().to("meta") for name, tensor in sample.tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = public(operator)(**meta, **sample.options, backend="reference")
+    assert (result[0] if isinstance(result, tuple) else result).is_meta
+
+
+SWITCHES = {
+    "the global one": (dict(generic="tf32"), True),
+    "that of products": (dict(matmul="tf32"), True),
+    "that of products before the global one": (dict(generic="tf32", matmul="ieee"), False),
+    "an older one": (dict(older="high"), True),
+    "an older one, then that of products": (dict(older="high", matmul="ieee"), False),
+    "an older one after that of products": (dict(matmul="tf32", older="highest"), False),
+    "none": (dict(), False),
+}
+
+
+@pytest.fixture
+def switches():
+    """Sets switches of tf32 in order; all are as at first afterwards."""
+
+    def switch(**settings):
+        for name, value in settings.items():
+            if name == "older":
+                torch.set_float32_matmul_precision(value)
+            else:
+                (torch.backends if name == "generic" else torch.backends.cuda.matmul).fp32_precision = value
+
+    yield switch
+    switch(older="highest", matmul="none", generic="none")
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_tf32_is_read_from_every_switch(name, switches):
+    """As torch reads it for its own products, forward and backward, also where it is set between the two."""
+    settings, allowed = SWITCHES[name]
+    made = [first_sample(operator, torch.float32) for operator in GRADED]
+    calls = [partial(public(operator), **x.options, backend="triton") for operator, x in zip(GRADED, made, strict=True)]
+    tensors = [x.tensors for x in made]
+    graded = [{n: x.detach().requires_grad_() for n, x in given.items()} for given in tensors]
+    before = [call(**given) for call, given in zip(calls, graded, strict=True)]
+    switches(**settings)
+    assert launch.dot_precision(torch.float32) == ("tf32" if allowed else "ieee")
+    assert launch.dot_precision(torch.float16) == "ieee" and uses_tf32(torch.empty(1)) == allowed
+    for o in before:
+        (o[0] if isinstance(o, tuple) else o).sum().backward()
+    for call, given in zip(calls, tensors, strict=True):
+        call(**given)
+
+
+HUGE = [2**30 - 1, 2**30, 2**31 - 10, 2**31 - 1, 2**31, sys.maxsize, 2**80]
+
+
+@pytest.mark.parametrize("keys", [20, 9])
+@pytest.mark.parametrize("huge", HUGE)
+def test_huge_windows_are_unlimited(huge, keys):
+    """On either side and on both, for every operator that takes a window and every backend."""
+    q, k, v = randn(1, 2, 20, 16), randn(1, 2, keys, 16, seed=1), randn(1, 2, keys, 16, seed=2)
+    for sides, same in (((5, huge), (5, -1)), ((huge, 0), (-1, 0)), ((huge, huge), (-1, -1))):
+        calls = [
+            lambda w, b: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(*w), backend=b),
+            lambda w, b: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(*w), top_k=3, backend=b),
+            lambda w, b: nf.softmax_attention(q, k, v, window_size=w, backend=b),
+            lambda w, b: nf.affine_attention(q, k, v, None, q[..., 0], window_size=w, backend=b),
+        ]
+        if keys == 20:
+            calls += [
+                lambda w, b: nf.attention_statistics(q, k, locality=nf.SlidingWindow(*w), backend=b).entropy,
+                lambda w, b: nf.selection_geometry(q, k, v, 2, locality=nf.SlidingWindow(*w), backend=b).precision,
+            ]
+        for call in calls:
+            for backend in ("reference", "triton"):
+                torch.testing.assert_close(call(sides, backend), call(same, backend), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong, error", [(-2, ValueError), (-(2**40), ValueError), (1.0, TypeError), (True, TypeError)])
+def test_sides_of_windows_are_checked(wrong, error):
+    q, k, v = rows()
+    for sides in ((wrong, 0), (0, wrong)):
+        with pytest.raises(error, match="left|right"):
+            nf.softmax_attention(q, k, v, window_size=sides)
+        with pytest.raises(error, match="left|right"):
+            nf.SlidingWindow(*sides)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of Triton's interpreter")
+@pytest.mark.parametrize("right", [False, True])
+@each_operator
+def test_bfloat16_is_interpreted_where_its_products_are_right(operator, right, monkeypatch):
+    monkeypatch.setattr(interpreter, "multiplies_bfloat16", lambda: right)
+    sample = first_sample(operator, torch.bfloat16)
+    if right:
+        public(operator)(**sample.tensors, **sample.options, backend="triton")
+        return
+    with pytest.raises(ValueError, match="bfloat16.*Triton's interpreter"):
+        public(operator)(**sample.tensors, **sample.options, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of Triton's interpreter")
+def test_explain_names_the_interpreter():
+    q, k, v = rows(dtype=torch.bfloat16)
+    text = nf.explain(nf.softmax_attention, q, k, v, backend="triton")
+    if not interpreter.multiplies_bfloat16():
+        assert "refused" in text and "bfloat16" in text and "Triton's interpreter" in text
+    assert "interpreter" not in nf.explain(nf.softmax_attention, q.half(), k.half(), v.half(), backend="triton")
+
+
+@each_operator
+def test_compile_with_parameters_of_heads(operator):
+    """dynamic=True makes symbols of numbers of heads, which fixed shapes are compared with."""
+    torch._dynamo.reset()
+    heads = 2
+
+    def module(q, k, v, number):
+        numbers, rows = number.expand(heads), number.expand(2, heads, 19)
+        return {
+            "krause_attention": lambda: nf.krause_attention(q, k, v, numbers, WINDOW, backend="triton"),
+            "linear_attention": lambda: nf.linear_attention(q, k, v, backend="triton"),
+            "hadamard_attention": lambda: nf.hadamard_attention([q], [k], v, initial_state=None, backend="triton"),
+            "affine_attention": lambda: nf.affine_attention(q, k, v, rows, rows, sink=numbers, backend="triton"),
+            "softmax_attention": lambda: nf.softmax_attention(q, k, v, sink=numbers, backend="triton"),
+            "synchronization_attention": lambda: nf.synchronization_attention(
+                q / 8, v, numbers, numbers, rows, causal=True, backend="triton"
+            ),
+            "attention_statistics": lambda: nf.attention_statistics(q, k, sigma=numbers, backend="triton").entropy,
+        }[operator.function.__name__]()
+
+    arguments = *(randn(2, heads, 19, 16, seed=seed) for seed in range(3)), torch.full((1,), 0.5, device=DEVICE)
+    for backend in ("eager", "aot_eager"):
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+        assert torch.equal(compiled(*arguments), module(*arguments))
 
 
 def test_plans_depend_on_layouts_and_options_alone():
