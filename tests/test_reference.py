@@ -107,11 +107,9 @@ def test_tokens_far_from_the_origin(offset, dtype):
     torch.testing.assert_close(statistics.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
     assert torch.equal(statistics.max_key, scores.argmax(-1)) or dtype != torch.float32
 
-    cache = nf.KrauseCache.empty(B, H, 40, D, D, dtype=dtype) if hasattr(nf.KrauseCache, "empty") else None
-    if cache is not None:
-        for i in range(40):
-            last = nf.krause_attention_step(q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1], cache, 3.0)
-        torch.testing.assert_close(last.double(), expected[:, :, -1:], rtol=error, atol=error)
+    cache = nf.KrauseCache.after(k[:, :, :39], v[:, :, :39], 40)
+    last = nf.krause_attention_step(q[:, :, 39:], k[:, :, 39:], v[:, :, 39:], cache, 3.0, backend="reference")
+    torch.testing.assert_close(last.double(), expected[:, :, 39:], rtol=error, atol=error)
 
     order = torch.full((B, H), 0.5)
     delta2 = (leaves[0][:, :, :, None] - leaves[1][:, :, None]).square().sum(-1)
@@ -254,12 +252,12 @@ def test_hidden_keys_of_huge_scores_leave_derivatives_finite(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_chunks_are_differentiable_twice(name):
-    """Chunks of 3 rows, each evaluated again in the backward: gradients that differences confirm, of the gradients too."""
-    tensors = [x.requires_grad_() for x in qkv(7, torch.float64, width=3)]
+    """Chunks of 2 rows, each evaluated again in the backward: gradients that differences confirm, of the gradients too."""
+    tensors = [x.requires_grad_() for x in qkv(5, torch.float64, width=2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairwise, "CHUNK", 3)
-        assert torch.autograd.gradcheck(CALLS[name], tensors)
-        assert torch.autograd.gradgradcheck(CALLS[name], tensors)
+        patch.setattr(pairwise, "CHUNK", 2)
+        assert torch.autograd.gradcheck(CALLS[name], tensors, fast_mode=True)
+        assert torch.autograd.gradgradcheck(CALLS[name], tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("linear")])
