@@ -41,10 +41,11 @@ def krause(batch, dtype, **options):
     q, k, v = (randn(batch, heads, 1, WIDTH, dtype=dtype, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS))
     memory = {f"cache.{n}": randn(batch, KV_HEADS, WINDOW, WIDTH, dtype=dtype, seed=s) for n, s in (("k", 7), ("v", 8))}
     memory["cache.length"] = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 3 + 2
-    sigma = torch.linspace(2.0, 3.0, HEADS, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    options["sigma"] = torch.linspace(2.0, 3.0, HEADS, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
 
     def call(inputs, memory, options, out, backend):
-        return nf.krause_attention_step(*inputs.values(), nf.KrauseCache(*memory.values()), sigma, out=out, backend=backend, **options)
+        cache = nf.KrauseCache(*memory.values())
+        return nf.krause_attention_step(*inputs.values(), cache, out=out, backend=backend, **options)
 
     return Step(dict(q=q, k=k, v=v), memory, options, call)
 
@@ -494,6 +495,8 @@ def test_export_with_a_dynamic_batch(name, backend, strict):
 @each_step
 def test_fake_tensors(name, backend):
     step = make(name)
+    if "sigma" in step.options:
+        step.options["sigma"] = 2.5
     with FakeTensorMode():
         memory, inputs = ({n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n, x in group.items()}
                           for group in (step.memory, step.inputs))  # fmt: skip
@@ -534,7 +537,7 @@ def test_vmap_over_memory_or_tokens_alone(name):
     memory = {n: torch.stack([x, x]) for n, x in step.memory.items()}
     assert torch.equal(torch.vmap(lambda memory: step(**memory))(memory), torch.stack([expected, expected]))
     inputs, before = {n: torch.stack([x, x]) for n, x in step.inputs.items()}, step.clone().memory
-    with pytest.raises(ValueError, match=r"^vmap maps over an argument of \w+_attention_step, but not over \w+, which it writes to"):
+    with pytest.raises(ValueError, match=r"^vmap maps over an argument of \w+_step, but not over \w+, which it writes to"):
         torch.vmap(lambda inputs: step(**inputs))(inputs)
     assert all(torch.equal(x, before[n]) for n, x in step.memory.items())
 
