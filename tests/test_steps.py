@@ -41,10 +41,11 @@ def krause(batch, dtype, **options):
     q, k, v = (randn(batch, heads, 1, WIDTH, dtype=dtype, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS))
     memory = {f"cache.{n}": randn(batch, KV_HEADS, WINDOW, WIDTH, dtype=dtype, seed=s) for n, s in (("k", 7), ("v", 8))}
     memory["cache.length"] = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 3 + 2
-    sigma = torch.linspace(2.0, 3.0, HEADS, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    options["sigma"] = torch.linspace(2.0, 3.0, HEADS, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
 
     def call(inputs, memory, options, out, backend):
-        return nf.krause_attention_step(*inputs.values(), nf.KrauseCache(*memory.values()), sigma, out=out, backend=backend, **options)
+        cache = nf.KrauseCache(*memory.values())
+        return nf.krause_attention_step(*inputs.values(), cache, out=out, backend=backend, **options)
 
     return Step(dict(q=q, k=k, v=v), memory, options, call)
 
@@ -252,7 +253,7 @@ def test_bad_memory(name, backend):
 def test_what_is_written_to_shares_no_memory(name, backend):
     step = make(name)
     q_name, q = next(iter(step.inputs.items()))
-    buffer = torch.zeros(2 * q.numel() + 4096, device=DEVICE)
+    buffer = torch.zeros(2**14, device=DEVICE)
 
     def at(offset, tensor):
         return buffer[offset : offset + tensor.numel()].view(tensor.shape)
@@ -387,7 +388,7 @@ def test_opcheck(name, backend):
 
 
 def decode(step, backend, count):
-    """A loop of `count` tokens, each the last one's scaled: what a compiled function has to keep in order."""
+    """A loop of tokens, each the last one's scaled: what a compiled function has to keep in order."""
 
     def loop(inputs, memory, outs):
         for i in range(count):
@@ -406,11 +407,11 @@ def batch_of(name, batch, count, backend):
 @each_backend
 @each_step
 def test_compiled_loops_share_a_graph(name, backend):
-    """Of tokens, with the outputs in slices of a buffer, for every batch size."""
+    """Of tokens, with the outputs in slices of a buffer, for every batch size (the first is no other size in the call)."""
     torch._dynamo.reset()
     graphs, versions = CompileCounterWithBackend("aot_eager"), []
     compiled = None
-    for batch in (3, 4, 2, 7):
+    for batch in (6, 4, 2, 7):
         step, outs, call = batch_of(name, batch, 3, backend)
         plain, plain_outs, _ = batch_of(name, batch, 3, backend)
         if compiled is None:
@@ -494,11 +495,13 @@ def test_export_with_a_dynamic_batch(name, backend, strict):
 @each_step
 def test_fake_tensors(name, backend):
     step = make(name)
-    with FakeTensorMode() as mode:
-        inputs, memory = ({n: mode.from_tensor(x) for n, x in group.items()} for group in (step.inputs, step.memory))
-        o = step.call(inputs, memory, {**step.options}, None, backend) if "krause" not in name else None
-    if o is not None:
-        assert o.shape == random_out(step).shape and o.dtype == torch.float32 and o.device.type == DEVICE
+    if "sigma" in step.options:
+        step.options["sigma"] = 2.5
+    with FakeTensorMode():
+        memory, inputs = ({n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n, x in group.items()}
+                          for group in (step.memory, step.inputs))  # fmt: skip
+        o = step(backend=backend, **inputs, **memory)
+    assert o.shape == random_out(step).shape and o.dtype == torch.float32 and o.device.type == DEVICE
 
 
 # -------------------------------------------------------------------------------------------------------------- transforms
@@ -534,7 +537,7 @@ def test_vmap_over_memory_or_tokens_alone(name):
     memory = {n: torch.stack([x, x]) for n, x in step.memory.items()}
     assert torch.equal(torch.vmap(lambda memory: step(**memory))(memory), torch.stack([expected, expected]))
     inputs, before = {n: torch.stack([x, x]) for n, x in step.inputs.items()}, step.clone().memory
-    with pytest.raises(ValueError, match=r"^vmap maps over an argument of \w+_attention_step, but not over \w+, which it writes to"):
+    with pytest.raises(ValueError, match=r"^vmap maps over an argument of \w+_step, but not over \w+, which it writes to"):
         torch.vmap(lambda inputs: step(**inputs))(inputs)
     assert all(torch.equal(x, before[n]) for n, x in step.memory.items())
 

@@ -128,14 +128,11 @@ def overlaps_itself(shape, strides):
     """Whether two elements of a tensor are in one place."""
     if 0 in shape:
         return False
-    dims = sorted([(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1])
-    reach = 0
-    for stride, size in dims:
-        if stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:  # each stride leaps over everything within it, as in any slice or transpose of a tensor
-        return False
+    dims = [(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
+    if all([stride > sum([s * (n - 1) for s, n in dims if s <= stride]) - stride * (size - 1) for stride, size in dims]):
+        return False  # each stride leaps over everything within it, as in any slice or transpose of a tensor
+    if any([stride == 0 for stride, _ in dims]):
+        return True
     # Two elements that are 1 + x apart in one dimension, and any distance in those after it.
     for i, (stride, size) in enumerate(dims):
         later = dims[i + 1 :]
