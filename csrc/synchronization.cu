@@ -262,6 +262,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         group.own_numbers(kSquares, square);
         group.own_numbers(kInverse, inverse);
         group.own_numbers(kShift, shift);
+        // Where the lock radius is below the rounding of distances, whether another token locks is noise: no gradient.
+        float steepest[2];
+        for (int r = 0; r < 2; ++r)
+            steepest[r] = rates.c * (square[r] / rates.decay) * kRounding > 1 ? 0.0f : arguments.steepest;
 
         // Products of the rows with the others: omega with omega, grad_o with v, v with grad_o. Of these the weights of dv take
         // the place of the first, and pulls that of the second.
@@ -295,7 +299,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
                 const float inverse_s = margin > 0 ? rsqrt_approximate(margin) : 0.0f;
                 const float ds =
                     fmaf(pair[1][i], inverse[r], fmaf(pair[2][i], inverses[column], -(shift[r] + shifts[column])));
-                float slope = ds * fminf(inverse_s, arguments.steepest);
+                float slope = ds * fminf(inverse_s, steepest[r]);
                 pair[0][i] = margin * inverse_s * inverses[column];
                 pair[1][i] = slope * fmaf(near, of_near, of_all);
                 slope *= x;

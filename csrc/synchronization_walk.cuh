@@ -16,6 +16,7 @@ constexpr int kCell = 64, kWidth = kSynchronizationWidth;
 constexpr int kPanel = 128 * kCell;  // bytes of a cell of one tensor
 constexpr float kNever = -1e30f;     // log2 J^2 of what is not there
 constexpr float kEps = 1e-8f, kLargestC = 1e24f;
+constexpr float kRounding = 0x1p-20f;  // squared distances and sums of pulls are right to this part of |w|^2 and |w|
 
 // kOwn, kOthers: tensors that a block has its rows of, and the cells it meets; kOwnNumbers, kNumbers: of each token in them.
 template <typename Number_, int kOwn_, int kOthers_, int kOwnNumbers_, int kNumbers_, int kGroups_, int kStages_>

@@ -20,11 +20,13 @@ from .tiles import (
     LOG2E,
     at,
     exp2,
+    finite_or_zero,
     inside,
     load_numbers,
     load_rows,
     load_tile,
     load_vector,
+    poison,
     position,
     program_coordinates,
     reach,
@@ -115,14 +117,20 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def only_seen(weight, sees, tile):
+    """(weights, tile) for a product in packed calls: what is not finite in a row of the tile reaches those alone who see it."""
+    return tl.where(sees, weight + poison(tile)[None, :], 0.0), finite_or_zero(tile)
+
+
+@triton.jit
 def attend_tiles(
     highest, norm, acc, bias, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc, bias).
 
-    SHIFTED: bias gets the sums of the values that each row sees, at the edges.
+    SHIFTED: bias gets the sums of the values that each row sees, at the edges. PACKED: there are other sequences at the edges.
 
     Products are scaled where they enter the exponent, by one fused multiply-add. That takes a positive factor: NEGATIVE says
     that its sign has to go to them. highest is scaled and rounded once: what is added up is relative to this very number.
@@ -140,8 +148,10 @@ def attend_tiles(
             if SHIFTED:
                 # Asking for the products, too, leaves the mask where they are, in registers; alone it goes through shared
                 # memory, as large as a tile. A row with a NaN among its products is NaN anyway.
-                mask = tl.where(sees & (product == product), 1.0, 0.0)
-                bias = add_product(bias, mask.to(v_tile.dtype), v_tile, PRECISION)
+                mask, values = tl.where(sees & (product == product), 1.0, 0.0), v_tile
+                if PACKED:
+                    mask, values = only_seen(mask, sees, v_tile)
+                bias = add_product(bias, mask.to(v_tile.dtype), values, PRECISION)
             product = tl.where(sees, product, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(product, 1) * factor)
         shift = new_highest
@@ -150,6 +160,8 @@ def attend_tiles(
         weight = exp2(product * factor - shift[:, None])
         decay = exp2(highest - shift)
         norm = norm * decay + tl.sum(weight, 1)
+        if EDGES and PACKED:
+            weight, v_tile = only_seen(weight, sees, v_tile)
         acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
         highest = new_highest
     return highest, norm, acc, bias
@@ -194,7 +206,7 @@ def attend(
             bias += whole[None, :]
         highest, norm, acc, bias = attend_tiles(
             highest, norm, acc, bias, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
-            NEGATIVE, beta is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            NEGATIVE, beta is not None, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
     sees_a_key = begin < end
@@ -222,8 +234,8 @@ def attend(
 @triton.jit
 def grad_queries_tiles(
     acc, dbeta, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    SHIFTED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges.
 
@@ -243,6 +255,8 @@ def grad_queries_tiles(
             if SHIFTED:
                 dbeta += tl.sum(tl.where(sees, dp, 0.0), 1)
         ds = weight * (dp - row_m[:, None])
+        if EDGES and PACKED:
+            ds, k_tile = only_seen(ds, sees, k_tile)
         acc = add_product(acc, ds.to(k_tile.dtype), k_tile, PRECISION)
     return acc, dbeta
 
@@ -286,7 +300,7 @@ def grad_queries(
     for EDGES in tl.static_range(2):
         acc, row_dbeta = grad_queries_tiles(
             acc, row_dbeta, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
-            scale * LOG2E, dbeta is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            scale * LOG2E, dbeta is not None, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if lse.dtype.element_ty == tl.float64:
         acc *= rest[:, None]
@@ -301,7 +315,7 @@ def grad_queries(
 def grad_keys_tiles(
     dk_tile, dv_tile, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin, end,
     factor,
-    EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """(dk_tile, dv_tile) plus what the whole tiles of queries of one head give them, or their edges."""
@@ -332,8 +346,11 @@ def grad_keys_tiles(
             dv_weight += load_numbers(beta, rows, num_queries, EDGES)[None, :]
             if EDGES:
                 dv_weight = tl.where(sees, dv_weight, 0.0)
-        dv_tile = add_product(dv_tile, dv_weight.to(do_tile.dtype), do_tile, PRECISION)
         ds = weight * (dp - row_m[None, :])
+        if EDGES and PACKED:
+            dv_weight, do_tile = only_seen(dv_weight, sees, do_tile)
+            ds, q_tile = only_seen(ds, sees, q_tile)
+        dv_tile = add_product(dv_tile, dv_weight.to(do_tile.dtype), do_tile, PRECISION)
         dk_tile = add_product(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
     return dk_tile, dv_tile
 
@@ -370,7 +387,7 @@ def grad_keys(
             dk_tile, dv_tile = grad_keys_tiles(
                 dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head, beta_head,
                 q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
-                EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+                token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)

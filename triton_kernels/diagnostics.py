@@ -8,9 +8,9 @@
     centre              s, the weighted sum of the selected values, and how far the selected lie from it
     separate            how near the others come: precision, recall, F
 
-A score is c * raw with c > 0, so that raw has the order of the scores. For distances, raw = SCORE(q.k, |k|^2) leaves out |q|^2,
-which is the same for all keys of a query, and c is SCALE(parameter of the head); for dot products, where k_squares and the
-parameter are None, c * raw = scale * (SIGN * q.k). All lse are those of c * raw, in nats.
+A score is c * raw with c > 0, so that raw has the order of the scores. For distances, raw = q.k - |k|^2 / 2 leaves out |q|^2,
+which is the same for all keys of a query, but for float32 tokens (see raw_scores), and c is 1 / sigma^2; for dot products,
+where k_squares and the parameter are None, c * raw = scale * (SIGN * q.k). All lse are those of c * raw, in nats.
 
 Entropy is ln(total) - sum(w x) / total with x = log(w) <= 0 relative to the largest weight: two terms that do not cancel, so
 that small entropies keep their digits. The geometry takes weights relative to those of the selected keys, as precision and
@@ -23,6 +23,7 @@ Every query sees a key; the checks of the public functions see to that.
 import triton
 import triton.language as tl
 
+from .krause import rbf_scale
 from .tiles import (
     LN2,
     LOG2E,
@@ -46,12 +47,12 @@ from .tiles import (
 
 
 @triton.jit
-def head_scale(parameter, parameter_stride, head, scale, SCALE: tl.constexpr):
+def head_scale(parameter, parameter_stride, head, scale):
     """The positive factor c of a head's raw scores."""
     if parameter is None:
         return scale
     else:
-        return SCALE(tl.load(parameter + head * parameter_stride))
+        return rbf_scale(tl.load(parameter + head * parameter_stride))
 
 
 @triton.jit
@@ -61,13 +62,32 @@ def rows_at(base, batch, head, num_heads, num_rows):
 
 
 @triton.jit
-def raw_scores(qk, k_squares, keys, num_keys, SCORE: tl.constexpr, SIGN: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """Raw scores of a tile of products (rows, keys), or (keys, rows) when transposed."""
+def raw_scores(
+    x_tile, y_tile, k_squares, keys, num_keys, SIGN: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
+    """Raw scores of two tiles, of rows and keys, or of keys and rows when transposed.
+
+    Distances between float32 tokens are whole ones, taken in float64: far from the origin most of their digits cancel.
+    """
     if k_squares is None:
-        return qk * SIGN
+        return tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) * SIGN
+    elif x_tile.dtype == tl.float32 and PRECISION == "ieee":
+        x, y = x_tile.to(tl.float64), y_tile.to(tl.float64)
+        products = tl.dot(x, tl.trans(y), out_dtype=tl.float64)
+        return (products - 0.5 * tl.sum(x * x, 1)[:, None] - 0.5 * tl.sum(y * y, 1)[None, :]).to(tl.float32)
     else:
         norms = load_vector(k_squares, keys, num_keys, 0.0)
-        return SCORE(qk, norms[:, None] if TRANSPOSED else norms[None, :], 1.0)
+        half = 0.5 * (norms[:, None] if TRANSPOSED else norms[None, :])
+        return tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION) - half
+
+
+@triton.jit
+def add_product(acc, weight, tile, PRECISION: tl.constexpr):
+    """acc + weight tile, in float64 where acc is."""
+    if acc.dtype == tl.float64:
+        return tl.dot(weight.to(tl.float64), tile.to(tl.float64), acc, out_dtype=tl.float64)
+    else:
+        return tl.dot(weight, tile, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -82,7 +102,7 @@ def squares(x, out, strides, num_rows, num_heads, num_tiles, D: tl.constexpr, BL
 @triton.jit
 def statistics_tiles(
     highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_stride, num_keys, tiles, begin, end, unit,
-    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(highest, level, highest_key, total, weighted) after the whole tiles of keys, or after their edges."""
@@ -91,8 +111,7 @@ def statistics_tiles(
         first = position(step, tiles, EDGES)
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         if EDGES:
             raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
         tile_highest = tl.max(raw, 1)
@@ -121,7 +140,7 @@ def statistics_tiles(
 def statistics(
     q, k, k_squares, parameter, lse, entropy, max_weight, max_key,
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -131,7 +150,7 @@ def statistics(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, None, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
-    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    unit = head_scale(parameter, parameter_stride, head, scale) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -144,7 +163,7 @@ def statistics(
     for EDGES in tl.static_range(2):
         highest, level, highest_key, total, weighted = statistics_tiles(
             highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_strides[2], num_keys, tiles, begin, end,
-            unit, SCORE, SIGN, EDGES, PRECISION, D, BLOCK_N, BLOCK_D,
+            unit, SIGN, EDGES, PRECISION, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
@@ -159,7 +178,7 @@ def statistics(
 @triton.jit
 def key_mass_tiles(
     total, k_tile, keys, k_squares, num_keys, q, lse, q_stride, num_queries, tiles, begin, end, unit,
-    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """total plus the weights of the whole tiles of queries, or of their edges."""
@@ -169,8 +188,8 @@ def key_mass_tiles(
         rows = first + tl.arange(0, BLOCK_M)
         q_tile = load_rows(q, first, BLOCK_M, q_stride, num_queries, EDGES, D, BLOCK_D)
         row_lse = load_numbers(lse, rows, num_queries, EDGES) * LOG2E
-        kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weight = exp2(raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * unit - row_lse[None, :])
+        raw = raw_scores(k_tile, q_tile, k_squares, keys, num_keys, SIGN, PRECISION, True)
+        weight = exp2(raw * unit - row_lse[None, :])
         if EDGES:
             weight = tl.where(inside(rows, begin, end), weight, 0.0)
         total += tl.sum(weight, 1)
@@ -181,7 +200,7 @@ def key_mass_tiles(
 def key_mass(
     q, k, k_squares, parameter, lse, mass,
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """mass (B, Hq, M) float32."""
@@ -195,28 +214,28 @@ def key_mass(
     seen_by = transpose_window(window)
     begin, end = reach(keys, None, num_keys, num_queries, seen_by)
     tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, None, num_keys, num_queries, seen_by)
-    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    unit = head_scale(parameter, parameter_stride, head, scale) * LOG2E
 
     total = tl.zeros((BLOCK_N,), tl.float32)
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_M)
     for EDGES in tl.static_range(2):
         total = key_mass_tiles(
             total, k_tile, keys, k_squares, num_keys, q, lse + row_offset, q_strides[2], num_queries, tiles, begin, end,
-            unit, SCORE, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
+            unit, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     tl.store(rows_at(mass, batch, head, num_heads, num_keys) + keys, total, mask=keys < num_keys)
 
 
 @triton.jit
 def statistics_grad_queries(
-    q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted,
+    q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted,
     q_strides, k_strides, dq_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gain dS = P (level + slope log2(P)) with a level and a slope for each row; gain (B, Hkv).
 
-    With a parameter, ds_total (B, Hq, N) are the sums of gain dS, and weighted becomes those of gain dS log2(P).
+    With a parameter, weighted (B, Hq, N) becomes the sums of gain dS log2(P).
     """
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
@@ -226,19 +245,21 @@ def statistics_grad_queries(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, None, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
-    row_scale = head_scale(parameter, parameter_stride, head, scale, SCALE)
+    row_scale = head_scale(parameter, parameter_stride, head, scale)
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
     row_level = load_vector(level + row_offset, rows, num_queries, 0.0)
     row_slope = load_vector(slope + row_offset, rows, num_queries, 0.0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    BY_DISTANCE: tl.constexpr = parameter is not None
+    SUMS: tl.constexpr = tl.float64 if BY_DISTANCE and q.dtype.element_ty == tl.float32 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
+    ds_total = tl.zeros((BLOCK_M,), SUMS)
     row_weighted = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         x = raw * (row_scale * LOG2E) - row_lse[:, None]
         ds = exp2(x) * (row_level[:, None] + row_slope[:, None] * x)
         ds_x = ds * x
@@ -247,11 +268,13 @@ def statistics_grad_queries(
             ds_x = tl.where(inside(keys, begin, end), ds_x, 0.0)
         if weighted is not None:
             row_weighted += tl.sum(ds_x, 1)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        ds = ds.to(k_tile.dtype)
+        acc = add_product(acc, ds, k_tile, PRECISION)
+        if BY_DISTANCE:
+            ds_total += tl.sum(ds.to(SUMS), 1)
 
-    if parameter is not None:
-        # |q|^2, which the raw scores leave out, counts in lse.
-        acc -= load_vector(ds_total + row_offset, rows, num_queries, 0.0)[:, None] * q_tile.to(tl.float32)
+    if BY_DISTANCE:  # sums of the same rounded numbers: only so do they cancel for tokens near each other
+        acc -= ds_total[:, None] * q_tile.to(SUMS)
     acc *= row_scale * SIGN / tl.load(gain + batch * (num_heads // group) + head // group)
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
     if weighted is not None:
@@ -262,7 +285,7 @@ def statistics_grad_queries(
 def statistics_grad_keys(
     q, k, k_squares, parameter, lse, level, slope, gain, dk,
     q_strides, k_strides, dk_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD_KEYS: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
@@ -275,13 +298,15 @@ def statistics_grad_keys(
     begin, end = reach(keys, None, num_keys, num_queries, seen_by)
     tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_N, BLOCK_N, None, num_keys, num_queries, seen_by)
 
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    ds_total = tl.zeros((BLOCK_N,), tl.float32)
+    BY_DISTANCE: tl.constexpr = parameter is not None
+    SUMS: tl.constexpr = tl.float64 if BY_DISTANCE and q.dtype.element_ty == tl.float32 else tl.float32
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), SUMS)
+    ds_total = tl.zeros((BLOCK_N,), SUMS)
     # dS enters its products unscaled, lest half precision lose or overflow it; the sums are in units of the head at hand.
-    unit = head_scale(parameter, parameter_stride, kv_head * group, scale, SCALE)
+    unit = head_scale(parameter, parameter_stride, kv_head * group, scale)
     for member in range(group):
         head = kv_head * group + member
-        row_scale = head_scale(parameter, parameter_stride, head, scale, SCALE)
+        row_scale = head_scale(parameter, parameter_stride, head, scale)
         dk_tile *= unit / row_scale
         ds_total *= unit / row_scale
         unit = row_scale
@@ -294,17 +319,19 @@ def statistics_grad_keys(
             row_level = load_vector(level + row_offset, rows, num_queries, 0.0)
             row_slope = load_vector(slope + row_offset, rows, num_queries, 0.0)
             # Transposed, (keys, queries), so that dS feeds the next product from registers.
-            kq = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            x = raw_scores(kq, k_squares, keys, num_keys, SCORE, SIGN, True) * (row_scale * LOG2E) - row_lse[None, :]
+            raw = raw_scores(k_tile, q_tile, k_squares, keys, num_keys, SIGN, PRECISION, True)
+            x = raw * (row_scale * LOG2E) - row_lse[None, :]
             ds = exp2(x) * (row_level[None, :] + row_slope[None, :] * x)
             if first < all_begin or first + BLOCK_M > all_end:
                 ds = tl.where(inside(rows, begin, end), ds, 0.0)
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-            ds_total += tl.sum(ds, 1)
+            ds = ds.to(q_tile.dtype)
+            dk_tile = add_product(dk_tile, ds, q_tile, PRECISION)
+            if BY_DISTANCE:
+                ds_total += tl.sum(ds.to(SUMS), 1)
 
-    if k_squares is not None:
+    if BY_DISTANCE:
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        dk_tile = GRAD_KEYS(dk_tile, ds_total[:, None], k_tile.to(tl.float32))
+        dk_tile -= ds_total[:, None] * k_tile.to(SUMS)
     dk_tile *= unit * SIGN / tl.load(gain + batch * (num_heads // group) + kv_head)
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
 
@@ -326,7 +353,7 @@ def insert(scores, keys, score, key):
 def select(
     q, k, k_squares, scores, chosen,
     q_strides, k_strides, num_queries, num_keys, num_heads, group, num_tiles, window, top_n, first_rank,
-    SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, RESUMED: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, RESUMED: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Ranks first_rank to first_rank + COUNT - 1 of the raw scores of each row and of their keys, both (B, Hq, N, top_n).
@@ -357,9 +384,8 @@ def select(
     k_tile = load_tile(k, first_key + tl.arange(0, BLOCK_N), k_strides[2], num_keys, D, BLOCK_D)
     for first in range(first_key, tile_end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         k_tile = load_tile(k, keys + BLOCK_N, k_strides[2], num_keys, D, BLOCK_D)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
         if first < all_begin or first + BLOCK_N > all_end:
             raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
         if RESUMED:
@@ -397,7 +423,7 @@ def load_chosen(v, stride, scores, chosen, entries, here, shift, unit, DV: tl.co
 def centre(
     v, parameter, scores, chosen, s, shift, excess, farthest,
     v_strides, parameter_stride, num_queries, num_heads, group, num_tiles, top_n, scale,
-    SCALE: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """s (B, Hq, N, Dv) in the dtype of v, the excess of each selected key, and the largest of a row, farthest.
 
@@ -410,7 +436,7 @@ def centre(
     here = rows < num_queries
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     entries = (row_offset + rows) * top_n
-    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    unit = head_scale(parameter, parameter_stride, head, scale) * LOG2E
 
     row_shift = tl.load(scores + entries, mask=here, other=0.0) * unit
     total = tl.zeros((BLOCK,), tl.float32)
@@ -440,7 +466,7 @@ def centre(
 def separate_tiles(
     nearest, intruders, q_tile, s_tile, row_shift, row_farthest, last_score, last_key, k, v, k_squares, v_squares,
     k_stride, v_stride, num_keys, tiles, begin, end, unit,
-    SCORE: tl.constexpr, SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """(nearest, intruders) after the whole tiles of keys, or after their edges."""
@@ -451,8 +477,7 @@ def separate_tiles(
         k_tile = load_rows(k, first, BLOCK_N, k_stride, num_keys, EDGES, D, BLOCK_D)
         v_tile = load_rows(v, first, BLOCK_N, v_stride, num_keys, EDGES, DV, BLOCK_DV)
         half_squares = 0.5 * load_numbers(v_squares, keys, num_keys, EDGES)
-        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        raw = raw_scores(qk, k_squares, keys, num_keys, SCORE, SIGN)
+        raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         sv = tl.dot(s_tile, tl.trans(v_tile), input_precision=PRECISION)
         weight = exp2(raw * unit - row_shift[:, None])
         outside = tl.where(
@@ -470,7 +495,7 @@ def separate(
     q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score,
     q_strides, k_strides, v_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, top_n, scale,
-    SCALE: tl.constexpr, SCORE: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -483,7 +508,7 @@ def separate(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, end = reach(rows, None, num_queries, num_keys, window)
     tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
-    unit = head_scale(parameter, parameter_stride, head, scale, SCALE) * LOG2E
+    unit = head_scale(parameter, parameter_stride, head, scale) * LOG2E
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     entries = (row_offset + rows) * top_n
     here = rows < num_queries
@@ -501,7 +526,7 @@ def separate(
         nearest, intruders = separate_tiles(
             nearest, intruders, q_tile, s_tile, row_shift, row_farthest, last_score, last_key, k, v, k_squares, v_squares,
             k_strides[2], v_strides[2], num_keys, tiles, begin, end, unit,
-            SCORE, SIGN, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            SIGN, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
     separated = tl.zeros((BLOCK_M,), tl.float32)

@@ -8,7 +8,6 @@ import functools
 import triton
 
 from . import diagnostics
-from .krause import PAIR
 from .launch import Launch, LaunchParameters, launch_all, width_block
 from .pairwise_launch import signature
 
@@ -36,13 +35,12 @@ def plan_pairs(kernel, call, scale, gradient_strides=()):
     by_keys = kernel in (diagnostics.key_mass, diagnostics.statistics_grad_keys)
     length, block = (call.k_shape[2], parameters.block_n) if by_keys else (call.q_shape[2], parameters.block_m)
     heads = call.k_shape[1] if kernel is diagnostics.statistics_grad_keys else call.q_shape[1]
-    grad_keys = (PAIR.grad_keys,) if kernel is diagnostics.statistics_grad_keys else ()
     tiles = triton.cdiv(length, block)
     sign, size = sign_and_size(scale)
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, *gradient_strides, call.parameter_stride, *call.geometry, tiles, call.window, size,
-        PAIR.scale, PAIR.score, *grad_keys, sign, call.precision, width, parameters.block_m, parameters.block_n,
+        sign, call.precision, width, parameters.block_m, parameters.block_n,
         width_block(width),
     )  # fmt: skip
     return Launch(kernel, tiles * heads * call.q_shape[0], scalars, parameters)
@@ -55,7 +53,7 @@ def plan_select(call, scale, top_n, first_rank):
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, *call.geometry, tiles, call.window, top_n, first_rank,
-        PAIR.score, sign_and_size(scale)[0], call.precision, min(ROUND, top_n - first_rank), first_rank > 0,
+        sign_and_size(scale)[0], call.precision, min(ROUND, top_n - first_rank), first_rank > 0,
         width, parameters.block_m, parameters.block_n, width_block(width),
     )  # fmt: skip
     return Launch(diagnostics.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
@@ -68,7 +66,7 @@ def plan_centre(call, scale, top_n):
     width = call.v_shape[3]
     scalars = (
         call.v_strides, call.parameter_stride, num_queries, num_heads, group, tiles, top_n, sign_and_size(scale)[1],
-        PAIR.scale, width, ROWS.block_m, width_block(width),
+        width, ROWS.block_m, width_block(width),
     )  # fmt: skip
     return Launch(diagnostics.centre, tiles * call.q_shape[0] * num_heads, scalars, ROWS)
 
@@ -80,7 +78,7 @@ def plan_separate(call, scale, top_n):
     sign, size = sign_and_size(scale)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_n, size,
-        PAIR.scale, PAIR.score, sign, call.precision, *call.sizes(parameters),
+        sign, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(diagnostics.separate, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -93,7 +91,7 @@ def squares_of(x, out):
 def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max_weight, max_key, mass):
     """Fill lse, entropy, max_weight, max_key (B, Hq, N), mass (B, Hq, M) and, with a parameter, k_squares (B, Hkv, M).
 
-    With a parameter lse is that of the scores without their -|q|^2 / (2 sigma^2).
+    With a parameter lse is that of the raw scores.
     """
     call = signature(q, k, k, parameter, False, left, right)
     launch_all(
@@ -104,17 +102,17 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
     )  # fmt: skip
 
 
-def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, ds_total, dq, dk, weighted):
+def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, dq, dk, weighted):
     """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N).
 
-    lse, level, slope, ds_total: (B, Hq, N), the last three times gain, (B, Hkv).
+    lse, level, slope: (B, Hq, N), the last two times gain, (B, Hkv).
     """
     call = signature(q, k, k, parameter, False, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
     keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
     launch_all(
         *squares_of(k, k_squares),
-        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, ds_total, dq, weighted)),
+        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted)),
         (keys, (q, k, k_squares, parameter, lse, level, slope, gain, dk)),
     )
 

@@ -50,6 +50,10 @@ FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of what is not there:
 NEVER: tl.constexpr = tl.constexpr(-1e30)  # and its x
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt take what is below for 0
 EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 would drown small distances
+# Where tokens are float32, distances and sums of pulls are float64: far from the origin most of their digits cancel.
+# Squared distances and sums of pulls are right to this part of |w|^2 and |w|, in float32 and in float64.
+ROUNDING: tl.constexpr = tl.constexpr(2.0**-20)
+WIDE_ROUNDING: tl.constexpr = tl.constexpr(2.0**-46)
 
 
 @triton.jit
@@ -64,14 +68,43 @@ def positive(x):
 
 
 @triton.jit
-def squared_distance(products, squares, other_squares):
-    return positive(squares + other_squares - 2.0 * products)
+def dot(x, y, acc):
+    """acc + x y, in the dtype of acc."""
+    if acc.dtype == tl.float64:
+        return tl.dot(x.to(tl.float64), y.to(tl.float64), acc, out_dtype=tl.float64)
+    else:
+        return tl.dot(x, y, acc, input_precision=EXACT)
 
 
 @triton.jit
-def log_similarity(products, squares, other_squares, decay):
-    """x, at most 0, from squares as load_squares has them."""
-    return tl.minimum(squares + other_squares - (2.0 * decay) * products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def wide_squared_distance(x_tile, y_tile):
+    """Of float32 tokens, rounded once: 0 where they are equal."""
+    x, y = x_tile.to(tl.float64), y_tile.to(tl.float64)
+    squares = tl.sum(x * x, 1)[:, None] + tl.sum(y * y, 1)[None, :]
+    delta2 = squares - 2.0 * tl.dot(x, tl.trans(y), out_dtype=tl.float64)
+    return tl.where(delta2 < WIDE_ROUNDING * squares, 0.0, delta2).to(tl.float32)
+
+
+@triton.jit
+def squared_distance(x_tile, y_tile, squares, other_squares):
+    """Of two tiles of tokens; squares are FAR of those that are not there."""
+    squares, other_squares = squares[:, None], other_squares[None, :]
+    if x_tile.dtype == tl.float32:
+        return tl.where((squares == FAR) | (other_squares == FAR), FAR, wide_squared_distance(x_tile, y_tile))
+    else:
+        return positive(squares + other_squares - 2.0 * tl.dot(x_tile, tl.trans(y_tile)))
+
+
+@triton.jit
+def log_similarity(x_tile, y_tile, squares, other_squares, decay):
+    """x, at most 0, of two tiles of tokens; squares as load_squares has them."""
+    squares, other_squares = squares[:, None], other_squares[None, :]
+    if x_tile.dtype == tl.float32:
+        x = decay * wide_squared_distance(x_tile, y_tile)
+        return tl.where((squares == NEVER) | (other_squares == NEVER), NEVER, x)
+    else:
+        x = squares + other_squares - (2.0 * decay) * tl.dot(x_tile, tl.trans(y_tile))
+        return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -90,6 +123,16 @@ def strength(margin):
 def inverse_strength(margin):
     """1 / S where the pair locks, else 0; S is this times the positive part of the margin, without another special function."""
     return tl.where(margin < SMALLEST_NORMAL, 0.0, rsqrt(margin))
+
+
+@triton.jit
+def steepest_of(steepest, squares, c, decay, DTYPE: tl.constexpr):
+    """The bound of 1 / S in the gradients of queries: 0 where the lock radius is below the rounding of distances.
+
+    Whether another token locks is noise there, and a pull of the size of c would multiply it. squares as load_squares has them.
+    """
+    part = WIDE_ROUNDING if DTYPE == tl.float32 else ROUNDING
+    return tl.where(c * (squares / decay) * part > 1.0, 0.0, steepest)
 
 
 @triton.jit
@@ -140,9 +183,7 @@ def attend(
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
-        key_squares = load_squares(k_squares, keys, num_keys, decay)
-        x = log_similarity(products, row_squares[:, None], key_squares[None, :], decay)
+        x = log_similarity(w_tile, k_tile, row_squares, load_squares(k_squares, keys, num_keys, decay), decay)
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
                 x = mask_forward(x, rows[:, None] + offset, keys[None, :], NEVER, SELF, CAUSAL)
@@ -208,8 +249,7 @@ def attend_top_k(
     for t in tl.static_range(NUM_KEY_TILES):
         keys = t * BLOCK_N + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
-        delta2 = squared_distance(products, row_squares[:, None], load_vector(k_squares, keys, num_keys, FAR)[None, :])
+        delta2 = squared_distance(w_tile, k_tile, row_squares, load_vector(k_squares, keys, num_keys, FAR))
         delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], FAR, SELF, CAUSAL)
         score = strength(exp2(decay * delta2) - row_c[:, None] * delta2)
         # What is not locked is no candidate: else its zeros would be ties.
@@ -278,9 +318,11 @@ def grad_queries(
     # Pulls are taken in this unit, lest half precision overflow: c may be large.
     two_alpha = 2.0 * tl.load(bandwidth + head * bandwidth_stride)
     unit = two_alpha + row_c
+    row_steepest = steepest_of(steepest, row_squares, row_c, decay, w.dtype.element_ty)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    pulls = tl.zeros((BLOCK_M,), tl.float32)
+    SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
+    pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
     steps = count * (CELL // BLOCK_N)
@@ -290,28 +332,26 @@ def grad_queries(
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        products = tl.dot(w_tile, tl.trans(k_tile), input_precision=EXACT)
-        key_squares = load_squares(k_squares, keys, num_keys, decay)
-        x = log_similarity(products, row_squares[:, None], key_squares[None, :], decay)
+        x = log_similarity(w_tile, k_tile, row_squares, load_squares(k_squares, keys, num_keys, decay), decay)
         if SELF or CAUSAL:
             if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
                 x = mask_backward(x, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
         near = exp2(x)
         ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
-        slope = ds * tl.minimum(inverse_strength(near - (row_c / decay)[:, None] * x), steepest)
+        slope = ds * tl.minimum(inverse_strength(near - (row_c / decay)[:, None] * x), row_steepest[:, None])
         if bits is not None:
             begin = tl.zeros((BLOCK_M,), tl.int32)
             keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
             slope = tl.where(keep, slope, 0.0)
         pull = (slope * (near * (two_alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
-        acc = tl.dot(pull, k_tile, acc, input_precision=EXACT)
-        pulls += tl.sum(pull.to(tl.float32), 1)
+        acc = dot(pull, k_tile, acc)
+        pulls += tl.sum(pull.to(pulls.dtype), 1)
         slope *= x
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
         first = following
 
-    acc = (acc - pulls[:, None] * w_tile.to(tl.float32)) * unit[:, None]
+    acc = (acc - pulls[:, None] * w_tile.to(acc.dtype)) * unit[:, None]
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_queries, acc, D, BLOCK_D)
     store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha / decay, row_dradius / decay, row_c)
 
@@ -340,9 +380,10 @@ def grad_keys(
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_keys, DV, BLOCK_DV)
 
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), SUMS)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    pulls = tl.zeros((BLOCK_N,), tl.float32)
+    pulls = tl.zeros((BLOCK_N,), SUMS)
     for member in range(group):
         head = kv_head * group + member
         row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
@@ -365,8 +406,7 @@ def grad_keys(
             row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
             row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
             # Transposed, (keys, queries), so that the weights feed the next product from registers.
-            products = tl.dot(k_tile, tl.trans(w_tile), input_precision=EXACT)
-            x = log_similarity(products, key_squares[:, None], row_squares[None, :], decay)
+            x = log_similarity(k_tile, w_tile, key_squares, row_squares, decay)
             if SELF or CAUSAL:
                 if first + offset < (tile + 1) * BLOCK_N and (CAUSAL or first + BLOCK_M > tile * BLOCK_N):
                     x = mask_backward(x, rows[None, :] + offset, keys[:, None], SELF, CAUSAL)
@@ -375,7 +415,7 @@ def grad_keys(
             inverse_s = inverse_strength(margin)
             weight = positive(margin) * inverse_s * row_inverse[None, :]
             ds = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) * row_inverse[None, :] - row_shift[None, :]
-            slope = ds * tl.minimum(inverse_s, steepest)
+            slope = ds * tl.minimum(inverse_s, steepest_of(steepest, row_squares, row_c, decay, w.dtype.element_ty)[None, :])
             if bits is not None:
                 begin = tl.zeros((BLOCK_M,), tl.int32)
                 keep = load_bits(
@@ -388,11 +428,11 @@ def grad_keys(
             # A unit for pulls as in grad_queries, that of the last row, as c may differ by row.
             unit = two_alpha + tl.load(c + row_offset + tl.minimum(first + BLOCK_M, num_queries) - 1)
             pull = (slope * (near * (two_alpha / unit) + (row_c / unit)[None, :])).to(w_tile.dtype)
-            dk_tile += unit * tl.dot(pull, w_tile, input_precision=EXACT)
-            pulls += unit * tl.sum(pull.to(tl.float32), 1)
+            dk_tile += unit * dot(pull, w_tile, tl.zeros_like(dk_tile))
+            pulls += unit * tl.sum(pull.to(pulls.dtype), 1)
             first = following
 
-    dk_tile -= pulls[:, None] * k_tile.to(tl.float32)
+    dk_tile -= pulls[:, None] * k_tile.to(dk_tile.dtype)
     if SELF:
         row_offset = (batch.to(tl.int64) * num_heads + kv_head) * num_queries
         dk_tile += load_tile(dw + row_offset * D, keys, D, num_keys, D, BLOCK_D)
@@ -437,9 +477,12 @@ def grad_tokens(
     row_inverse = load_vector(inverse, rows, num_tokens, 0.0)
     row_shift = load_vector(shift, rows, num_tokens, 0.0)
 
-    dw_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_steepest = steepest_of(steepest, row_squares, head_c, decay, w.dtype.element_ty)
+
+    SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
+    dw_tile = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
     dv_tile = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    pulls = tl.zeros((BLOCK_M,), tl.float32)
+    pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
     steps = count * (CELL // BLOCK_N)
@@ -452,9 +495,7 @@ def grad_tokens(
         other_do = load_tile(do, others, do_strides[2], num_tokens, DV, BLOCK_DV)
         other_inverse = load_vector(inverse, others, num_tokens, 0.0)
         other_shift = load_vector(shift, others, num_tokens, 0.0)
-        products = tl.dot(w_tile, tl.trans(other_w), input_precision=EXACT)
-        other_squares = load_squares(squares, others, num_tokens, decay)
-        x = log_similarity(products, row_squares[:, None], other_squares[None, :], decay)
+        x = log_similarity(w_tile, other_w, row_squares, load_squares(squares, others, num_tokens, decay), decay)
         if first + BLOCK_N > tile * BLOCK_M and first < (tile + 1) * BLOCK_M:
             x = mask_backward(x, rows[:, None], others[None, :], True, False)
         near = exp2(x)
@@ -465,16 +506,16 @@ def grad_tokens(
         ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None]
         ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
         ds -= row_shift[:, None] + other_shift[None, :]
-        slope = ds * tl.minimum(inverse_s, steepest)
+        slope = ds * tl.minimum(inverse_s, row_steepest[:, None])
         pull = (slope * (near * (two_alpha / unit) + head_c / unit)).to(other_w.dtype)
-        dw_tile = tl.dot(pull, other_w, dw_tile, input_precision=EXACT)
-        pulls += tl.sum(pull.to(tl.float32), 1)
+        dw_tile = dot(pull, other_w, dw_tile)
+        pulls += tl.sum(pull.to(pulls.dtype), 1)
         slope *= x
         row_dradius += tl.sum(slope, 1)
         row_dalpha -= tl.sum(slope * near, 1)
         first = following
 
-    dw_tile = (dw_tile - pulls[:, None] * w_tile.to(tl.float32)) * unit
+    dw_tile = (dw_tile - pulls[:, None] * w_tile.to(dw_tile.dtype)) * unit
     dv_tile += row_inverse[:, None] * do_tile.to(tl.float32)
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_tokens, dw_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from nearfar import _cuda
-from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register
+from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register, uses_tf32
 
 _STATISTICS = (
     '(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend="triton")'
@@ -50,7 +50,9 @@ def _empty_statistics(q, k, *_):
 
 
 def _common(q, sigma):
-    """What all scores of a query by distance have in common: -|q|^2 / (2 sigma^2), which the kernels leave out."""
+    """What the kernels leave out of all scores of a query by distance: -|q|^2 / (2 sigma^2), where tokens are not float32."""
+    if q.dtype == torch.float32 and not uses_tf32(q):
+        return 0.0
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 
 
@@ -89,11 +91,11 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     dlse, dentropy = dlse.contiguous(), dentropy.contiguous()  # the kernels read (B, Hq, N) as it lies
     gain = _gain(k.shape[1], dlse, dentropy)
     of_rows = gain.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
-    level, slope, ds_total = of_rows * (dlse - dentropy * entropy), -math.log(2) * of_rows * dentropy, of_rows * dlse
+    level, slope = of_rows * (dlse - dentropy * entropy), -math.log(2) * of_rows * dentropy
     weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
     with device_of(q):
         _launchers().statistics_backward(
-            q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain, ds_total,
+            q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain,
             dq, dk, weighted,
         )  # fmt: skip
     if sigma is None:
