@@ -92,6 +92,15 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
     return triton.cdiv(misaligned + left + block_m + right, block_n)
 
 
+def attends_resident(call, ring):
+    """Whether one kernel selects and attends.
+
+    Every tile of its ring is code of its own. Of wider rings, and of products without tensor cores, that would take a
+    compiler too long: there one kernel selects and another attends, which scores the keys once more.
+    """
+    return ring <= 128 and call.dtype.itemsize == 2
+
+
 def resident_parameters(call, ring):
     """The tallest query tile whose ring of scores stays in registers."""
     if ring > 256:  # twice the warps, lest scores spill, and wide tiles: every tile of the ring is code of its own
@@ -103,13 +112,20 @@ def resident_parameters(call, ring):
     return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=168 if block_m * ring <= 8192 else None)
 
 
+def selection_parameters(ring):
+    """Tiles of a kernel that only selects; those of the ring are few."""
+    if ring > 256:
+        return LaunchParameters(RESIDENT_SCORES // triton.next_power_of_2(ring), 128, num_warps=8, num_stages=1)
+    return LaunchParameters(32, 64, num_warps=4, num_stages=1)
+
+
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, o_strides):
+def plan_attend(pair, call, o_strides, num_words):
     parameters = call.tuned("attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window,
+        *call.geometry, tiles, call.window, num_words,
         pair.scale, pair.score, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
@@ -117,12 +133,12 @@ def plan_attend(pair, call, o_strides):
 
 @functools.lru_cache(maxsize=1024)
 def plan_attend_resident(pair, call, o_strides, top_k, ring):
-    parameters = resident_parameters(call, ring)
+    parameters = resident_parameters(call, ring) if attends_resident(call, ring) else selection_parameters(ring)
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     # Loading every key and value tile before the first is used hides all latencies but one, while registers can hold them.
-    at_once = key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
+    at_once = attends_resident(call, ring) and key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
@@ -168,12 +184,18 @@ def grad_query_tiles(call):
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
-    """The launch that fills o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
+def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
+    """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
-    if top_k is None:
-        return plan_attend(pair, call, o.stride())
-    return plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
+    num_words = 0 if bits is None else bits.shape[-1]
+    attend = plan_attend(pair, call, o.stride(), num_words), (q, k, v, k_squares, parameter, o, lse, bits, token_bounds)
+    if bits is None:
+        return [attend]
+    ring = num_words * WORD
+    resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
+    if attends_resident(call, ring):
+        return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds))]
+    return [(resident, (q, k, None, parameter, None, None, bits, token_bounds)), attend]
 
 
 def backward_launches(pair, call, o, do, bits, dq, dk, dv):
