@@ -112,13 +112,6 @@ def resident_parameters(call, ring):
     return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=168 if block_m * ring <= 8192 else None)
 
 
-def selection_parameters(ring):
-    """Tiles of a kernel that only selects; those of the ring are few."""
-    if ring > 256:
-        return LaunchParameters(RESIDENT_SCORES // triton.next_power_of_2(ring), 128, num_warps=8, num_stages=1)
-    return LaunchParameters(32, 64, num_warps=4, num_stages=1)
-
-
 @functools.lru_cache(maxsize=1024)
 def plan_attend(pair, call, o_strides, num_words):
     parameters = call.tuned("attend")
@@ -133,18 +126,34 @@ def plan_attend(pair, call, o_strides, num_words):
 
 @functools.lru_cache(maxsize=1024)
 def plan_attend_resident(pair, call, o_strides, top_k, ring):
-    parameters = resident_parameters(call, ring) if attends_resident(call, ring) else selection_parameters(ring)
+    parameters = resident_parameters(call, ring)
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     # Loading every key and value tile before the first is used hides all latencies but one, while registers can hold them.
-    at_once = attends_resident(call, ring) and key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
+    at_once = key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_select(pair, call, top_k, ring):
+    block_m, warps = (RESIDENT_SCORES // triton.next_power_of_2(ring), 8) if ring > 256 else (32, 4)
+    parameters = LaunchParameters(block_m, 64, warps, num_stages=1)
+    tiles = triton.cdiv(call.q_shape[2], block_m)
+    slots = ring // parameters.block_n
+    key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, block_m, parameters.block_n)
+    width = call.q_shape[3]
+    scalars = (
+        call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
+        pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
+        width, block_m, parameters.block_n, width_block(width),
+    )  # fmt: skip
+    return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -192,10 +201,10 @@ def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, ri
     if bits is None:
         return [attend]
     ring = num_words * WORD
-    resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
     if attends_resident(call, ring):
+        resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
         return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds))]
-    return [(resident, (q, k, None, parameter, None, None, bits, token_bounds)), attend]
+    return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
 def backward_launches(pair, call, o, do, bits, dq, dk, dv):
