@@ -142,8 +142,8 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
 
 @functools.lru_cache(maxsize=1024)
 def plan_select(pair, call, top_k, ring):
-    block_m, warps = (RESIDENT_SCORES // triton.next_power_of_2(ring), 8) if ring > 256 else (32, 4)
-    parameters = LaunchParameters(block_m, 64, warps, num_stages=1)
+    block_m = min(32, RESIDENT_SCORES // triton.next_power_of_2(ring))
+    parameters = LaunchParameters(block_m, 64, num_warps=4 if ring <= 128 else 8, num_stages=1)
     tiles = triton.cdiv(call.q_shape[2], block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, block_m, parameters.block_n)
