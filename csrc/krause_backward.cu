@@ -26,6 +26,7 @@
 #include <stdexcept>
 
 #include "common/check.h"
+#include "common/clean.cuh"
 #include "common/constants.cuh"
 #include "common/fragments.cuh"
 #include "common/occupancy.h"
@@ -72,12 +73,13 @@ struct Memory {
     static constexpr int kNumbers = (2 * kRingTiles + 3) * kTileBytes;
     static constexpr int kBytes = kNumbers + kRingRows * 3 * static_cast<int>(sizeof(float));
 
+    uint4* rows;  // where the ring begins, whose shared address is `ring`
     uint32_t ring, own;
     float4* pairs;   // a number for each row, as it enters fragments c: those of rows 2 i and 2 i + 1, twice
     float* numbers;  // another one
 
     __device__ explicit Memory(uint4* memory)
-        : ring(shared_address(memory)), own(ring + 2 * kRingTiles * kTileBytes),
+        : rows(memory), ring(shared_address(memory)), own(ring + 2 * kRingTiles * kTileBytes),
           pairs(reinterpret_cast<float4*>(memory + kNumbers / 16)), numbers(reinterpret_cast<float*>(pairs + kRingRows / 2)) {}
 
     // Stores x for ring row `row` + quad and y for the one 8 further.
@@ -85,6 +87,13 @@ struct Memory {
         const int quad = lane / 4, pair = lane % 4;
         float* const at = reinterpret_cast<float*>(pairs + (row + quad + 8 * pair) / 2) + quad % 2;
         if (pair < 2) at[0] = at[2] = pair == 0 ? x : y;
+    }
+
+    // Rids 16 rows of the ring, `offset` bytes from its start, of what is not finite; the warp has read them.
+    template <typename T>
+    __device__ void clean(uint32_t offset, int lane) const {
+        __syncwarp();
+        clean_rows<T, Width>(rows + offset / sizeof(uint4), lane, nullptr);
     }
 };
 
@@ -174,7 +183,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
     const float* const lse = arguments.lse + static_cast<int64_t>(outer) * window.num_queries;
     const int num_words = arguments.num_words;
     const int32_t* const bits = arguments.bits + static_cast<int64_t>(outer) * window.num_queries * num_words;
-    const bool selected = arguments.bits != nullptr;
+    const bool selected = arguments.bits != nullptr, packed = window.token_bounds != nullptr;
     const float scale = rbf_scale(arguments.sigma[head * arguments.sigma_stride]), scale2 = scale * kLog2E;
     const uint32_t ones = pack<T>(1.0f, 1.0f);
 
@@ -210,6 +219,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
         load_rows<Width>(key, memory.ring + ring_row * kRowBytes + my_rows, offsets);
         const float2 square = row_products<T>(key, key, lane);
         memory.store_pairs(ring_row + warp * kRows, lane, -0.5f * square.x, -0.5f * square.y);
+        if (packed) memory.template clean<T>(ring_row * kRowBytes + my_rows, lane);  // the squares say what was not finite
     };
 
     const int64_t tiles = arguments.query_tiles;
@@ -286,6 +296,10 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
                     if (selected)
                         keep &= __shfl_sync(kWholeWarp, chosen[r], (block / 2) & (num_words - 1), 4) >> block % 2 * kRows;
                     keep_columns(weight, r, keep, pair);
+                    if (packed) {
+                        keep_columns(score, r, keep, pair);
+                        keep_columns(ds, r, keep, pair);
+                    }
                 }
             }
 #pragma unroll
@@ -345,7 +359,7 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
     const T* const k = arguments.k.at(batch, kv_head);
     const T* const v = arguments.v.at(batch, kv_head);
     const int num_words = arguments.num_words;
-    const bool selected = arguments.bits != nullptr;
+    const bool selected = arguments.bits != nullptr, packed = window.token_bounds != nullptr;
     const uint32_t ones = pack<T>(1.0f, 1.0f);
 
     const uint32_t my_rows = warp * kRows * kRowBytes;
@@ -381,6 +395,11 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
         load_rows<Width>(out, o_rows + my_rows, offsets);
         const float2 delta = row_products<T>(grad, out, lane);
         memory.store_pairs(ring_row + warp * kRows, lane, -delta.x, -delta.y);
+        if (!packed) return;
+        memory.template clean<T>(ring_row * kRowBytes + my_rows, lane);  // lse says what was not finite
+        memory.template clean<T>(kSecond + ring_row * kRowBytes + my_rows, lane);
+        float* const lse = memory.numbers + ring_row + warp * kRows + quad;
+        if (pair == 0) lse[0] += delta.x - delta.x, lse[8] += delta.y - delta.y;  // and so it does of dO
     };
 
     const int64_t tiles = arguments.key_tiles;
@@ -479,7 +498,10 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                 }
                 if (!mine.entirely(block)) {
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) keep_columns(weight, r, mine.columns(r, block), pair);
+                    for (int r = 0; r < 2; ++r) {
+                        keep_columns(weight, r, mine.columns(r, block), pair);
+                        if (packed) keep_columns(ds, r, mine.columns(r, block), pair);
+                    }
                 }
                 if (selected) {
 #pragma unroll
@@ -487,6 +509,8 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
                         const uint32_t keep = __shfl_sync(kWholeWarp, piece, i / 2 * 8 + 2 * pair + i % 2) >> quad;
                         if (!(keep & 1)) weight[i / 2][i % 2] = 0;
                         if (!(keep & 0x100)) weight[i / 2][2 + i % 2] = 0;
+                        if (packed && !(keep & 1)) ds[i / 2][i % 2] = 0;
+                        if (packed && !(keep & 0x100)) ds[i / 2][2 + i % 2] = 0;
                     }
                 }
                 uint32_t a[4];

@@ -72,6 +72,19 @@ def calls():
                 ),
                 [*rows(width, width, width), sigma],
             )
+    for what, dtype, width, keys, top_k in (  # those that take the compiler longest
+        ("selection", torch.float32, 64, 256, 96),
+        ("selection", torch.float32, 256, 1024, 96),
+        ("selection", torch.bfloat16, 64, 256, 96),
+        ("gradients", torch.float32, 256, 64, None),
+    ):
+        yield (
+            f"longest krause {what} {dtype} {width} {keys}",
+            lambda q, k, v, sigma, keys=keys, top_k=top_k: nf.krause_attention(
+                q, k, v, sigma, nf.SlidingWindow(keys - 1), top_k=top_k, backend="triton"
+            ),
+            [*(x.to(dtype) for x in rows(width, width, width)), torch.full((2,), 2.0)],
+        )
     for factors, width, causal in (
         ((64,), 64, True), ((64,), 64, False), ((128,), 128, False),
         ((16, 16), 64, True), ((16, 16), 64, False), ((64, 64), 128, False),
@@ -124,5 +137,6 @@ if __name__ == "__main__":
             compiled = compile_launch(launch, arguments)
             products, buffers = pending_products(compiled.asm["ttgir"])
             found.append({"call": what, "kernel": launch._kernel.__name__, "stages": launch._options["num_stages"],
-                          "shared": compiled.metadata.shared, "products": products, "buffers": buffers})  # fmt: skip
+                          "shared": compiled.metadata.shared, "products": products, "buffers": buffers,
+                          "instructions": compiled.asm["ptx"].count(";\n")})  # fmt: skip
     json.dump(found, sys.stdout)

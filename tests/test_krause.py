@@ -3,6 +3,8 @@
 What every operator promises is tested on its samples in test_operators.py; the oracle is in samples/krause.py.
 """
 
+import math
+
 import hypothesis
 import pytest
 import torch
@@ -22,7 +24,7 @@ from harness import (
     run,
 )  # fmt: skip
 from hypothesis import strategies as st
-from samples.krause import best, check, decode, kernel_selection, op_arguments, reference_selection, visible
+from samples.krause import best, check, decode, dense, kernel_selection, op_arguments, reference_selection, visible
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
@@ -227,6 +229,45 @@ def test_decoding_finds_what_was_encoded():
     assert torch.equal(decode(words, 70)[:, 6:], keep[:, 6:])
 
 
+# ----------------------------------------------------------------------------------------------------------- rounding
+
+
+@each_dtype
+@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize("sigma", [0.5, 5.5])
+def test_gradients_do_not_see_the_rounding_of_o(sigma, offset, dtype):
+    """delta = dO.o is off by it. At the smaller sigma attention is concentrated: dq is small, and keys lie off the origin."""
+    base = 0.3 * randn(1, 1, 96, 32, seed=1)
+    q, k = ((offset + base + spread * randn(1, 1, 96, 32, seed=2)).to(dtype) for spread in (0, 0.1))
+    v, do = (randn(1, 1, 96, 32, dtype=dtype, seed=seed) for seed in (3, 4))
+    sample = Sample({"q": q, "k": k, "v": v, "sigma": torch.tensor(sigma, device=DEVICE)}, {"locality": nf.SlidingWindow(31)})
+    inputs = [tensor.double().requires_grad_() for tensor in sample.tensors.values()]
+    exact = torch.autograd.grad(dense(*inputs, best(sample)), inputs, do.double())
+    _, gradients = run(nf.krause_attention, sample, do)
+    eps = torch.finfo(dtype).eps
+    for name, want, allowed in zip(gradients, exact, (eps, eps, eps, 2e-5), strict=True):
+        error = (gradients[name].double() - want).norm() / want.norm()
+        assert error <= allowed, f"{name}: {error / allowed:.2f} of what is allowed"
+
+
+@pytest.mark.parametrize("top_k", [None, 9])
+@pytest.mark.parametrize("offset", [10, 1000])
+def test_far_from_the_origin(offset, top_k):
+    """float32 distances of tokens that are near each other keep their digits, forward and backward."""
+    q, k = (offset + 0.3 * randn(1, 1, 60, 32, seed=seed) for seed in (1, 2))
+    v, do = (randn(1, 1, 60, 32, seed=seed) for seed in (3, 4))
+    sample = Sample({"q": q, "k": k, "v": v, "sigma": torch.tensor(1.0, device=DEVICE)}, {"top_k": top_k})
+    assert torch.equal(kernel_selection(sample), best(sample))
+    inputs = [tensor.double().requires_grad_() for tensor in sample.tensors.values()]
+    exact = dense(*inputs, best(sample))
+    gradients = torch.autograd.grad(exact, inputs, do.double())
+    o, got = run(nf.krause_attention, sample, do)
+    assert (o - exact).norm() <= 1e-6 * exact.norm()
+    for name, want in zip(got, gradients, strict=True):
+        # Differences of float32 keys are exact; their sums, of 60 terms near `offset`, are what rounds.
+        assert (got[name] - want).norm() <= (2e-6 + 1e-7 * offset) * want.norm(), name
+
+
 # ----------------------------------------------------------------------------------------------------------- isolation
 
 BIG = {torch.float16: 6e4, torch.bfloat16: 1e12, torch.float32: 1e12}
@@ -297,6 +338,30 @@ def test_packed_neighbours_change_no_bit(top_k, dtype):
     assert torch.equal(o[:, :, others], o_changed[:, :, others])
     for name in "qkv":
         assert torch.equal(gradients[name][:, :, others], gradients_changed[name][:, :, others]), name
+
+
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_stays_in_its_sequence(value, top_k, dtype):
+    """Of packed sequences: the others keep every bit, forward and backward, and who does see it shows it."""
+    ends = torch.tensor([0, 21, 47, 70], dtype=torch.int32, device=DEVICE)
+    options = {"locality": nf.SlidingWindow(15, 2), "top_k": top_k, "cu_seqlens": ends}
+    sample = Sample(exact_sample(dtype, high=2).tensors, options)
+    do = randn(1, 2, 70, 16, dtype=dtype, seed=6)
+    o, gradients = run(nf.krause_attention, sample, do)
+    others = torch.cat((torch.arange(21), torch.arange(47, 70))).to(DEVICE)
+    for name in ("q", "k", "v", "do"):
+        changed = Sample({n: t.clone() for n, t in sample.tensors.items()}, options)
+        do_changed = do.clone()
+        {**changed.tensors, "do": do_changed}[name][:, :, 21:47, 3] = value
+        o_changed, gradients_changed = run(nf.krause_attention, changed, do_changed)
+        assert torch.equal(o[:, :, others], o_changed[:, :, others]), name
+        for gradient in "qkv":
+            assert torch.equal(gradients[gradient][:, :, others], gradients_changed[gradient][:, :, others]), (name, gradient)
+            assert name == "k" and value == math.inf or gradients_changed[gradient][:, :, 21:47].isnan().any(), (name, gradient)
+        if name != "do" and not (name == "k" and value == math.inf):  # keys infinitely far away have no weight
+            assert o_changed[:, :, 21:47].isnan().any(-1).all(), name
 
 
 @each_backend

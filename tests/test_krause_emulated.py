@@ -166,6 +166,25 @@ def test_selection_is_exact(kind, top_k, dtype, kernels):
     assert torch.equal(selection(sample, saved), best(sample))
 
 
+@each_dtype
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_nan_stays_in_its_sequence(top_k, name, dtype, kernels):
+    """Of packed sequences: the others keep every bit, and who does see it shows it."""
+    options = dict(cu_seqlens=[0, 40, 75, 130], length=130, locality=nf.SlidingWindow(33, 20), top_k=top_k)
+    sample = make(dtype, **options)
+    do = like(sample.tensors["q"])
+    saved, gradients = run(kernels, sample, do)
+    {**sample.tensors, "do": do}[name][:, :, 40:75, 3] = float("nan")
+    saved_then, gradients_then = run(kernels, sample, do)
+    others = torch.cat((torch.arange(40), torch.arange(75, 130)))
+    assert torch.equal(saved[0][:, :, others], saved_then[0][:, :, others])
+    assert name == "do" or saved_then[0][:, :, 40:75].isnan().any(-1).all()
+    for gradient in "qkv":
+        assert torch.equal(gradients[gradient][:, :, others], gradients_then[gradient][:, :, others]), gradient
+        assert gradients_then[gradient][:, :, 40:75].isnan().any(), gradient
+
+
 class Extension:
     """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
 

@@ -16,17 +16,20 @@ def rbf_scale(sigma):
 
 
 @triton.jit
-def rbf_score(q_tile, k_tile, k_squares, scale, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """(queries, keys) scores of two tiles, or their transpose.
+def rbf_score(qk, k_squares, scale):
+    # Scaled last: products and squares of small integers stay exact, so equal distances stay equal and ties are ties.
+    return (qk - 0.5 * k_squares) * scale
 
-    They are scaled last: products and squares of small integers stay exact, so equal distances stay equal and ties are ties.
-    """
+
+@triton.jit
+def rbf_tile_score(q_tile, k_tile, k_squares, scale, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """(queries, keys) scores of two tiles, or their transpose."""
     if q_tile.dtype == tl.float32 and PRECISION == "ieee":
         return wide_half_distances(k_tile, q_tile) * scale if TRANSPOSED else wide_half_distances(q_tile, k_tile) * scale
     elif TRANSPOSED:
-        return (tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) - 0.5 * k_squares[:, None]) * scale
+        return rbf_score(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION), k_squares[:, None], scale)
     else:
-        return (tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) - 0.5 * k_squares[None, :]) * scale
+        return rbf_score(tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), k_squares[None, :], scale)
 
 
 @triton.jit
@@ -56,4 +59,4 @@ def rbf_grad_sigma(dlog_scale, sigma):
     return -2.0 * dlog_scale / sigma
 
 
-PAIR = PairFunctions(rbf_scale, rbf_score, rbf_grad, rbf_grad_sigma)
+PAIR = PairFunctions(rbf_scale, rbf_tile_score, rbf_grad, rbf_grad_sigma)

@@ -6,8 +6,9 @@ into the gradient of q or of k, GRAD_PARAMETER the gradient of log(scale) into t
 proportional to the scale; the kernels fold log2(e) into it, so that every exponential is a bare exp2.
 
     attend            forward, any number of keys: online softmax; k_squares, (B, Hkv, M) float32, spares computing |k|^2
-                      again for every tile of queries
+                      again for every tile of queries; bits, a selection, leave out the others
     attend_resident   forward, few keys: all scores of the tile stay in registers, hence exact top-k selection
+    select            the selection alone, for attend
     grad_queries      dq, delta of each row, and the gradient of log(scale)
     grad_keys         dk and dv, summed over the query heads of a group
     grad_parameter    the partial sums of grad_queries, added in a fixed order and brought to the parameter
@@ -50,9 +51,9 @@ from .tiles import (
 
 @triton.jit
 def attend(
-    q, k, v, k_squares, parameter, o, lse, token_bounds,
+    q, k, v, k_squares, parameter, o, lse, bits, token_bounds,
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -65,6 +66,8 @@ def attend(
     )
     if k_squares is not None:
         k_squares += (batch.to(tl.int64) * (num_heads // group) + head // group) * num_keys
+    if bits is not None:
+        bits += (batch.to(tl.int64) * num_heads + head) * num_queries * num_words
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
@@ -77,7 +80,13 @@ def attend(
         v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
         squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_keys, 0.0)
         score = SCORE(q_tile, k_tile, squares, scale, PRECISION)
-        if first < all_begin or first + BLOCK_N > all_end:
+        if bits is not None:
+            seen = load_bits(bits, rows, num_queries, begin, end, first, num_words, BLOCK_M, BLOCK_N)
+            score = tl.where(seen, score, float("-inf"))
+        elif token_bounds is not None:
+            seen = inside(keys, begin, end)
+            score = tl.where(seen, score, float("-inf"))
+        elif first < all_begin or first + BLOCK_N > all_end:
             score = tl.where(inside(keys, begin, end), score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
         # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
@@ -86,7 +95,7 @@ def attend(
         decay = exp2(highest - shift)
         total = total * decay + tl.sum(weight, 1)
         if token_bounds is not None:
-            weight = tl.where(inside(keys, begin, end), weight + poison(v_tile)[None, :], 0.0)
+            weight = tl.where(seen, weight + poison(v_tile)[None, :], 0.0)
             v_tile = finite_or_zero(v_tile)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         highest = new_highest
@@ -156,6 +165,48 @@ def attend_resident(
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
+
+
+@triton.jit
+def select(
+    q, k, parameter, bits, token_bounds,
+    q_strides, k_strides, parameter_stride,
+    num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """SLOTS: NUM_SLOTS, the tiles of the ring, and as many empty ones as make it a power of two."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k = at(k, k_strides, batch, head // group)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
+    tile_begin, _, _, _ = tile_reach(tile * BLOCK_M, BLOCK_M, token_bounds, num_queries, num_keys, window)
+    first_key = tile_begin // BLOCK_N * BLOCK_N
+    scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+
+    # Loops, as one unrolled tile after another would take a compiler too long.
+    slots = tl.arange(0, SLOTS)[None, :, None]
+    scores = tl.full((BLOCK_M, SLOTS, BLOCK_N), float("-inf"), tl.float32)
+    for t in range(NUM_KEY_TILES):
+        keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
+        mine = (slots == t % NUM_SLOTS) & inside(keys, begin, end)[:, None, :]
+        scores = tl.where(mine, score[:, None, :], scores)
+
+    RING: tl.constexpr = NUM_SLOTS * BLOCK_N
+    COLUMNS: tl.constexpr = SLOTS * BLOCK_N
+    candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
+    count = tl.maximum(end - begin, 0)
+    highest = row_maximum(candidates)
+    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, COLUMNS, RING)
+    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+    chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
+    bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
+    for slot in range(NUM_SLOTS):
+        keep = tl.sum(tl.where(slots == slot, chosen, 0), 1) > 0
+        store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, keep, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

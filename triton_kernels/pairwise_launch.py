@@ -92,6 +92,15 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
     return triton.cdiv(misaligned + left + block_m + right, block_n)
 
 
+def attends_resident(call, ring):
+    """Whether one kernel selects and attends.
+
+    Every tile of its ring is code of its own. Of wider rings, and of products without tensor cores, that would take a
+    compiler too long: there one kernel selects and another attends, which scores the keys once more.
+    """
+    return ring <= 128 and call.dtype.itemsize == 2
+
+
 def resident_parameters(call, ring):
     """The tallest query tile whose ring of scores stays in registers."""
     if ring > 256:  # twice the warps, lest scores spill, and wide tiles: every tile of the ring is code of its own
@@ -104,12 +113,12 @@ def resident_parameters(call, ring):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, o_strides):
+def plan_attend(pair, call, o_strides, num_words):
     parameters = call.tuned("attend")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window,
+        *call.geometry, tiles, call.window, num_words,
         pair.scale, pair.score, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
@@ -129,6 +138,22 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
         pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_select(pair, call, top_k, ring):
+    block_m = min(32, RESIDENT_SCORES // triton.next_power_of_2(ring))
+    parameters = LaunchParameters(block_m, 64, num_warps=4 if ring <= 128 else 8, num_stages=1)
+    tiles = triton.cdiv(call.q_shape[2], block_m)
+    slots = ring // parameters.block_n
+    key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, block_m, parameters.block_n)
+    width = call.q_shape[3]
+    scalars = (
+        call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
+        pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
+        width, block_m, parameters.block_n, width_block(width),
+    )  # fmt: skip
+    return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,12 +193,18 @@ def grad_query_tiles(call):
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, o, lse, bits):
-    """The launch that fills o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
+def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
+    """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
-    if top_k is None:
-        return plan_attend(pair, call, o.stride())
-    return plan_attend_resident(pair, call, o.stride(), top_k, bits.shape[-1] * WORD)
+    num_words = 0 if bits is None else bits.shape[-1]
+    attend = plan_attend(pair, call, o.stride(), num_words), (q, k, v, k_squares, parameter, o, lse, bits, token_bounds)
+    if bits is None:
+        return [attend]
+    ring = num_words * WORD
+    if attends_resident(call, ring):
+        resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
+        return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds))]
+    return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
 def backward_launches(pair, call, o, do, bits, dq, dk, dv):

@@ -149,14 +149,12 @@ def _plan_forward(
         launch = op.cuda_forward(q, k, v, parameter, left, right, top_k, o)
         return Program(inputs, outputs, [(launch, (*inputs, *outputs))])
     launchers, pair = op.modules
-    launch = launchers.forward_launch(pair, q, k, v, parameter, token_bounds, left, right, top_k, *outputs)
-    if bits is not None:
-        return Program(inputs, outputs, [(launch, (q, k, v, parameter, o, lse, bits, token_bounds))])
     launches, k_squares = [], None
-    if squares and k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS:
+    wide = k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
+    if squares and wide and k.dtype != torch.float32 and bits is None:
         k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
         launches = [(_cuda.RowSumsq(k), (k, k_squares))]
-    launches.append((launch, (q, k, v, k_squares, parameter, o, lse, token_bounds)))
+    launches += launchers.forward_launches(pair, q, k, v, k_squares, *inputs[3:], left, right, top_k, *outputs)
     return Program(inputs, outputs, launches)
 
 
