@@ -212,7 +212,10 @@ def test_nan_of_one_batch_element_stays_there(operator, name, backend):
             assert torch.equal(part[0], clean[0]), f"NaN of {key} reached an output"
         for other in names:
             assert torch.equal(gradients[other][0], expected[1][other][0]), f"NaN of {key} reached the gradient of {other}"
-        assert not torch.isfinite(as_tuple(outputs)[0][1:]).any(), f"NaN of {key} was swallowed"
+        # The distance of an oscillator to itself is 0, whatever its frequency: a row that sees no other one need not show it.
+        alone = key == "omega" and "omega_k" not in sample.tensors
+        touched = as_tuple(outputs)[0][1:]
+        assert torch.isnan(touched[:, :, 1:] if alone else touched).all(), f"NaN of {key} was swallowed"
         assert any(torch.isnan(gradients[other][1:]).any() for other in names), f"no gradient shows the NaN of {key}"
 
 
