@@ -46,7 +46,7 @@ def generator(seed=0):
 
 def randn(*shape, dtype=torch.float32, seed=0, device=DEVICE):
     """The same normal numbers on every device."""
-    return torch.randn(*shape, generator=generator(seed)).to(device, dtype)
+    return torch.randn(shape, generator=generator(seed)).to(device, dtype)
 
 
 # The same numbers of a (B, H, N, width) tensor in memory orders that users bring, or, repeated, fewer of them.

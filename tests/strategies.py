@@ -305,11 +305,9 @@ def check_step(step, spec):
         check_krause_step(spec, o, dtype)
     else:
         options = {"causal": True, "return_state": True}
-        exact, plain = (
-            linear.attend(linear.in_dtype({**before.tensors, **before.memory}, kind), options)
-            for kind in (torch.float64, accumulation(dtype))
-        )
-        wide = linear.in_dtype({**before.tensors, **before.memory}, torch.float64)
+        tensors = {**before.tensors, "initial_state": before.memory["state"]}
+        wide, single = (linear.in_dtype(tensors, kind) for kind in (torch.float64, accumulation(dtype)))
+        exact, plain = linear.attend(wide, options), linear.attend(single, options)
         sizes, _ = linear.scales(wide, options, *(torch.ones_like(part) for part in exact))
         for what, *result in zip(("o", "state"), (o, sample.memory["state"]), exact, plain, sizes, strict=True):
             assert_accurate(what, *(part.detach() for part in result), dtype)
