@@ -1,5 +1,7 @@
 """nearfar: fused kernels for near-field (localized) and far-field (linear) attention."""
 
+import torch
+
 from nearfar import diagnostics, nn, theory
 from nearfar.diagnostics import head_regimes
 from nearfar.explain import explain
@@ -35,3 +37,6 @@ __all__ = [
     "synchronization_attention",
     "theory",
 ]
+
+# torch.load takes caches, and configurations with localities, as it is by default (weights_only=True).
+torch.serialization.add_safe_globals([KrauseCache, SlidingWindow, nn.affine.Cache])

@@ -5,13 +5,15 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from nearfar.checks import check_cu_seqlens, require
-from nearfar.nn.base import SelfAttention
+from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.packing import token_bounds
 
 PHI = {"clip": lambda logits: (0.1 * logits + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}  # eq. 11, and its ablation
+REMEMBERED = 256  # forwards of a layer that may lie between one and its recomputation
 
 
 @dataclasses.dataclass
@@ -21,13 +23,18 @@ class Cache:
     Attributes:
         k, v: (B, num_kv_heads, max_length, head_dim), filled up to `length`; keys are rotated already.
         total: (B, num_kv_heads, head_dim) float32 (float64 in a float64 layer), the sum of v[:, :, :length].
-        length: how many tokens there are.
+        length: how many tokens there are. Set back, it drops the tokens behind it: those of a draft, or all with 0.
+        summed: how many tokens total is the sum of; `step` sums anew where it is not length.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     total: torch.Tensor
     length: int = 0
+    summed: int = 0
+
+
+pytree.register_dataclass(Cache, serialized_type_name="nearfar.nn.affine.Cache")  # for torch.export
 
 
 class AffineScaledAttention(SelfAttention):
@@ -43,10 +50,15 @@ class AffineScaledAttention(SelfAttention):
     a_ma has none.
 
     Every forward in training mode is one update of a_ma, from all positions, padding included: each micro-batch of an
-    accumulated gradient is one, and activation checkpointing, which calls forward again, makes one more. Where
-    torch.distributed is initialised, the mean is over the tokens of all ranks of the default group, so that a_ma is the same
-    everywhere and what DistributedDataParallel broadcasts changes nothing; every rank of that group has to train the layer,
-    equally often.
+    accumulated gradient is one. Where torch.distributed is initialised, the mean is over the tokens of all ranks of
+    process_group, so that a_ma is the same everywhere and what DistributedDataParallel broadcasts changes nothing; every rank
+    of that group has to train the layer, equally often.
+
+    Activation checkpointing calls forward again inside the backward. That call updates nothing and uses the a_ma that the
+    first one used, which the layer finds by the mean of a, among its last 256 forwards. So gradients are exact in both kinds of
+    checkpointing, nested, with several micro-batches under way and several calls of one layer. It cannot tell calls apart
+    whose tokens have the same mean of a to the last bit, as those of equal x: the last one's a_ma is used for all of them. A
+    compiled layer may be checkpointed; to compile a function that checkpoints the layer raises in the backward.
 
     Under autocast the projections and the attention run in the autocast dtype. a and b are computed, and a_ma is kept, in
     float32, also in a layer cast to half precision.
@@ -63,15 +75,19 @@ class AffineScaledAttention(SelfAttention):
         output_gate: multiply the heads' outputs by sigmoid(W_g x), elementwise.
         sink: add exp of a learnable logit per query head, initially 0, to the denominators of softmax (eq. 3).
         bias: whether the projections, W_a and W_g too, add a bias.
+        process_group: the ranks whose tokens a_ma is the mean of; None: those of the default group. Under pipeline
+            parallelism it must be named, as only some ranks train this layer. The layer keeps its name.
         backend: as in `nearfar.affine_attention`, which also checks window_size.
 
     Attributes:
-        alpha_average: (num_heads,) float32 buffer, a_ma; it starts at 0.
-        sink: (num_heads,) float32 parameter, or None.
+        alpha_average: (num_heads,) buffer, a_ma; it starts at 0.
+        sink: (num_heads,) parameter, or None. Both are float32 (float64 in a float64 layer).
 
     Raises:
         ValueError: dim, num_heads, num_kv_heads, head_dim, phi or momentum do not fit.
     """
+
+    per_head = ("sink", "alpha_average")
 
     def __init__(
         self,
@@ -87,6 +103,7 @@ class AffineScaledAttention(SelfAttention):
         output_gate=False,
         sink=False,
         bias=False,
+        process_group: dist.ProcessGroup | None = None,
         backend="auto",
     ):
         super().__init__(dim, num_heads, num_kv_heads, head_dim, head_dim, bias)
@@ -99,8 +116,17 @@ class AffineScaledAttention(SelfAttention):
         self.backend = backend
         self.alpha_proj = nn.Linear(dim, num_heads, bias=bias)
         self.gate_proj = nn.Linear(dim, num_heads * self.value_dim, bias=bias) if output_gate else None
-        self.register_parameter("sink", nn.Parameter(torch.zeros(num_heads)) if sink else None)
-        self.register_buffer("alpha_average", torch.zeros(num_heads, dtype=torch.float32))
+        self.register_parameter("sink", nn.Parameter(torch.empty(num_heads, dtype=own_dtype())) if sink else None)
+        self.register_buffer("alpha_average", torch.empty(num_heads, dtype=own_dtype()))
+        self.group_name = "" if process_group is None else process_group.group_name  # copies and pickles, unlike the group
+        self._history = _empty_history(num_heads, self.alpha_average.dtype, self.alpha_average.device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the sink and the average to 0; projections have a reset_parameters of their own."""
+        nn.init.zeros_(self.alpha_average)
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
 
     def forward(self, x, *, rotary=None, cu_seqlens=None):
         """Attend within x.
@@ -124,22 +150,27 @@ class AffineScaledAttention(SelfAttention):
             check_cu_seqlens(cu_seqlens, q, k)
             first, end = token_bounds(cu_seqlens, length)
             length = end - first
-        alpha = self._alpha(x)
-        if self.training:
-            self._update_average(alpha)
+        alpha = self._alpha(x, q)
+        average = self._updated_average(alpha) if self.training else self.own("alpha_average", q.shape[1])
         o = affine_attention(
-            q, k, v, alpha, self._beta(alpha, length), causal=self.causal, window_size=self.window_size, sink=self.sink,
-            cu_seqlens=cu_seqlens, backend=self.backend,
+            q, k, v, alpha, _beta(alpha, average, length), causal=self.causal, window_size=self.window_size,
+            sink=self._sink(q), cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self._gated_out(o, x)
 
     @torch.no_grad()
-    def init_cache(self, batch, max_length):
-        """An empty `Cache` of room for max_length tokens, in the dtype of the projections (under autocast, of autocast)."""
-        k = self.k_proj(self.k_proj.weight.new_empty(batch, 0, self.dim))
-        shape = batch, self.num_kv_heads, max_length, self.head_dim
-        total = k.new_zeros(batch, self.num_kv_heads, self.value_dim, dtype=torch.promote_types(k.dtype, torch.float32))
-        return Cache(k.new_zeros(shape), k.new_zeros(shape), total)
+    def init_cache(self, batch: int, max_length: int, *, dtype: torch.dtype | None = None, device=None) -> Cache:
+        """An empty `Cache` of room for max_length tokens, in the dtype of the projections (under autocast, of autocast).
+
+        Args:
+            batch: sequences.
+            max_length: tokens of each.
+            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
+        """
+        k, v = self.probe(batch, dtype, device)
+        shape = batch, k.shape[1], max_length, self.head_dim
+        total = v.new_zeros(batch, v.shape[1], self.value_dim, dtype=torch.promote_types(v.dtype, torch.float32))
+        return Cache(k.new_zeros(shape), v.new_zeros(shape), total)
 
     @torch.no_grad()
     def step(self, x, cache, *, length=None, rotary=None):
@@ -162,29 +193,35 @@ class AffineScaledAttention(SelfAttention):
         """
         require(self.causal, "step decodes with causal attention; this AffineScaledAttention has causal=False")
         before, after = cache.length, cache.length + x.shape[1]
-        require(x.shape[0] == cache.k.shape[0], f"x must have the batch size of cache, {cache.k.shape[0]}, got {x.shape[0]}")
-        require(after > before, "x must have at least one token")
-        require(after <= cache.k.shape[2], f"cache has room for {cache.k.shape[2]} tokens, and these would make {after}")
+        if x.shape[0] != cache.k.shape[0]:  # no require: a message made in every call binds a compiled graph to its length
+            raise ValueError(f"x must have the batch size of cache, {cache.k.shape[0]}, got {x.shape[0]}")
+        if after <= before:
+            raise ValueError("x must have at least one token")
+        if after > cache.k.shape[2]:
+            raise ValueError(f"cache has room for {cache.k.shape[2]} tokens, and these would make {after}")
         q, k, v = self._heads(x, rotary)
+        if cache.summed != before:
+            cache.total.copy_(cache.v[:, :, :before].sum(2, dtype=cache.total.dtype))
         cache.k[:, :, before:after] = k
         cache.v[:, :, before:after] = v
-        alpha = self._alpha(x)
-        beta = self._beta(alpha, torch.arange(before + 1, after + 1, device=x.device) if length is None else length)
+        alpha = self._alpha(x, q)
+        length = torch.arange(before + 1, after + 1, device=x.device) if length is None else length
+        beta = _beta(alpha, self.own("alpha_average", q.shape[1]), length)
         left = self.window_size[0]
         first = 0 if left < 0 else max(before - left, 0)
         k, v = cache.k[:, :, first:after], cache.v[:, :, first:after]
-        options = {"causal": True, "window_size": self.window_size, "sink": self.sink, "backend": self.backend}
+        options = {"causal": True, "window_size": self.window_size, "sink": self._sink(q), "backend": self.backend}
         new = cache.v[:, :, before:after].to(cache.total.dtype).cumsum(2)
         if left < 0:
             o = softmax_attention(q, k, v, **options)
             # Heads of a group share the sum of their values by broadcasting.
             scaled, sums = alpha[..., None] * o, (cache.total[:, :, None] + new)[:, :, None]
-            shift = beta[..., None].unflatten(1, (self.num_kv_heads, -1)) * sums
+            shift = beta[..., None].unflatten(1, (new.shape[1], -1)) * sums
             o = (scaled + shift.flatten(1, 2)).to(o.dtype)
         else:  # sums over a window are as cheap as its attention, and drop the values that leave it exactly
             o = affine_attention(q, k, v, alpha, beta, **options)
         cache.total += new[:, :, -1]
-        cache.length = after
+        cache.length = cache.summed = after
         return self._gated_out(o, x)
 
     def _heads(self, x, rotary):
@@ -202,42 +239,95 @@ class AffineScaledAttention(SelfAttention):
             require(fits, f"rotary: {name} must broadcast to (B, 1, N, head_dim), {target}, got {tuple(angle.shape)}")
         return rotate(q, *rotary), rotate(k, *rotary), v
 
-    def _alpha(self, x):
+    def _alpha(self, x, q):
         """a of x (B, N, dim): (B, num_heads, N) in float32, or float64 in a float64 layer."""
-        logits = self.alpha_proj(x).transpose(1, 2)
+        logits = self.heads("alpha_proj", x, 1)[..., 0]
+        if logits.shape[1] != q.shape[1]:
+            raise ValueError(f"alpha_proj gives {logits.shape[1]} heads where q_proj gives {q.shape[1]}: shard them alike")
         return PHI[self.phi](logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    def _beta(self, alpha, length):
-        return (self.alpha_average[:, None] - alpha) / length
+    def _sink(self, q):
+        return None if self.sink is None else self.own("sink", q.shape[1])
 
     @torch.no_grad()
-    def _update_average(self, alpha):
-        """Eq. 9, with the mean over the tokens of all ranks, which may have different numbers of them; none change nothing."""
-        count = alpha.new_full((1,), alpha.shape[0] * alpha.shape[2])
-        totals = torch.cat((alpha.sum((0, 2)), count))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
-        count = totals[-1]
-        self.alpha_average.lerp_(totals[:-1] / count.clamp(min=1), (1 - self.momentum) * count.clamp(max=1))
+    def _updated_average(self, alpha):
+        """a_ma after the tokens of alpha have entered it."""
+        heads = alpha.shape[1]
+        self.own("alpha_average", heads)  # refuses other heads
+        average, first = self.alpha_average, 0
+        if hasattr(average, "to_local"):
+            first, average = average.device_mesh.get_local_rank() * heads, average.to_local()
+        elif heads != self.num_heads and not self.group_name and dist.is_available() and dist.is_initialized():
+            raise ValueError(
+                f"process_group must name the ranks that hold the same {heads} of the {self.num_heads} heads, whose tokens are "
+                "averaged; nearfar.nn.parallel.HeadParallel needs none"
+            )
+        history = self._history
+        if (history.shape[2], history.dtype, history.device) != (heads, alpha.dtype, alpha.device):
+            history = self._history = _empty_history(heads, alpha.dtype, alpha.device)
+        return moving_average(alpha.detach(), average, history, self.momentum, first, self.num_heads, self.group_name)
 
     def _gated_out(self, o, x):
         if self.gate_proj is not None:
-            o = o * torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            o = o * torch.sigmoid(self.heads("gate_proj", x, self.value_dim))
         return self.merge_heads(o)
-
-    def _apply(self, fn, recurse=True):
-        # half() and to(bfloat16) would round the average, and then its small updates away.
-        average = self.alpha_average
-        super()._apply(fn, recurse)
-        if self.alpha_average.dtype in (torch.float16, torch.bfloat16):
-            self.alpha_average = average.to(self.alpha_average.device)
-        return self
 
     def extra_repr(self):
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, causal={self.causal}, "
             f"window_size={self.window_size}, phi={self.phi!r}, momentum={self.momentum}, backend={self.backend!r}"
         )
+
+
+def _beta(alpha, average, length):
+    return (average[:, None] - alpha) / length
+
+
+def _empty_history(heads, dtype, device):
+    """What `moving_average` remembers of the last forwards, none yet: a mean that none has, (REMEMBERED, 2, heads)."""
+    with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside
+        return torch.full((REMEMBERED, 2, heads), torch.inf, dtype=dtype, device=device)
+
+
+@torch.library.custom_op("nearfar::moving_average", mutates_args=("average", "history"))
+def moving_average(
+    alpha: torch.Tensor,
+    average: torch.Tensor,
+    history: torch.Tensor,
+    momentum: float,
+    first: int,
+    heads: int,
+    group: str,
+) -> torch.Tensor:
+    """Eq. 9: update the average by alpha (B, H, N) and return it; in a recomputation return what the first call did.
+
+    The mean is over the tokens of all ranks of a group ("" is the default one), which may have different numbers of them; none
+    change nothing. first: which of all `heads` is the first of alpha; ranks with others add nothing to its mean. history: pairs
+    (mean of the own tokens, what was returned), the last first.
+
+    One operator that compilers and selective checkpointing do not look into: what it does depends on who calls it.
+    """
+    count = alpha.shape[0] * alpha.shape[2]
+    sums = alpha.sum((0, 2))
+    mean = sums / max(count, 1)
+    if torch._C._current_graph_task_id() != -1:  # inside a backward, which calls forward to recompute it only
+        nearest = (history[:, 0] - mean).abs().sum(1).argmin()
+        return history.index_select(0, nearest.view(1))[0, 1].clone()
+    totals = alpha.new_zeros(2, heads)
+    own = totals[:, first : first + alpha.shape[1]]
+    own[0], own[1] = sums, count
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals, group=dist.distributed_c10d._resolve_process_group(group) if group else None)
+    sums, counts = own
+    updated = average.to(alpha.dtype).lerp(sums / counts.clamp(min=1), (1 - momentum) * counts.clamp(max=1))
+    average.copy_(updated)
+    history.copy_(torch.cat((torch.stack((mean, updated))[None], history[:-1])))
+    return updated
+
+
+@moving_average.register_fake
+def _(alpha, average, history, momentum, first, heads, group):
+    return alpha.new_empty(alpha.shape[1])
 
 
 def rotate(heads, cos, sin):

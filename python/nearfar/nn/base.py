@@ -1,11 +1,83 @@
-"""What the layers share: the projections of grouped-query self-attention."""
+"""What the layers share: tensors of their own in float32, heads of a projection, and grouped-query self-attention."""
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from nearfar.checks import require
 
 
-class SelfAttention(nn.Module):
+class Layer(nn.Module):
+    """A module whose own tensors (bandwidths, sinks, averages; not those of its projections) stay float32, or become float64.
+
+    Casts to half precision, checkpoints in half precision and a half default dtype leave them so. Whoever replaces them past
+    `nn.Module` (FSDP with mixed precision does) may bring any dtype: `own` casts them where they are used.
+    """
+
+    per_head = ()  # the names of own tensors with one number a head; the others belong to all heads
+
+    def reset_parameters(self) -> None:
+        """Initialise the tensors that this module holds itself; projections have a reset_parameters of their own."""
+
+    def own(self, name: str, heads: int | None = None) -> torch.Tensor:
+        """The own tensor `name`, float32 or float64; heads: of how many heads it must hold the numbers."""
+        tensor = getattr(self, name)
+        if hasattr(tensor, "to_local"):  # a DTensor of nearfar.nn.parallel
+            tensor = local(tensor, partial=name not in self.per_head)
+        if heads is not None and tensor.shape[0] != heads:
+            raise ValueError(
+                f"{name} holds the numbers of {tensor.shape[0]} heads where the projections give {heads} heads: shard it on "
+                "its heads as they are; nearfar.nn.parallel.HeadParallel shards a whole layer"
+            )
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def heads(self, name: str, x: torch.Tensor, width: int) -> torch.Tensor:
+        """The projection `name` of x (B, N, dim) as (B, H, N, width), a view; H: this rank's heads under tensor parallelism."""
+        y = getattr(self, name)(x)
+        if y.shape[-1] % width:
+            raise ValueError(
+                f"{name} gives {y.shape[-1]} numbers a token, no multiple of a head's {width}: a rank must hold whole heads"
+            )
+        return y.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(lambda tensor: _widened(fn(tensor), tensor), recurse=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            given = state_dict.get(prefix + name)
+            if own is None or not isinstance(given, torch.Tensor):
+                continue
+            if own.shape == (1,) and not given.shape:  # checkpoints of before numbers were tensors of one element
+                given = given.reshape(1)
+            state_dict[prefix + name] = _widened(given, given)  # state_dict is a copy of the caller's
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _widened(result, tensor):
+    """What a function made of a tensor, in float32 where it is narrower: from the tensor, if that has the digits."""
+    if not result.is_floating_point() or result.dtype.itemsize >= 4:
+        return result
+    return (result if tensor.dtype.itemsize < 4 else tensor).to(result.device, torch.float32)
+
+
+def local(tensor, partial: bool) -> torch.Tensor:
+    """This rank's part of a DTensor; partial: each rank's gradient is that of its own heads, and their sum the whole."""
+    from torch.distributed.tensor import Partial  # takes seconds; with a DTensor here, somebody has imported it
+
+    return tensor.to_local(grad_placements=[Partial() if partial else placement for placement in tensor.placements])
+
+
+def own_dtype() -> torch.dtype:
+    """The dtype in which own tensors are made: float32, or float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class SelfAttention(Layer):
     """Projections of x (B, N, dim) to the q, k and v of heads, and of their output back; a layer puts its operator between.
 
     Args:
@@ -49,13 +121,28 @@ class SelfAttention(nn.Module):
     def split_heads(self, x):
         """x (B, N, dim) -> q (B, num_heads, N, head_dim), k and v (B, num_kv_heads, N, head_dim and value_dim)."""
         # Views: operators read the (B, N, H, D) projections through their strides and write o in the same order.
-        return tuple(
-            proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for proj, heads in (
-                (self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads), (self.v_proj, self.num_kv_heads),
+        q = self.heads("q_proj", x, self.head_dim)
+        k = self.heads("k_proj", x, self.head_dim)
+        v = self.heads("v_proj", x, self.value_dim)
+        if q.shape[1] * self.num_kv_heads != k.shape[1] * self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} and num_kv_heads={self.num_kv_heads}, but q_proj and k_proj give "
+                f"{q.shape[1]} and {k.shape[1]} heads: a rank must hold the key heads of its query heads"
             )
-        )  # fmt: skip
+        return q, k, v
 
     def merge_heads(self, o):
         """o (B, num_heads, N, value_dim) -> (B, N, dim)."""
         return self.out_proj(o.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def probe(self, batch: int, dtype: torch.dtype | None, device: torch.device | str | None):
+        """The keys and values (batch, H, 1, width) of a token of zeros, to learn their heads, dtype and device from.
+
+        dtype, device: of the token; None: those of the first floating tensor of k_proj, else of the layer, else the defaults.
+        Projections that were quantized or wrapped need not have a `weight` that tells.
+        """
+        tensors = (*self.k_proj.parameters(), *self.k_proj.buffers(), *self.parameters(), *self.buffers())
+        like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+        x = torch.zeros(batch, 1, self.dim, dtype=dtype or like.dtype, device=device or like.device)
+        return self.heads("k_proj", x, self.head_dim), self.heads("v_proj", x, self.value_dim)

@@ -7,7 +7,7 @@ from torch import nn
 
 from nearfar.checks import require
 from nearfar.localities import SlidingWindow
-from nearfar.nn.base import SelfAttention
+from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.krause_step import KrauseCache, krause_attention_step
 
@@ -31,11 +31,13 @@ class KrauseAttention(SelfAttention):
         backend: as in `nearfar.krause_attention`, which also checks locality and top_k.
 
     Attributes:
-        log_sigma: (num_heads,) float32 parameter.
+        log_sigma: (num_heads,) parameter, float32 in layers of half precision too (float64 in a float64 layer).
 
     Raises:
         ValueError: dim, num_heads, num_kv_heads, head_dim or sigma_init do not fit.
     """
+
+    per_head = ("log_sigma",)
 
     def __init__(
         self,
@@ -55,7 +57,13 @@ class KrauseAttention(SelfAttention):
         self.locality = locality
         self.top_k = top_k
         self.backend = backend
-        self.log_sigma = nn.Parameter(torch.full((num_heads,), math.log(sigma_init), dtype=torch.float32))
+        self.sigma_init = sigma_init
+        self.log_sigma = nn.Parameter(torch.empty(num_heads, dtype=own_dtype()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set log_sigma to its initial value; projections have a reset_parameters of their own."""
+        nn.init.constant_(self.log_sigma, math.log(self.sigma_init))
 
     def forward(self, x, cu_seqlens=None):
         """Attend within x.
@@ -69,23 +77,25 @@ class KrauseAttention(SelfAttention):
         """
         q, k, v = self.split_heads(x)
         o = krause_attention(
-            q, k, v, self.log_sigma.exp(), self.locality,
+            q, k, v, self._sigma(q), self.locality,
             top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self.merge_heads(o)
 
     @torch.no_grad()
-    def init_cache(self, batch):
+    def init_cache(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> KrauseCache:
         """An empty `nearfar.KrauseCache` of left + 1 slots, in the dtype of the projections (under autocast, of autocast).
+
+        Args:
+            batch: sequences.
+            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
 
         Raises:
             ValueError: the locality is no causal SlidingWindow that is limited to the left.
         """
         window = self._causal_window()
-        k = self.k_proj(self.k_proj.weight.new_empty(batch, 0, self.dim))
-        return KrauseCache.empty(
-            batch, self.num_kv_heads, window, self.head_dim, self.value_dim, dtype=k.dtype, device=k.device
-        )  # fmt: skip
+        k, _ = self.probe(batch, dtype, device)
+        return KrauseCache.empty(batch, k.shape[1], window, self.head_dim, self.value_dim, dtype=k.dtype, device=k.device)
 
     @torch.no_grad()
     def cache_after(self, x):
@@ -118,8 +128,11 @@ class KrauseAttention(SelfAttention):
         q, k, v = self.split_heads(x)
         if isinstance(cache, KrauseCache):  # the operator says what is wrong with anything else
             require(cache.k.shape[2] == window, f"cache must have a slot for each of {window} keys, got {cache.k.shape[2]}")
-        o = krause_attention_step(q, k, v, cache, self.log_sigma.exp(), top_k=self.top_k, backend=self.backend)
+        o = krause_attention_step(q, k, v, cache, self._sigma(q), top_k=self.top_k, backend=self.backend)
         return self.merge_heads(o)
+
+    def _sigma(self, q):
+        return self.own("log_sigma", q.shape[1]).exp()
 
     def _causal_window(self):
         """How many keys a query sees, for decoding."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from nearfar.checks import require
+from nearfar.checks import is_plain, require
 from nearfar.nn.base import SelfAttention
 from nearfar.ops.linear import (
     hadamard_attention,
@@ -25,6 +25,7 @@ class _StatefulAttention(SelfAttention):
         self.causal = causal
         self.normalize = normalize
         self.backend = backend
+        self._maps_token_by_token = isinstance(feature_map, str)  # functions are tried before the first state
 
     def factors(self, heads):
         """q or k (B, H, N, head_dim) as the operator takes it."""
@@ -44,6 +45,8 @@ class _StatefulAttention(SelfAttention):
             (B, N, dim), in the dtype of the projections, or (that, state).
         """
         q, k, v = self.split_heads(x)
+        if state is not None or return_state:
+            self._check_feature_map(k)
         result = self.operator(
             self.factors(q), self.factors(k), v, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal,
             initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend,
@@ -54,13 +57,24 @@ class _StatefulAttention(SelfAttention):
         return self.merge_heads(result)
 
     @torch.no_grad()
-    def init_state(self, batch):
+    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
         """The state before the first token: zeros (batch, num_kv_heads, d_1, .., d_R, value_dim + 1) in float32.
 
         d_1, .., d_R are the widths of the features. A float64 layer has float64 states.
+
+        Args:
+            batch: sequences.
+            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
+
+        Raises:
+            ValueError: feature_map looks at more than one token at a time.
         """
-        # What no tokens leave behind: a feature map that is a function may have changed the widths.
-        return self(self.out_proj.weight.new_empty(batch, 0, self.dim), return_state=True)[1]
+        k, v = self.probe(batch, dtype, device)
+        self._check_feature_map(k)
+        mapped = self.feature_map if callable(self.feature_map) else lambda factor: factor
+        widths = [mapped(factor).shape[-1] for factor in self._factor_list(k)]
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        return v.new_zeros(batch, v.shape[1], *widths, v.shape[-1] + 1, dtype=dtype)
 
     @torch.no_grad()
     def step(self, x, state):
@@ -74,15 +88,41 @@ class _StatefulAttention(SelfAttention):
             (B, 1, dim), without gradient.
 
         Raises:
-            ValueError: the layer is not causal, x is longer than one token, or state does not fit.
+            ValueError: the layer is not causal, x is longer than one token, state does not fit, or feature_map looks at more
+                than one token at a time.
         """
         require(self.causal, f"step decodes with causal attention; this {type(self).__name__} has causal={self.causal}")
         q, k, v = self.split_heads(x)
+        self._check_feature_map(k)
         o = self.step_operator(
             self.factors(q), self.factors(k), v, state,
             feature_map=self.feature_map, normalize=self.normalize, backend=self.backend,
         )  # fmt: skip
         return self.merge_heads(o)
+
+    def _factor_list(self, heads):
+        factors = self.factors(heads)
+        return factors if isinstance(factors, tuple) else (factors,)
+
+    @torch.no_grad()
+    def _check_feature_map(self, k):
+        """Refuse a function that looks across tokens, as no state can stand for it: two tokens at once, and one by one."""
+        if self._maps_token_by_token or not is_plain(k) or k.is_meta:
+            return
+        for factor in self._factor_list(k):
+            heads, width = factor.shape[1], factor.shape[3]
+            sizes = torch.tensor([[1.0], [3.0]], device=k.device)
+            pair = sizes * torch.arange(2 * width, device=k.device).view(2, width).sin()
+            pair = pair.to(k.dtype).expand(1, heads, 2, width)
+            together = self.feature_map(pair)
+            alone = torch.cat([self.feature_map(token) for token in pair.split(1, 2)], 2)
+            difference = (together - alone).abs().max() / together.abs().max()
+            if difference > 0.05:  # more than rounding, in 16 bits or of a quantized map
+                raise ValueError(
+                    "feature_map must map each token by itself, the same way each time, for states and steps; with another "
+                    f"token beside it, its features change by {difference:.1e} of the largest"
+                )
+        self._maps_token_by_token = True
 
     def extra_repr(self):
         return (

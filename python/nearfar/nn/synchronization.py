@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from nearfar.checks import require
+from nearfar.nn.base import Layer, own_dtype
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 
 RAW_INIT = 1.0  # of K and alpha before softplus, as in the paper
 
 
-class SynchronizationAttention(nn.Module):
+class SynchronizationAttention(Layer):
     """Multi-head self-attention among phase-locked oscillators: projections around `nearfar.synchronization_attention`.
 
     Source: arXiv 2602.14445. Each token has natural frequencies omega and phases theta, linear in x. The coupling
@@ -37,11 +38,14 @@ class SynchronizationAttention(nn.Module):
         backend: as in `nearfar.synchronization_attention`, which also checks top_k, sort and grad_floor.
 
     Attributes:
-        raw_coupling: 0-d float32 parameter. raw_bandwidth: (num_heads,) float32 parameter.
+        raw_coupling: (1,) parameter; state dicts of before with a 0-d one load. raw_bandwidth: (num_heads,) parameter. Both
+            are float32 in layers of half precision too (float64 in a float64 layer).
 
     Raises:
         ValueError: dim, num_heads, head_dim or frequency_scale do not fit.
     """
+
+    per_head = ("raw_bandwidth",)
 
     def __init__(
         self,
@@ -80,8 +84,14 @@ class SynchronizationAttention(nn.Module):
         self.theta_proj = nn.Linear(dim, width, bias=bias)
         self.v_proj = nn.Linear(dim, width, bias=bias)
         self.out_proj = nn.Linear(width, dim, bias=bias)
-        self.raw_coupling = nn.Parameter(torch.tensor(RAW_INIT))
-        self.raw_bandwidth = nn.Parameter(torch.full((num_heads,), RAW_INIT))
+        self.raw_coupling = nn.Parameter(torch.empty(1, dtype=own_dtype()))  # of one element: FSDP shards no 0-d parameter
+        self.raw_bandwidth = nn.Parameter(torch.empty(num_heads, dtype=own_dtype()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set raw_coupling and raw_bandwidth to their initial value; projections have a reset_parameters of their own."""
+        nn.init.constant_(self.raw_coupling, RAW_INIT)
+        nn.init.constant_(self.raw_bandwidth, RAW_INIT)
 
     def forward(self, x):
         """Attend within x.
@@ -94,7 +104,7 @@ class SynchronizationAttention(nn.Module):
         """
         omega, *parameters = self._oscillators(x)
         o = synchronization_attention(
-            omega, self._heads(self.v_proj, x), *parameters, causal=self.causal, top_k=self.top_k, sort=self.sort,
+            omega, self.heads("v_proj", x, self.head_dim), *parameters, causal=self.causal, top_k=self.top_k, sort=self.sort,
             grad_floor=self.grad_floor, backend=self.backend,
         )  # fmt: skip
         return self.out_proj(o.transpose(1, 2).flatten(2))
@@ -106,13 +116,10 @@ class SynchronizationAttention(nn.Module):
 
     def _oscillators(self, x):
         """omega, coupling, bandwidth and order of x."""
-        omega = self._heads(self.omega_proj, x) * self.frequency_scale
-        order = order_parameter(self._heads(self.theta_proj, x), causal=self.causal, backend=self.backend)
-        return omega, F.softplus(self.raw_coupling), F.softplus(self.raw_bandwidth), order
-
-    def _heads(self, proj, x):
-        """A projection of x as (B, num_heads, N, head_dim), a view: operators read it through its strides."""
-        return proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        omega = self.heads("omega_proj", x, self.head_dim) * self.frequency_scale
+        order = order_parameter(self.heads("theta_proj", x, self.head_dim), causal=self.causal, backend=self.backend)
+        bandwidth = self.own("raw_bandwidth", omega.shape[1])
+        return omega, F.softplus(self.own("raw_coupling")), F.softplus(bandwidth), order
 
     def extra_repr(self):
         return (
@@ -121,7 +128,7 @@ class SynchronizationAttention(nn.Module):
         )
 
 
-class OSNBlock(nn.Module):
+class OSNBlock(Layer):
     """A block of an oscillatory synchronization network: x += SSA(LN(x)); x += FFN(LN(x)) with GELU.
 
     Source: arXiv 2602.14445. With dim 512, 8 heads and hidden_dim 2048 it has the paper's 3,152,393 parameters.

@@ -1,0 +1,50 @@
+"""Tensor parallelism of the layers over their heads, in the terms of torch.distributed.tensor.parallel."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from nearfar.checks import require
+from nearfar.nn.base import Layer
+
+
+class HeadParallel(ParallelStyle):
+    """The plan of a nearfar layer for `parallelize_module`: each rank of a mesh computes num_heads / ranks heads.
+
+        parallelize_module(model, mesh, {"blocks.*.attention": HeadParallel(), "blocks.*.ffn.0": ColwiseParallel(), ...})
+
+    The projections are sharded by ColwiseParallel and, the last one, by RowwiseParallel, and with them what the layer holds
+    of each head (bandwidths, sinks, averages). Numbers and feature maps that all heads share are replicated, and their
+    gradients added up. x and the layer's output are whole on every rank.
+
+    Raises (from parallelize_module):
+        TypeError: the module is no nearfar layer with heads.
+        ValueError: num_heads or num_kv_heads is no multiple of the number of ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        fits = isinstance(module, Layer) and hasattr(module, "num_heads")
+        require(fits, f"HeadParallel shards the layers of nearfar.nn, got {type(module).__name__}", TypeError)
+        ranks = device_mesh.size()
+        for name in ("num_heads", "num_kv_heads"):
+            heads = getattr(module, name, ranks)
+            require(heads % ranks == 0, f"{name} must be a multiple of the {ranks} ranks of the mesh, got {heads}")
+        for name, child in module.named_children():
+            if name.endswith("_proj"):
+                style = RowwiseParallel() if name == "out_proj" else ColwiseParallel()
+                parallelize_module(child, device_mesh, style)
+            else:  # a feature map, which sees (B, H, N, width)
+                distribute_module(child, device_mesh, input_fn=_sharded_heads, output_fn=lambda _, y, mesh: y.to_local())
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                placement = Shard(0) if name in module.per_head else Replicate()
+                sharded = distribute_tensor(tensor, device_mesh, [placement])
+                tensors[name] = nn.Parameter(sharded, tensor.requires_grad) if tensors is module._parameters else sharded
+        return module
+
+
+def _sharded_heads(_, inputs, mesh):
+    return tuple(DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in inputs)
