@@ -11,7 +11,6 @@ from harness import DEVICE, DTYPES, Sample, as_tuple, assert_same, detached, gra
 from samples import public
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -209,32 +208,6 @@ def test_compile_the_reference(operator, name):
         expected = run(public(operator), sample, backend="auto")
         assert_same(expected, run(compiled, sample, backend="auto"), f"when compiled, at length {length}")
     assert counter.frame_count <= 2
-
-
-@each_sample
-def test_opcheck_of_the_reference(operator, name, monkeypatch):
-    """The operator that stands for it while something is traced, with its backward."""
-    seen = []
-    for op_name in (f"{operator.op}_reference", f"{operator.op}_reference_backward"):
-        reference = getattr(torch.ops.nearfar, op_name).default
-        with Calls(reference, seen), torch.enable_grad():
-            sample = make(operator, name, torch.float32, device="cpu", length=19)
-            torch._dynamo.reset()
-            run(torch.compile(public(operator), backend="eager"), sample, backend="reference")
-        torch.library.opcheck(reference, seen.pop())
-
-
-class Calls(TorchDispatchMode):
-    """Notes the arguments of an operator."""
-
-    def __init__(self, operator, seen):
-        super().__init__()
-        self._operator, self._seen = operator, seen
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is self._operator:
-            self._seen.append(args)
-        return function(*args, **(kwargs or {}))
 
 
 @each_sample

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -30,7 +31,7 @@ def define(name, schema, function, fake, serves=None, autograd=None, setup_conte
     if autograd is None:
         library.impl(name, functools.partial(_below_autograd, operator), "Autograd", with_keyset=True)
     else:
-        torch.library.register_autograd(qualified, autograd, setup_context=setup_context, lib=library)
+        library.impl(name, _autograd_kernel(operator, autograd, setup_context), "Autograd", with_keyset=True)
     _libraries.append(library)
 
 
@@ -87,6 +88,42 @@ def _below_autograd(operator, keyset, *arguments):
     """An autograd kernel: the outputs are constants."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _autograd_kernel(operator, backward, setup_context):
+    """What torch.library.register_autograd makes, that also works where transforms of torch.func are nested.
+
+    There Function.apply asks for rules of its own; an operator has them by its dispatch keys, so that C++'s is called.
+    """
+
+    class Generated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, spec, made, *leaves):
+            arguments = tree_unflatten(leaves, spec)
+            outputs = _below_autograd(operator, keyset, *arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, outputs)
+            flat, ctx.output_spec = tree_flatten(outputs)
+            made.append(ctx.output_spec)
+            return tuple(flat)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            found = backward(ctx, *tree_unflatten(gradients, ctx.output_spec))
+            return None, None, None, *tree_leaves(found)
+
+    apply = super(torch.autograd.Function, Generated).apply
+
+    def kernel(keyset, *arguments):
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return _below_autograd(operator, keyset, *arguments)
+        arguments = (*arguments, *[x.default_value for x in operator._schema.arguments[len(arguments) :]])
+        (leaves, spec), made = tree_flatten(arguments), []
+        with enable_single_level_autograd_function():
+            outputs = apply(keyset, spec, made, *leaves)
+        return tree_unflatten(outputs, made[0])
+
+    return kernel
 
 
 def _map(operator, info, in_dims, *arguments):
