@@ -10,6 +10,7 @@ import torch
 from harness import DEVICE, needs_extension, needs_gpu, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -540,6 +541,18 @@ def test_vmap_over_memory_or_tokens_alone(name):
     with pytest.raises(ValueError, match=r"^vmap maps over an argument of \w+_step, but not over \w+, which it writes to"):
         torch.vmap(lambda inputs: step(**inputs))(inputs)
     assert all(torch.equal(x, before[n]) for n, x in step.memory.items())
+
+
+@each_backend
+@each_step
+def test_forward_ad_is_refused(name, backend):
+    for argument, x in make(name).inputs.items():
+        step, before = make(name), make(name).memory
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"^\w+_step has no derivative, in forward mode"):
+            step(backend=backend, **{argument: forward_ad.make_dual(x, x)})
+        with pytest.raises(NotImplementedError, match=r"^\w+_step has no derivative, in forward mode"):
+            torch.func.jvp(lambda x: step(backend=backend, **{argument: x}), (x,), (x,))  # noqa: B023
+        assert all(torch.equal(m, before[n]) for n, m in step.memory.items())
 
 
 # -------------------------------------------------------------------------------------------------------------------- files
