@@ -100,11 +100,13 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
     Args:
         q: (B, Hq, 1, D), float32, float16 or bfloat16 (float64 on the reference). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of
             one dtype and device.
-        cache: a `nearfar.KrauseCache` with the heads and widths of k and v, in their dtype. It is updated in place.
+        cache: a `nearfar.KrauseCache` with the heads and widths of k and v, in their dtype. It is updated in place, which
+            autograd sees; its tensors share no memory with one another or with another argument.
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor, as for `nearfar.krause_attention`. A
             float32 tensor is used as it is, a float takes an allocation.
         top_k: how many of its keys a query keeps, None for all.
-        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it.
+        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it. Each element
+            has a place of its own in memory, shared with no other argument.
         backend: "auto", "cuda", "triton" or "reference". Kernels take W up to 1,024.
 
     Returns:
@@ -112,7 +114,8 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values that do not fit, a backend that cannot serve the call, or, where gradients are
+            recorded, a cache or out that requires one.
     """
     q, k, v = checks.autocast(q, k, v)
     checks.check_top_k(top_k)

@@ -152,15 +152,17 @@ def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, 
     Args:
         q: (B, Hq, 1, D). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of one dtype and device.
         state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs), contiguous: what the tokens before have left, zeros
-            before the first. It is updated in place.
+            before the first. It is updated in place, which autograd sees, and shares no memory with another argument.
         feature_map, normalize, eps, backend: as for `nearfar.linear_attention`.
-        out: (B, Hq, 1, Dv) in the dtype of q, to be written; None allocates it.
+        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it. Each element
+            has a place of its own in memory, shared with no other argument.
 
     Returns:
         o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
 
     Raises:
-        TypeError, ValueError: as `nearfar.linear_attention`, and where there is more than one token.
+        TypeError, ValueError: as `nearfar.linear_attention`, where there is more than one token, and, where gradients are
+            recorded, for a state or out that requires one.
     """
     return _step((q,), (k,), v, False, state, feature_map, normalize, eps, out, backend)
 

@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nearfar import checks
 from nearfar.ops.torch_operator import Layout
@@ -41,6 +42,8 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
         return None, None
 
     def run(plain, *arguments):
+        if forward_ad._current_level >= 0:  # of torch.func.jvp, too
+            _refuse_tangents(name, arguments)
         if plain:
             increment_version([arguments[index] for index in written])
             step(*arguments)
@@ -49,6 +52,12 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
                 operator(*arguments)
 
     return run
+
+
+def _refuse_tangents(name, arguments):
+    for tensor in tree_leaves(arguments):
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} has no derivative, in forward mode neither: pass tensors without a tangent")
 
 
 def check_out(out: Layout, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
