@@ -574,3 +574,35 @@ def test_explain():
     sample = random_sample(length=1100, top_k=3)
     text = nf.explain("synchronization_attention", **sample.tensors, top_k=3, backend="triton")
     assert "top_k over 1100 candidate keys" in text
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [0.5, 1e-2, 1e-4, 0.0])
+def test_equal_tokens_pull_at_nothing(radius, dtype):
+    """Their distance is 0, whatever the lock radius: no rounding of distances may be multiplied by 1 / r^2."""
+    omega = torch.full((1, 2, 9, 16), 3.7, dtype=dtype, device=DEVICE)
+    tensors = {"omega": omega, "v": randn(1, 2, 9, 16, dtype=dtype)}
+    for causal, top_k, order in ((False, None, (1, 2)), (True, None, (1, 2, 9)), (True, 3, (1, 2, 9))):
+        parameters = {"coupling": torch.tensor(1.3), "bandwidth": torch.tensor(1.3), "order": torch.full(order, radius)}
+        sample = Sample({**tensors, **{n: p.to(DEVICE) for n, p in parameters.items()}}, dict(causal=causal, top_k=top_k))
+        _, gradients = run(nf.synchronization_attention, sample)
+        for name in ("omega", "order", "coupling", "bandwidth"):
+            assert gradients[name].abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2), name
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_float32_far_from_the_origin(top_k):
+    """A common offset changes nothing but the rounding of the tokens themselves. Near the lock boundary 1 / S grows to 1e3."""
+    tensors = {"omega": 1000 + randn(1, 2, 20, 16, seed=1) / 5, "v": randn(1, 2, 20, 16, seed=2)}
+    parameters = {
+        "coupling": torch.tensor([1.3, 1.1]),
+        "bandwidth": torch.tensor([0.5, 0.7]),
+        "order": torch.tensor([[0.8, 0.3]]),
+    }
+    tensors |= {name: parameter.to(DEVICE) for name, parameter in parameters.items()}
+    o, gradients = run(nf.synchronization_attention, Sample(tensors, dict(top_k=top_k)), do := randn(1, 2, 20, 16, seed=3))
+    double = {name: tensor.double() for name, tensor in tensors.items()}
+    exact, expected = run(nf.synchronization_attention, Sample(double, dict(top_k=top_k)), do.double(), backend="reference")
+    torch.testing.assert_close(o.double(), exact, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient.double() - expected[name]).norm() <= 1e-4 * expected[name].norm(), name

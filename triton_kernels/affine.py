@@ -233,13 +233,13 @@ def attend(
 
 @triton.jit
 def grad_queries_tiles(
-    acc, dbeta, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    acc, dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    SHIFTED: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges.
 
-    SHIFTED: dbeta gets the sums of dP, at the edges.
+    SHIFTED: dbeta gets the sums of dP, at the edges. EXACT: mean gets sum_j P_ij dP_ij.
     """
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_N):
@@ -254,11 +254,16 @@ def grad_queries_tiles(
             weight = tl.where(sees, weight, 0.0)
             if SHIFTED:
                 dbeta += tl.sum(tl.where(sees, dp, 0.0), 1)
+        if EXACT:
+            share = weight * dp
+            if EDGES:
+                share = tl.where(sees, share, 0.0)
+            mean += tl.sum(share, 1)
         ds = weight * (dp - row_m[:, None])
         if EDGES and PACKED:
             ds, k_tile = only_seen(ds, sees, k_tile)
         acc = add_product(acc, ds.to(k_tile.dtype), k_tile, PRECISION)
-    return acc, dbeta
+    return acc, dbeta, mean
 
 
 @triton.jit(do_not_specialize=["together"])
@@ -266,10 +271,14 @@ def grad_queries(
     q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
     q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
     num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
-    RUNNING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    RUNNING: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """dbeta None: there is no bias. sums: see sum_whole_tiles."""
+    """dbeta None: there is no bias. sums: see sum_whole_tiles.
+
+    m is dO . u or, EXACT, sum_j P_ij dP_ij: the same number without what weights and u lost when they were rounded, which the
+    gradients of alpha and of the sink would keep.
+    """
     tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
     tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
@@ -283,7 +292,6 @@ def grad_queries(
     u_tile = load_tile(at(u, u_strides, batch, head), rows, u_strides[2], num_queries, DV, BLOCK_DV)
     do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_queries, DV, BLOCK_DV)
     row_m = tl.sum(u_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    tl.store(m + row_offset + rows, row_m, mask=rows < num_queries)
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     shift, rest = shift_and_factor(load_vector(lse + row_offset, rows, num_queries, 0.0))
     if alpha is not None:
@@ -297,11 +305,14 @@ def grad_queries(
         )
         row_dbeta += tl.sum(do_tile.to(tl.float32) * whole[None, :], 1)
     acc = tl.zeros((BLOCK_M, BLOCK_D), SUM)
+    mean = tl.zeros((BLOCK_M,), tl.float32)
     for EDGES in tl.static_range(2):
-        acc, row_dbeta = grad_queries_tiles(
-            acc, row_dbeta, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
-            scale * LOG2E, dbeta is not None, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, row_dbeta, mean = grad_queries_tiles(
+            acc, row_dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
+            scale * LOG2E, dbeta is not None, EXACT, token_bounds is not None, EDGES, PRECISION,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+    tl.store(m + row_offset + rows, mean if EXACT else row_m, mask=rows < num_queries)
     if lse.dtype.element_ty == tl.float64:
         acc *= rest[:, None]
     if alpha is not None:

@@ -68,12 +68,12 @@ def plan_attend(call, o_strides, scale):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_queries(call, u_strides, do_strides, dq_strides, scale):
+def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
     parameters = call.tuned("softmax_grad_queries")
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
-        heads_together(call, keys=True), call.window, scale, runs(call), call.precision, *call.sizes(parameters),
+        heads_together(call, keys=True), call.window, scale, runs(call), exact, call.precision, *call.sizes(parameters),
     )  # fmt: skip
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 

@@ -121,7 +121,8 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
     do, u = unit_stride(do), o if u is None else u
     if backend == "cuda":
         (q, k, v), do = _cuda.aligned_starts(q, k, v), _cuda.aligned_boxes(do)
-    options = beta is not None, token_bounds is not None, left, right, scale, backend, uses_tf32(q)
+    exact = q.dtype != torch.float32 and (alpha is not None or sink is not None)
+    options = beta is not None, exact, token_bounds is not None, left, right, scale, backend, uses_tf32(q)
     outputs, gradients, sum_values = _plan_backward(layouts(do, q, k, v, u), *options)
     dq, dk, dv, m, dbeta, sums, terms, counters = allocate(outputs, q.device)
     if backend == "cuda":
@@ -139,7 +140,7 @@ def backward(do, q, k, v, alpha, beta, sink, token_bounds, o, u, lse, left, righ
 
 
 @planned
-def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, backend, _tf32):
+def _plan_backward(do, q, k, v, u, shifted, exact, packed, left, right, scale, backend, _tf32):
     """Layouts of dq, dk, dv, m (B, Hq, N), with beta dbeta and sums of v, and workspaces; the launches that fill them."""
     gradients = dq, dk, dv = [empty_rows(x, x.shape[3]) for x in (q, k, v)]
     m = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -152,7 +153,7 @@ def _plan_backward(do, q, k, v, u, shifted, packed, left, right, scale, backend,
         launches = (_cuda.Softmax("softmax_backward", (q, k, v, u, do, *gradients), right, scale),)
         chunk = _cuda.extension.SOFTMAX_CHUNK
     else:
-        queries = launch.plan_grad_queries(call, u.stride(), do.stride(), dq.stride(), scale)
+        queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
         launches = queries, launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
         chunk = launch.chunk(call, "softmax_grad_queries")
     sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
