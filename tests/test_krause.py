@@ -245,7 +245,9 @@ def test_gradients_do_not_see_the_rounding_of_o(sigma, offset, dtype):
     exact = torch.autograd.grad(dense(*inputs, best(sample)), inputs, do.double())
     _, gradients = run(nf.krause_attention, sample, do)
     eps = torch.finfo(dtype).eps
-    for name, want, allowed in zip(gradients, exact, (eps, eps, eps, 2e-5), strict=True):
+    rounding = 50 * eps if dtype == torch.float32 else eps / 2  # of sums that cancel; of the result
+    of_sigma = 2e-5 if offset == 0 else max(eps, 2e-5)  # 16 bits: float32 scores lose digits off the origin
+    for name, want, allowed in zip(gradients, exact, (rounding, rounding, rounding, of_sigma), strict=True):
         error = (gradients[name].double() - want).norm() / want.norm()
         assert error <= allowed, f"{name}: {error / allowed:.2f} of what is allowed"
 
@@ -264,8 +266,8 @@ def test_far_from_the_origin(offset, top_k):
     o, got = run(nf.krause_attention, sample, do)
     assert (o - exact).norm() <= 1e-6 * exact.norm()
     for name, want in zip(got, gradients, strict=True):
-        # Differences of float32 keys are exact; their sums, of 60 terms near `offset`, are what rounds.
-        assert (got[name] - want).norm() <= (2e-6 + 1e-7 * offset) * want.norm(), name
+        # Sums of 60 terms near `offset` are what rounds.
+        assert (got[name] - want).norm() <= (3e-6 + 3e-7 * offset) * want.norm(), name
 
 
 # ----------------------------------------------------------------------------------------------------------- isolation
@@ -359,8 +361,9 @@ def test_nan_stays_in_its_sequence(value, top_k, dtype):
         assert torch.equal(o[:, :, others], o_changed[:, :, others]), name
         for gradient in "qkv":
             assert torch.equal(gradients[gradient][:, :, others], gradients_changed[gradient][:, :, others]), (name, gradient)
-            assert name == "k" and value == math.inf or gradients_changed[gradient][:, :, 21:47].isnan().any(), (name, gradient)
-        if name != "do" and not (name == "k" and value == math.inf):  # keys infinitely far away have no weight
+            if math.isnan(value) and (name, gradient) != ("v", "v"):
+                assert gradients_changed[gradient][:, :, 21:47].isnan().any(), (name, gradient)
+        if math.isnan(value) and name != "do":
             assert o_changed[:, :, 21:47].isnan().any(-1).all(), name
 
 

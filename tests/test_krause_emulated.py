@@ -182,7 +182,7 @@ def test_nan_stays_in_its_sequence(top_k, name, dtype, kernels):
     assert name == "do" or saved_then[0][:, :, 40:75].isnan().any(-1).all()
     for gradient in "qkv":
         assert torch.equal(gradients[gradient][:, :, others], gradients_then[gradient][:, :, others]), gradient
-        assert gradients_then[gradient][:, :, 40:75].isnan().any(), gradient
+        assert (name, gradient) == ("v", "v") or gradients_then[gradient][:, :, 40:75].isnan().any(), gradient
 
 
 class Extension:

@@ -144,9 +144,9 @@ def test_pending_products_have_buffers_to_spare(operator):
 
 
 def test_the_longest_kernels_are_short():
-    """Compilers take about a second for 2,500 instructions; one tile unrolled after another made 35,000 and more of them."""
+    """Compilers take about a second for 2,500 instructions; one unrolled tile after another made 37,000 of them."""
     kernels = compiled("longest")
     assert {kernel["kernel"] for kernel in kernels} >= {"select", "attend", "grad_queries", "grad_keys"}
     for kernel in kernels:
-        assert kernel["instructions"] <= 12_500, kernel
+        assert kernel["instructions"] <= 15_000, kernel
         assert kernel["shared"] <= SHARED_MEMORY, kernel

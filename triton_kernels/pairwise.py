@@ -15,8 +15,8 @@ proportional to the scale; the kernels fold log2(e) into it, so that every expon
 
 lse is in base 2. Rows without keys and rows beyond the last have o = dO = delta = 0, so their dS vanishes whatever lse is.
 
-dS = P (dP - delta) sums to zero in a row. delta = dO.o is off by what o lost when it was rounded, so each gradient is written such
-that this error cancels: dq by differences of keys (GRAD), that of log(scale) as the covariance of dP and the score.
+dS = P (dP - delta) sums to zero in a row. delta = dO.o is off by what o lost when it was rounded, so each gradient is written
+such that this error cancels: dq by differences of keys (GRAD), that of log(scale) as the covariance of dP and the score.
 
 In packed calls NaN of one sequence stays there: weights and dS of pairs that do not see each other are 0, and the matrices that
 they are multiplied with have 0 where they are not finite, as 0 times NaN is NaN.
@@ -252,8 +252,8 @@ def grad_queries(
     ds_total = tl.zeros((BLOCK_M,), tl.float32)
     ds_score = tl.zeros((BLOCK_M,), tl.float32)
     mean_score = tl.zeros((BLOCK_M,), tl.float32)
-    highest = tl.full((BLOCK_M,), BLOCK_N - 1, tl.int32)  # weight of the key of greatest weight, its lowest bits the tile's column
-    nearest = tl.zeros((BLOCK_M,), tl.int32) + num_keys  # that key
+    highest = tl.full((BLOCK_M,), BLOCK_N - 1, tl.int32)  # bits of the greatest weight, the lowest of them its column
+    nearest = tl.zeros((BLOCK_M,), tl.int32) + num_keys  # its key
     for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
@@ -290,8 +290,7 @@ def grad_queries(
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, dq_tile, D, BLOCK_D)
     # What dS sums to is the error of delta: grad_keys gets one without.
     tl.store(delta + row_offset + rows, row_delta + ds_total, mask=rows < num_queries)
-    # d log(scale) = sum dS * score, with any number taken off the scores of a row. Of all, the mean score alone lets an error of
-    # delta cancel.
+    # d log(scale) = sum dS * score, with any number taken off the scores of a row; off the mean, an error of delta cancels.
     dlog_row = ds_score - ds_total * mean_score
     tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, dlog_row, 0.0), 0) * LN2)
 
