@@ -19,7 +19,7 @@ import hypothesis
 import torch
 from strategies import CALLS
 
-ROUND = 20  # calls of a function before the next one's turn
+ROUND = 10  # calls of a function before the next one's turn
 SHRINKING = 30  # seconds for making a failing call smaller
 
 

@@ -55,7 +55,7 @@ PROPERTIES = {
 }  # fmt: skip
 
 
-def tested(tests):
+def covered_by(tests):
     """Names of the functions that are parameters of these tests."""
     found = set()
     for test in tests:
@@ -71,7 +71,7 @@ def table():
     head = ["property", *(name.replace("_attention", "").replace("_", " ") for name in FUNCTIONS)]
     rows = [head, ["---"] * len(head)]
     for name, tests in PROPERTIES.items():
-        covered = tested(tests)
+        covered = covered_by(tests)
         rows.append([name, *("yes" if function in covered else "-" for function in FUNCTIONS)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -85,7 +85,7 @@ def test_every_test_of_the_contract_is_a_property():
     shown = {test.__name__ for tests in PROPERTIES.values() for test in tests}
     of_operators = {
         name for name, test in vars(test_contract).items()
-        if name.startswith("test_") and any(function in tested([test]) for function in FUNCTIONS)
+        if name.startswith("test_") and any(function in covered_by([test]) for function in FUNCTIONS)
     }  # fmt: skip
     assert of_operators <= shown
 
