@@ -24,7 +24,18 @@ from harness import (
     run,
 )  # fmt: skip
 from hypothesis import strategies as st
-from samples.krause import best, check, decode, dense, kernel_selection, op_arguments, reference_selection, visible
+from samples.krause import (
+    best,
+    check,
+    decode,
+    dense,
+    kernel_selection,
+    op_arguments,
+    reference_selection,
+    scores,
+    visible,
+    weights,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
@@ -246,10 +257,17 @@ def test_gradients_do_not_see_the_rounding_of_o(sigma, offset, dtype):
     _, gradients = run(nf.krause_attention, sample, do)
     eps = torch.finfo(dtype).eps
     rounding = 50 * eps if dtype == torch.float32 else eps / 2  # of sums that cancel; of the result
-    of_sigma = 2e-5 if offset == 0 else max(eps, 2e-5)  # 16 bits: float32 scores lose digits off the origin
-    for name, want, allowed in zip(gradients, exact, (rounding, rounding, rounding, of_sigma), strict=True):
+    for name, want in zip("qkv", exact, strict=False):
         error = (gradients[name].double() - want).norm() / want.norm()
-        assert error <= allowed, f"{name}: {error / allowed:.2f} of what is allowed"
+        assert error <= rounding, f"{name}: {error / rounding:.2f} of what is allowed"
+    # The terms of the last sum cancel, too: its error is measured by their sizes. Off the origin scores have fewer digits.
+    q, k, v, sigma = (tensor.detach() for tensor in inputs)
+    score = scores(q, k, sigma)
+    weight = weights(score, best(sample))
+    dp, mean = do.double() @ v.mT, (weight * score).sum(-1, keepdim=True)
+    terms = 2 / sigma * (weight * (dp - (weight * dp).sum(-1, keepdim=True)) * (score - mean)).abs().sum()
+    error = (gradients["sigma"] - exact[3]).abs() / terms
+    assert error <= (2e-5 if offset == 0 else 2e-4), f"sigma: {error:.1e}"
 
 
 @pytest.mark.parametrize("top_k", [None, 9])
