@@ -284,8 +284,8 @@ def test_far_from_the_origin(offset, top_k):
     o, got = run(nf.krause_attention, sample, do)
     assert (o - exact).norm() <= 1e-6 * exact.norm()
     for name, want in zip(got, gradients, strict=True):
-        # Sums of 60 terms near `offset` are what rounds.
-        assert (got[name] - want).norm() <= (3e-6 + 3e-7 * offset) * want.norm(), name
+        # Sums of 60 terms near `offset` round by offset / 0.3 half eps each, the spread of the tokens being 0.3.
+        assert (got[name] - want).norm() <= (3e-6 + 6e-7 * offset) * want.norm(), name
 
 
 # ----------------------------------------------------------------------------------------------------------- isolation
