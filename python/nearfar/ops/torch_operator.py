@@ -109,7 +109,8 @@ def _autograd_kernel(operator, backward, setup_context):
 
         @staticmethod
         def backward(ctx, *gradients):
-            found = backward(ctx, *tree_unflatten(gradients, ctx.output_spec))
+            gradients = tree_unflatten(gradients, ctx.output_spec)
+            found = backward(ctx, *(gradients if isinstance(gradients, (list, tuple)) else (gradients,)))
             return None, None, None, *tree_leaves(found)
 
     apply = super(torch.autograd.Function, Generated).apply
