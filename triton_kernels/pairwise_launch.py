@@ -61,15 +61,22 @@ class Signature(NamedTuple):
         return 1 if self.num_parameters > 1 else 0
 
     @property
+    def blocks(self):
+        """BLOCK_D, BLOCK_DV.
+
+        Packed calls have no blocks of 16: their tiles pass through registers, and ptxas 12.8 (Triton 3.6, sm_90) takes the
+        address of such a tile of 32-byte rows from a register that it has not written.
+        """
+        smallest = 32 if self.packed else 16
+        return tuple([max(smallest, width_block(shape[3])) for shape in (self.q_shape, self.v_shape)])
+
+    @property
     def widest_block(self):
-        return max(width_block(self.q_shape[3]), width_block(self.v_shape[3]))
+        return max(self.blocks)
 
     def sizes(self, parameters):
         """D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, with which the arguments of every kernel end."""
-        width, value_width = self.q_shape[3], self.v_shape[3]
-        return (
-            width, value_width, parameters.block_m, parameters.block_n, width_block(width), width_block(value_width)
-        )  # fmt: skip
+        return self.q_shape[3], self.v_shape[3], parameters.block_m, parameters.block_n, *self.blocks
 
     def tuned(self, kernel):
         return launch_parameters(kernel, self.widest_block, self.dtype.itemsize)
