@@ -37,6 +37,24 @@ def heads_of(xs, strides, batch, head):
 
 
 @triton.jit
+def to_bfloat16(tile):
+    return tile.to(tl.bfloat16)
+
+
+@triton.jit
+def to_float32(tile):
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def to_tf32(tile):
+    """Rounded to the ten bits that a product reads: it cuts the others off, which makes sums of positive numbers too small."""
+    tile = tile.to(tl.float32)
+    bits = (tile.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)  # the carry would make 0 of a NaN
+
+
+@triton.jit
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
@@ -65,7 +83,7 @@ def load_all_features(
     tiles = ()
     for r in tl.static_range(len(WIDTHS)):
         tile = load_features(xs[r], rows, strides[r][2], num_rows, FEATURE, WIDTHS[r], BLOCKS[r])
-        tiles = tiles + (tile.to(OPERAND),)
+        tiles = tiles + (OPERAND(tile),)
     return tiles
 
 
@@ -89,7 +107,7 @@ def load_values(y, rows, stride, num_rows, factors, DV: tl.constexpr, BLOCK_DV: 
     tile = load_tile(y, rows, stride, num_rows, DV, BLOCK_DV)
     if factors is not None:
         tile = tile.to(tl.float32) * load_vector(factors, rows, num_rows, 0.0)[:, None]
-    return tile.to(OPERAND)
+    return OPERAND(tile)
 
 
 @triton.jit
@@ -161,13 +179,13 @@ def accumulate(
             weight = None if weights is None else load_vector(weights + row_offset, rows, end, 0.0)
             if NORMS_BY_PRODUCT:
                 weighted = scale if weights is None else scale * weight[:, None]
-                norms = tl.dot(tl.trans(weighted).to(OPERAND), inner.to(OPERAND), norms, input_precision=PRECISION)
+                norms = tl.dot(OPERAND(tl.trans(weighted)), OPERAND(inner), norms, input_precision=PRECISION)
             transposed = tl.trans(inner)
             columns = columns_of(scale, BLOCK_N, BLOCK_OUTER)
             new_accs, new_norm_rows = (), ()
             for i in tl.static_range(BLOCK_OUTER):
                 features = transposed if R == 1 else transposed * columns[i][None, :]
-                new_accs = new_accs + (tl.dot(features.to(OPERAND), y_tile, accs[i], input_precision=PRECISION),)
+                new_accs = new_accs + (tl.dot(OPERAND(features), y_tile, accs[i], input_precision=PRECISION),)
                 if not NORMS_BY_PRODUCT:
                     weighted_row = features if weights is None else features * weight[None, :]
                     new_norm_rows = new_norm_rows + (norm_rows[i] + tl.sum(weighted_row, 1),)
@@ -345,16 +363,16 @@ def read(
                 f_tile = inner
                 if R > 1:
                     f_tile *= load_outer(x, rows, x_strides, in_rows, outer, FEATURE, WIDTHS, DIVISORS, -1)[:, None]
-                acc = tl.dot(f_tile.to(OPERAND), s_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(OPERAND(f_tile), OPERAND(s_tile), acc, input_precision=PRECISION)
             if inverse is not None:
                 for first_outer in range(0, NUM_OUTER, BLOCK_OUTER):
                     outers = first_outer + tl.arange(0, BLOCK_OUTER)
                     mask = (index < INNER)[:, None] & (outers < NUM_OUTER)[None, :]
                     pointers = norms + features + outers[None, :] * INNER + index[:, None]
-                    z_tile = tl.load(pointers, mask=mask, other=0.0).to(OPERAND)
+                    z_tile = OPERAND(tl.load(pointers, mask=mask, other=0.0))
                     mask = in_rows[:, None] & (outers < NUM_OUTER)[None, :]
                     scale = load_outer(x, rows[:, None], x_strides, mask, outers[None, :], FEATURE, WIDTHS, DIVISORS, -1)
-                    norm += tl.sum(scale * tl.dot(inner.to(OPERAND), z_tile, input_precision=PRECISION), 1)
+                    norm += tl.sum(scale * tl.dot(OPERAND(inner), z_tile, input_precision=PRECISION), 1)
 
     if DIRECT:
         x_tiles = load_all_features(x, rows, x_strides, row_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
@@ -375,7 +393,7 @@ def read(
                     weight *= tl.dot(x_tiles[r], tl.trans(c_tiles[r]), input_precision=PRECISION)
                 weight = tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), weight, 0.0)
                 norm += tl.sum(weight, 1)
-                acc = tl.dot(weight.to(OPERAND), y_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(OPERAND(weight), y_tile, acc, input_precision=PRECISION)
 
     if inverse is not None:
         norm += eps
@@ -443,7 +461,7 @@ def grad(
                 y_tile = load_values(values + first_value, rows, row_strides[2], row_end, factors, DV - first_value,
                                      BLOCK_VALUES, OPERAND)  # fmt: skip
                 s_tile = load_tile(states + first_value, p, DV, p_end, DV - first_value, BLOCK_VALUES)
-                slope = tl.dot(y_tile, tl.trans(s_tile), slope, input_precision=PRECISION)
+                slope = tl.dot(y_tile, tl.trans(OPERAND(s_tile)), slope, input_precision=PRECISION)
             dx_tiles = add_outer_gradients(
                 dx_tiles, slope, x, rows, x_strides, in_rows, inner, outer, FEATURE, WIDTHS, BLOCKS, DIVISORS
             )
@@ -508,5 +526,5 @@ def add_pair_gradients(dx_tiles, slope, x_tiles, c_tiles, PRECISION: tl.constexp
         for s in tl.static_range(R):
             if s != r:
                 others *= similarities[s]
-        new_tiles = new_tiles + (tl.dot(others.to(OPERAND), c_tiles[r], dx_tiles[r], input_precision=PRECISION),)
+        new_tiles = new_tiles + (tl.dot(OPERAND(others), c_tiles[r], dx_tiles[r], input_precision=PRECISION),)
     return new_tiles

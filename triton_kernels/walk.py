@@ -69,17 +69,17 @@ def walk_read(
         rows = first + local
         q_tile = load_features(q, rows, q_strides[2], end, FEATURE, D, BLOCK_D)
         norm = tl.sum(q_tile * norm_state[None, :], 1)
-        q_tile = q_tile.to(OPERAND)
-        acc = tl.dot(q_tile, state.to(OPERAND), input_precision=PRECISION)
+        q_tile = OPERAND(q_tile)
+        acc = tl.dot(q_tile, OPERAND(state), input_precision=PRECISION)
         if CAUSAL:
             k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D)
-            v_tile = load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV).to(OPERAND)
+            v_tile = OPERAND(load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV))
             norm_state += tl.sum(k_tile, 0)
-            k_tile = k_tile.to(OPERAND)
+            k_tile = OPERAND(k_tile)
             weight = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             weight = tl.where(local[None, :] <= local[:, None], weight, 0.0)
             norm += tl.sum(weight, 1)
-            acc = tl.dot(weight.to(OPERAND), v_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(OPERAND(weight), v_tile, acc, input_precision=PRECISION)
             state = tl.dot(tl.trans(k_tile), v_tile, state, input_precision=PRECISION)
         if inverse is not None:
             norm += eps
@@ -121,17 +121,17 @@ def walk_grad_queries(
             weight = -tl.sum(do_tile * o_tile, 1) * factor
             do_tile *= factor[:, None]
         tl.store(weights + row_offset + rows, weight, mask=rows < end)
-        do_tile = do_tile.to(OPERAND)
-        acc = tl.dot(do_tile, tl.trans(state.to(OPERAND)), input_precision=PRECISION)
+        do_tile = OPERAND(do_tile)
+        acc = tl.dot(do_tile, tl.trans(OPERAND(state)), input_precision=PRECISION)
         acc += weight[:, None] * norm_state[None, :]
         if CAUSAL:
             k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D)
-            v_tile = load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV).to(OPERAND)
+            v_tile = OPERAND(load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV))
             norm_state += tl.sum(k_tile, 0)
-            k_tile = k_tile.to(OPERAND)
+            k_tile = OPERAND(k_tile)
             slope = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) + weight[:, None]
             slope = tl.where(local[None, :] <= local[:, None], slope, 0.0)
-            acc = tl.dot(slope.to(OPERAND), k_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(OPERAND(slope), k_tile, acc, input_precision=PRECISION)
             state = tl.dot(tl.trans(k_tile), v_tile, state, input_precision=PRECISION)
         raw = load_tile(q, rows, q_strides[2], end, D, BLOCK_D).to(tl.float32)
         store_tile(dq, rows, dq_strides[2], end, acc * FEATURE_GRAD(raw), D, BLOCK_D)
@@ -158,9 +158,9 @@ def walk_grad_keys(
     num_chunks = tl.cdiv(end - begin, BLOCK_M)
     for chunk in range(num_chunks):
         rows = begin + (num_chunks - 1 - chunk) * BLOCK_M + local
-        k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D).to(OPERAND)
-        v_tile = load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV).to(OPERAND)
-        state_operand = state.to(OPERAND)
+        k_tile = OPERAND(load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D))
+        v_tile = OPERAND(load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV))
+        state_operand = OPERAND(state)
         dk_tile = tl.dot(v_tile, tl.trans(state_operand), input_precision=PRECISION) + norm_state[None, :]
         dv_tile = tl.dot(k_tile, state_operand, input_precision=PRECISION)
         if CAUSAL:
@@ -174,12 +174,12 @@ def walk_grad_keys(
                 do_tile = load_values(do_head, rows, do_strides[2], end, factors, DV, BLOCK_DV, OPERAND)
                 weight = load_vector(weights + row_offset, rows, end, 0.0)
                 norm_state += tl.sum(q_tile * weight[:, None], 0)
-                q_tile = q_tile.to(OPERAND)
+                q_tile = OPERAND(q_tile)
                 slope = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) + weight[None, :]
-                slope = tl.where(later, slope, 0.0).to(OPERAND)
+                slope = OPERAND(tl.where(later, slope, 0.0))
                 dk_tile = tl.dot(slope, q_tile, dk_tile, input_precision=PRECISION)
                 pairs = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-                pairs = tl.where(later, pairs, 0.0).to(OPERAND)
+                pairs = OPERAND(tl.where(later, pairs, 0.0))
                 dv_tile = tl.dot(pairs, do_tile, dv_tile, input_precision=PRECISION)
                 state = tl.dot(tl.trans(q_tile), do_tile, state, input_precision=PRECISION)
         raw = load_tile(k, rows, k_strides[2], end, D, BLOCK_D).to(tl.float32)
