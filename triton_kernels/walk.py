@@ -14,7 +14,7 @@ Names and formulas are those of factored.py.
 import triton
 import triton.language as tl
 
-from .factored import load_features, load_values, piece_span
+from .factored import load_features, piece_span
 from .tiles import at, load_tile, load_vector, store_tile
 
 
@@ -111,26 +111,35 @@ def walk_grad_queries(
     do, dq = at(do, do_strides, batch, head), at(dq, dq_strides, batch, head)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_tokens
     local = tl.arange(0, BLOCK_M)
+    visible = local[None, :] <= local[:, None]
     for first in range(begin, end, BLOCK_M):
         rows = first + local
-        do_tile = load_tile(do, rows, do_strides[2], end, DV, BLOCK_DV).to(tl.float32)
-        weight = tl.zeros((BLOCK_M,), tl.float32)
-        if inverse is not None:
-            o_tile = load_tile(o, rows, o_strides[2], end, DV, BLOCK_DV).to(tl.float32)
-            factor = load_vector(inverse + row_offset, rows, end, 0.0)
-            weight = -tl.sum(do_tile * o_tile, 1) * factor
-            do_tile *= factor[:, None]
-        tl.store(weights + row_offset + rows, weight, mask=rows < end)
-        do_tile = OPERAND(do_tile)
+        do_tile = OPERAND(load_tile(do, rows, do_strides[2], end, DV, BLOCK_DV))
         acc = tl.dot(do_tile, tl.trans(OPERAND(state)), input_precision=PRECISION)
-        acc += weight[:, None] * norm_state[None, :]
         if CAUSAL:
             k_tile = load_features(k, rows, k_strides[2], end, FEATURE, D, BLOCK_D)
             v_tile = OPERAND(load_tile(v, rows, v_strides[2], end, DV, BLOCK_DV))
-            norm_state += tl.sum(k_tile, 0)
+            before, norm_state = norm_state, norm_state + tl.sum(k_tile, 0)
             k_tile = OPERAND(k_tile)
-            slope = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) + weight[:, None]
-            slope = tl.where(local[None, :] <= local[:, None], slope, 0.0)
+            slope = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        else:
+            before = norm_state
+        weight = tl.zeros((BLOCK_M,), tl.float32)
+        if inverse is not None:
+            # dO . o is added up from what it is subtracted from: o was rounded, and where one pair counts nothing must be left.
+            q_tile = load_features(q, rows, q_strides[2], end, FEATURE, D, BLOCK_D)
+            factor = load_vector(inverse + row_offset, rows, end, 0.0)
+            delta = tl.sum(q_tile * acc, 1)
+            if CAUSAL:
+                pairs = tl.dot(OPERAND(q_tile), tl.trans(k_tile), input_precision=PRECISION)
+                delta += tl.sum(tl.where(visible, pairs * slope, 0.0), 1)
+                slope *= factor[:, None]
+            acc *= factor[:, None]
+            weight = -delta * factor * factor
+        tl.store(weights + row_offset + rows, weight, mask=rows < end)
+        acc += weight[:, None] * before[None, :]
+        if CAUSAL:
+            slope = tl.where(visible, slope + weight[:, None], 0.0)
             acc = tl.dot(OPERAND(slope), k_tile, acc, input_precision=PRECISION)
             state = tl.dot(tl.trans(k_tile), v_tile, state, input_precision=PRECISION)
         raw = load_tile(q, rows, q_strides[2], end, D, BLOCK_D).to(tl.float32)
@@ -170,18 +179,22 @@ def walk_grad_keys(
                 row_offset = (batch.to(tl.int64) * num_heads * group + query_head) * num_tokens
                 q_head, do_head = at(q, q_strides, batch, query_head), at(do, do_strides, batch, query_head)
                 q_tile = load_features(q_head, rows, q_strides[2], end, FEATURE, D, BLOCK_D)
-                factors = None if inverse is None else inverse + row_offset
-                do_tile = load_values(do_head, rows, do_strides[2], end, factors, DV, BLOCK_DV, OPERAND)
+                do_tile = OPERAND(load_tile(do_head, rows, do_strides[2], end, DV, BLOCK_DV))
                 weight = load_vector(weights + row_offset, rows, end, 0.0)
                 norm_state += tl.sum(q_tile * weight[:, None], 0)
-                q_tile = OPERAND(q_tile)
-                slope = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) + weight[None, :]
-                slope = OPERAND(tl.where(later, slope, 0.0))
-                dk_tile = tl.dot(slope, q_tile, dk_tile, input_precision=PRECISION)
-                pairs = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                slope = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                pairs = tl.dot(k_tile, tl.trans(OPERAND(q_tile)), input_precision=PRECISION)
+                if inverse is not None:  # dO enters products as it is, not rounded once more
+                    factor = load_vector(inverse + row_offset, rows, end, 0.0)
+                    slope *= factor[None, :]
+                    pairs *= factor[None, :]
+                slope = OPERAND(tl.where(later, slope + weight[None, :], 0.0))
+                dk_tile = tl.dot(slope, OPERAND(q_tile), dk_tile, input_precision=PRECISION)
                 pairs = OPERAND(tl.where(later, pairs, 0.0))
                 dv_tile = tl.dot(pairs, do_tile, dv_tile, input_precision=PRECISION)
-                state = tl.dot(tl.trans(q_tile), do_tile, state, input_precision=PRECISION)
+                if inverse is not None:
+                    q_tile *= factor[:, None]
+                state = tl.dot(tl.trans(OPERAND(q_tile)), do_tile, state, input_precision=PRECISION)
         raw = load_tile(k, rows, k_strides[2], end, D, BLOCK_D).to(tl.float32)
         store_tile(dk, rows, dk_strides[2], end, dk_tile * FEATURE_GRAD(raw), D, BLOCK_D)
         store_tile(dv, rows, dv_strides[2], end, dv_tile, DV, BLOCK_DV)
