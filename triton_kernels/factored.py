@@ -320,6 +320,15 @@ def pairs_mask(rows, columns, column_end, CAUSAL: tl.constexpr, TRANSPOSED: tl.c
 
 
 @triton.jit
+def similarity(x_tiles, c_tiles, PRECISION: tl.constexpr):
+    """Product of the similarities of all factors: A of rows and columns."""
+    weight = tl.dot(x_tiles[0], tl.trans(c_tiles[0]), input_precision=PRECISION)
+    for r in tl.static_range(1, len(x_tiles)):
+        weight *= tl.dot(x_tiles[r], tl.trans(c_tiles[r]), input_precision=PRECISION)
+    return weight
+
+
+@triton.jit
 def read(
     xs, cs, ys, y_factors, states, norms, out, inverse, pieces,
     x_strides, c_strides, y_strides, out_strides,
@@ -387,10 +396,10 @@ def read(
             for first_column in range(column_begin, column_end, BLOCK_N):
                 columns = first_column + tl.arange(0, BLOCK_N)
                 c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-                y_tile = load_values(y, columns, y_strides[2], column_end, factors, DV, BLOCK_DV, OPERAND)
-                weight = tl.dot(x_tiles[0], tl.trans(c_tiles[0]), input_precision=PRECISION)
-                for r in tl.static_range(1, R):
-                    weight *= tl.dot(x_tiles[r], tl.trans(c_tiles[r]), input_precision=PRECISION)
+                y_tile = OPERAND(load_tile(y, columns, y_strides[2], column_end, DV, BLOCK_DV))
+                weight = similarity(x_tiles, c_tiles, PRECISION)
+                if y_factors is not None:
+                    weight *= load_vector(factors, columns, column_end, 0.0)[None, :]
                 weight = tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), weight, 0.0)
                 norm += tl.sum(weight, 1)
                 acc = tl.dot(OPERAND(weight), y_tile, acc, input_precision=PRECISION)
@@ -433,15 +442,6 @@ def grad(
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_rows
     x = heads_of(xs, x_strides, batch, head)
     values = at(row_values, row_strides, batch, head)
-    factors = None if inverse is None else inverse + row_offset
-    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if not TRANSPOSED:
-        weight = tl.zeros((BLOCK_M,), tl.float32)
-        if inverse is not None:
-            do_tile = load_tile(values, rows, row_strides[2], row_end, DV, BLOCK_DV).to(tl.float32)
-            o_tile = load_tile(at(o, o_strides, batch, head), rows, o_strides[2], row_end, DV, BLOCK_DV).to(tl.float32)
-            weight = -tl.sum(do_tile * o_tile, 1) * load_vector(factors, rows, row_end, 0.0)
-        tl.store(row_weights + row_offset + rows, weight, mask=in_rows)
 
     dx_tiles = ()
     for r in tl.static_range(R):
@@ -456,10 +456,11 @@ def grad(
         for outer in range(NUM_OUTER):
             p = features + outer * INNER + inner_index
             p_end = features + outer * INNER + INNER
-            slope = weight[:, None] * tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
+            slope = zero_tile(BLOCK_M, BLOCKS[R - 1])
+            if TRANSPOSED:
+                slope += tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
             for first_value in tl.static_range(0, DV, BLOCK_VALUES):
-                y_tile = load_values(values + first_value, rows, row_strides[2], row_end, factors, DV - first_value,
-                                     BLOCK_VALUES, OPERAND)  # fmt: skip
+                y_tile = OPERAND(load_tile(values + first_value, rows, row_strides[2], row_end, DV - first_value, BLOCK_VALUES))
                 s_tile = load_tile(states + first_value, p, DV, p_end, DV - first_value, BLOCK_VALUES)
                 slope = tl.dot(y_tile, tl.trans(OPERAND(s_tile)), slope, input_precision=PRECISION)
             dx_tiles = add_outer_gradients(
@@ -468,23 +469,58 @@ def grad(
 
     if DIRECT:
         x_tiles = load_all_features(x, rows, x_strides, row_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-        row_tile = load_values(values, rows, row_strides[2], row_end, factors, DV, BLOCK_DV, OPERAND)
+        row_tile = OPERAND(load_tile(values, rows, row_strides[2], row_end, DV, BLOCK_DV))
+
+    if not TRANSPOSED:
+        weight = tl.zeros((BLOCK_M,), tl.float32)
+        if inverse is not None:
+            # dO . o is added up from what it is subtracted from: o was rounded, and where one pair counts nothing must be left.
+            delta = tl.zeros((BLOCK_M,), tl.float32)
+            if states is not None:
+                delta += tl.sum(inner * dx_tiles[R - 1], 1)
+            if DIRECT:
+                column_head = head * num_column_heads // num_heads
+                c, y = heads_of(cs, c_strides, batch, column_head), at(column_values, column_strides, batch, column_head)
+                for first_column in range(column_begin, column_end, BLOCK_N):
+                    columns = first_column + tl.arange(0, BLOCK_N)
+                    c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
+                    y_tile = OPERAND(load_tile(y, columns, column_strides[2], column_end, DV, BLOCK_DV))
+                    slope = tl.dot(row_tile, tl.trans(y_tile), input_precision=PRECISION)
+                    slope *= similarity(x_tiles, c_tiles, PRECISION)
+                    delta += tl.sum(tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), slope, 0.0), 1)
+            factor = load_vector(inverse + row_offset, rows, row_end, 0.0)
+            weight = -delta * factor * factor
+            if states is not None:
+                scaled = ()
+                for r in tl.static_range(R):
+                    scaled = scaled + (dx_tiles[r] * factor[:, None],)
+                dx_tiles = scaled
+                for outer in range(NUM_OUTER):
+                    p = features + outer * INNER + inner_index
+                    slope = weight[:, None] * tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
+                    dx_tiles = add_outer_gradients(
+                        dx_tiles, slope, x, rows, x_strides, in_rows, inner, outer, FEATURE, WIDTHS, BLOCKS, DIVISORS
+                    )
+        tl.store(row_weights + row_offset + rows, weight, mask=in_rows)
+
+    if DIRECT:
         members = num_column_heads // num_heads if TRANSPOSED else 1
         for member in range(members):
             column_head = head * members + member if TRANSPOSED else head * num_column_heads // num_heads
             c = heads_of(cs, c_strides, batch, column_head)
             y = at(column_values, column_strides, batch, column_head)
             column_offset = (batch.to(tl.int64) * num_column_heads + column_head) * num_columns
-            y_factors = None if column_factors is None else column_factors + column_offset
             for first_column in range(column_begin, column_end, BLOCK_N):
                 columns = first_column + tl.arange(0, BLOCK_N)
                 c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-                y_tile = load_values(y, columns, column_strides[2], column_end, y_factors, DV, BLOCK_DV, OPERAND)
+                y_tile = OPERAND(load_tile(y, columns, column_strides[2], column_end, DV, BLOCK_DV))
                 slope = tl.dot(row_tile, tl.trans(y_tile), input_precision=PRECISION)
                 if TRANSPOSED:
+                    if column_factors is not None:
+                        slope *= load_vector(column_factors + column_offset, columns, column_end, 0.0)[None, :]
                     slope += load_vector(column_weights + column_offset, columns, column_end, 0.0)[None, :]
-                else:
-                    slope += weight[:, None]
+                elif inverse is not None:
+                    slope = slope * factor[:, None] + weight[:, None]
                 slope = tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), slope, 0.0)
                 dx_tiles = add_pair_gradients(dx_tiles, slope, x_tiles, c_tiles, PRECISION, OPERAND)
 
