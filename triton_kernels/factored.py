@@ -414,8 +414,8 @@ def read(
 
 @triton.jit
 def grad(
-    xs, row_values, o, inverse, row_weights, cs, column_values, column_factors, column_weights, states, norms, dxs, pieces,
-    x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides,
+    xs, row_values, inverse, row_weights, cs, column_values, column_factors, column_weights, states, norms, dxs, pieces,
+    x_strides, row_strides, c_strides, column_strides, dx_strides,
     num_rows, num_columns, num_heads, num_column_heads, num_tiles, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, DIRECT: tl.constexpr,
@@ -424,7 +424,7 @@ def grad(
 ):  # fmt: skip
     """Gradients of the factors of rows from dA = row value . column value + weight, the weight being that of the query.
 
-    Rows are queries: their values are dO, scaled here by `inverse`, and row_weights, -(dO . o) * inverse, is written here.
+    Rows are queries: their values are dO, to be scaled by `inverse`, and row_weights, -(dO . o) * inverse, is written here.
     TRANSPOSED: rows are keys with values v, and the columns, queries, bring their factors and weights.
     """
     R: tl.constexpr = len(WIDTHS)

@@ -155,13 +155,13 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad(problem, of_keys, direct, x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides):
+def plan_grad(problem, of_keys, direct, x_strides, row_strides, c_strides, column_strides, dx_strides):
     parameters = problem.tuned("grad")
     rows, columns, row_heads, column_heads = sides(problem, of_keys)
     tiles = problem.row_tiles(rows, parameters.block_m)
     feature, operand, precision = problem.math()
     scalars = (
-        x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides,
+        x_strides, row_strides, c_strides, column_strides, dx_strides,
         rows, columns, row_heads, column_heads, tiles, problem.num_pieces(rows), problem.num_states, problem.piece_length,
         feature, FEATURE_MAPS[problem.feature_map][1], operand, precision, problem.causal, of_keys, direct,
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,

@@ -92,8 +92,8 @@ def walk_read(
 
 @triton.jit
 def walk_grad_queries(
-    q, k, v, o, do, inverse, states, norms, dq, weights, pieces,
-    q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides,
+    q, k, v, do, inverse, states, norms, dq, weights, pieces,
+    q_strides, k_strides, v_strides, do_strides, dq_strides,
     num_tokens, num_heads, group, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -107,8 +107,8 @@ def walk_grad_queries(
         D, DV, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     q, k = at(q, q_strides, batch, head), at(k, k_strides, batch, head // group)
-    v, o = at(v, v_strides, batch, head // group), at(o, o_strides, batch, head)
-    do, dq = at(do, do_strides, batch, head), at(dq, dq_strides, batch, head)
+    v, do = at(v, v_strides, batch, head // group), at(do, do_strides, batch, head)
+    dq = at(dq, dq_strides, batch, head)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_tokens
     local = tl.arange(0, BLOCK_M)
     visible = local[None, :] <= local[:, None]
