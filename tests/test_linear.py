@@ -45,6 +45,7 @@ import nearfar as nf
 from nearfar.ops import factored
 from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import linear as reference
+from nearfar.reference import pairwise
 
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,7 +178,7 @@ def test_pair_by_pair_and_through_states(widths, length, causal, backend):
         with form(direct):
             results.append(run(flat, sample, do, backend))
             check(sample, do, *results[-1])
-    if causal and (backend == "triton" or length <= reference.CHUNK):
+    if causal and (backend == "triton" or length <= pairwise.CHUNK):
         return  # one chunk, or kernels that always take their pieces
     assert not torch.equal(results[0][0], results[1][0])  # they do sum in another order
 
@@ -218,7 +219,7 @@ def test_derivatives_of_the_reference_across_chunks(widths, direct, causal, opti
     def function(*values):
         return flat(**dict(zip(tensors, values, strict=True)), **sample.options, backend="reference")
 
-    with form(direct), patch.object(reference, "CHUNK", 3):
+    with form(direct), patch.object(pairwise, "CHUNK", 3):
         torch.testing.assert_close(function(*tensors.values()), attend(tensors, sample.options))
         assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
         assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
@@ -238,7 +239,7 @@ def test_reference_memory_does_not_grow_with_the_features(causal):
 
         with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run(flat, sample, backend="reference")
-        assert largest.numel <= max(32 * length, 1024 * reference.CHUNK)
+        assert largest.numel <= max(32 * length, 1024 * pairwise.CHUNK)
         kept[length] = sum(nbytes for _, nbytes in storages.values())
     assert kept[4096] < 2.1 * kept[2048]
     assert kept[4096] < 4096 * 1024 * 4 / 2  # half of the features of either side
