@@ -479,12 +479,12 @@ def grad(
             if states is not None:
                 delta += tl.sum(inner * dx_tiles[R - 1], 1)
             if DIRECT:
-                column_head = head * num_column_heads // num_heads
-                c, y = heads_of(cs, c_strides, batch, column_head), at(column_values, column_strides, batch, column_head)
+                key_head = head * num_column_heads // num_heads
+                keys, key_values = heads_of(cs, c_strides, batch, key_head), at(column_values, column_strides, batch, key_head)
                 for first_column in range(column_begin, column_end, BLOCK_N):
                     columns = first_column + tl.arange(0, BLOCK_N)
-                    c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-                    y_tile = OPERAND(load_tile(y, columns, column_strides[2], column_end, DV, BLOCK_DV))
+                    c_tiles = load_all_features(keys, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
+                    y_tile = OPERAND(load_tile(key_values, columns, column_strides[2], column_end, DV, BLOCK_DV))
                     slope = tl.dot(row_tile, tl.trans(y_tile), input_precision=PRECISION)
                     slope *= similarity(x_tiles, c_tiles, PRECISION)
                     delta += tl.sum(tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), slope, 0.0), 1)

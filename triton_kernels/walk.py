@@ -182,19 +182,23 @@ def walk_grad_keys(
                 do_tile = OPERAND(load_tile(do_head, rows, do_strides[2], end, DV, BLOCK_DV))
                 weight = load_vector(weights + row_offset, rows, end, 0.0)
                 norm_state += tl.sum(q_tile * weight[:, None], 0)
-                slope = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-                pairs = tl.dot(k_tile, tl.trans(OPERAND(q_tile)), input_precision=PRECISION)
-                if inverse is not None:  # dO enters products as it is, not rounded once more
+                if inverse is None:
+                    scaled = q_tile
+                else:  # dO enters products as it is, not rounded once more
                     factor = load_vector(inverse + row_offset, rows, end, 0.0)
+                    scaled = q_tile * factor[:, None]
+                state = tl.dot(tl.trans(OPERAND(scaled)), do_tile, state, input_precision=PRECISION)
+                q_tile = OPERAND(q_tile)
+                slope = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+                if inverse is not None:
                     slope *= factor[None, :]
-                    pairs *= factor[None, :]
                 slope = OPERAND(tl.where(later, slope + weight[None, :], 0.0))
-                dk_tile = tl.dot(slope, OPERAND(q_tile), dk_tile, input_precision=PRECISION)
+                dk_tile = tl.dot(slope, q_tile, dk_tile, input_precision=PRECISION)
+                pairs = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+                if inverse is not None:
+                    pairs *= factor[None, :]
                 pairs = OPERAND(tl.where(later, pairs, 0.0))
                 dv_tile = tl.dot(pairs, do_tile, dv_tile, input_precision=PRECISION)
-                if inverse is not None:
-                    q_tile *= factor[:, None]
-                state = tl.dot(tl.trans(OPERAND(q_tile)), do_tile, state, input_precision=PRECISION)
         raw = load_tile(k, rows, k_strides[2], end, D, BLOCK_D).to(tl.float32)
         store_tile(dk, rows, dk_strides[2], end, dk_tile * FEATURE_GRAD(raw), D, BLOCK_D)
         store_tile(dv, rows, dv_strides[2], end, dv_tile, DV, BLOCK_DV)
