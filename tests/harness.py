@@ -154,7 +154,8 @@ def accuracy(got, exact, plain, scale, dtype):
     norm of the error   <=  1.5 * that of the plain formula + eps / 8 * norm of exact
 
     got: the result. exact: the float64 oracle. plain: the same formula by plain torch operations on the same inputs in
-    `accumulation(dtype)`; it is rounded to the dtype of the result here, and where it overflows it earns no allowance.
+    `accumulation(dtype)`; it is rounded to the dtype of the result here, and where it overflows it earns no allowance. Of
+    16-bit inputs the features of linear attention are 16-bit numbers in it, as PyTorch's maps return them; all else is float32.
     scale: what `exact` becomes when every sum adds absolute values. Where terms cancel (with one key in reach dq is the
     difference of two equal numbers) nobody can be closer to 0 than the roundings of these terms, so it takes the place of
     `exact` at the eps of the accumulation, never at that of 16-bit numbers.

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from harness import (
     DEVICE,
     DTYPES,
@@ -28,11 +31,13 @@ from hypothesis import strategies as st
 from samples.linear import (
     FUNCTIONS,
     MAPS,
+    SAMPLES,
     attend,
     check,
     features,
     flat,
     in_dtype,
+    make,
     random_state,
     random_tensors,
     to_query_heads,
@@ -40,11 +45,14 @@ from samples.linear import (
     with_ones,
 )
 from test_krause import COMPILED_LENGTHS, Largest
+from triton.runtime.interpreter import InterpreterBuilder
 
 import nearfar as nf
 from nearfar.ops import factored
 from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import linear as reference
+from nearfar.reference import pairwise
+from triton_kernels.factored import to_tf32
 
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,7 +185,7 @@ def test_pair_by_pair_and_through_states(widths, length, causal, backend):
         with form(direct):
             results.append(run(flat, sample, do, backend))
             check(sample, do, *results[-1])
-    if causal and (backend == "triton" or length <= reference.CHUNK):
+    if causal and (backend == "triton" or length <= pairwise.CHUNK):
         return  # one chunk, or kernels that always take their pieces
     assert not torch.equal(results[0][0], results[1][0])  # they do sum in another order
 
@@ -218,7 +226,7 @@ def test_derivatives_of_the_reference_across_chunks(widths, direct, causal, opti
     def function(*values):
         return flat(**dict(zip(tensors, values, strict=True)), **sample.options, backend="reference")
 
-    with form(direct), patch.object(reference, "CHUNK", 3):
+    with form(direct), patch.object(pairwise, "CHUNK", 3):
         torch.testing.assert_close(function(*tensors.values()), attend(tensors, sample.options))
         assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
         assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
@@ -238,7 +246,7 @@ def test_reference_memory_does_not_grow_with_the_features(causal):
 
         with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run(flat, sample, backend="reference")
-        assert largest.numel <= max(32 * length, 1024 * reference.CHUNK)
+        assert largest.numel <= max(32 * length, 1024 * pairwise.CHUNK)
         kept[length] = sum(nbytes for _, nbytes in storages.values())
     assert kept[4096] < 2.1 * kept[2048]
     assert kept[4096] < 4096 * 1024 * 4 / 2  # half of the features of either side
@@ -593,6 +601,43 @@ def test_other_sizes_on_the_reference():
         sample = sample_of(widths, 20, value_width=5, state=True, causal=True, device="cpu")
         do = like(flat(**sample.tensors, **sample.options, backend="reference"))
         check(sample, do, *run(flat, sample, do, "reference"))
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+@triton.jit
+def rounded(x, o, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(o + index, to_tf32(tl.load(x + index)))
+
+
+def test_rounding_to_tf32():
+    x = torch.cat((randn(1020), torch.tensor([0, math.inf, -math.inf, 3e38], device=DEVICE)))
+    o = torch.empty_like(x)
+    rounded[(1,)](x, o, x.numel())
+    assert not (o.view(torch.int32) & 0x1FFF).any()
+    assert ((o == x) | ((o - x).abs() <= 2.0**-11 * x.abs())).all()
+    every_nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32, device=DEVICE).view(torch.float32)
+    o = torch.empty_like(every_nan)
+    rounded[(1,)](every_nan, o, every_nan.numel())
+    assert o.isnan().all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at products in Triton's interpreter")
+@pytest.mark.parametrize("name", [name for samples in SAMPLES.values() for name in samples])
+def test_products_of_float16_calls_cut_nothing(name):
+    """Tensor cores drop the lower 13 bits of tf32 operands, and sums of positive numbers become too small; this does not."""
+    multiply, cut = InterpreterBuilder.create_dot, []
+
+    def create_dot(builder, a, b, *arguments):
+        cut.extend((np.ascontiguousarray(x.data).view(np.uint32) & 0x1FFF).any() for x in (a, b))
+        return multiply(builder, a, b, *arguments)
+
+    with patch.object(InterpreterBuilder, "create_dot", create_dot):
+        run(FUNCTIONS["linear_attention" if name in SAMPLES["linear_attention"] else "hadamard_attention"],
+            make(name, torch.float16, length=40))  # fmt: skip
+    assert cut and not any(cut)
 
 
 # ------------------------------------------------------------------------------------------------------- nothing there

@@ -37,6 +37,24 @@ def heads_of(xs, strides, batch, head):
 
 
 @triton.jit
+def to_bfloat16(tile):
+    return tile.to(tl.bfloat16)
+
+
+@triton.jit
+def to_float32(tile):
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def to_tf32(tile):
+    """Rounded to the ten bits that a product reads: it cuts the others off, which makes sums of positive numbers too small."""
+    tile = tile.to(tl.float32)
+    bits = (tile.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)  # the carry would make 0 of a NaN
+
+
+@triton.jit
 def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
@@ -65,7 +83,7 @@ def load_all_features(
     tiles = ()
     for r in tl.static_range(len(WIDTHS)):
         tile = load_features(xs[r], rows, strides[r][2], num_rows, FEATURE, WIDTHS[r], BLOCKS[r])
-        tiles = tiles + (tile.to(OPERAND),)
+        tiles = tiles + (OPERAND(tile),)
     return tiles
 
 
@@ -89,7 +107,7 @@ def load_values(y, rows, stride, num_rows, factors, DV: tl.constexpr, BLOCK_DV: 
     tile = load_tile(y, rows, stride, num_rows, DV, BLOCK_DV)
     if factors is not None:
         tile = tile.to(tl.float32) * load_vector(factors, rows, num_rows, 0.0)[:, None]
-    return tile.to(OPERAND)
+    return OPERAND(tile)
 
 
 @triton.jit
@@ -161,13 +179,13 @@ def accumulate(
             weight = None if weights is None else load_vector(weights + row_offset, rows, end, 0.0)
             if NORMS_BY_PRODUCT:
                 weighted = scale if weights is None else scale * weight[:, None]
-                norms = tl.dot(tl.trans(weighted).to(OPERAND), inner.to(OPERAND), norms, input_precision=PRECISION)
+                norms = tl.dot(OPERAND(tl.trans(weighted)), OPERAND(inner), norms, input_precision=PRECISION)
             transposed = tl.trans(inner)
             columns = columns_of(scale, BLOCK_N, BLOCK_OUTER)
             new_accs, new_norm_rows = (), ()
             for i in tl.static_range(BLOCK_OUTER):
                 features = transposed if R == 1 else transposed * columns[i][None, :]
-                new_accs = new_accs + (tl.dot(features.to(OPERAND), y_tile, accs[i], input_precision=PRECISION),)
+                new_accs = new_accs + (tl.dot(OPERAND(features), y_tile, accs[i], input_precision=PRECISION),)
                 if not NORMS_BY_PRODUCT:
                     weighted_row = features if weights is None else features * weight[None, :]
                     new_norm_rows = new_norm_rows + (norm_rows[i] + tl.sum(weighted_row, 1),)
@@ -302,6 +320,15 @@ def pairs_mask(rows, columns, column_end, CAUSAL: tl.constexpr, TRANSPOSED: tl.c
 
 
 @triton.jit
+def similarity(x_tiles, c_tiles, PRECISION: tl.constexpr):
+    """Product of the similarities of all factors: A of rows and columns."""
+    weight = tl.dot(x_tiles[0], tl.trans(c_tiles[0]), input_precision=PRECISION)
+    for r in tl.static_range(1, len(x_tiles)):
+        weight *= tl.dot(x_tiles[r], tl.trans(c_tiles[r]), input_precision=PRECISION)
+    return weight
+
+
+@triton.jit
 def read(
     xs, cs, ys, y_factors, states, norms, out, inverse, pieces,
     x_strides, c_strides, y_strides, out_strides,
@@ -345,16 +372,16 @@ def read(
                 f_tile = inner
                 if R > 1:
                     f_tile *= load_outer(x, rows, x_strides, in_rows, outer, FEATURE, WIDTHS, DIVISORS, -1)[:, None]
-                acc = tl.dot(f_tile.to(OPERAND), s_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(OPERAND(f_tile), OPERAND(s_tile), acc, input_precision=PRECISION)
             if inverse is not None:
                 for first_outer in range(0, NUM_OUTER, BLOCK_OUTER):
                     outers = first_outer + tl.arange(0, BLOCK_OUTER)
                     mask = (index < INNER)[:, None] & (outers < NUM_OUTER)[None, :]
                     pointers = norms + features + outers[None, :] * INNER + index[:, None]
-                    z_tile = tl.load(pointers, mask=mask, other=0.0).to(OPERAND)
+                    z_tile = OPERAND(tl.load(pointers, mask=mask, other=0.0))
                     mask = in_rows[:, None] & (outers < NUM_OUTER)[None, :]
                     scale = load_outer(x, rows[:, None], x_strides, mask, outers[None, :], FEATURE, WIDTHS, DIVISORS, -1)
-                    norm += tl.sum(scale * tl.dot(inner.to(OPERAND), z_tile, input_precision=PRECISION), 1)
+                    norm += tl.sum(scale * tl.dot(OPERAND(inner), z_tile, input_precision=PRECISION), 1)
 
     if DIRECT:
         x_tiles = load_all_features(x, rows, x_strides, row_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
@@ -369,13 +396,13 @@ def read(
             for first_column in range(column_begin, column_end, BLOCK_N):
                 columns = first_column + tl.arange(0, BLOCK_N)
                 c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-                y_tile = load_values(y, columns, y_strides[2], column_end, factors, DV, BLOCK_DV, OPERAND)
-                weight = tl.dot(x_tiles[0], tl.trans(c_tiles[0]), input_precision=PRECISION)
-                for r in tl.static_range(1, R):
-                    weight *= tl.dot(x_tiles[r], tl.trans(c_tiles[r]), input_precision=PRECISION)
+                y_tile = OPERAND(load_tile(y, columns, y_strides[2], column_end, DV, BLOCK_DV))
+                weight = similarity(x_tiles, c_tiles, PRECISION)
+                if y_factors is not None:
+                    weight *= load_vector(factors, columns, column_end, 0.0)[None, :]
                 weight = tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), weight, 0.0)
                 norm += tl.sum(weight, 1)
-                acc = tl.dot(weight.to(OPERAND), y_tile, acc, input_precision=PRECISION)
+                acc = tl.dot(OPERAND(weight), y_tile, acc, input_precision=PRECISION)
 
     if inverse is not None:
         norm += eps
@@ -387,8 +414,8 @@ def read(
 
 @triton.jit
 def grad(
-    xs, row_values, o, inverse, row_weights, cs, column_values, column_factors, column_weights, states, norms, dxs, pieces,
-    x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides,
+    xs, row_values, inverse, row_weights, cs, column_values, column_factors, column_weights, states, norms, dxs, pieces,
+    x_strides, row_strides, c_strides, column_strides, dx_strides,
     num_rows, num_columns, num_heads, num_column_heads, num_tiles, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, DIRECT: tl.constexpr,
@@ -397,7 +424,7 @@ def grad(
 ):  # fmt: skip
     """Gradients of the factors of rows from dA = row value . column value + weight, the weight being that of the query.
 
-    Rows are queries: their values are dO, scaled here by `inverse`, and row_weights, -(dO . o) * inverse, is written here.
+    Rows are queries: their values are dO, to be scaled by `inverse`, and row_weights, -(dO . o) * inverse, is written here.
     TRANSPOSED: rows are keys with values v, and the columns, queries, bring their factors and weights.
     """
     R: tl.constexpr = len(WIDTHS)
@@ -415,15 +442,6 @@ def grad(
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_rows
     x = heads_of(xs, x_strides, batch, head)
     values = at(row_values, row_strides, batch, head)
-    factors = None if inverse is None else inverse + row_offset
-    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if not TRANSPOSED:
-        weight = tl.zeros((BLOCK_M,), tl.float32)
-        if inverse is not None:
-            do_tile = load_tile(values, rows, row_strides[2], row_end, DV, BLOCK_DV).to(tl.float32)
-            o_tile = load_tile(at(o, o_strides, batch, head), rows, o_strides[2], row_end, DV, BLOCK_DV).to(tl.float32)
-            weight = -tl.sum(do_tile * o_tile, 1) * load_vector(factors, rows, row_end, 0.0)
-        tl.store(row_weights + row_offset + rows, weight, mask=in_rows)
 
     dx_tiles = ()
     for r in tl.static_range(R):
@@ -438,35 +456,71 @@ def grad(
         for outer in range(NUM_OUTER):
             p = features + outer * INNER + inner_index
             p_end = features + outer * INNER + INNER
-            slope = weight[:, None] * tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
+            slope = zero_tile(BLOCK_M, BLOCKS[R - 1])
+            if TRANSPOSED:
+                slope += tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
             for first_value in tl.static_range(0, DV, BLOCK_VALUES):
-                y_tile = load_values(values + first_value, rows, row_strides[2], row_end, factors, DV - first_value,
-                                     BLOCK_VALUES, OPERAND)  # fmt: skip
+                y_tile = OPERAND(load_tile(values + first_value, rows, row_strides[2], row_end, DV - first_value, BLOCK_VALUES))
                 s_tile = load_tile(states + first_value, p, DV, p_end, DV - first_value, BLOCK_VALUES)
-                slope = tl.dot(y_tile, tl.trans(s_tile), slope, input_precision=PRECISION)
+                slope = tl.dot(y_tile, tl.trans(OPERAND(s_tile)), slope, input_precision=PRECISION)
             dx_tiles = add_outer_gradients(
                 dx_tiles, slope, x, rows, x_strides, in_rows, inner, outer, FEATURE, WIDTHS, BLOCKS, DIVISORS
             )
 
     if DIRECT:
         x_tiles = load_all_features(x, rows, x_strides, row_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-        row_tile = load_values(values, rows, row_strides[2], row_end, factors, DV, BLOCK_DV, OPERAND)
+        row_tile = OPERAND(load_tile(values, rows, row_strides[2], row_end, DV, BLOCK_DV))
+
+    if not TRANSPOSED:
+        weight = tl.zeros((BLOCK_M,), tl.float32)
+        if inverse is not None:
+            # dO . o is added up from what it is subtracted from: o was rounded, and where one pair counts nothing must be left.
+            delta = tl.zeros((BLOCK_M,), tl.float32)
+            if states is not None:
+                delta += tl.sum(inner * dx_tiles[R - 1], 1)
+            if DIRECT:
+                key_head = head * num_column_heads // num_heads
+                keys, key_values = heads_of(cs, c_strides, batch, key_head), at(column_values, column_strides, batch, key_head)
+                for first_column in range(column_begin, column_end, BLOCK_N):
+                    columns = first_column + tl.arange(0, BLOCK_N)
+                    c_tiles = load_all_features(keys, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
+                    y_tile = OPERAND(load_tile(key_values, columns, column_strides[2], column_end, DV, BLOCK_DV))
+                    slope = tl.dot(row_tile, tl.trans(y_tile), input_precision=PRECISION)
+                    slope *= similarity(x_tiles, c_tiles, PRECISION)
+                    delta += tl.sum(tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), slope, 0.0), 1)
+            factor = load_vector(inverse + row_offset, rows, row_end, 0.0)
+            weight = -delta * factor * factor
+            if states is not None:
+                scaled = ()
+                for r in tl.static_range(R):
+                    scaled = scaled + (dx_tiles[r] * factor[:, None],)
+                dx_tiles = scaled
+                for outer in range(NUM_OUTER):
+                    p = features + outer * INNER + inner_index
+                    slope = weight[:, None] * tl.load(norms + p, mask=inner_index < INNER, other=0.0)[None, :]
+                    dx_tiles = add_outer_gradients(
+                        dx_tiles, slope, x, rows, x_strides, in_rows, inner, outer, FEATURE, WIDTHS, BLOCKS, DIVISORS
+                    )
+        tl.store(row_weights + row_offset + rows, weight, mask=in_rows)
+
+    if DIRECT:
         members = num_column_heads // num_heads if TRANSPOSED else 1
         for member in range(members):
             column_head = head * members + member if TRANSPOSED else head * num_column_heads // num_heads
             c = heads_of(cs, c_strides, batch, column_head)
             y = at(column_values, column_strides, batch, column_head)
             column_offset = (batch.to(tl.int64) * num_column_heads + column_head) * num_columns
-            y_factors = None if column_factors is None else column_factors + column_offset
             for first_column in range(column_begin, column_end, BLOCK_N):
                 columns = first_column + tl.arange(0, BLOCK_N)
                 c_tiles = load_all_features(c, columns, c_strides, column_end, FEATURE, WIDTHS, BLOCKS, OPERAND)
-                y_tile = load_values(y, columns, column_strides[2], column_end, y_factors, DV, BLOCK_DV, OPERAND)
+                y_tile = OPERAND(load_tile(y, columns, column_strides[2], column_end, DV, BLOCK_DV))
                 slope = tl.dot(row_tile, tl.trans(y_tile), input_precision=PRECISION)
                 if TRANSPOSED:
+                    if column_factors is not None:
+                        slope *= load_vector(column_factors + column_offset, columns, column_end, 0.0)[None, :]
                     slope += load_vector(column_weights + column_offset, columns, column_end, 0.0)[None, :]
-                else:
-                    slope += weight[:, None]
+                elif inverse is not None:
+                    slope = slope * factor[:, None] + weight[:, None]
                 slope = tl.where(pairs_mask(rows, columns, column_end, CAUSAL, TRANSPOSED), slope, 0.0)
                 dx_tiles = add_pair_gradients(dx_tiles, slope, x_tiles, c_tiles, PRECISION, OPERAND)
 
@@ -508,5 +562,5 @@ def add_pair_gradients(dx_tiles, slope, x_tiles, c_tiles, PRECISION: tl.constexp
         for s in tl.static_range(R):
             if s != r:
                 others *= similarities[s]
-        new_tiles = new_tiles + (tl.dot(others.to(OPERAND), c_tiles[r], dx_tiles[r], input_precision=PRECISION),)
+        new_tiles = new_tiles + (tl.dot(OPERAND(others), c_tiles[r], dx_tiles[r], input_precision=PRECISION),)
     return new_tiles

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from . import factored, walk
 from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
@@ -63,7 +62,10 @@ class Problem(NamedTuple):
 
     @property
     def operand(self):
-        return tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32
+        """The function that makes operands of products."""
+        if self.dtype == torch.bfloat16:
+            return factored.to_bfloat16
+        return factored.to_tf32 if self.precision == "tf32" else factored.to_float32
 
     def tuned(self, kernel):
         """Launch parameters: kernels that pair tokens directly are causal or not, states have one factor or several."""
@@ -72,7 +74,7 @@ class Problem(NamedTuple):
         elif self.causal:
             kernel += "_causal"
         widest = max(*self.blocks, self.value_block)
-        return launch_parameters(kernel, widest, 2 if self.operand == tl.bfloat16 else 4)
+        return launch_parameters(kernel, widest, 2 if self.dtype == torch.bfloat16 else 4)
 
     def num_pieces(self, length):
         """Pieces of `length` tokens; the most that packed sequences can make."""
@@ -153,13 +155,13 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad(problem, of_keys, direct, x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides):
+def plan_grad(problem, of_keys, direct, x_strides, row_strides, c_strides, column_strides, dx_strides):
     parameters = problem.tuned("grad")
     rows, columns, row_heads, column_heads = sides(problem, of_keys)
     tiles = problem.row_tiles(rows, parameters.block_m)
     feature, operand, precision = problem.math()
     scalars = (
-        x_strides, row_strides, o_strides, c_strides, column_strides, dx_strides,
+        x_strides, row_strides, c_strides, column_strides, dx_strides,
         rows, columns, row_heads, column_heads, tiles, problem.num_pieces(rows), problem.num_states, problem.piece_length,
         feature, FEATURE_MAPS[problem.feature_map][1], operand, precision, problem.causal, of_keys, direct,
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,

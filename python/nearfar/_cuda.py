@@ -333,18 +333,11 @@ class Walk(BuiltLaunch):
 
     def __init__(self, problem, kernel, strides, eps=()):
         """Arguments as for factored_launch.plan_walk."""
-        factors, one = len(problem.widths), len(problem.widths) == 1
-        o = 2 * factors + 1  # between v and do
-        self._unread = slice(o, o + 1 if kernel == "walk_grad_queries" else o)
-        strides = [stride[:3] for stride in strides]
-        del strides[self._unread]
+        one = len(problem.widths) == 1
         width = problem.widths if one else ()
         sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, *width, *problem.spans
         make = getattr(extension, f"{'linear' if one else 'hadamard'}_{self._FUNCTIONS[kernel]}")
-        self._launch = make(problem.feature_map, sizes, strides, *eps)
-
-    def arguments(self, addresses):
-        return *addresses[: self._unread.start], *addresses[self._unread.stop :]
+        self._launch = make(problem.feature_map, sizes, [stride[:3] for stride in strides], *eps)
 
 
 def _tokens(problem, of_queries):

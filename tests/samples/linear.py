@@ -95,10 +95,15 @@ MAPS = {
 }
 
 
-def features(tensors, options):
-    """phi(q_r), phi(k_r)."""
+def features(tensors, options, dtype=None):
+    """phi(q_r), phi(k_r), with values, but not derivatives, rounded to a dtype if one is given."""
     phi = MAPS[options.get("feature_map", "elu")]
-    return [[phi(tensors[name]) for name in factor_names(tensors, letter)] for letter in "qk"]
+
+    def mapped(x):
+        x = phi(x)
+        return x if dtype is None else x + (x.to(dtype) - x).detach()
+
+    return [[mapped(tensors[name]) for name in factor_names(tensors, letter)] for letter in "qk"]
 
 
 def spans(options, length):
@@ -158,9 +163,9 @@ def sums(xs, ys, values, state, options):
     return total, final if state is None else final + state
 
 
-def attend(tensors, options):
-    """o, or (o, state), by plain torch operations in the dtype of the tensors."""
-    total, state = sums(*features(tensors, options), with_ones(tensors["v"]), tensors.get("initial_state"), options)
+def attend(tensors, options, dtype=None):
+    """o, or (o, state), by plain torch operations in the dtype of the tensors; dtype: features are rounded to it."""
+    total, state = sums(*features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state"), options)
     o = total[..., :-1]
     if options.get("normalize", True):
         weight = total[..., -1:] + options.get("eps", 1e-6)
@@ -212,11 +217,15 @@ def scales(tensors, options, do, dstate=None):
 
 
 def check(sample, do, o, gradients, names=None):
-    """Assert the rule of accuracy for the outputs and the gradients; names: of some tensors only."""
+    """Assert the rule of accuracy for the outputs and the gradients; names: of some tensors only.
+
+    A feature map of plain PyTorch returns 16-bit numbers for 16-bit ones, so the plain formula has its features rounded to the
+    dtype of the inputs. All else in it is float32.
+    """
     options, dtype = sample.options, sample.tensors["v"].dtype
     exact, plain = in_dtype(sample.tensors, torch.float64), in_dtype(sample.tensors, accumulation(dtype))
     wide, narrow = (tuple(d.to(kind) for d in as_tuple(do)) for kind in (torch.float64, accumulation(dtype)))
-    exact_o, plain_o = (as_tuple(attend(tensors, options)) for tensors in (exact, plain))
+    exact_o, plain_o = as_tuple(attend(exact, options)), as_tuple(attend(plain, options, dtype))
     o_scale, scale = scales(exact, options, *wide)
     o = as_tuple(o)
     assert [part.dtype for part in o] == [dtype, torch.promote_types(dtype, torch.float32)][: len(o)]

@@ -333,16 +333,16 @@ def backward(
     elif route == WALK:
         queries, keys = launches
         launches = [
-            (queries, (*qs, *ks, v, o, do, inverse, states, norms, *dqs, weights, pieces)),
+            (queries, (*qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces)),
             *state_launches,
             (keys, (*ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces)),
         ]
     else:
         queries, keys, values = launches
         launches = [
-            (queries, (qs, do, o, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)),
+            (queries, (qs, do, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)),
             *state_launches,
-            (keys, (ks, v, None, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
+            (keys, (ks, v, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces)),
             (values, (ks, qs, do, inverse, key_states, key_norms, dv, None, *workspaces[-2:], pieces)),
         ]
     launch_all(v, *launches)
@@ -357,7 +357,7 @@ def _plan_backward(do, o, states, norms, *arguments):
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     route = route_of(problem, states is not None, backend)
-    q_strides, k_strides, (o_strides, do_strides, v_strides) = _strides(qs), _strides(ks), _strides((o, do, v))
+    q_strides, k_strides, do_strides, v_strides = _strides(qs), _strides(ks), do.stride(), v.stride()
     dq_strides, dk_strides = _strides(dqs), _strides(dks)
     weights = None if route == FULL else o.new_empty(o.shape[:3], dtype=torch.float32)
     key_states = key_norms = accumulate = combine = None
@@ -372,13 +372,13 @@ def _plan_backward(do, o, states, norms, *arguments):
         launches = _cuda.FullLaunch(problem, "grad_queries", of_queries), _cuda.FullLaunch(problem, "grad_keys", of_keys)
     elif route == WALK:
         plan = _plan_walk(backend)
-        of_queries = *q_strides, *k_strides, v_strides, o_strides, do_strides, *dq_strides
+        of_queries = *q_strides, *k_strides, v_strides, do_strides, *dq_strides
         of_keys = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
         launches = plan(problem, "walk_grad_queries", of_queries), plan(problem, "walk_grad_keys", of_keys)
     else:
         direct = causal or states is None
-        queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, o_strides, k_strides, v_strides, dq_strides)
-        keys = launch.plan_grad(problem, True, direct, k_strides, v_strides, o_strides, q_strides, do_strides, dk_strides)
+        queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, k_strides, v_strides, dq_strides)
+        keys = launch.plan_grad(problem, True, direct, k_strides, v_strides, q_strides, do_strides, dk_strides)
         if route == SLABS:
             values = _cuda.FactoredRead(problem, True, k_strides, dv.stride(), 0.0)
         else:

@@ -15,7 +15,8 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from nearfar.reference.pairwise import CHUNK, sequence_lengths, split_rows
+from nearfar.reference import pairwise
+from nearfar.reference.pairwise import sequence_lengths, split_rows
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -111,6 +112,14 @@ def _product(factors):
     return functools.reduce(lambda left, right: (left[..., None] * right[..., None, :]).flatten(-2), factors)
 
 
+def _contract(state, first, *rest):
+    """By the first factor after the others: sums of fewer terms lose less to rounding."""
+    if not rest:
+        return first @ state
+    by_first = _product(rest)[:, :, None] @ state.flatten(3, -2)
+    return (first[..., None, :] @ by_first.transpose(2, 3)).squeeze(-2)
+
+
 def _chunks(tensors):
     return zip(*split_rows(*tensors), strict=True)
 
@@ -155,8 +164,7 @@ class Contract(torch.autograd.Function):
 
     @staticmethod
     def forward(state, *factors):
-        matrix = state.flatten(2, -2)
-        return torch.cat([_product(chunk) @ matrix for chunk in _chunks(factors)], -2)
+        return torch.cat([_contract(state, *chunk) for chunk in _chunks(factors)], -2)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -211,8 +219,8 @@ def _pairs(causal, *tensors):
     (groups, num_queries), (key_groups, num_keys) = tensors[0].shape[2:4], tensors[-1].shape[2:4]
     by_state = causal and not direct_is_cheaper(num_queries, num_keys, [t.shape[-1] for t in tensors[count:]])
     outputs, state = [], None
-    for start in range(0, max(num_queries, 1), CHUNK):
-        stop = min(start + CHUNK, num_queries)
+    for start in range(0, max(num_queries, 1), pairwise.CHUNK):
+        stop = min(start + pairwise.CHUNK, num_queries)
         keys = slice(start if by_state else 0, stop if causal else num_keys)
         xs = [x[..., start:stop, :].flatten(2, 3) for x in tensors[:count]]
         *ys, v = [y[..., keys, :].flatten(2, 3) for y in tensors[count:]]
