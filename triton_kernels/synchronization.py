@@ -511,12 +511,12 @@ def grad_tokens(
 
     SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
     dw_tile = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
-    dv_tile = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    dv_tile = row_inverse[:, None] * do_tile.to(tl.float32)  # of the own pair, which the walk leaves out
     pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
     MEND: tl.constexpr = w.dtype.element_ty != tl.float32  # as in grad_queries, but for dw, which takes the others' shifts, too
-    balance = tl.zeros((BLOCK_M,), tl.float32)
+    balance = tl.sum(do_tile.to(tl.float32) * v_tile.to(tl.float32), 1) * row_inverse - row_shift  # likewise
     dalpha_by_shift = tl.zeros((BLOCK_M,), tl.float32)
     dradius_by_shift = tl.zeros((BLOCK_M,), tl.float32)
     steps = count * (CELL // BLOCK_N)
@@ -556,13 +556,11 @@ def grad_tokens(
         first = following
 
     dw_tile = (dw_tile - pulls[:, None] * w_tile.to(dw_tile.dtype)) * unit
-    dv_tile += row_inverse[:, None] * do_tile.to(tl.float32)
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_tokens, dw_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)
     # Every pair counts in the rows of both of its tokens, and so does the error of each one's shift.
     if MEND:
-        own_ds = tl.sum(do_tile.to(tl.float32) * v_tile.to(tl.float32), 1) * row_inverse - row_shift
-        error = shift_error(balance + own_ds, row_inverse, row_shift)
+        error = shift_error(balance, row_inverse, row_shift)
         row_dradius -= 2.0 * error * dradius_by_shift
         row_dalpha -= 2.0 * error * dalpha_by_shift
     row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
