@@ -305,18 +305,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
                 const float x = fmaf(pair[0][i], factor, square[r] + squares[column]), near = exp2_approximate(x);
                 const float margin = fma_saturated(slope_c, x, near);
                 const float inverse_s = margin > 0 ? rsqrt_approximate(margin) : 0.0f;
-                const float s = margin * inverse_s, own_ds = fmaf(pair[1][i], inverse[r], -shift[r]);
-                const float ds = own_ds + fmaf(pair[2][i], inverses[column], -shifts[column]);
+                const float s = margin * inverse_s, steep = fminf(inverse_s, steepest[r]), steep_x = steep * x;
+                dradius_by_shift[r] += steep_x;
+                dalpha_by_shift[r] = fmaf(steep_x, near, dalpha_by_shift[r]);
+                const float own_ds = fmaf(pair[1][i], inverse[r], -shift[r]);
                 balance[r] = fmaf(s, own_ds, balance[r]);
-                float steep = fminf(inverse_s, steepest[r]);
                 pair[0][i] = s * inverses[column];
-                pair[1][i] = ds * steep * fmaf(near, of_near, of_all);
-                steep *= x;
-                dradius[r] = fmaf(ds, steep, dradius[r]);
-                dradius_by_shift[r] += steep;
-                steep *= near;
-                dalpha[r] = fmaf(ds, steep, dalpha[r]);
-                dalpha_by_shift[r] += steep;
+                float slope = own_ds + fmaf(pair[2][i], inverses[column], -shifts[column]);
+                pair[1][i] = slope * steep * fmaf(near, of_near, of_all);
+                slope *= steep_x;
+                dradius[r] += slope;
+                dalpha[r] = fmaf(slope, near, dalpha[r]);
             }
         };
         // The weights of w_j and the sum of them, the weight of w_i, are sums of the same rounded numbers: only so do they
