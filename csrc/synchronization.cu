@@ -270,6 +270,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         // Products of the rows with the others: omega with omega, grad_o with v, v with grad_o. Of these the weights of dv take
         // the place of the first, and pulls that of the second.
         float pair[3][kCell / 2], acc[2][kWidth / 2] = {}, pulls[4] = {}, dalpha[2] = {}, dradius[2] = {};
+        // To mend what the shift of rounded o lacks: the rows' sums of S dS, as queries, which tell it, and by how much the
+        // gradients of parameters change with it.
+        float balance[2] = {}, dalpha_by_shift[2] = {}, dradius_by_shift[2] = {};
         uint32_t weight[kCell / 16][4], pull[kCell / 16][4];
         const auto start_pairs = [&](int step) {
             group.start_scores(pair[0], kOmega, kOmega, step);
@@ -286,8 +289,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
             if (group.behind(step) == 0) {  // a token's own share of dv is added in the end
                 const float apart = product_of_far(factor);
 #pragma unroll
-                for (int i = 0; i < kCell / 2; ++i)
-                    if (product_column(lane, i) == group.local_row() % kCell + i / 2 % 2 * 8) pair[0][i] = -apart;
+                for (int i = 0; i < kCell / 2; ++i) {
+                    const int r = i / 2 % 2;
+                    if (product_column(lane, i) == group.local_row() % kCell + r * 8) {
+                        pair[0][i] = -apart;
+                        balance[r] += fmaf(pair[1][i], inverse[r], -shift[r]);
+                    }
+                }
             }
             const float *const squares = block.numbers(step, kSquares), *const inverses = block.numbers(step, kInverse);
             const float* const shifts = block.numbers(step, kShift);
@@ -297,12 +305,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
                 const float x = fmaf(pair[0][i], factor, square[r] + squares[column]), near = exp2_approximate(x);
                 const float margin = fma_saturated(slope_c, x, near);
                 const float inverse_s = margin > 0 ? rsqrt_approximate(margin) : 0.0f;
-                const float ds =
-                    fmaf(pair[1][i], inverse[r], fmaf(pair[2][i], inverses[column], -(shift[r] + shifts[column])));
-                float slope = ds * fminf(inverse_s, steepest[r]);
-                pair[0][i] = margin * inverse_s * inverses[column];
-                pair[1][i] = slope * fmaf(near, of_near, of_all);
-                slope *= x;
+                const float s = margin * inverse_s, steep = fminf(inverse_s, steepest[r]), steep_x = steep * x;
+                dradius_by_shift[r] += steep_x;
+                dalpha_by_shift[r] = fmaf(steep_x, near, dalpha_by_shift[r]);
+                const float own_ds = fmaf(pair[1][i], inverse[r], -shift[r]);
+                balance[r] = fmaf(s, own_ds, balance[r]);
+                pair[0][i] = s * inverses[column];
+                float slope = own_ds + fmaf(pair[2][i], inverses[column], -shifts[column]);
+                pair[1][i] = slope * steep * fmaf(near, of_near, of_all);
+                slope *= steep_x;
                 dradius[r] += slope;
                 dalpha[r] = fmaf(slope, near, dalpha[r]);
             }
@@ -323,6 +334,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         // Loaded anew, rather than held in registers all the way.
         const Rates again(block.common(nth));
         group.own_numbers(kInverse, inverse);
+        group.own_numbers(kShift, shift);
         const LaneOffsets<kWidth> offsets(lane);
         const auto own_rows = [&](int tensor, const auto& body) {
             uint32_t word[kWidth / 16][4];
@@ -339,9 +351,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         number = group.leave();
         group.store(acc[0], arguments.dw);
         group.store(acc[1], arguments.dv);
-        // Every pair counts in the rows of both of its tokens. A c at its bound depends on neither K nor r.
+        // Every pair counts in the rows of both of its tokens, and so does the error of each one's shift. A c at its bound
+        // depends on neither K nor r.
         const float half = 0.5f / again.decay, of_radius = again.c == kLargestC ? 0.0f : half * again.c * sqrtf(again.c);
-        for (int r = 0; r < 2; ++r) dalpha[r] = quad_sum(dalpha[r]), dradius[r] = quad_sum(dradius[r]);
+        for (int r = 0; r < 2; ++r) {
+            const float error = inverse[r] * (quad_sum(balance[r]) - kEps * shift[r]);
+            dalpha[r] = quad_sum(fmaf(-2.0f * error, dalpha_by_shift[r], dalpha[r]));
+            dradius[r] = quad_sum(fmaf(-2.0f * error, dradius_by_shift[r], dradius[r]));
+        }
         group.for_each_row([&](int r, int64_t at) {
             arguments.dalpha[at] = -half * dalpha[r];
             arguments.dradius[at] = of_radius * dradius[r];

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
 from harness import Sample, randn
-from samples.synchronization import check, differences, op_arguments, parameters
+from samples.synchronization import check, differences, evaluate, op_arguments, parameters
 
 from nearfar import _cuda
 from nearfar.ops.kuramoto import _parameters
@@ -230,6 +230,20 @@ def test_against_the_oracle(kernels, name, dtype):
     runs = [backward(kernels, sample, do, o, total, conditions) for conditions in ALL_CONDITIONS]
     same(*runs, "depends on the order")
     check(sample, do, o, gradients(sample, runs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_parameters_do_not_take_what_o_lost_by_rounding(kernels, dtype):
+    """Values with a common part, which cancels from gradients but for that rounding, many times the rule's share of them."""
+    sample = make(dtype, length=70, spread=0.08)
+    sample.tensors["v"] += 8
+    do = randn(*sample.tensors["omega"].shape, dtype=dtype, seed=9, device="cpu")
+    o, total = forward(kernels, sample, Conditions()).values()
+    found = gradients(sample, backward(kernels, sample, do, o, total, Conditions()))
+    _, exact, _ = evaluate(sample, torch.float64, differences, do)
+    for name in ("coupling", "bandwidth", "order"):
+        error = (found[name] - exact[name]).norm() / exact[name].norm()
+        assert error < 1e-4, f"the gradient of {name} is off by {error:.1e}"
 
 
 class Extension:

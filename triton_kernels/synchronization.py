@@ -289,6 +289,22 @@ def row_terms(
 
 
 @triton.jit
+def own_strength(bits, tokens, num_tokens, num_words):
+    """S of tokens with themselves: 1, or 0 where the selection, at the rows of these tokens, leaves them out."""
+    if bits is None:
+        return tl.where(tokens < num_tokens, 1.0, 0.0)
+    else:
+        word = tl.load(bits + tokens * num_words + tokens // WORD, mask=tokens < num_tokens, other=0)
+        return ((word >> (tokens % WORD)) & 1).to(tl.float32)
+
+
+@triton.jit
+def shift_error(balance, inverse, shift):
+    """What a shift of rounded o lacks, by the row's sum of S dS: exactly, that sum is EPS times the shift."""
+    return inverse * (balance - EPS * shift)
+
+
+@triton.jit
 def grad_queries(
     w, k, v, squares, k_squares, c, bandwidth, do, inverse, shift, bits, dw, dalpha, dradius, lists, counts,
     w_strides, k_strides, v_strides, do_strides, dw_strides, bandwidth_stride,
@@ -296,6 +312,7 @@ def grad_queries(
     SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    """Shifts of 16-bit tokens are of a rounded o. A first walk finds their errors and mends them, for grad_keys, too."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     TILE: tl.constexpr = max(BLOCK_M, CELL)
     cell_list, count = cells(
@@ -321,35 +338,49 @@ def grad_queries(
     row_steepest = steepest_of(steepest, row_squares, row_c, decay, w.dtype.element_ty)
 
     SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
+    balance = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
     pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
     steps = count * (CELL // BLOCK_N)
-    first = listed(cell_list, 0, BLOCK_N)
-    for step in range(steps):
-        following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
-        v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
-        x = log_similarity(w_tile, k_tile, row_squares, load_squares(k_squares, keys, num_keys, decay), decay)
-        if SELF or CAUSAL:
-            if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
-                x = mask_backward(x, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
-        near = exp2(x)
-        ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
-        slope = ds * tl.minimum(inverse_strength(near - (row_c / decay)[:, None] * x), row_steepest[:, None])
-        if bits is not None:
-            begin = tl.zeros((BLOCK_M,), tl.int32)
-            keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
-            slope = tl.where(keep, slope, 0.0)
-        pull = (slope * (near * (two_alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
-        acc = dot(pull, k_tile, acc)
-        pulls += tl.sum(pull.to(pulls.dtype), 1)
-        slope *= x
-        row_dradius += tl.sum(slope, 1)
-        row_dalpha -= tl.sum(slope * near, 1)
-        first = following
+    for walk in tl.static_range(1 if w.dtype.element_ty == tl.float32 else 0, 2):
+        first = listed(cell_list, 0, BLOCK_N)
+        for step in range(steps):
+            following = listed(cell_list, tl.minimum(step + 1, steps - 1), BLOCK_N)
+            keys = first + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+            v_tile = load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
+            x = log_similarity(w_tile, k_tile, row_squares, load_squares(k_squares, keys, num_keys, decay), decay)
+            if SELF or CAUSAL:
+                if first + BLOCK_N > tile * BLOCK_M + offset and (CAUSAL or first < (tile + 1) * BLOCK_M):
+                    x = mask_backward(x, rows[:, None] + offset, keys[None, :], SELF, CAUSAL)
+            near = exp2(x)
+            margin = near - (row_c / decay)[:, None] * x
+            inverse_s = inverse_strength(margin)
+            if bits is not None:
+                begin = tl.zeros((BLOCK_M,), tl.int32)
+                keep = load_bits(bits, rows, num_queries, begin, begin + num_keys, first, num_words, BLOCK_M, BLOCK_N)
+                inverse_s = tl.where(keep, inverse_s, 0.0)
+            ds = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
+            if walk == 0:
+                balance += tl.sum(positive(margin) * inverse_s * ds, 1)
+            else:
+                slope = ds * tl.minimum(inverse_s, row_steepest[:, None])
+                pull = (slope * (near * (two_alpha / unit)[:, None] + (row_c / unit)[:, None])).to(k_tile.dtype)
+                acc = dot(pull, k_tile, acc)
+                pulls += tl.sum(pull.to(pulls.dtype), 1)
+                slope *= x
+                row_dradius += tl.sum(slope, 1)
+                row_dalpha -= tl.sum(slope * near, 1)
+            first = following
+        if walk == 0:
+            if SELF:
+                own_v = load_tile(v, rows, v_strides[2], num_keys, DV, BLOCK_DV)
+                own_ds = tl.sum(do_tile.to(tl.float32) * own_v.to(tl.float32), 1) * row_inverse - row_shift
+                balance += own_strength(bits, rows, num_queries, num_words) * own_ds
+            row_shift += shift_error(balance, row_inverse, row_shift)
+            tl.store(shift + row_offset + rows, row_shift, mask=rows < num_queries)
 
     acc = (acc - pulls[:, None] * w_tile.to(acc.dtype)) * unit[:, None]
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_queries, acc, D, BLOCK_D)
@@ -438,8 +469,7 @@ def grad_keys(
         dk_tile += load_tile(dw + row_offset * D, keys, D, num_keys, D, BLOCK_D)
         own = load_vector(inverse + row_offset, keys, num_keys, 0.0)
         if bits is not None:
-            word = tl.load(bits + (row_offset + keys) * num_words + keys // WORD, mask=keys < num_keys, other=0)
-            own = tl.where((word >> (keys % WORD)) & 1 != 0, own, 0.0)
+            own *= own_strength(bits + row_offset * num_words, keys, num_keys, num_words)
         do_tile = load_tile(at(do, do_strides, batch, kv_head), keys, do_strides[2], num_keys, DV, BLOCK_DV)
         dv_tile += own[:, None] * do_tile.to(tl.float32)
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile, D, BLOCK_D)
@@ -481,10 +511,14 @@ def grad_tokens(
 
     SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
     dw_tile = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
-    dv_tile = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    dv_tile = row_inverse[:, None] * do_tile.to(tl.float32)  # of the own pair, which the walk leaves out
     pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
+    MEND: tl.constexpr = w.dtype.element_ty != tl.float32  # as in grad_queries, but for dw, which takes the others' shifts, too
+    balance = tl.sum(do_tile.to(tl.float32) * v_tile.to(tl.float32), 1) * row_inverse - row_shift  # likewise
+    dalpha_by_shift = tl.zeros((BLOCK_M,), tl.float32)
+    dradius_by_shift = tl.zeros((BLOCK_M,), tl.float32)
     steps = count * (CELL // BLOCK_N)
     first = listed(cell_list, 0, BLOCK_N)
     for step in range(steps):
@@ -501,24 +535,33 @@ def grad_tokens(
         near = exp2(x)
         margin = near - (head_c / decay) * x
         inverse_s = inverse_strength(margin)
-        weight = positive(margin) * inverse_s * other_inverse[None, :]
+        weight = positive(margin) * inverse_s
+        ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
+        if MEND:
+            balance += tl.sum(weight * ds, 1)
+        weight *= other_inverse[None, :]
         dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
-        ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None]
         ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
-        ds -= row_shift[:, None] + other_shift[None, :]
-        slope = ds * tl.minimum(inverse_s, row_steepest[:, None])
-        pull = (slope * (near * (two_alpha / unit) + head_c / unit)).to(other_w.dtype)
+        ds -= other_shift[None, :]
+        steep = tl.minimum(inverse_s, row_steepest[:, None])
+        pull = (ds * steep * (near * (two_alpha / unit) + head_c / unit)).to(other_w.dtype)
         dw_tile = dot(pull, other_w, dw_tile)
         pulls += tl.sum(pull.to(pulls.dtype), 1)
-        slope *= x
-        row_dradius += tl.sum(slope, 1)
-        row_dalpha -= tl.sum(slope * near, 1)
+        steep *= x
+        row_dradius += tl.sum(ds * steep, 1)
+        row_dalpha -= tl.sum(ds * steep * near, 1)
+        if MEND:
+            dradius_by_shift += tl.sum(steep, 1)
+            dalpha_by_shift -= tl.sum(steep * near, 1)
         first = following
 
     dw_tile = (dw_tile - pulls[:, None] * w_tile.to(dw_tile.dtype)) * unit
-    dv_tile += row_inverse[:, None] * do_tile.to(tl.float32)
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_tokens, dw_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)
-    # Every pair counts in the rows of both of its tokens.
+    # Every pair counts in the rows of both of its tokens, and so does the error of each one's shift.
+    if MEND:
+        error = shift_error(balance, row_inverse, row_shift)
+        row_dradius -= 2.0 * error * dradius_by_shift
+        row_dalpha -= 2.0 * error * dalpha_by_shift
     row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
     store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha / decay, 0.5 * row_dradius / decay, row_c)
