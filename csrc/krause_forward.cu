@@ -50,7 +50,7 @@ struct Ring {
     static constexpr bool kSpare = kTiles * Width < 384;  // one tile more, unless that leaves a multiprocessor one block
     static constexpr int kRingRows = (kTiles + kSpare) * kTileRows;
     static constexpr int kRowBytes = Tile<Width>::kRowBytes;
-    static constexpr int kBytes = (2 * kRingRows + kTileRows) * kRowBytes + 2 * kRingRows * static_cast<int>(sizeof(float));
+    static constexpr int kBytes = (2 * kRingRows + kTileRows) * kRowBytes + kRingRows * static_cast<int>(sizeof(float));
     // Three blocks hide more latency than two, but not the spills that scores of 144 keys beside 64 numbers of a row then cost.
     static constexpr bool kCrowded = Width == 64 && Blocks == 9;
     static constexpr int kBlocksPerMultiprocessor = std::min(kCrowded ? 2 : 3, 228 * 1024 / (kBytes + 1024));
@@ -173,22 +173,6 @@ __device__ __forceinline__ void add_values(const float (&score)[2 * Blocks][4], 
     }
 }
 
-// seen += the poison of the keys that each row attends to, in every lane of its quad.
-template <int Width, int Blocks>
-__device__ __forceinline__ void add_poison(const float (&score)[2 * Blocks][4], const float* poison, int first, int lane,
-                                           float (&seen)[2]) {
-#pragma unroll
-    for (int tile = 0; tile < 2 * Blocks; ++tile) {
-        const int row = Ring<Width, Blocks>::wrap(first + 16 * (tile / 2)) + 8 * (tile % 2);
-        const float2 of_key = reinterpret_cast<const float2*>(poison + row)[lane % 4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (score[tile][i] != -INFINITY) seen[i / 2] += i % 2 ? of_key.y : of_key.x;
-    }
-#pragma unroll
-    for (float& sum : seen) sum = quad_sum(sum);
-}
-
 // The bits of a row's selection: kept columns of block i are bits 16 i on, modulo the ring. Products with powers of two add
 // them up to 16 bits a block, the lanes of a quad get 32 each. The ring then turns until bit j stands for key j.
 template <int Blocks>
@@ -245,7 +229,6 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
     uint4* const value_rows = key_rows + Ring::kRingRows * Layout::kChunks;
     uint4* const query_rows = value_rows + Ring::kRingRows * Layout::kChunks;
     float* const squares = reinterpret_cast<float*>(query_rows + kTileRows * Layout::kChunks);
-    float* const poison = squares + Ring::kRingRows;  // of packed sequences: NaN where a value was not finite
 
     const Window& window = arguments.window;
     const bool packed = window.token_bounds != nullptr;
@@ -283,7 +266,10 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
     const auto square_keys = [&](int ring_row) {
         const int row = ring_row + warp * kRows;
         half_squares<T, Width>(keys + row * Layout::kRowBytes, lane, squares + row);
-        if (packed) clean_rows<T, Width>(value_rows + row * Layout::kChunks, lane, poison + row);
+        if (packed) {  // a key whose value is not finite makes the scores NaN that see it
+            __syncwarp();
+            clean_rows<T, Width>(value_rows + row * Layout::kChunks, lane, squares + row);
+        }
     };
 
     fetch_queries(first_tile);
@@ -342,12 +328,11 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
         }
         add_values<T, Width, Blocks>(score, scale, shift, values, first_ring_row, lane, total, acc);
 
-        float inverse[2], seen_poison[2] = {};
-        if (packed) add_poison<Width, Blocks>(score, poison, first_ring_row, lane, seen_poison);
+        float inverse[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             total[r] = quad_sum(total[r]);
-            inverse[r] = count[r] > 0 ? reciprocal(total[r]) + seen_poison[r] : 0.0f;
+            inverse[r] = count[r] > 0 ? reciprocal(total[r]) : 0.0f;
             const int row = quad + 8 * r;
             if (pair == 0 && row < rows_left)
                 arguments.lse[row_offset + first_row + row] = count[r] > 0 ? top[r] + __log2f(total[r]) : 0.0f;

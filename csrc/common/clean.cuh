@@ -21,9 +21,9 @@ __device__ __forceinline__ uint32_t finite_or_zero(uint32_t word) {
     return word;
 }
 
-// Cleans 16 rows of a tile by one warp. poison: null, or a number for each row, NaN where there was something to clean, else 0.
+// Cleans 16 rows of a tile by one warp. marks: null, or a number for each row, which becomes NaN where there was something to clean.
 template <typename T, int Width>
-__device__ __forceinline__ void clean_rows(uint4* rows, int lane, float* poison) {
+__device__ __forceinline__ void clean_rows(uint4* rows, int lane, float* marks) {
     constexpr int kChunks = Tile<Width>::kChunks;
 #pragma unroll 1
     for (int i = lane; i < 16 * kChunks; i += 32) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void clean_rows(uint4* rows, int lane, float* poison)
         const bool changed = clean.x != chunk.x || clean.y != chunk.y || clean.z != chunk.z || clean.w != chunk.w;
         if (changed) rows[i] = clean;
         const uint32_t of_row = __ballot_sync(kWholeWarp, changed) >> (lane & ~(kChunks - 1)) & ((1u << kChunks) - 1);
-        if (poison != nullptr && i % kChunks == 0) poison[i / kChunks] = of_row ? NAN : 0.0f;
+        if (marks != nullptr && i % kChunks == 0 && of_row) marks[i / kChunks] = NAN;
     }
 }
 
