@@ -76,12 +76,12 @@ def change(sample, function, names):
 
 
 def agree(got, expected, what):
-    """Two results of `run`, to the roundings of float32 sums."""
+    """Two results of `run`, to the roundings of float32 sums, whose terms are of size 1 or more and may cancel to 0."""
     for kind, parts in (("output", zip(as_tuple(got[0]), as_tuple(expected[0]), strict=True)),
                         ("gradient", ((got[1][n], expected[1][n]) for n in expected[1]))):  # fmt: skip
         for a, b in parts:
             size = b.abs().max().item() if b.numel() else 0
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(size, 1e-3), msg=lambda m, k=kind: f"{k} {what}: {m}")
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(size, 1.0), msg=lambda m, k=kind: f"{k} {what}: {m}")
 
 
 def rows_of(outputs, length):
@@ -180,6 +180,8 @@ def test_empty_sizes(operator, name, what):
     else:
         tokens = [n for n in sample.tensors if has_tokens(n) or n in ("alpha", "beta", "order") and sample.tensors[n].dim() > 2]
         chosen = [n for n in tokens if n in queries] if what == "no queries" else tokens
+        if not chosen:
+            pytest.skip("no tensor has rows of queries alone")
         count = 1 if what == "one token" else 0
         sample = change(sample, lambda t: t[:, :, :count].contiguous() if t.dim() > 2 else t, chosen)
         if "cu_seqlens" in sample.options:
@@ -416,18 +418,22 @@ def test_vmap_is_a_loop(operator, name, backend):
 @each_backend
 @each_operator
 def test_reentrant_checkpointing(operator, name, backend):
+    """Its backward takes no inputs: gradients come from .backward()."""
     sample = make(operator, name)
     names = list(sample.tensors)
 
-    def checkpointed(backend, **keywords):
-        tensors = [keywords.pop(n) for n in names]
+    def gradients(call):
+        tensors = leaves(sample)
+        outputs = [o for o in as_tuple(call(*tensors.values())) if o.requires_grad]
+        torch.autograd.backward(outputs, [like(o.detach()) for o in outputs])
+        return [tensor.grad for tensor in tensors.values()]
 
-        def call(*values):
-            return public(operator)(**dict(zip(names, values, strict=True)), **keywords, backend=backend)
+    def call(*values):
+        return public(operator)(**dict(zip(names, values, strict=True)), **sample.options, backend=backend)
 
-        return checkpoint(call, *tensors, use_reentrant=True)
-
-    assert_same(run(public(operator), sample, backend=backend), run(checkpointed, sample, backend=backend))
+    expected, got = gradients(call), gradients(lambda *values: checkpoint(call, *values, use_reentrant=True))
+    for key, a, b in zip(names, got, expected, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), key
 
 
 # -------------------------------------------------------------------------------------------------- compile, autocast

@@ -116,11 +116,11 @@ def check_exactly(name, tensor, shape, dtype, device):
 
 
 def is_plain(*tensors):
-    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms or subclasses it."""
+    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms, subclasses or lazily negates it."""
     if is_compiling() or dispatch_modes() or transform_level() or in_forward_ad():
         return False
     for tensor in tensors:
-        if type(tensor) not in PLAIN or is_legacy_batchedtensor(tensor):
+        if type(tensor) not in PLAIN or is_legacy_batchedtensor(tensor) or tensor.is_neg():
             return False
     return True
 
@@ -178,7 +178,7 @@ def positive_per_head(name, value, like, num_heads):
         raise ValueError(f"{name} must be on the device of q, {like.device}, got {value.device}")
     if value.is_cpu and has_values(value) and not bool((value > 0).all()):
         raise ValueError(f"{name} must be positive, got {value.min().item()}")
-    return in_dtype(value if len(shape) else value.reshape(1), dtype).contiguous()
+    return in_dtype(value if len(shape) else value.reshape(1), dtype).contiguous().resolve_neg()
 
 
 def parameter(value, like):

@@ -198,4 +198,4 @@ def _numbers(name, tensor, shape, meaning, q):
         raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-    return checks.in_dtype(tensor, torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return checks.in_dtype(tensor, torch.float64 if q.dtype == torch.float64 else torch.float32).resolve_neg()

@@ -247,4 +247,4 @@ def _order(order, omega, causal):
         low, high = order.detach().aminmax()
         if not (low >= 0 and high <= 1 + ORDER_ROUNDING):
             raise ValueError(f"order must be between 0 and 1, got {low.item()} to {high.item()}")
-    return checks.in_dtype(order, torch.float64 if omega.dtype == torch.float64 else torch.float32)
+    return checks.in_dtype(order, torch.float64 if omega.dtype == torch.float64 else torch.float32).resolve_neg()

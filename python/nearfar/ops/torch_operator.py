@@ -27,7 +27,7 @@ def define(name, schema, function, fake, serves=None, autograd=None, setup_conte
     torch.library.register_fake(qualified, fake)
     operator, library = getattr(torch.ops.nearfar, name).default, _Library(serves or name)
     torch.library.register_vmap(qualified, functools.partial(_map, operator), lib=library)
-    library.impl(name, functools.partial(_map_batched_gradients, operator), "Batched")
+    library.impl(name, functools.partial(map_batched_gradients, operator), "Batched")
     if autograd is None:
         library.impl(name, functools.partial(_below_autograd, operator), "Autograd", with_keyset=True)
     else:
@@ -135,7 +135,7 @@ def _map(operator, info, in_dims, *arguments):
     return outputs, tree_map(lambda _: 0, outputs)
 
 
-def _map_batched_gradients(operator, *arguments):
+def map_batched_gradients(operator, *arguments):
     """The same for the older vmap, which torch.autograd.grad(is_grads_batched=True) still maps the backward with."""
     leaves, spec = tree_flatten(arguments)
     mapped = [isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in leaves]

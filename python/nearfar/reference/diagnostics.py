@@ -42,6 +42,9 @@ def attention_statistics(q, k, sigma, left, right, scale):
     num_keys = k.shape[2]
 
     def statistics(visible, first, scores):
+        if not scores.shape[-1]:  # no keys, and so no queries: nothing has a maximum
+            none = scores.sum(-1)
+            return none, none, none.detach(), none.detach().long(), scores.detach().sum(-2)
         masked = scores.masked_fill(~visible, float("-inf"))
         lse = masked.logsumexp(-1, keepdim=True)
         # Masked before the exp, which overflows where a hidden key scores far above lse.

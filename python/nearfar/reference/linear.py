@@ -13,8 +13,10 @@ import functools
 import math
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.functional import softplus
 
+from nearfar.ops.torch_operator import map_batched_gradients
 from nearfar.reference import pairwise
 from nearfar.reference.pairwise import sequence_lengths, split_rows
 
@@ -131,7 +133,10 @@ def _without(items, index):
 def _apply(function, *arguments):
     """function.apply, or its forward where nothing asks for gradients: there Dynamo miscounts the arguments of an apply."""
     tracked = torch.is_grad_enabled() and any(getattr(argument, "requires_grad", False) for argument in arguments)
-    return function.apply(*arguments) if tracked else function.forward(*arguments)
+    evaluate = function.apply if tracked else function.forward
+    if any(isinstance(argument, torch.Tensor) and is_legacy_batchedtensor(argument) for argument in arguments):
+        return map_batched_gradients(evaluate, *arguments)  # that vmap has no rules for most views
+    return evaluate(*arguments)
 
 
 class Build(torch.autograd.Function):
@@ -231,7 +236,7 @@ def _pairs(causal, *tensors):
         o = weights @ v
         if by_state:
             if state is not None:
-                o += _product(xs) @ state
+                o = o + _product(xs) @ state  # in place vmap could not
             state = _product(ys).mT @ v + (0 if state is None else state)
         outputs.append(o.unflatten(2, (groups, stop - start)))
     return torch.cat(outputs, -2)
