@@ -38,6 +38,7 @@ from .tiles import (
     load_bits,
     load_tile,
     load_vector,
+    product,
     program_coordinates,
     rsqrt,
     sqrt,
@@ -536,12 +537,15 @@ def grad_tokens(
         margin = near - (head_c / decay) * x
         inverse_s = inverse_strength(margin)
         weight = positive(margin) * inverse_s
-        ds = tl.dot(do_tile, tl.trans(other_v), input_precision=PRECISION) * row_inverse[:, None] - row_shift[:, None]
+        ds = product(do_tile, tl.trans(other_v), PRECISION) * row_inverse[:, None] - row_shift[:, None]
         if MEND:
             balance += tl.sum(weight * ds, 1)
         weight *= other_inverse[None, :]
-        dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
-        ds += tl.dot(v_tile, tl.trans(other_do), input_precision=PRECISION) * other_inverse[None, :]
+        if other_do.dtype == tl.float32:
+            dv_tile += product(weight, other_do, PRECISION)
+        else:
+            dv_tile = tl.dot(weight.to(other_do.dtype), other_do, dv_tile, input_precision=PRECISION)
+        ds += product(v_tile, tl.trans(other_do), PRECISION) * other_inverse[None, :]
         ds -= other_shift[None, :]
         steep = tl.minimum(inverse_s, row_steepest[:, None])
         pull = (ds * steep * (near * (two_alpha / unit) + head_c / unit)).to(other_w.dtype)

@@ -113,6 +113,15 @@ def row_squares(tile):
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a times b. Exact products of float32 take float64's tensor cores where there are such: without any, they are far slower."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def finite_or_zero(tile):
     """The tile with zeros for its infinities and NaN, for products whose other factor is 0 wherever nobody may see them."""
     return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
