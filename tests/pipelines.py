@@ -1,11 +1,17 @@
 """Compiles the kernels of an operator, its argument, for sm_90 without a GPU and prints, as JSON, what their products read.
 
+Of "packed" calls it prints the machine's instructions that read a uniform register before any is written.
+
 Run as a script by test_races.py: in the process of the tests Triton may be interpreting, and then compiles nothing.
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -56,6 +62,30 @@ def pending_products(ttgir):
     return len(products), pending
 
 
+def unwritten_reads(cubin):
+    """Instructions of the machine code that read a uniform register which no instruction before them has written.
+
+    The addresses of wgmma's operands are in uniform registers.
+    """
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tools / "cuobjdump", "--dump-sass", file.name]
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    written, found = set(), []
+    for name, arguments in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([\w.]+)\s+(.*?) ;", text):
+        first, _, rest = arguments.partition(",")
+        target = re.fullmatch(r"UR(\d+)", first) if name.startswith(("U", "R2UR", "S2UR", "REDUX")) else None
+        if any(int(number) not in written for number in re.findall(r"\bUR(\d+)\b", rest if target else arguments)):
+            found.append(f"{name} {arguments}")
+        if target:
+            number = int(target[1])
+            written |= {number, number + 1} if ".64" in name or "WIDE" in name else {number}
+    return found
+
+
 def calls():
     """(what, function, tensors), in bfloat16 but for one: the shapes that the launch parameters were measured for."""
 
@@ -72,6 +102,20 @@ def calls():
                 ),
                 [*rows(width, width, width), sigma],
             )
+    for width, value_width in ((24, 16), (64, 64)):  # tiles of packed calls pass through registers on their way to a product
+        ends = torch.tensor([0, 25, 4096], dtype=torch.int32)
+        yield (
+            f"packed krause {width} {value_width}",
+            lambda q, k, v, sigma, ends=ends: nf.krause_attention(
+                q, k, v, sigma, nf.SlidingWindow(30, 3), cu_seqlens=ends, backend="triton"
+            ),
+            [*rows(width, width, value_width), torch.full((2,), 2.0)],
+        )
+        yield (
+            f"packed affine {width} {value_width}",
+            lambda *t, ends=ends: nf.affine_attention(*t, causal=True, cu_seqlens=ends, backend="triton"),
+            [*rows(width, width, value_width), torch.empty(1, 2, 4096), torch.empty(1, 2, 4096)],
+        )
     for what, dtype, width, keys, top_k in (  # those that take the compiler longest
         ("selection", torch.float32, 64, 256, 96),
         ("selection", torch.float32, 256, 1024, 96),
@@ -138,5 +182,6 @@ if __name__ == "__main__":
             products, buffers = pending_products(compiled.asm["ttgir"])
             found.append({"call": what, "kernel": launch._kernel.__name__, "stages": launch._options["num_stages"],
                           "shared": compiled.metadata.shared, "products": products, "buffers": buffers,
-                          "instructions": compiled.asm["ptx"].count(";\n")})  # fmt: skip
+                          "instructions": compiled.asm["ptx"].count(";\n"),
+                          "unwritten": unwritten_reads(compiled.asm["cubin"]) if "packed" in what else []})  # fmt: skip
     json.dump(found, sys.stdout)
