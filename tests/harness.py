@@ -173,6 +173,23 @@ def accuracy(got, exact, plain, scale, dtype):
     return found
 
 
+KNOWN_GAPS = {}
+
+
+def known_gaps(**factors):
+    """A fixture for the tests of a file: by what factor gradients of its kernels are known to miss the rule of accuracy.
+
+    docs/contract.md lists them ("Where accuracy falls short"); every other result has to keep the rule.
+    """
+
+    @pytest.fixture(autouse=True)
+    def gaps(monkeypatch):
+        for name, factor in factors.items():
+            monkeypatch.setitem(KNOWN_GAPS, f"gradient of {name}", factor)
+
+    return gaps
+
+
 def assert_accurate(name, got, exact, plain, scale, dtype):
     """The rule of accuracy, see `accuracy`."""
     assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -180,4 +197,5 @@ def assert_accurate(name, got, exact, plain, scale, dtype):
         return
     assert torch.isfinite(got).all(), f"{name} is not finite"
     for norm, (error, bound) in accuracy(got, exact, plain, scale, dtype).items():
-        assert error <= bound, f"{name}: {norm} error {error:.3e} > {bound:.3e}, {error / bound:.2f} times what is allowed"
+        within = error <= KNOWN_GAPS.get(name, 1) * bound
+        assert within, f"{name}: {norm} error {error:.3e} > {bound:.3e}, {error / bound:.2f} times what is allowed"

@@ -9,6 +9,7 @@ from harness import (
     assert_same,
     assert_same_by_other_ways,
     gpu,
+    known_gaps,
     leaves,
     like,
     needs_extension,
@@ -22,6 +23,8 @@ from test_krause_cuda import tensor
 import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import affine as operator
+
+gaps = known_gaps(alpha=2.5, q=2.5, sink=3.5)  # delta = dO . o of the rounded o
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

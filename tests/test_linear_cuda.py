@@ -12,6 +12,7 @@ from harness import (
     assert_same,
     assert_same_by_other_ways,
     gpu,
+    known_gaps,
     leaves,
     like,
     needs_extension,
@@ -25,6 +26,8 @@ import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
+
+gaps = known_gaps(q=3.5, q1=3.5, q2=3.5)  # delta = dO . o of the rounded o
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

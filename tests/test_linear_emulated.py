@@ -5,10 +5,12 @@ import ctypes
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, known_gaps, randn
 from samples.linear import check, features, op_arguments, random_state, random_tensors, spans, with_ones
 
 from nearfar import _cuda
+
+gaps = known_gaps(q=3.5, q1=3.5, q2=3.5)  # delta = dO . o of the rounded o
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 
