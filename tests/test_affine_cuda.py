@@ -24,7 +24,7 @@ import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import affine as operator
 
-gaps = known_gaps(alpha=2.5, q=2.5, sink=3.5)  # delta = dO . o of the rounded o
+gaps = known_gaps(alpha=2.5, q=2.5, k=2, sink=3.5)  # delta = dO . o of the rounded o
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -12,7 +12,7 @@ from samples import affine as oracle
 
 from nearfar import _cuda
 
-gaps = known_gaps(alpha=2.5, q=2.5, sink=3.5)  # delta = dO . o of the rounded o
+gaps = known_gaps(alpha=2.5, q=2.5, k=2, sink=3.5)  # delta = dO . o of the rounded o
 
 CHUNK = 128  # kSoftmaxChunk, and kSoftmaxTerms
 

@@ -27,7 +27,7 @@ from nearfar import _cuda, dispatch
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
-gaps = known_gaps(q=3.5, q1=3.5, q2=3.5)  # delta = dO . o of the rounded o
+gaps = known_gaps(q=8, q1=8, q2=8)  # delta = dO . o of the rounded o
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

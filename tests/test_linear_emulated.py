@@ -10,7 +10,7 @@ from samples.linear import check, features, op_arguments, random_state, random_t
 
 from nearfar import _cuda
 
-gaps = known_gaps(q=3.5, q1=3.5, q2=3.5)  # delta = dO . o of the rounded o
+gaps = known_gaps(q=8, q1=8, q2=8)  # delta = dO . o of the rounded o
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 
