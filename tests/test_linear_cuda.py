@@ -27,7 +27,7 @@ from nearfar import _cuda, dispatch
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
-gaps = known_gaps(q=8, q1=8, q2=8)  # delta = dO . o of the rounded o
+gaps = known_gaps(q=16, q1=16, q2=16, k=4, k1=4, k2=4)  # delta = dO . o of the rounded o
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -10,7 +10,7 @@ from samples.linear import check, features, op_arguments, random_state, random_t
 
 from nearfar import _cuda
 
-gaps = known_gaps(q=8, q1=8, q2=8)  # delta = dO . o of the rounded o
+gaps = known_gaps(q=16, q1=16, q2=16, k=4, k1=4, k2=4)  # delta = dO . o of the rounded o
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 
