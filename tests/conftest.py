@@ -54,3 +54,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("nearfar")
+
+
+# Tests of single operators whose results have not all been looked at under the rule of accuracy: docs/contract.md.
+UNEXAMINED = "affine affine_cuda affine_emulated diagnostics diagnostics_cuda diagnostics_emulated factored_cuda factored_emulated"
+UNEXAMINED += " krause krause_cuda krause_emulated krause_step linear linear_cuda linear_emulated linear_full_emulated nn"
+UNEXAMINED += " synchronization synchronization_cuda synchronization_emulated fuzz"
+
+
+@pytest.fixture(autouse=True)
+def unexamined(request, monkeypatch):
+    import harness
+
+    if request.path.stem.removeprefix("test_") in UNEXAMINED.split():
+        monkeypatch.setattr(harness, "UNEXAMINED", [4.0])
