@@ -100,7 +100,7 @@ def expect(formula, case, inputs):
     names, group = [*formula.inputs(case), *formula.rows, *formula.parameters], case.heads // case.kv_heads
     dtype = formula.precision(case)
     do = torch.zeros(*case.output_shape[:3], formula.columns(case), device=inputs[0].device, dtype=inputs[0].dtype)
-    parts, clears = {}, []
+    parts, clears, generator = {}, [], torch.Generator(do.device).manual_seed(0)
     for block in blocks(formula, case, PAIRS[inputs[0].device.type]):
         batch, heads = slice(block.batch, block.batch + 1), slice(block.kv_head * group, (block.kv_head + 1) * group)
         of_rows, of_keys = (batch, heads, block.rows), (batch, slice(block.kv_head, block.kv_head + 1), block.keys)
@@ -111,7 +111,8 @@ def expect(formula, case, inputs):
         values = [tensor.detach()[places[f"d{name}"]] for name, tensor in zip(names, inputs, strict=True)]
         keep, clear = formula.selection(*[value.double() for value in values])
         clear = clear & (torch.arange(clear.shape[-1], device=clear.device) < block.counted)
-        block_do = torch.randn(*clear.shape, do.shape[-1], device=do.device, dtype=do.dtype) * clear[..., None]
+        numbers = torch.randn(*clear.shape, do.shape[-1], generator=generator, device=do.device, dtype=do.dtype)
+        block_do = numbers * clear[..., None]
         do[of_rows] = block_do
         clears.append(clear)
         for name, found in results(formula, case, names, values, keep, clear, block_do, dtype).items():

@@ -9,12 +9,12 @@ from harness import (
     assert_same,
     assert_same_by_other_ways,
     gpu,
-    known_gaps,
     leaves,
     like,
     needs_extension,
     randn,
     run,
+    takes_delta_of_stored_o,
 )
 from samples.affine import check, op_arguments
 from test_affine import attention
@@ -24,7 +24,7 @@ import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import affine as operator
 
-gaps = known_gaps(alpha=2.5, q=2.5, k=2, sink=3.5)  # delta = dO . o of the rounded o
+stored = takes_delta_of_stored_o("alpha", "sink")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
-from harness import Sample, accumulation, assert_accurate, known_gaps, randn
+from harness import Sample, accumulation, assert_accurate, randn, takes_delta_of_stored_o
 from samples import affine as oracle
 
 from nearfar import _cuda
 
-gaps = known_gaps(alpha=2.5, q=2.5, k=2, sink=3.5)  # delta = dO . o of the rounded o
+stored = takes_delta_of_stored_o("alpha", "sink")
 
 CHUNK = 128  # kSoftmaxChunk, and kSoftmaxTerms
 

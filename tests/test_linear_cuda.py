@@ -12,12 +12,12 @@ from harness import (
     assert_same,
     assert_same_by_other_ways,
     gpu,
-    known_gaps,
     leaves,
     like,
     needs_extension,
     randn,
     run,
+    takes_delta_of_stored_o,
 )
 from samples.linear import check, flat, op_arguments, random_state, random_tensors
 from test_krause_cuda import tensor
@@ -27,7 +27,7 @@ from nearfar import _cuda, dispatch
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
-gaps = known_gaps(q=16, q1=16, q2=16, k=4, k1=4, k2=4)  # delta = dO . o of the rounded o
+stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -5,12 +5,12 @@ import ctypes
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, known_gaps, randn
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn, takes_delta_of_stored_o
 from samples.linear import check, features, op_arguments, random_state, random_tensors, spans, with_ones
 
 from nearfar import _cuda
 
-gaps = known_gaps(q=16, q1=16, q2=16, k=4, k1=4, k2=4)  # delta = dO . o of the rounded o
+stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 

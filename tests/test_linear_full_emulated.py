@@ -5,10 +5,12 @@ import ctypes
 import pytest
 import torch
 from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn, takes_delta_of_stored_o
 from samples.linear import check, features, op_arguments, random_state, spans
 
 from nearfar import _cuda
+
+stored = takes_delta_of_stored_o("q", "k")
 
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length num_states"
 

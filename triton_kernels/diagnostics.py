@@ -235,7 +235,8 @@ def statistics_grad_queries(
 ):  # fmt: skip
     """gain dS = P (level + slope log2(P)) with a level and a slope for each row; gain (B, Hkv).
 
-    With a parameter, weighted (B, Hq, N) becomes the sums of gain dS log2(P).
+    With a parameter, weighted (B, Hq, N) becomes the sum of gain dS s / row_scale, where s are the scores. It is not taken from
+    log2(P): where keys score alike, lse is mostly the logarithm of their number, which would have to cancel.
     """
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
@@ -256,18 +257,21 @@ def statistics_grad_queries(
     acc = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
     ds_total = tl.zeros((BLOCK_M,), SUMS)
     row_weighted = tl.zeros((BLOCK_M,), tl.float32)
+    left_out = tl.zeros((BLOCK_M,), tl.float32)  # of raw scores, see raw_scores
+    if BY_DISTANCE and not (q.dtype.element_ty == tl.float32 and PRECISION == "ieee"):
+        left_out = 0.5 * row_squares(q_tile)
     for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         x = raw * (row_scale * LOG2E) - row_lse[:, None]
         ds = exp2(x) * (row_level[:, None] + row_slope[:, None] * x)
-        ds_x = ds * x
+        ds_distance = ds * (raw - left_out[:, None])
         if first < all_begin or first + BLOCK_N > all_end:
             ds = tl.where(inside(keys, begin, end), ds, 0.0)
-            ds_x = tl.where(inside(keys, begin, end), ds_x, 0.0)
+            ds_distance = tl.where(inside(keys, begin, end), ds_distance, 0.0)
         if weighted is not None:
-            row_weighted += tl.sum(ds_x, 1)
+            row_weighted += tl.sum(ds_distance, 1)
         ds = ds.to(k_tile.dtype)
         acc = add_product(acc, ds, k_tile, PRECISION)
         if BY_DISTANCE:

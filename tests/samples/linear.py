@@ -3,7 +3,18 @@
 import functools
 
 import torch
-from harness import DEVICE, Sample, accumulation, as_tuple, assert_accurate, generator, randn
+from harness import (
+    DELTA_OF_STORED_O,
+    DEVICE,
+    Sample,
+    accumulation,
+    as_tuple,
+    assert_accurate,
+    generator,
+    normalized,
+    randn,
+    with_gradient_in,
+)
 
 import nearfar as nf
 
@@ -163,13 +174,33 @@ def sums(xs, ys, values, state, options):
     return total, final if state is None else final + state
 
 
-def attend(tensors, options, dtype=None):
-    """o, or (o, state), by plain torch operations in the dtype of the tensors; dtype: features are rounded to it."""
-    total, state = sums(*features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state"), options)
+def sums_of_states(xs, ys, values, options, dtype):
+    """`sums` without causality, by a state of each sequence that is rounded to this dtype, and so is its gradient."""
+    build, read = contraction(ys, "bhnc", "bh{}c"), contraction(xs, "bh{}c", "bhnc")
+    totals = []
+    for first, last in spans(options, values.shape[2]):
+        rows = slice(None) if options.get("cu_seqlens") is None else slice(first, last)
+        state = torch.einsum(build, *(y[:, :, first:last] for y in ys), values[:, :, first:last])
+        products, norms = state[..., :-1], state[..., -1:]
+        products = with_gradient_in(products + (products.to(dtype) - products).detach(), dtype)
+        state = to_query_heads(xs[0], torch.cat((products, norms), -1))
+        totals.append(torch.einsum(read, *(x[:, :, rows] for x in xs), state))
+    return torch.cat(totals, 2)
+
+
+def attend(tensors, options, dtype=None, stored=False):
+    """o, or (o, state), by plain torch operations in the dtype of the tensors; dtype: features are rounded to it.
+
+    stored: so is o, before delta = dO . o is taken from it, and so are states.
+    """
+    (xs, ys), values, initial = features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state")
+    total, state = sums(xs, ys, values, initial, options)
+    if stored and initial is None and not options.get("causal"):
+        total = sums_of_states(xs, ys, values, options, dtype)
     o = total[..., :-1]
     if options.get("normalize", True):
         weight = total[..., -1:] + options.get("eps", 1e-6)
-        o = o / weight.masked_fill(weight == 0, float("inf"))
+        o = normalized(o, weight, dtype) if stored else o / weight.masked_fill(weight == 0, float("inf"))
     return (o, state) if options.get("return_state") else o
 
 
@@ -232,6 +263,9 @@ def check(sample, do, o, gradients, names=None):
     for name, *result in zip(("o", "state")[: len(o)], o, exact_o, plain_o, o_scale, strict=True):
         assert_accurate(name, *(tensor.detach() for tensor in result), dtype)
     exact_gradients, plain_gradients = gradients_of(exact_o, exact, wide), gradients_of(plain_o, plain, narrow)
+    if dtype.itemsize == 2 and DELTA_OF_STORED_O:
+        coarse = gradients_of(as_tuple(attend(plain, options, dtype, stored=True)), plain, narrow)
+        plain_gradients.update({name: coarse[name] for name in DELTA_OF_STORED_O if name in coarse})
     for name in names or sample.tensors:
         got = gradients[name]
         assert got.dtype == sample.tensors[name].dtype

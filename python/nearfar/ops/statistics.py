@@ -100,9 +100,9 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
         )  # fmt: skip
     if sigma is None:
         return dq, dk, dsigma
-    # s is proportional to sigma^-2, and log P = s - lse: sum of dS s = sum of dS log P + lse sum of dS.
-    of_scale = (math.log(2) / of_rows * weighted + lse * dlse).sum((0, 2))
-    return dq, dk, -2 / sigma * (of_scale if sigma.numel() > 1 else of_scale.sum())
+    # Scores are distances / sigma^2, of which weighted has the sums.
+    of_distances = (weighted / of_rows).sum((0, 2))
+    return dq, dk, -2 / sigma**3 * (of_distances if sigma.numel() > 1 else of_distances.sum())
 
 
 def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
