@@ -453,6 +453,30 @@ def test_one_graph_for_all_lengths(operator, name, backend):
         agree(result, run(public(operator), sample, backend=backend), f"when compiled, at length {length}")
 
 
+class Call(torch.nn.Module):
+    """A call with these options, of tensors by position."""
+
+    def __init__(self, operator, sample, backend):
+        super().__init__()
+        self.function, self.names = functools.partial(public(operator), **sample.options, backend=backend), list(sample.tensors)
+
+    def forward(self, *tensors):
+        return self.function(**dict(zip(self.names, tensors, strict=True)))
+
+
+@each_unpacked
+def test_export_with_a_dynamic_length(operator, name, backend):
+    """The exported program serves all lengths, on either side of the thresholds by which kernels are chosen."""
+    sample = make(operator, name)
+    call, dynamic = Call(operator, sample, backend), {2: torch.export.Dim.DYNAMIC}
+    sizes = tuple([dynamic if has_tokens(n) or LENGTH in t.shape[2:3] else {} for n, t in sample.tensors.items()])
+    program = torch.export.export(call, tuple(sample.tensors.values()), dynamic_shapes={"tensors": sizes}, strict=False)
+    for other in (LENGTH, 3, 300)[: 2 if FEW and backend == "triton" else 3]:
+        tensors = make(operator, name, length=other).tensors.values()
+        for a, b in zip(as_tuple(program.module()(*tensors)), as_tuple(call(*tensors)), strict=True):
+            assert torch.equal(a, b)
+
+
 @each_operator
 def test_autocast_leaves_float64_and_integers_alone(operator, name):
     sample = make(operator, name, torch.float64, device="cpu")

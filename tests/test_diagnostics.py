@@ -376,18 +376,12 @@ def calls(draw):
     return Sample(tensors, options), top_n
 
 
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
+@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 4)
 @hypothesis.given(calls())
 def test_fuzz(case):
     sample, top_n = case
     check_constants(sample, statistics(sample))
     check_geometry(sample, top_n, geometry(sample, top_n), exactly=0)
-    pair = Sample({name: tensor for name, tensor in sample.tensors.items() if name != "v"}, sample.options)
-    tensors = leaves(pair)
-    results = nf.attention_statistics(**tensors, **sample.options, backend="triton")[:2]
-    do = [randn(*part.shape, seed=7 + index) for index, part in enumerate(results)]
-    gradients = dict(zip(tensors, torch.autograd.grad(results, list(tensors.values()), do), strict=True))
-    oracle.check(pair, do, [part.detach() for part in results], gradients)
 
 
 # ------------------------------------------------------------------------------- isolation, memory, torch citizenship

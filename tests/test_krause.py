@@ -5,15 +5,11 @@ What every operator promises is tested on its samples in test_operators.py; the 
 
 import math
 
-import hypothesis
 import pytest
 import torch
 from harness import (
     DEVICE,
     DTYPES,
-    FEW_KERNELS,
-    GRADIENTS,
-    LAYOUTS,
     Sample,
     assert_same,
     generator,
@@ -23,7 +19,6 @@ from harness import (
     randn,
     run,
 )  # fmt: skip
-from hypothesis import strategies as st
 from samples.krause import (
     best,
     check,
@@ -47,88 +42,6 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 def krause(sample, backend="triton"):
     return nf.krause_attention(**sample.tensors, **sample.options, backend=backend)
-
-
-# ---------------------------------------------------------------------------------------------------------------- fuzz
-
-WIDTHS = [(16, 16), (16, 16), (16, 16), (24, 16), (16, 40), (32, 72), (64, 64), (136, 16), (16, 256), (256, 64)]
-LENGTHS = [0, 1, 2, 5, 17, 33, 63, 64, 65, 100, 130, 197]  # beyond three blocks of 64
-SIDES = st.one_of(st.sampled_from([-1, 0, 1, 31, 64, 500]), st.integers(0, 80))
-# (dtype, widths, group, locality, top_k, packed): a GPU compiles kernels for each of them, and then draws them again and again
-# with other numbers, strides and lengths. Lengths of one tile, and widths that 16 does not divide, would be compiled apart.
-COMPILED = [
-    (torch.bfloat16, (64, 64), 1, nf.SlidingWindow(31, 1), 1, False),
-    (torch.float16, (16, 16), 2, nf.SlidingWindow(500, 31), 1000, False),
-    (torch.float32, (48, 80), 3, nf.SlidingWindow(70, 70), 8, True),
-    (torch.bfloat16, (144, 16), 2, nf.SlidingWindow(99, 17), 40, False),
-    (torch.float16, (16, 256), 1, nf.SlidingWindow(40, 0), 3, True),
-    (torch.float32, (256, 64), 2, nf.SlidingWindow(0, 64), 5, False),
-]
-COMPILED_LENGTHS = [65, 100, 130, 197, 333, 0, 1]
-
-
-@st.composite
-def calls(draw, selecting):
-    """(Sample, layout of the gradient of o)."""
-    lengths = COMPILED_LENGTHS if FEW_KERNELS else LENGTHS
-    length = draw(st.sampled_from(lengths))
-    if FEW_KERNELS:
-        dtype, (width, value_width), group, locality, top_k, packed = draw(st.sampled_from(COMPILED))
-    else:
-        dtype, (width, value_width) = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(WIDTHS))
-        locality = draw(st.none() | st.builds(nf.SlidingWindow, SIDES, SIDES))
-        top_k = draw(st.sampled_from([1, 2, 3, 8, 1000]) | st.integers(1, 40))
-        packed = draw(st.integers(0, 3)) == 0
-    same_length = packed or draw(st.integers(0, 2)) > 0
-    keys = length if same_length else draw(st.sampled_from(lengths))
-    if FEW_KERNELS:
-        batch, kv_heads = 1 if packed else 2, 2
-    else:  # long ones get one head, for the interpreter's sake
-        small = length + keys <= 140 and width + value_width <= 128
-        batch = draw(st.integers(1, 2)) if small and not packed else 1
-        kv_heads, group = (draw(st.integers(1, 2)), draw(st.integers(1, 3))) if small else (1, draw(st.integers(1, 2)))
-    heads = kv_heads * group
-    options = {"locality": locality, "top_k": top_k} if selecting else {"locality": locality}
-    if packed:
-        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
-        options["cu_seqlens"] = torch.tensor([0, *cuts, length], dtype=torch.int32, device=DEVICE)
-    seed = draw(st.integers(0, 2**20))
-    shapes = {
-        "q": (batch, heads, length, width),
-        "k": (batch, kv_heads, keys, width),
-        "v": (batch, kv_heads, keys, value_width),
-    }
-    tensors = {}
-    for offset, (name, shape) in enumerate(shapes.items()):
-        numbers = randn(*shape, dtype=dtype, seed=seed + offset)
-        if min(shape):
-            numbers = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](numbers)
-        tensors[name] = numbers
-    # Distances grow with the root of the width: bandwidths around it keep several keys in play.
-    spread = draw(st.sampled_from([0.5, 1.0, 4.0])) * width**0.5
-    sigma_shape = (heads,) if FEW_KERNELS else draw(st.sampled_from([(), (1,), (heads,)]))
-    tensors["sigma"] = spread * (0.75 + 0.5 * torch.rand(sigma_shape, generator=generator(seed))).to(DEVICE)
-    return Sample(tensors, options), draw(st.sampled_from(list(GRADIENTS)))
-
-
-def fuzz(case):
-    sample, layout = case
-    v, q = sample.tensors["v"], sample.tensors["q"]
-    do = randn(*q.shape[:3], v.shape[3], dtype=q.dtype, seed=7)
-    if do.numel():
-        do = GRADIENTS[layout](do)
-    o, gradients = run(nf.krause_attention, sample, do)
-    check(sample, do, o, gradients)
-
-
-@hypothesis.given(calls(selecting=False))
-def test_fuzz(case):
-    fuzz(case)
-
-
-@hypothesis.given(calls(selecting=True))
-def test_fuzz_top_k(case):
-    fuzz(case)
 
 
 # ----------------------------------------------------------------------------------------------------------- selection

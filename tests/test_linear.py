@@ -4,7 +4,6 @@ What every operator promises is tested on its samples in test_operators.py; the 
 """
 
 import math
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import hypothesis
@@ -16,8 +15,6 @@ import triton.language as tl
 from harness import (
     DEVICE,
     DTYPES,
-    FEW_KERNELS,
-    GRADIENTS,
     LAYOUTS,
     Sample,
     as_tuple,
@@ -36,6 +33,7 @@ from samples.linear import (
     check,
     features,
     flat,
+    form,
     in_dtype,
     make,
     random_state,
@@ -44,12 +42,11 @@ from samples.linear import (
     visible,
     with_ones,
 )
-from test_krause import COMPILED_LENGTHS, Largest
+from test_krause import Largest
 from triton.runtime.interpreter import InterpreterBuilder
 
 import nearfar as nf
 from nearfar.ops import factored
-from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import linear as reference
 from nearfar.reference import pairwise
 from triton_kernels.factored import to_tf32
@@ -81,94 +78,6 @@ def sample_of(
 
 def seqlens(*ends, dtype=torch.int32):
     return torch.tensor(ends, dtype=dtype, device=DEVICE)
-
-
-@contextmanager
-def form(direct, piece_length=128):
-    """Reference and kernels go pair by pair, or through states with a new one every `piece_length` tokens when causal."""
-    with (
-        patch.object(reference, "direct_is_cheaper", lambda *_: direct),
-        patch.object(factored, "prefers_direct", lambda *_: direct),
-        patch.object(factored, "causal_piece_length", lambda *_: piece_length),
-    ):
-        forget_plans()
-        yield
-    forget_plans()
-
-
-# ---------------------------------------------------------------------------------------------------------------- fuzz
-
-WIDTHS = [(8,), (16,), (24,), (40,), (64,), (8, 8), (8, 24), (16, 16), (32, 8), (8, 8, 8)]
-VALUE_WIDTHS = [16, 16, 24, 40, 64, 136]
-LENGTHS = [0, 1, 2, 5, 17, 33, 63, 64, 65, 100, 130, 197, 300]
-# Features times width of v, for the interpreter: 8 x 8 features go with values of 136, two tiles, and 8 x 8 x 8 with one of 16.
-LARGEST_STATE = 8 * 8 * 136
-# (dtype, widths, value width, group, feature map, causal, packed, state in, state out): as COMPILED of test_krause.py.
-COMPILED = [
-    (torch.bfloat16, (64,), 64, 2, "elu", True, False, True, True),
-    (torch.float32, (48,), 80, 1, "softplus", True, True, False, False),
-    (torch.float16, (16,), 16, 3, "relu", False, False, False, True),
-    (torch.float16, (144,), 16, 1, "elu", True, False, False, False),
-    (torch.bfloat16, (16, 32), 144, 1, "exp", False, True, True, False),
-    (torch.float16, (32, 16), 48, 2, "identity", True, True, True, True),
-    (torch.float32, (16, 16), 16, 2, "softplus", False, False, False, False),
-    (torch.bfloat16, (16, 16, 16), 16, 1, "relu", True, False, False, False),
-]
-
-
-@st.composite
-def calls(draw):
-    """(Sample, layout of the gradient of o, whether pair by pair)."""
-    if FEW_KERNELS:
-        lengths = COMPILED_LENGTHS
-        dtype, widths, value_width, group, feature_map, causal, packed, state_in, state_out = draw(st.sampled_from(COMPILED))
-    else:
-        dtype, widths = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(WIDTHS))
-        lengths = [length for length in LENGTHS if length * math.prod(widths) <= 26_000]  # for the interpreter's sake
-        value_widths = [width for width in VALUE_WIDTHS if width * math.prod(widths) <= LARGEST_STATE]
-        value_width, feature_map = draw(st.sampled_from(value_widths)), draw(st.sampled_from(list(MAPS)))
-        causal, packed = draw(st.booleans()), draw(st.integers(0, 2)) == 0
-        state_in, state_out = draw(st.booleans()), draw(st.booleans())
-    length = draw(st.sampled_from(lengths))
-    keys = length if causal or packed or draw(st.booleans()) else draw(st.sampled_from(lengths))
-    if FEW_KERNELS:
-        batch, kv_heads = 1 if packed else 2, 2
-    else:  # long ones and those of large states get one head
-        small = length + keys <= 140 and value_width <= 64 and math.prod(widths) <= 256
-        batch = draw(st.integers(1, 2)) if small and not packed else 1
-        kv_heads, group = (draw(st.integers(1, 2)), draw(st.integers(1, 3))) if small else (1, draw(st.integers(1, 2)))
-    heads = kv_heads * group
-    # Without a sign for its weights a sum may vanish, and dividing by it has no accuracy to speak of. Sums of positive weights
-    # that nothing divides may leave the range of float16.
-    divided = FEW_KERNELS or dtype == torch.float16 or draw(st.integers(0, 3)) > 0
-    normalize = feature_map != "identity" and divided
-    options = {"causal": causal, "feature_map": feature_map, "normalize": normalize, "return_state": state_out}
-    if options["normalize"]:
-        options["eps"] = draw(st.sampled_from([1e-6, 0.0, 1.0]))
-    if packed:
-        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
-        options["cu_seqlens"] = seqlens(0, *cuts, length)
-    sample = sample_of(
-        widths, length, keys, dtype, heads, kv_heads, batch, value_width, seed=draw(st.integers(0, 2**20)), **options
-    )
-    for name, tensor in sample.tensors.items():
-        if tensor.numel():
-            sample.tensors[name] = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](tensor)
-    if state_in:
-        sequences = batch if not packed else options["cu_seqlens"].numel() - 1
-        sample.tensors["initial_state"] = random_state((sequences, kv_heads, *widths, value_width + 1), dtype)
-    return sample, draw(st.sampled_from(list(GRADIENTS))), draw(st.booleans())
-
-
-@hypothesis.settings(max_examples=-(-hypothesis.settings.default.max_examples // 2))  # the slowest to interpret
-@hypothesis.given(calls())
-def test_fuzz(case):
-    sample, layout, direct = case
-    with form(direct):
-        do = as_tuple(like(flat(**sample.tensors, **sample.options, backend="triton")))
-        do = tuple(GRADIENTS[layout](d) if d.numel() and d.dim() == 4 else d for d in do)
-        outputs, gradients = run(flat, sample, do, "triton")
-        check(sample, do, outputs, gradients)
 
 
 # --------------------------------------------------------------------------------------------------------------- forms

@@ -5,11 +5,9 @@ What every operator promises is tested on its samples in test_operators.py; the 
 
 import math
 
-import hypothesis
 import pytest
 import torch
 from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, randn, run
-from hypothesis import strategies as st
 from nearfar.triton_kernels import launch as launch_module
 from samples.synchronization import check, differences, parameters
 
@@ -38,57 +36,7 @@ def changed(sample, **tensors):
     return Sample({**sample.tensors, **tensors}, sample.options)
 
 
-# ---------------------------------------------------------------------------------------------------------------- fuzz
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "every other row": lambda x: torch.stack((x, -x), 3).flatten(2, 3)[:, :, ::2],
-    "one row expanded": lambda x: x[:, :, :1].expand(x.shape),
-    "width before rows": lambda x: x.mT.contiguous().mT,
-}
-GRADIENTS = {**LAYOUTS, "of a sum": lambda x: torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)}
-LENGTHS = [65, 130, 0, 1, 17]
-# (dtype, widths, (B, Hq, Hkv), omega_k given, causal, order by token, top_k): few, as a GPU compiles kernels for each.
-COMPILED = [
-    (0, (64, 64), (2, 1, 1), False, False, False, None),
-    (1, (16, 16), (1, 4, 2), True, True, True, None),
-    (-1, (48, 80), (1, 2, 2), False, True, True, None),
-    (0, (24, 16), (1, 2, 1), True, False, False, 9),
-    (1, (144, 16), (1, 1, 1), False, False, True, None),
-    (-1, (16, 256), (1, 1, 1), False, True, True, 3),
-]
-
-
-@st.composite
-def calls(draw):
-    """(Sample, layout of the gradient of o)."""
-    kind, (width, value_width), (batch, heads, kv_heads), apart, causal, by_token, top_k = draw(st.sampled_from(COMPILED))
-    dtype, length, seed = DTYPES[kind], draw(st.sampled_from(LENGTHS)), draw(st.integers(0, 2**20))
-    keys = draw(st.sampled_from(LENGTHS)) if apart else length
-    spread = draw(st.sampled_from([0.3, 1.0, 8.0])) * width**-0.5
-    shapes = {"omega": (heads, length, width)}
-    if apart:
-        shapes["omega_k"] = kv_heads, keys, width
-    shapes["v"] = kv_heads, keys, value_width
-    tensors = {}
-    for offset, (name, shape) in enumerate(shapes.items()):
-        numbers = randn(batch, *shape, dtype=dtype, seed=seed + offset) * (1 if name == "v" else spread)
-        tensors[name] = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](numbers) if min(numbers.shape) else numbers
-    tensors |= parameters((batch, heads, length) if by_token else (batch, heads), seed=seed + 3)
-    # A high floor, as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary.
-    options = {"causal": causal, "top_k": top_k, "grad_floor": 0.1}
-    return Sample(tensors, options), draw(st.sampled_from(list(GRADIENTS)))
-
-
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 2)
-@hypothesis.given(calls())
-def test_fuzz(case):
-    sample, layout = case
-    omega, v = sample.tensors["omega"], sample.tensors["v"]
-    do = randn(*omega.shape[:3], v.shape[3], dtype=omega.dtype, seed=7)
-    do = GRADIENTS[layout](do) if do.numel() else do
-    check(sample, do, *run_sample(sample, do))
+# ---------------------------------------------------------------------------------------------------------- numbers
 
 
 @each_backend

@@ -1,6 +1,8 @@
 """Linear and Hadamard linear attention: the dense oracle, pair by pair with the initial state beside it, and sample calls."""
 
 import functools
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from harness import (
@@ -17,6 +19,9 @@ from harness import (
 )
 
 import nearfar as nf
+from nearfar.ops import factored
+from nearfar.ops.torch_operator import forget_plans
+from nearfar.reference import linear as reference
 
 SAMPLES = {
     "linear_attention": {
@@ -276,6 +281,19 @@ def reach(sample):
     """(N, M) mask: which tokens a row of the output may depend on."""
     queries, v = sample.tensors[factor_names(sample.tensors, "q")[0]], sample.tensors["v"]
     return visible(sample.options, queries.shape[2], v.shape[2], v.device)
+
+
+@contextmanager
+def form(direct, piece_length=128):
+    """Reference and kernels go pair by pair, or through states with a new one every `piece_length` tokens when causal."""
+    with (
+        patch.object(reference, "direct_is_cheaper", lambda *_: direct),
+        patch.object(factored, "prefers_direct", lambda *_: direct),
+        patch.object(factored, "causal_piece_length", lambda *_: piece_length),
+    ):
+        forget_plans()
+        yield
+    forget_plans()
 
 
 # ----------------------------------------------------------------------------------------------------- torch operators

@@ -406,12 +406,18 @@ def _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, statef
             count = (num_queries + length - 1) // length if cu_seqlens is None else num_queries // length + sequences
         else:
             count = 1 if cu_seqlens is None else sequences
-        shape = (batch, heads, count, math.prod(widths))
-        # A state that is walked on with stays float32; others are rounded as operands of products.
-        half = v.dtype == torch.bfloat16 and not walks(widths, value_width, backend)
-        states = torch.empty((*shape, value_width), dtype=torch.bfloat16 if half else torch.float32, device=v.device)
-        norms = torch.empty(shape, dtype=torch.float32, device=v.device)
+        states, norms = _empty_states(qs, v, count, backend)
     return o, state, inverse, states, norms
+
+
+def _empty_states(qs, v, count, backend):
+    """Room for `count` saved states of each head, and for their normalisers."""
+    widths, value_width = [q.shape[3] for q in qs], v.shape[3]
+    shape = (*v.shape[:2], count, math.prod(widths))
+    # A state that is walked on with stays float32; others are rounded as operands of products.
+    half = v.dtype == torch.bfloat16 and not walks(widths, value_width, backend)
+    states = torch.empty((*shape, value_width), dtype=torch.bfloat16 if half else torch.float32, device=v.device)
+    return states, torch.empty(shape, dtype=torch.float32, device=v.device)
 
 
 def _or_empty(tensors, like):
@@ -424,14 +430,23 @@ def _or_none(*tensors):
     return [None if tensor is None or tensor.dim() == 1 else tensor for tensor in tensors]
 
 
+def _as_outputs(outputs, qs, v, backend):
+    """What an operator returns: no saved states are a count of 0, and what else does not exist is an empty tensor."""
+    *others, states, norms = outputs
+    saved = (states, norms) if states is not None else _empty_states(qs, v, 0, backend)
+    return *_or_empty(others, v), *saved
+
+
 def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
-    rows = layouts(*qs, *ks, v)
-    return tuple(_or_empty(forward(rows, (*qs, *ks, v, initial_state, cu_seqlens), *options), v))
+    rows, backend = layouts(*qs, *ks, v), options[-2]
+    return _as_outputs(forward(rows, (*qs, *ks, v, initial_state, cu_seqlens), *options), qs, v, backend)
 
 
 def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
     # The state that was not asked for has a gradient, too, where somebody differentiates every output.
-    dstate, inverse, states, norms = _or_none(dstate, inverse, states, norms)
+    dstate, inverse = _or_none(dstate, inverse)
+    if not states.shape[2] and (v.shape[2] or initial_state is None):
+        states = norms = None
     dqs, dks, dv, dinitial = backward(
         do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options
     )
@@ -439,9 +454,13 @@ def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, in
 
 
 def _fake_forward(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state, backend, _):
-    stateful = uses_states(qs, v, causal, initial_state is not None or return_state, backend)
+    # How many states are saved depends on the length in ways that would bind an exported program to some lengths.
+    unknown = torch.compiler.is_exporting() and any(isinstance(x.shape[2], torch.SymInt) for x in (*qs, v))
+    stateful = not unknown and uses_states(qs, v, causal, initial_state is not None or return_state, backend)
     outputs = _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend)
-    return tuple(_or_empty(outputs, v))
+    if unknown:
+        outputs = *outputs[:3], *_empty_states(qs, v, torch.library.get_ctx().new_dynamic_size(), backend)
+    return _as_outputs(outputs, qs, v, backend)
 
 
 def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
@@ -469,7 +488,7 @@ def _backward_op(do, dstate, tensors, o, saved, options):
     do = torch.zeros_like(o) if do is None else do
     operator = torch.ops.nearfar.hadamard_attention_backward
     dqs, dks, dv, dinitial = operator(
-        do, dstate, qs, ks, v, initial_state, cu_seqlens, o, *_or_empty(saved, v), *options
+        do, dstate, qs, ks, v, initial_state, cu_seqlens, o, *_as_outputs(saved, qs, v, options[-1]), *options
     )
     return dqs, dks, dv, None if initial_state is None else dinitial
 
