@@ -200,7 +200,7 @@ def takes_delta_of_stored_o(*names):
 
 
 def with_gradient_in(x, dtype):
-    """x, whose gradient is rounded to this dtype, near 1, where no number of it underflows."""
+    """x, whose gradient is rounded to this dtype, scaled to near 1 first, so that it does not underflow."""
 
     def rounded(gradient):
         largest = gradient.abs().max()

@@ -157,9 +157,13 @@ def stored(dtype):
 
 
 def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
-    """Output and gradients with every term by its absolute value: what their roundings are relative to."""
+    """Output and gradients with every term by its absolute value: what their roundings are relative to.
+
+    A score is rounded relative to its terms, and so is the weight made of it.
+    """
     keys, values, do = to_query_heads(q, k).abs(), to_query_heads(q, v).abs(), do.abs()
     weight, sink_weight = weights(q, k, sink, mask, scale)
+    weight = weight * (1 + abs(scale) * (q.abs() @ keys.mT))
     factor = torch.ones_like(do[..., :1]) if alpha is None else alpha.abs()[..., None]
     shift = torch.zeros_like(factor) if beta is None else beta.abs()[..., None]
     u, c = weight @ values, mask.to(q.dtype) @ values

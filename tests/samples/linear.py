@@ -156,8 +156,11 @@ def contraction(factors, last, output):
     return ",".join(f"bhn{letter}" for letter in letters) + "," + last.format(letters) + "->" + output.format(letters)
 
 
-def sums(xs, ys, values, state, options):
-    """sum_j A_ij (v_j, 1) for every query, and the state after the last key of every sequence."""
+def sums(xs, ys, values, state, options, dtype=None):
+    """sum_j A_ij (v_j, 1) for every query, and the state after the last key of every sequence.
+
+    dtype: products of the features of several factors are rounded to it before they enter a state.
+    """
     mask = visible(options, xs[0].shape[2], values.shape[2], values.device)
     weights = functools.reduce(torch.mul, [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)])
     total = weights.masked_fill(~mask, 0) @ to_query_heads(xs[0], values)
@@ -171,12 +174,23 @@ def sums(xs, ys, values, state, options):
         total = total + torch.cat(earlier, 2)
     if not options.get("return_state"):
         return total, None
+    if dtype is not None and len(ys) > 1:
+        return total, state_of_rounded_products(ys, values, state, options, dtype)
     build = contraction(ys, "bhnc", "bh{}c")
     final = torch.cat([
         torch.einsum(build, *(y[:, :, first:last] for y in ys), values[:, :, first:last])
         for first, last in spans(options, values.shape[2])
     ])  # fmt: skip
     return total, final if state is None else final + state
+
+
+def state_of_rounded_products(ys, values, state, options, dtype):
+    letters = "pqrstu"[: len(ys)]
+    products = torch.einsum(",".join(f"bhn{letter}" for letter in letters) + f"->bhn{letters}", *ys)
+    products = (products + (products.to(dtype) - products).detach()).flatten(3)
+    _, final = sums([products], [products], values, None, options)
+    final = final.unflatten(2, [y.shape[3] for y in ys])
+    return final if state is None else final + state
 
 
 def sums_of_states(xs, ys, values, options, dtype):
@@ -199,7 +213,7 @@ def attend(tensors, options, dtype=None, stored=False):
     stored: so is o, before delta = dO . o is taken from it, and so are states.
     """
     (xs, ys), values, initial = features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state")
-    total, state = sums(xs, ys, values, initial, options)
+    total, state = sums(xs, ys, values, initial, options, dtype)
     if stored and initial is None and not options.get("causal"):
         total = sums_of_states(xs, ys, values, options, dtype)
     o = total[..., :-1]
