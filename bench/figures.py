@@ -43,8 +43,8 @@ def panels(results=RESULTS):
     for title, path, variants, names in PANELS:
         record = json.loads((results / f"{path}.json").read_text())
         case = record["rows"][0]["case"]
-        setting = f"{record['environment']['device']}, batch {case['batch']}, {case['heads']} heads of {case['width']}, bfloat16"
-        drawn.append((title, setting, lines(record, variants, names)))
+        size = f"batch {case['batch']}, {case['heads']} heads of {case['width']}, {case['dtype']}"
+        drawn.append((title, f"{record['environment']['device']}, {size}", lines(record, variants, names)))
     return drawn
 
 
