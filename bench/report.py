@@ -14,7 +14,9 @@ from bench import crossover
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
-OVERVIEW = "overview"
+OVERVIEW, SPEEDUPS = "overview", "speedups"
+HEADLINES = ("krause-window-topk", "linear-causal", "hadamard-causal", "affine-causal", "ssa-sparse")
+SOFTMAX = ("sdpa", "fa4")  # how providers of softmax attention over all keys begin; "-epilogue" ones compute more
 DIRECTIONS = ("forward", "backward")
 STYLES = {"ok": "", "skipped": "dim", "unavailable": "yellow", "wrong": "bold red", "failed": "bold red"}
 
@@ -205,8 +207,10 @@ def token_count(n):
 
 
 def markdown(room, results):
-    """The tables of a room from all recorded files, one for each run, as only figures of one run compare; or the overview."""
+    """The tables of a room from all recorded files, one for each run, as only figures of one run compare; or a summary."""
     files = [(path.parent.name, json.loads(path.read_text())) for path in sorted(results.glob("*/*.json"))]
+    if room == SPEEDUPS:
+        return speedups([record for _, record in files])
     sections = {}
     for gpu, record in files:
         if room == OVERVIEW:
@@ -216,6 +220,39 @@ def markdown(room, results):
     write = overview if room == OVERVIEW else section
     nothing = "Nothing is recorded yet; `python -m bench --record` on a GPU does it.\n"
     return "\n".join(write(records) for records in sections.values()) or nothing
+
+
+def speedups(records):
+    """A line for each headline: its newest record, beside the fastest other code for it and the fastest softmax attention."""
+    lines = [
+        "| case | GPU | nearfar, ms | fastest alternative | softmax attention |",
+        "|---|---|---:|---|---|",
+    ]
+    for name in HEADLINES:
+        found = [record for record in records if record["name"] == name]
+        if not found:
+            continue
+        record = max(found, key=lambda record: record["environment"]["date"])
+        ours = next(row for row in record["rows"] if row["ours"] and row["forward"])
+        others = [r for r in record["rows"] if r["title"] == ours["title"] and not r["ours"] and r["forward"]]
+        softmax = [r for r in others if r["provider"].startswith(SOFTMAX) and not r["provider"].endswith("-epilogue")]
+        alternatives = [r for r in others if r not in softmax]
+        cells = (f"{name}: {ours['title']}", record["environment"]["device"].split()[1], significant(step_ms(ours), 3),
+                 beside(ours, alternatives), beside(ours, softmax))  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def step_ms(row):
+    return sum(row[direction]["ms"] for direction in DIRECTIONS if row[direction])
+
+
+def beside(ours, others):
+    """How many times as long the fastest other takes, and which it is."""
+    if not others:
+        return "-"
+    best = min(others, key=step_ms)
+    return f"**{significant(step_ms(best) / step_ms(ours), 2)}x** {best['label']}"
 
 
 def overview(records):
@@ -231,7 +268,7 @@ def overview(records):
             if not (row["ours"] and row["forward"] and (case["goal_ms"] or case.get("goal_over"))):
                 continue
             others = [r for r in record["rows"] if r["title"] == row["title"] and not r["ours"] and r["forward"]]
-            best = min(others, key=lambda r: sum(r[d]["ms"] for d in DIRECTIONS if r[d]), default=None)
+            best = min(others, key=step_ms, default=None)
             other = (both(best, "ms", 3), best["label"]) if best else ("", "")
             cells = (case["name"], row["title"], both(row, "ms", 3), goal_times(case), *other)
             lines.append("| " + " | ".join(cells) + " |")
@@ -291,7 +328,7 @@ def main(arguments=None, root=ROOT, results=RESULTS):
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     args = parser.parse_args(arguments)
     stale = 0
-    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         text = path.read_text() if path.exists() else ""
         new = refreshed(text, results)
         if new != text:

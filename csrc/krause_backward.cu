@@ -47,7 +47,7 @@ static_assert(kTileRows == kKrauseTile);
 constexpr int kTileBlocks = kTileRows / kRows;
 constexpr int kRingTiles = (kTileRows + kKrauseWindow - 2) / kTileRows + 1;  // that a tile reaches at most
 constexpr int kRingRows = kRingTiles * kTileRows;
-constexpr int kStripTiles = 6;  // of 6, 11, 16, 22 and 43 the fastest (docs/krause.md)
+constexpr int kStripTiles = 6;  // of 6, 11, 16, 22 and 43 the fastest (docs/notes/krause.md)
 
 template <typename T>
 struct Arguments {

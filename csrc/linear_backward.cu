@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
 }
 
 template <int Width>
-using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/linear.md)
+using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/notes/linear.md)
 
 template <auto kKernel, typename Walk, typename Layout, typename Arguments>
 void launch(const Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {

@@ -8,7 +8,7 @@ For each seed they start from the same values, see the same batches and drop the
     python examples/affine_stability.py --models sink halved affine sigmoid --seeds 4
 
 Needs `pip install '.[examples]'`. The default run takes five to seven minutes on two CPU cores. A plot, and the losses and
-norms of every step as JSON, go to examples/out/; `--page docs/affine.md` writes the table into that page.
+norms of every step as JSON, go to examples/out/; `--page docs/notes/affine.md` writes the table into that page.
 """
 
 import argparse

@@ -195,7 +195,7 @@ def test_a_digest_knows_every_bit():
 @gpu
 def test_fifty_processes_give_the_same_bits(tmp_path):
     """Of every CUDA kernel. The first one fills a cache of their own: where several do at one time, a launcher may be taken for
-    another (docs/krause.md)."""
+    another (docs/notes/krause.md)."""
     command = [sys.executable, Path(__file__).with_name("cuda_kernels.py")]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
 

@@ -33,6 +33,10 @@ def test_version():
     assert importlib.metadata.version("nearfar") == nearfar.__version__
 
 
+def test_citation_has_the_version():
+    assert f"\nversion: {nearfar.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_triton_kernels_install_inside_the_package(tmp_path):
     """Another project owns the top-level name; what it may have installed must not be ours."""
     code = (

@@ -1,7 +1,7 @@
 """Races between the asynchronous copies and products of pipelined kernels, which only show at the speed of a GPU.
 
 They spoil a few rows of a large result, so that norms over the whole tensor hide them: every element is compared, on sizes
-that keep all data in the L2 cache (docs/krause.md tells of one that was found so). What the compiler makes of the kernels
+that keep all data in the L2 cache (docs/notes/krause.md tells of one that was found so). What the compiler makes of the kernels
 is looked at too, which takes no GPU.
 """
 

@@ -175,7 +175,7 @@ def plan_walk(problem, kernel, strides, eps=()):
     """walk_read, walk_grad_queries or walk_grad_keys. eps: (eps,) for walk_read."""
     parameters = problem.tuned(kernel)
     if parameters.num_warps == 8 and min(problem.blocks[0], problem.value_block) < 64:
-        # Eight warps on a product 32 wide made an illegal access on an H100 (Triton 3.6, docs/linear.md).
+        # Eight warps on a product 32 wide made an illegal access on an H100 (Triton 3.6, docs/notes/linear.md).
         parameters = parameters._replace(block_m=min(64, parameters.block_m), num_warps=4)
     of_keys = kernel == "walk_grad_keys"
     length, _, heads, _ = sides(problem, of_keys)

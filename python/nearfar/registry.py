@@ -9,8 +9,8 @@ from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchr
 class Operator(NamedTuple):
     """One public operator.
 
-    room: the name of its file in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/; operators that are
-        cases of one another share it.
+    room: the name of its file in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/operators/;
+        operators that are cases of one another share it.
     function: the public function. prepare: its checks, returning a call with its q and its `backends`.
     op: its name in torch.ops.nearfar.
     summary, source: what the README says of it.

@@ -13,7 +13,7 @@ from nearfar.reference.affine import affine_attention as reference_affine_attent
 
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head and number of keys: bfloat16, with
 # alpha and beta, causal (but 16,384 keys at 64 wide in full), 16,384 tokens of 32 heads 64 wide or 16 heads 128 wide, on an
-# H100 (docs/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below.
+# H100 (docs/notes/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below.
 MEASURED = {
     64: {
         1024: ((0.350, 0.314), (0.720, 0.823)),

@@ -14,7 +14,7 @@ from nearfar.reference import diagnostics as reference
 MAX_TOP_N = 256
 
 # Milliseconds of the CUDA and the Triton kernels by width of a head: bfloat16, B1 H32 N16384 D128 causal and B1 H16 N16384 D64
-# full on an H100, geometry with a top_n of 4 (docs/diagnostics.md). "auto" takes the faster; Triton elsewhere.
+# full on an H100, geometry with a top_n of 4 (docs/notes/diagnostics.md). "auto" takes the faster; Triton elsewhere.
 MEASURED = {
     "attention_statistics": {64: (3.282, 4.007), 128: (4.049, 5.401)},
     "selection_geometry": {64: (7.05, 9.05), 128: (9.20, 12.89)},

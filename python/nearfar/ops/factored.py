@@ -30,7 +30,7 @@ from nearfar.ops.torch_operator import (
 from nearfar.reference.linear import step as reference_step
 
 # A multiply-add of a pair computed directly takes as long as two of those that go through the state, forward and backward
-# together, as measured on an H100 for one, two and three factors (docs/linear.md).
+# together, as measured on an H100 for one, two and three factors (docs/notes/linear.md).
 DIRECT_COST = 2
 # Bytes that pass through memory while a multiprocessor does one multiply-add, times the bytes of a state on its way: they
 # balance the direct pairs of a piece, which grow with its length, against its state, which is written and read once.
@@ -44,7 +44,7 @@ FULL_WARPS = 1056
 WALK_WIDTH = 128
 TILE_OF_STATE = 16384  # elements of a state that one program accumulates
 # Bytes of the states of causal attention in float32 beyond which there is one for twice as many tokens: that takes about a
-# seventh more time (docs/linear.md), and a million tokens of 16 x 16 features stay within 1.5 times their own memory.
+# seventh more time (docs/notes/linear.md), and a million tokens of 16 x 16 features stay within 1.5 times their own memory.
 LARGE_STATES = 2**30
 
 _FORWARD = (

@@ -19,7 +19,7 @@ _op = PairwiseOp(
 
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head, words of a row's selection and
 # whether it selects: bfloat16, B1 H32 N16384 on an H100, windows of 128 keys with a top_k of 96 and of 64 with 48
-# (docs/krause.md, CUDA C++). "auto" takes the faster; Triton for what is not listed, and on GPUs of another architecture.
+# (docs/notes/krause.md, CUDA C++). "auto" takes the faster; Triton for what is not listed, and on GPUs of another architecture.
 MEASURED = {
     (32, 4, False): ((0.0710, 0.1097), (0.2300, 0.3093)),
     (32, 4, True): ((0.1827, 0.2726), (0.2741, 0.3347)),

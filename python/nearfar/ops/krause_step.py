@@ -12,7 +12,8 @@ from nearfar.ops.torch_operator import device_of, kernels, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
 
 # Microseconds of a step by the CUDA and the Triton kernels, by slots of the cache and whether it selects: bfloat16 on an H100,
-# B64 H8 D64 with 32 slots, B32 Hq32 Hkv8 D128 with more (docs/krause.md). "auto" takes the faster of the next larger entry.
+# B64 H8 D64 with 32 slots, B32 Hq32 Hkv8 D128 with more (docs/notes/krause.md). "auto" takes the faster of the next larger
+# entry.
 MEASURED = {
     (32, False): (8.33, 7.63),
     (32, True): (13.41, 20.74),

@@ -17,7 +17,7 @@ MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by whether attention is causal, number of factors and
 # width of values: bfloat16 on an H100, B4 H32 N4096 where it is causal and B1 H32 N16384 where it is not, B1 H16 N65536 where
-# values are 128 wide (docs/linear.md). "auto" takes the faster; Triton for what is not listed, and on GPUs of another
+# values are 128 wide (docs/notes/linear.md). "auto" takes the faster; Triton for what is not listed, and on GPUs of another
 # architecture.
 MEASURED = {
     (True, 1, 64): ((0.1118, 0.1849), (0.2812, 0.6193)),

@@ -44,7 +44,7 @@ class PairwiseOp:
 
     The forward returns (o, lse, bits); lse and the selection bits only serve the backward. torch.compile, export and
     dispatch modes see one opaque operator in each direction. A plain eager call goes to the same two functions without the
-    dispatcher, which would take longer than the launch (docs/krause.md has the measurement).
+    dispatcher, which would take longer than the launch (docs/notes/krause.md has the measurement).
     """
 
     def __init__(self, name, kernels, cuda_forward, cuda_backward):
@@ -135,7 +135,7 @@ def _plan_forward(
 ):  # fmt: skip
     """The program of (o, lse, bits). squares: whether there is a CUDA kernel of |k|^2.
 
-    One more pass over k, by that kernel, was measured to pay for wide heads and windows (docs/krause.md).
+    One more pass over k, by that kernel, was measured to pay for wide heads and windows (docs/notes/krause.md).
     """
     o, lse, bits = outputs = empty_outputs(q, v, left, right, k.shape[2], top_k)
     parameter = q.new_empty(num_parameters, dtype=torch.float32)

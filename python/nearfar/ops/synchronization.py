@@ -14,7 +14,7 @@ from nearfar.reference import synchronization as reference
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 # Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head: bfloat16, B4 H32 N4096, every pair
-# locks, on an H100 (docs/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
+# locks, on an H100 (docs/notes/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
 MEASURED = {64: ((1.60, 2.07), (3.63, 5.88))}
 
 

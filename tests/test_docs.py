@@ -1,0 +1,90 @@
+"""README and site: their code runs, the files that they and the sources name exist, their figures are those of the records."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from bench import figures, report
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = {".md", ".py", ".cu", ".cuh", ".cpp", ".h"}
+CODE = re.compile(r"^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def code_of(page):
+    """The Python blocks of a page, one after the other, as a reader would run them."""
+    return "\n".join(textwrap.dedent(block) for _, block in CODE.findall(page.read_text()))
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=name_of)
+def test_code_of_a_page_runs(page):
+    torch.manual_seed(0)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    try:
+        exec(compile(code_of(page), name_of(page), "exec"), {"__name__": "page"})
+    finally:  # a page shows how to set it
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def test_most_pages_for_users_have_code():
+    tutorials = sorted((ROOT / "docs/tutorials").glob("*.md"))
+    assert tutorials and all(code_of(page) for page in [ROOT / "README.md", *tutorials])
+
+
+def test_pages_named_in_the_repository_exist():
+    """mkdocs --strict checks the site's own links; here comments, docstrings, README and CONTRIBUTING."""
+    folders = ("csrc", "python", "triton_kernels", "tests", "bench", "examples", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    missing = {
+        f"{path.relative_to(ROOT)}: {page}"
+        for path in (*files, *ROOT.glob("*.md"))
+        for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg)", path.read_text())
+        if not (ROOT / page).exists()
+    }
+    assert not missing, sorted(missing)
+
+
+def test_readme_is_short_and_its_links_exist():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_readme_has_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "`make test`" in text and "`make bench`" in text
+
+
+def test_tables_are_those_of_the_records():
+    assert report.main(["--check"]) == 0
+
+
+def test_times_stand_in_generated_blocks():
+    """README has no time, rate or ratio outside them."""
+    text = report.MARKERS.sub("", (ROOT / "README.md").read_text())
+    assert not re.findall(r"\d[\d.,]*\s?(?:ms|us|GB/s|TFLOP/s|tokens/s|x\b|times)", text)
+
+
+def test_the_figure_shows_the_records():
+    root = ElementTree.parse(ROOT / "docs/assets/length.svg").getroot()
+    (shown,) = root.iter("{http://purl.org/dc/elements/1.1/}description")
+    assert json.loads(shown.text) == json.loads(figures.description(figures.panels()))
+    for lines in json.loads(shown.text).values():
+        assert len(lines) >= 3 and all(len(points) >= 8 for points in lines.values())
+
+
+def test_weights_of_the_other_figure_are_weights():
+    for name, _, row in figures.weights():
+        assert sum(row) == pytest.approx(1, abs=1e-4), name  # affine: 0.5 of softmax, and 32 times 0.5 / 32
+        assert min(row) >= 0
