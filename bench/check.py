@@ -8,7 +8,8 @@ selection is within rounding may rightly differ; they are left out, with dO zero
 An output passes when the norm of its error is at most CAPS[dtype] times its own norm. Ours also has to keep the rule of
 accuracy: the largest error at most twice that of the plain formula plus eps / 2 of the largest value, and the norm of the error
 at most 1.5 times that of the plain formula plus eps / 8 of the norm, with half an eps of float32 for the order of sums. The
-plain formula takes the same inputs, computes in float32 and rounds its results once. Where it is further off than the cap allows, the case can show nothing: no provider passes.
+plain formula takes the same inputs, computes in float32 and rounds its results once. Where it is further off than the cap
+allows, the case can show nothing: no provider passes.
 
 The gradient of a parameter (sigma) is one number a head, a sum over rows in which terms cancel, and errors may by luck. It
 counts relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make as
