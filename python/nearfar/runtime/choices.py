@@ -36,9 +36,9 @@ def orders(operator, device, **key):
     nothing was measured.
     """
     if device.type == "cuda":
-        capability = _capability(device.index)
+        key = {"capability": _capability(device.index), **key}
         for row in rows(operator):
-            if row["key"]["capability"] == capability and _fits(row["key"], key):
+            if _fits(row["key"], key):
                 return _order(row, "forward"), _order(row, "backward")
     return TRITON_FIRST, TRITON_FIRST
 
