@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nearfar as nf
+from bench import report
 from nearfar import _cuda, registry, tune_choices
 from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST
 from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchronization
@@ -159,6 +160,18 @@ def test_import_does_not_read_it():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_pages_show_the_table(monkeypatch):
+    """`python -m bench.report` writes them."""
+    assert report.main(["--check"]) == 0
+    page = "<!-- choices:attention_statistics -->\n<!-- /choices:attention_statistics -->"
+    row = '| 9 | 64 | B1 H16 N16384 D64 bfloat16 | 3.282 | 4.007 | CUDA | 1 |'
+    assert row in report.refreshed(page, report.RESULTS).splitlines()
+    slower = choices.rows("attention_statistics")[0]
+    monkeypatch.setitem(slower["cuda"], "forward", 5.5)
+    assert row.replace("3.282", "5.5").replace("CUDA", "Triton") in report.refreshed(page, report.RESULTS).splitlines()
+    assert report.main(["--check"]) == 1
+
+
 # ---- python -m nearfar.tune --choices: the clock is a fake
 
 
@@ -224,7 +237,7 @@ def test_what_is_measured_takes_the_place_of_the_rows_of_its_architecture():
     rows = [row(8, 1), row(9, 2), row(9, 3, width=128), row(8, 3, width=32)]
     found = tune_choices.renewed(rows, 9, "new", measure)
     assert found == [rows[0], rows[3], row(9, 2, "new", 4.0, 3.0), rows[2]]  # its own case; what was; nothing at 32
-    assert choices._order(found[2], "forward") == choices._order(found[2], "backward") == TRITON_FIRST
+    assert choices.order(found[2], "forward") == choices.order(found[2], "backward") == TRITON_FIRST
 
 
 def test_the_table_is_written_as_it_is_read():

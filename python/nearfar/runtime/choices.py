@@ -22,7 +22,7 @@ def table():
 
 
 def rows(operator):
-    """Rows of an operator."""
+    """Those of an operator."""
     return table()["choices"][operator]
 
 
@@ -39,7 +39,7 @@ def orders(operator, device, **key):
         key = {"capability": _capability(device.index), **key}
         for row in rows(operator):
             if _fits(row["key"], key):
-                return _order(row, "forward"), _order(row, "backward")
+                return order(row, "forward"), order(row, "backward")
     return TRITON_FIRST, TRITON_FIRST
 
 
@@ -55,7 +55,7 @@ def _fits(measured, key):
     return True
 
 
-def _order(row, direction):
+def order(row, direction):
     """CUDA first where it was faster; a backward that was not measured is asked as the forward."""
     cuda, triton = (row[backend].get(direction, row[backend]["forward"]) for backend in CUDA_FIRST)
     return CUDA_FIRST if cuda < triton else TRITON_FIRST
