@@ -1,4 +1,4 @@
-"""Tables, JSON and plot of a run; `python -m bench.report` refreshes README.md and docs/ from bench/results."""
+"""Tables, JSON and plot of a run; `python -m bench.report` refreshes README.md and docs/ from bench/results and choices."""
 
 import argparse
 import json
@@ -9,11 +9,11 @@ from textwrap import shorten
 
 from rich.table import Table
 
-from bench import crossover
+from bench import choices, crossover
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-MARKERS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (bench|choices):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 OVERVIEW, SPEEDUPS = "overview", "speedups"
 HEADLINES = ("krause-window-topk", "linear-causal", "hadamard-causal", "affine-causal", "ssa-sparse")
 SOFTMAX = ("sdpa", "fa4")  # how providers of softmax attention over all keys begin; "-epilogue" ones compute more
@@ -320,7 +320,8 @@ def tabled(row):
 
 
 def refreshed(text, results):
-    return MARKERS.sub(lambda m: m[1] + markdown(m[2], results) + m[3], text)
+    write = {"bench": lambda room: markdown(room, results), "choices": choices.markdown}
+    return MARKERS.sub(lambda m: m[1] + write[m[2]](m[3]) + m[4], text)
 
 
 def main(arguments=None, root=ROOT, results=RESULTS):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nearfar import _cuda
+from nearfar.runtime import choices
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.
@@ -33,6 +34,20 @@ class Sample(NamedTuple):
 
     tensors: dict
     options: dict
+
+
+def pretend_measured(monkeypatch, *rows, capability=9):
+    """Let every operator choose by these rows, on a GPU of this capability.
+
+    rows: (key, milliseconds (cuda, triton) of the forward, those of the backward), as measured on Hopper.
+    """
+    found = [
+        {"key": {"capability": 9, **key}}
+        | {name: {"forward": forward[i], "backward": backward[i]} for i, name in enumerate(("cuda", "triton"))}
+        for key, forward, backward in rows
+    ]
+    monkeypatch.setattr(choices, "rows", lambda operator: found)
+    monkeypatch.setattr(choices, "_capability", lambda index: capability)
 
 
 def has_tokens(name):

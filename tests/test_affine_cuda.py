@@ -12,6 +12,7 @@ from harness import (
     leaves,
     like,
     needs_extension,
+    pretend_measured,
     randn,
     run,
     takes_delta_of_stored_o,
@@ -21,7 +22,7 @@ from test_affine import attention
 from test_krause_cuda import tensor
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import affine as operator
 
 stored = takes_delta_of_stored_o("alpha", "sink")
@@ -50,9 +51,11 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(_cuda, "softmax_reason", lambda *arguments: None)
     cuda, triton = (1.0, 2.0), (2.0, 1.0)
-    measured = {64: {9: (cuda, cuda)}, 128: {10: (cuda, cuda)}, 32: {8: (cuda, cuda), 9: (triton, cuda)}}
-    monkeypatch.setattr(operator, "MEASURED", measured)
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+    rows = [
+        ({"head_dim": 64, "keys": [9, None]}, cuda, cuda), ({"head_dim": 128, "keys": [10, None]}, cuda, cuda),
+        ({"head_dim": 32, "keys": [8, 8]}, cuda, cuda), ({"head_dim": 32, "keys": [9, 9]}, triton, cuda),
+    ]  # fmt: skip
+    pretend_measured(monkeypatch, *rows, capability=9 if hopper else 8)
     for width, firsts in ((64, ("cuda", "cuda")), (128, ("triton", "triton")), (32, ("triton", "cuda"))):
         q = tensor(width)  # of 9 tokens
         _, backends = operator._checked.__wrapped__((q, q, q), -1, 1.0, False)

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, needs_extension, randn, run
+from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, needs_extension, pretend_measured, randn, run
 from samples import diagnostics as oracle
 from test_diagnostics import check_constants, check_geometry, geometry, random_sample, statistics
 from test_krause_cuda import tensor
 from test_operators import poison
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import diagnostics as operator
 
 # ---------------------------------------------------------------------------------------------------- what it serves
@@ -53,8 +53,8 @@ def test_which_devices_are_served(built, capability, runs, monkeypatch):
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(_cuda, "hopper_reason", lambda layouts: None)
-    monkeypatch.setattr(operator, "MEASURED", {"selection_geometry": {64: (1.0, 2.0), 128: (2.0, 1.0)}})
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+    rows = (({"head_dim": 64}, (1.0, 2.0), (1.0, 2.0)), ({"head_dim": 128}, (2.0, 1.0), (2.0, 1.0)))
+    pretend_measured(monkeypatch, *rows, capability=9 if hopper else 8)
     for width, first in ((64, "cuda" if hopper else "triton"), (128, "triton")):
         q = tensor(width)
         *reasons, orders = operator._checked.__wrapped__((q, q, q), False, "selection_geometry")

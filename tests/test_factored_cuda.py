@@ -13,13 +13,14 @@ from harness import (
     leaves,
     like,
     needs_extension,
+    pretend_measured,
     run,
 )
 from samples.linear import check, flat, op_arguments, random_state, random_tensors
 from test_krause_cuda import tensor
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import linear as operator
 
 # ---------------------------------------------------------------------------------------------------- what it serves
@@ -66,7 +67,7 @@ def checked(length, causal=False):
 
 def test_where_pairs_are_cheaper_it_serves_nothing(monkeypatch):
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
+    pretend_measured(monkeypatch)
     assert "2048 queries and 2048 keys are few enough to go pair by pair" in checked(2048).cuda
     assert checked(2049).cuda is None
 
@@ -74,8 +75,7 @@ def test_where_pairs_are_cheaper_it_serves_nothing(monkeypatch):
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     first, second = ("cuda", "triton"), ("triton", "cuda")
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {(False, 2, 128): ((1.0, 2.0), (3.0, 2.0))})
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
+    pretend_measured(monkeypatch, ({"causal": False, "factors": 2, "value_width": 128}, (1.0, 2.0), (3.0, 2.0)))
     assert checked(4096).orders == (first, second) and checked(4096, causal=True).orders == (second, second)
 
 

@@ -9,11 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, MISALIGNED, Sample, assert_same, gpu, leaves, like, needs_extension, randn, run
+from harness import (
+    DEVICE,
+    LAYOUTS,
+    MISALIGNED,
+    Sample,
+    assert_same,
+    gpu,
+    leaves,
+    like,
+    needs_extension,
+    pretend_measured,
+    randn,
+    run,
+)
 from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import krause as operator
 from nearfar.ops.torch_operator import Layout
 
@@ -44,8 +57,8 @@ def tensor(width=64, dtype=torch.bfloat16, row=None, device="cuda"):
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(_cuda, "krause_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {(64, 4, False): ((1.0, 2.0), (3.0, 2.0))})
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
+    row = {"head_dim": 64, "selection_words": 4, "selects": False}, (1.0, 2.0), (3.0, 2.0)
+    pretend_measured(monkeypatch, row)
 
     def orders(q, window=128, top_k=None):
         return operator._checked.__wrapped__((q, q, q), nf.SlidingWindow(window - 1), top_k)[2].orders
@@ -54,7 +67,7 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     assert orders(tensor()) == (first, second)
     for unlisted in ((tensor(), 64, None), (tensor(), 128, 5), (tensor(32), 128, None)):
         assert orders(*unlisted) == (second, second)
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
+    pretend_measured(monkeypatch, row, capability=8)
     assert orders(tensor()) == (second, second)
 
 

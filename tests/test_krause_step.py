@@ -6,10 +6,11 @@ from harness import DEVICE, DTYPES, Sample, accumulation, assert_accurate, gener
 from samples.krause import best, dense, plain, scales
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import krause_step as operator
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.ops.torch_operator import Layout
+from nearfar.runtime import choices
 
 needs_extension = pytest.mark.skipif(
     DEVICE != "cuda" or _cuda.extension is None, reason=f"needs a CUDA device and nearfar._C ({_cuda.unavailable_reason})"
@@ -445,7 +446,7 @@ def test_an_empty_cache():
 ])  # fmt: skip
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(window, selects, first, hopper, monkeypatch):
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+    monkeypatch.setattr(choices, "_capability", lambda index: 9 if hopper else 8)
 
     def layout(*shape, dtype=torch.bfloat16):
         return Layout(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype, torch.device("cuda", 0))

@@ -15,6 +15,7 @@ from harness import (
     leaves,
     like,
     needs_extension,
+    pretend_measured,
     randn,
     run,
     takes_delta_of_stored_o,
@@ -23,7 +24,7 @@ from samples.linear import check, flat, op_arguments, random_state, random_tenso
 from test_krause_cuda import tensor
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
@@ -82,14 +83,14 @@ def test_which_devices_are_served(monkeypatch):
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     first, second = ("cuda", "triton"), ("triton", "cuda")
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {(True, 1, 64): ((1.0, 2.0), (3.0, 2.0))})
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
+    row = {"causal": True, "factors": 1, "value_width": 64}, (1.0, 2.0), (3.0, 2.0)
+    pretend_measured(monkeypatch, row)
 
     def orders(q, causal=True):
         return operator._checked.__wrapped__((q, q, q), 1, False, causal)[0].orders
 
     assert orders(tensor()) == (first, second) and orders(tensor(128)) == orders(tensor(), False) == (second, second)
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: False)
+    pretend_measured(monkeypatch, row, capability=8)
     assert orders(tensor()) == (second, second)
 
 

@@ -14,6 +14,7 @@ from harness import (
     gpu,
     like,
     needs_extension,
+    pretend_measured,
     randn,
     run,
 )
@@ -23,6 +24,7 @@ from test_krause_cuda import tensor
 import nearfar as nf
 from nearfar import _cuda, dispatch
 from nearfar.ops import synchronization as operator
+from nearfar.runtime import choices
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 
@@ -49,8 +51,8 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     monkeypatch.setattr(_cuda, "synchronization_reason", lambda *arguments: None)
-    monkeypatch.setattr(operator, "MEASURED", {64: ((1.0, 2.0), (1.0, 2.0)), 32: ((2.0, 1.0), (1.0, 2.0))})
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda index: hopper)
+    rows = (({"value_width": 64}, (1.0, 2.0), (1.0, 2.0)), ({"value_width": 32}, (2.0, 1.0), (1.0, 2.0)))
+    pretend_measured(monkeypatch, *rows, capability=9 if hopper else 8)
     for width, firsts in ((64, ("cuda", "cuda")), (32, ("triton", "cuda")), (128, ("triton", "triton"))):
         w = tensor(width)
         backends = operator._checked.__wrapped__((w, w), None, True)
@@ -59,7 +61,7 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
 
 
 def test_gradients_of_orders_by_token_are_tritons(monkeypatch):
-    monkeypatch.setattr(dispatch, "measured_orders", lambda *arguments: (dispatch.CUDA_FIRST,) * 2)
+    monkeypatch.setattr(choices, "orders", lambda *arguments, **key: (dispatch.CUDA_FIRST,) * 2)
     sample = cuda_sample(length=9, device="cpu")
     for rows, first in (((1, 2), "cuda"), ((1, 2, 9), "triton")):
         orders = operator.prepare(**sample.tensors | {"order": torch.full(rows, 0.5)}).backends.orders

@@ -81,26 +81,6 @@ def choose(backend, reasons, device, order=KERNELS):
     return backend
 
 
-def measured_orders(times, device):
-    """The `measured_order` of the forward and that of the backward. times: those of both, or None."""
-    return tuple(measured_order(direction, device) for direction in times or (None, None))
-
-
-def measured_order(times, device):
-    """In which "auto" asks the kernels.
-
-    times: (cuda, triton), measured on a Hopper GPU; None where nothing was, which means Triton, as other architectures do.
-    """
-    if times is None or device.type != "cuda" or not _is_hopper(device.index):
-        return TRITON_FIRST
-    cuda, triton = times
-    return CUDA_FIRST if cuda < triton else TRITON_FIRST
-
-
-def _is_hopper(index):
-    return torch.cuda.get_device_properties(index).major == 9
-
-
 class Backends:
     """Which backends serve calls: why a kernel cannot, None where it can, and in which order "auto" asks them.
 

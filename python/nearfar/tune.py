@@ -1,13 +1,15 @@
-"""Re-measure the launch parameters of the kernels on this GPU and rewrite the committed table.
+"""Re-measure the launch parameters of the kernels, or which backend is faster, on this GPU and rewrite the committed table.
 
     python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
+    python -m nearfar.tune --choices [krause_attention ...]
 
 For each kernel, head width and element size every candidate is compiled, in one process a core, and then timed inside a forward
 and a backward of an operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or
 Hadamard attention, synchronization attention of which every pair locks, or the diagnostics of causal softmax attention.
 The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
-gradient differs from that with the present parameters by more than rounding. Needs rich (the `bench` extra) and a source tree
-or an editable install.
+gradient differs from that with the present parameters by more than rounding. --choices calls each backend in every case of
+python/nearfar/runtime/choices.json instead, which nothing else writes (tune_choices.py); it wants the CUDA extension and
+launch parameters that are tuned. Needs rich (the `bench` extra) and a source tree or an editable install.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 import nearfar as nf
+from nearfar import tune_choices
 from nearfar.ops import torch_operator
 from nearfar.triton_kernels import (
     affine_launch,
@@ -222,12 +225,6 @@ def measure(run, kernel):
     return sum(times), results  # which the repeated launches have written again
 
 
-def agree(results, expected, rounding):
-    """Whether no element differs by more than rounding; a NaN does."""
-    pairs = zip(results, expected, strict=True)
-    return all(bool((a.float() - b.float()).abs().max() <= rounding * b.float().abs().max()) for a, b in pairs)
-
-
 def choose(entry, key, trials, measure, rounding):
     """Leave the fastest of the trials that computes what entry[key] does in its place; its milliseconds, and the refused."""
     current = launch.LaunchParameters(*entry[key])
@@ -238,7 +235,7 @@ def choose(entry, key, trials, measure, rounding):
         measured = measure()
         if measured is None:
             continue
-        if not agree(measured[1], expected, rounding):
+        if not tune_choices.agree(measured[1], expected, rounding):
             refused.append(parameters)
         elif measured[0] < fastest:
             best, fastest = parameters, measured[0]
@@ -252,7 +249,13 @@ def main():
     parser.add_argument("--kernels", nargs="+", choices=list(table), default=list(table))
     parser.add_argument("--widths", nargs="+", type=int, choices=(64, 128, 256), default=(64, 128, 256))
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument(
+        "--choices", nargs="*", choices=tuple(tune_choices.CALLS), metavar="OPERATOR",
+        help="measure which backend serves these operators faster, or all, instead of launch parameters",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.choices is not None:
+        return tune_choices.main(arguments.choices)
     chosen = [
         (kernel, width, bits)
         for kernel, bits, width in itertools.product(arguments.kernels, arguments.bits, arguments.widths)

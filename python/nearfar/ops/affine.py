@@ -10,23 +10,7 @@ from nearfar.ops import eager, softmax
 from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.reference.affine import affine_attention as reference_affine_attention
-
-# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head and number of keys: bfloat16, with
-# alpha and beta, causal (but 16,384 keys at 64 wide in full), 16,384 tokens of 32 heads 64 wide or 16 heads 128 wide, on an
-# H100 (docs/notes/affine.md). "auto" takes the faster of the longest entry that a call reaches, and Triton below.
-MEASURED = {
-    64: {
-        1024: ((0.350, 0.314), (0.720, 0.823)),
-        4096: ((0.786, 0.738), (1.904, 2.243)),
-        16384: ((4.750, 5.028), (14.423, 16.820)),
-    },
-    128: {
-        1024: ((0.251, 0.303), (0.564, 0.757)),
-        4096: ((0.528, 0.662), (1.578, 2.015)),
-        16384: ((1.773, 2.118), (5.962, 7.161)),
-    },
-}
-
+from nearfar.runtime import choices
 
 _reference = opaque(
     "affine_attention",
@@ -160,8 +144,7 @@ def _checked(metas, left, scale, packed):
     q, k, v = metas
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    reached = [times for length, times in MEASURED.get(int(q.shape[3]), {}).items() if k.shape[2] >= length]
-    orders = dispatch.measured_orders(reached[-1] if reached else None, q.device)
+    orders = choices.orders("affine_attention", q.device, head_dim=int(q.shape[3]), keys=k.shape[2])
     scale = checks.default_scale(q.shape[3]) if scale is None else scale
     cuda_reason = reason or _cuda.softmax_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
     return scale, dispatch.Backends(cuda_reason, reason, orders)

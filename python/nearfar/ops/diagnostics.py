@@ -10,18 +10,11 @@ from nearfar.ops import statistics  # noqa: F401  (registers the torch operators
 from nearfar.ops.opaque import opaque
 from nearfar.ops.torch_operator import unit_stride
 from nearfar.reference import diagnostics as reference
+from nearfar.runtime import choices
 
 MAX_TOP_N = 256
 
-# Milliseconds of the CUDA and the Triton kernels by width of a head: bfloat16, B1 H32 N16384 D128 causal and B1 H16 N16384 D64
-# full on an H100, geometry with a top_n of 4 (docs/notes/diagnostics.md). "auto" takes the faster; Triton elsewhere.
-MEASURED = {
-    "attention_statistics": {64: (3.282, 4.007), 128: (4.049, 5.401)},
-    "selection_geometry": {64: (7.05, 9.05), 128: (9.20, 12.89)},
-}
 DISTANCES_REASON = "the CUDA kernels score by dot products: leave sigma out"
-
-
 
 
 def _per_query(q, dtype=None):
@@ -213,9 +206,9 @@ def _checked(metas, limited, name):
         )
     reason = checks.kernel_width_reason("q", q.shape[3])
     reason = reason or next((checks.kernel_width_reason("v", v.shape[3]) for v in values), None)
-    order = dispatch.measured_order(MEASURED[name].get(int(q.shape[3])), q.device)
+    orders = choices.orders(name, q.device, head_dim=int(q.shape[3]))
     cuda_reason = reason or _cuda.hopper_reason(dict(zip("qkv"[: len(metas)], metas, strict=True)))
-    return reason, cuda_reason, (order, order)
+    return reason, cuda_reason, orders
 
 
 def _window(causal, locality):

@@ -11,25 +11,11 @@ from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
 from nearfar.reference.krause import krause_attention as reference_krause_attention
+from nearfar.runtime import choices
 
 _op = PairwiseOp(
     "krause_attention", "nearfar.triton_kernels.krause", _cuda.KrauseForward, _cuda.KrauseBackward
 )
-
-
-# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head, words of a row's selection and
-# whether it selects: bfloat16, B1 H32 N16384 on an H100, windows of 128 keys with a top_k of 96 and of 64 with 48
-# (docs/notes/krause.md, CUDA C++). "auto" takes the faster; Triton for what is not listed, and on GPUs of another architecture.
-MEASURED = {
-    (32, 4, False): ((0.0710, 0.1097), (0.2300, 0.3093)),
-    (32, 4, True): ((0.1827, 0.2726), (0.2741, 0.3347)),
-    (64, 2, False): ((0.1002, 0.1180), (0.2764, 0.3364)),
-    (64, 2, True): ((0.1400, 0.2107), (0.3083, 0.3590)),
-    (64, 4, False): ((0.1065, 0.1427), (0.3498, 0.4020)),
-    (64, 4, True): ((0.2132, 0.3256), (0.3925, 0.4494)),
-    (128, 4, False): ((0.2044, 0.2631), (1.1299, 0.7941)),
-    (128, 4, True): ((0.2905, 0.5348), (1.2708, 1.0110)),
-}
 
 
 _reference = opaque(
@@ -117,8 +103,10 @@ def _checked(metas, locality, top_k):
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None:
         reason = reason or _candidates_reason(left, right, k.shape[2])
-    times = MEASURED.get((int(q.shape[3]), selection_words(left, right, MAX_CANDIDATES), top_k is not None))
-    orders = dispatch.measured_orders(times, q.device)
+    words = selection_words(left, right, MAX_CANDIDATES)
+    orders = choices.orders(
+        "krause_attention", q.device, head_dim=int(q.shape[3]), selection_words=words, selects=top_k is not None
+    )
     return left, right, dispatch.Backends(reason or _cuda.krause_reason(q, k, v, left, right), reason, orders)
 
 

@@ -10,18 +10,7 @@ from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.ops.step import check_out, check_writes, define_step
 from nearfar.ops.torch_operator import device_of, kernels, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
-
-# Microseconds of a step by the CUDA and the Triton kernels, by slots of the cache and whether it selects: bfloat16 on an H100,
-# B64 H8 D64 with 32 slots, B32 Hq32 Hkv8 D128 with more (docs/notes/krause.md). "auto" takes the faster of the next larger
-# entry.
-MEASURED = {
-    (32, False): (8.33, 7.63),
-    (32, True): (13.41, 20.74),
-    (128, False): (13.95, 25.32),
-    (128, True): (19.48, 49.85),
-    (MAX_CANDIDATES, False): (59.30, 236.63),
-    (MAX_CANDIDATES, True): (66.06, 327.21),
-}
+from nearfar.runtime import choices
 
 
 class KrauseCache(NamedTuple):
@@ -166,8 +155,8 @@ def _checked(metas, num_read, selects):
     reason = checks.kernel_width_reason("q", width) or checks.kernel_width_reason("v", v.shape[3])
     if window > MAX_CANDIDATES:
         reason = reason or f"cache has {window} slots; kernels take at most {MAX_CANDIDATES}"
-    measured = next((times for (slots, how), times in MEASURED.items() if slots >= window and how == selects), None)
-    return shape, dispatch.measured_order(measured, q.device), reason
+    order, _ = choices.orders("krause_attention_step", q.device, slots=window, selects=selects)
+    return shape, order, reason
 
 
 _kernels = kernels("krause_step")

@@ -10,23 +10,10 @@ from nearfar.ops import eager, factored
 from nearfar.ops.opaque import opaque
 from nearfar.ops.step import check_out, check_writes
 from nearfar.reference import linear as reference
+from nearfar.runtime import choices
 
 MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
-
-
-# Milliseconds of the CUDA and the Triton kernels, forward and backward, by whether attention is causal, number of factors and
-# width of values: bfloat16 on an H100, B4 H32 N4096 where it is causal and B1 H32 N16384 where it is not, B1 H16 N65536 where
-# values are 128 wide (docs/notes/linear.md). "auto" takes the faster; Triton for what is not listed, and on GPUs of another
-# architecture.
-MEASURED = {
-    (True, 1, 64): ((0.1118, 0.1849), (0.2812, 0.6193)),
-    (True, 1, 128): ((0.8644, 1.3251), (2.4432, 5.6790)),
-    (True, 2, 64): ((0.1896, 0.3974), (0.6368, 1.2137)),
-    (False, 1, 64): ((0.1141, 0.1372), (0.2030, 0.3332)),
-    (False, 1, 128): ((0.3996, 0.5225), (0.8330, 1.2125)),
-    (False, 2, 128): ((1.304, 3.031), (4.098, 6.133)),
-}
 
 
 def _reference_attention(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
@@ -327,7 +314,9 @@ def _checked(metas, num_factors, listed, causal, packed=False):
     shape = (v.shape[0], v.shape[1], *widths, v.shape[3] + 1)
     dtype = torch.promote_types(v.dtype, torch.float32)
     reason = _kernel_reason(q_names, widths, v.shape[3])
-    orders = dispatch.measured_orders(MEASURED.get((causal, len(qs), int(v.shape[3]))), v.device)
+    orders = choices.orders(
+        "hadamard_attention", v.device, causal=causal, factors=len(qs), value_width=int(v.shape[3])
+    )
     cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
     queries, keys = qs[0].shape[2], v.shape[2]
     if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], queries, keys):

@@ -11,13 +11,9 @@ from nearfar.ops.opaque import opaque
 from nearfar.ops.ordering import by_frequency, permute
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.reference import synchronization as reference
+from nearfar.runtime import choices
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
-# Milliseconds of the CUDA and the Triton kernels, forward and backward, by width of a head: bfloat16, B4 H32 N4096, every pair
-# locks, on an H100 (docs/notes/synchronization.md). "auto" takes the faster, and Triton for what is not listed.
-MEASURED = {64: ((1.60, 2.07), (3.63, 5.88))}
-
-
 
 
 def _wide(x):
@@ -216,7 +212,7 @@ def _checked(metas, top_k, symmetric):
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
         reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
-    forward, backward = dispatch.measured_orders(MEASURED.get(int(v.shape[3])), v.device)
+    forward, backward = choices.orders("synchronization_attention", v.device, value_width=int(v.shape[3]))
     orders = forward, backward if symmetric else dispatch.TRITON_FIRST
     return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
 

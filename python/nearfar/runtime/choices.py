@@ -1,0 +1,66 @@
+"""Which kernels "auto" asks first: those that were measured faster, by the committed table choices.json."""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST
+
+TABLE = Path(__file__).with_name("choices.json")
+
+
+@functools.cache
+def table():
+    """{"runs": {name: GPU, versions, commit, date, method and source}, "choices": {operator: rows}}.
+
+    Each row has the `key` that a choice depends on, of exact values or of bounds [least, most]; the `case` that was measured;
+    and for "cuda" and "triton" the milliseconds of the forward and, where it was measured, of the backward, and their run.
+    """
+    return json.loads(TABLE.read_text())
+
+
+def rows(operator):
+    """Those of an operator."""
+    return table()["choices"][operator]
+
+
+rows._dynamo_marked_constant = True  # torch.compile calls it while it traces, and does not trace it: it reads a file
+
+
+def orders(operator, device, **key):
+    """In which order "auto" asks the kernels for the forward and for the backward of a call.
+
+    key: what the operator's choice depends on beside the GPU's architecture, named as in its rows. Triton comes first where
+    nothing was measured.
+    """
+    if device.type == "cuda":
+        key = {"capability": _capability(device.index), **key}
+        for row in rows(operator):
+            if _fits(row["key"], key):
+                return order(row, "forward"), order(row, "backward")
+    return TRITON_FIRST, TRITON_FIRST
+
+
+def _fits(measured, key):
+    for name, value in key.items():
+        expected = measured[name]
+        if isinstance(expected, list):
+            least, most = expected
+            if value < least or (most is not None and value > most):
+                return False
+        elif value != expected:
+            return False
+    return True
+
+
+def order(row, direction):
+    """CUDA first where it was faster; a backward that was not measured is asked as the forward."""
+    cuda, triton = (row[backend].get(direction, row[backend]["forward"]) for backend in CUDA_FIRST)
+    return CUDA_FIRST if cuda < triton else TRITON_FIRST
+
+
+def _capability(index):
+    """Major compute capability of a GPU."""
+    return torch.cuda.get_device_properties(index).major
