@@ -1,0 +1,1 @@
+"""What all operators share, and nothing that belongs to one of them."""
