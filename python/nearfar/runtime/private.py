@@ -1,14 +1,16 @@
 """Private names of torch and Triton: no other file of the package uses one.
 
-Each is looked up once, under a name without an underscore, and has a fallback for versions of torch or Triton that lack it. With
-a fallback `import nearfar` works, and calls return what they did, only slower. Lost, with a NotImplementedError that names what
-is missing, are
+Each is looked up once, under a name without an underscore, and has a fallback for versions of torch or Triton that lack it:
+`import nearfar` works then, and calls return what they did, only slower. Lost, with a NotImplementedError that names what is
+missing, are
 
-    batched gradients of kernels, torch.autograd.grad(is_grads_batched=True)      without _add_batch_dim, _remove_batch_dim
-    gradients of kernels under torch.func, vmap apart                   without enable_single_level_autograd_function
-    gradients of a compiled or exported reference                       without _ForceDispatchKeyGuard and what it is given
-    nearfar.diagnostics.watch                                           without the stack of function modes
-    process_group of AffineScaledAttention                              without _resolve_process_group
+    batched gradients, torch.autograd.grad(is_grads_batched=True)       without _add_batch_dim, _remove_batch_dim
+    gradients of kernels under torch.func                 without _FunctionBase, enable_single_level_autograd_function
+    gradients of a compiled or exported reference         without _ForceDispatchKeyGuard and what it is made of
+    nearfar.diagnostics.watch                             without the stack of function modes
+    process_group of AffineScaledAttention                without _resolve_process_group
+
+and torch.export takes no caches without torch.utils._pytree.
 
 Triton's names are looked up when they are asked for: importing Triton takes a second.
 """
@@ -105,11 +107,11 @@ def _task_of_callback():
 
 # Number of the backward that runs, -1 outside. Fallback: the engine takes a callback inside only; costs an exception outside.
 current_graph_task = _look_up("torch._C:_current_graph_task_id", _task_of_callback)
-# What a compiler keeps of the graph that it traces, None outside. Fallback: torch.compiler's flag, up to torch 2.12 only export's:
-# there `watch` counts a call that torch.compile tries out.
+# What a compiler keeps of the graph that it traces, None outside. Fallback: the flag of torch.compiler, which an older torch
+# sets for export only; `watch` may count a call that torch.compile tries out.
 tracing_context = _look_up("torch._guards:TracingContext.try_get", lambda: True if is_compiling() else None)
 # How often a tensor was written to. Fallback: no two answers are equal, and cu_seqlens are read back in each call.
-version_of = _look_up("torch:Tensor._version.__get__", lambda tensor: object())
+version_of = _look_up("torch:Tensor._version", property(lambda tensor: object())).__get__
 # Checks many tensors against earlier ones in C++. Fallback: no call is found by its tensors, plans are looked up by layouts.
 TensorGuards = _look_up("torch._C._dynamo.guards:TensorGuards", None)
 
@@ -130,12 +132,27 @@ any_requires_grad = _look_up(
     "torch._C:_any_requires_grad",
     lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),
 )
-_FUNCTION = _look_up("torch._C:_FunctionBase", None)
+
+
+def _refuse_transforms(name):
+    if transform_level() is not None:
+        _missing(name, "gradients of kernels under torch.func")()
+
+
+_FUNCTION = "torch._C:_FunctionBase"
+_HAS_FUNCTION = _look_up(_FUNCTION, None) is not None
 
 
 def direct_apply(function):
-    """C++'s apply of an autograd.Function. Fallback: torch's own, which first looks for transforms of torch.func in Python."""
-    return function.apply if _FUNCTION is None else super(torch.autograd.Function, function).apply
+    """C++'s apply of an autograd.Function. Fallback: torch's, slower; under torch.func gradients of kernels are lost."""
+    if _HAS_FUNCTION:
+        return super(torch.autograd.Function, function).apply
+
+    def apply(*arguments):
+        _refuse_transforms(_FUNCTION)
+        return function.apply(*arguments)
+
+    return apply
 
 
 _BelowAutograd = _look_up("torch._C:_AutoDispatchBelowAutograd", None)
@@ -152,21 +169,23 @@ def _redispatch_next(operator, keyset, *arguments):
         return operator.redispatch(keyset.remove(keyset.highestPriorityTypeId()), *arguments)
 
 
-below_autograd = _redispatch_next if None in (_BelowAutograd, _BELOW_AUTOGRAD) else _redispatch_below
-"""Go on from an autograd kernel. Fallback: to the key after it, with nothing recorded; what is called dispatches to autograd."""
+below_autograd = _redispatch_next if _BelowAutograd is None or _BELOW_AUTOGRAD is None else _redispatch_below
+"""Go on from an autograd kernel. Fallback: to the key after it, without gradients; what is called passes autograd's keys."""
+
+
+_SINGLE_LEVEL = "torch._functorch.utils:enable_single_level_autograd_function"
 
 
 @contextmanager
-def _no_transforms():
-    if transform_level() is not None:
-        _missing("torch._functorch.utils:enable_single_level_autograd_function", "gradients of kernels under torch.func")()
+def _outside_transforms():
+    _refuse_transforms(_SINGLE_LEVEL)
     yield
 
 
 # Context in which direct_apply works under torch.func. Fallback: it works elsewhere; gradients of kernels under it are lost.
-single_level_function = _look_up("torch._functorch.utils:enable_single_level_autograd_function", _no_transforms)
+single_level_function = _look_up(_SINGLE_LEVEL, _outside_transforms)
 
-_BATCHED = "batched gradients of the kernels"
+_BATCHED = "batched gradients"
 # Wrap and unwrap a tensor of the older vmap. Without them batched gradients are lost.
 add_batch_dim = _look_up_or_refuse("torch:_add_batch_dim", _BATCHED)
 remove_batch_dim = _look_up_or_refuse("torch:_remove_batch_dim", _BATCHED)
