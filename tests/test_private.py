@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+import torch
 import without
+from nearfar.triton_kernels import launch
 
 import nearfar
 from nearfar.runtime import private
@@ -35,7 +37,8 @@ LOST = {
 def results():
     """`without.results(name)` in a process of its own: a fork of one in which torch and Triton are imported, nearfar is not."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp", "triton", "without"])
+    slow = "torch._dynamo", "torch._decomp.decompositions_for_jvp", "torch.nn.attention.flex_attention", "triton", "without"
+    context.set_forkserver_preload(slow)
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         yield lambda name: pool.submit(without.results, name).result(timeout=120)
 
@@ -53,6 +56,8 @@ def test_nothing_is_missing_here(expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_work_without(name, results, expected):
+    if not without.exists(name):
+        pytest.skip(f"torch {torch.__version__} has none: the other tests run without it")
     found = results(name)
     for case in LOST.get(name, ()):
         error, text = found.pop(case)
@@ -78,6 +83,23 @@ def test_a_kernel_without_its_internals_is_run_by_triton():
     private.bound(Compiled(), (3, 1, 1), scalars)((64, 128), 77)
     assert calls == [((3, 1, 1), (64, 128, 7, 0.5), 77)]
     assert private.stub_arguments(Compiled()) is None
+
+
+def test_without_knobs_triton_makes_each_launch(monkeypatch):
+    """It alone calls hooks, of which nothing is known then."""
+    monkeypatch.setattr(launch, "knobs", private.TRITON["knobs"][1]())
+    assert launch.hooks_are_set()
+
+
+def test_without_the_driver_of_triton(monkeypatch):
+    driver = private.TRITON["driver"][1]()
+    monkeypatch.setattr(launch, "driver", driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    properties = SimpleNamespace(shared_memory_per_block_optin=4096)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties if device == 3 else None)
+    assert launch.shared_memory() == 4096
+    assert driver.active.get_current_target() is driver.active.launcher_cls("source", "metadata") is None
+    assert driver.active.get_current_stream is private.current_stream
 
 
 def test_a_module_without_its_internals():

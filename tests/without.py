@@ -1,5 +1,6 @@
 """What calls return in a process in which nearfar found torch or Triton without one of their private names."""
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -17,14 +18,22 @@ class Hidden:
         raise AttributeError("hidden")
 
 
-def hide(name):
-    """Take a name, "module:attributes", away; returns a function that brings it back."""
+def owner_of(name):
+    """What has a name, "module:attributes", and its last attribute."""
     module, attributes = name.split(":")
-    owner, last = importlib.import_module(module), attributes.split(".")[-1]
-    for attribute in attributes.split(".")[:-1]:
+    owner, (*path, last) = importlib.import_module(module), attributes.split(".")
+    for attribute in path:
         owner = getattr(owner, attribute)
-    if not hasattr(owner, last):  # as those of CUDA in a torch without it
-        return lambda: None
+    return owner, last
+
+
+def exists(name):
+    return hasattr(*owner_of(name))
+
+
+def hide(name):
+    """Take a name away; returns a function that brings it back."""
+    owner, last = owner_of(name)
     if last in vars(owner):
         value = vars(owner)[last]
         delattr(owner, last)
