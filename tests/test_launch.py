@@ -17,6 +17,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from nearfar.ops import program as program_module
+from nearfar.ops import torch_operator
 from nearfar.ops.program import Program
 
 STAGE_BYTES = 1024
@@ -336,7 +337,7 @@ def program(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    monkeypatch.setattr(torch_operator, "current_device", lambda: 3)
     monkeypatch.setattr(program_module, "takes_the_short_way", lambda device: True)
     monkeypatch.setattr(program_module, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton import knobs
-from triton.runtime import driver
 
 from nearfar.ops.torch_operator import tf32_allowed
+from nearfar.runtime.private import bound, driver, knobs, stub_arguments
 
 ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
 TABLE = Path(__file__).with_name("launch.json")
@@ -80,7 +79,8 @@ class Launch:
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
         if parameters.maxnreg is not None:
             self._options["maxnreg"] = parameters.maxnreg
-        self._locks, self._built, self._compiled = {}, {}, {}  # by kinds; what is compiled has been loaded, too
+        self._locks, self._built = {}, {}  # by kinds
+        self._compiled = {}  # by kinds: loaded kernels, and the launches `bound` to them
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
@@ -89,41 +89,36 @@ class Launch:
     def run(self, tensors, surveyed):
         """The same, for tensors that were surveyed already."""
         addresses, kinds, aligned = surveyed
-        compiled = self._compiled.get(kinds) if aligned else None
-        if compiled is None:
+        found = self._compiled.get(kinds) if aligned else None
+        if found is None:
             if not self._grid[0]:
                 return
             if not aligned or knobs.runtime.interpret:
                 self._kernel[self._grid](*tensors, *self._scalars, **self._options)
                 return
-            compiled = self.compile(tensors, kinds)
+            found = self.compile(tensors, kinds)
+        compiled, launch = found
         if hooks_are_set():
             compiled[self._grid](*addresses, *self._scalars)
             return
-        stream = driver.active.get_current_stream(kinds[0])
-        compiled.run(
-            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._scalars
-        )
+        launch(addresses, driver.active.get_current_stream(kinds[0]))
 
     def bound(self, _device, kinds):
         """A function (addresses, stream) that runs the kernel compiled for these kinds, without a look at hooks."""
         if not self._grid[0]:
             return lambda addresses, stream: None
-        compiled = self._compiled[kinds]
-        run, grid, scalars = compiled.run, self._grid, self._scalars
-        handle = compiled.function, compiled.packed_metadata, None, None, None
-        return lambda addresses, stream: run(*grid, stream, *handle, *addresses, *scalars)
+        return self._compiled[kinds][1]
 
     def is_new(self, surveyed):
         _, kinds, aligned = surveyed
         return kinds not in self._compiled and aligned and self._grid[0] > 0
 
     def compile(self, tensors, kinds):
-        """Build and load the kernel for tensors of these kinds, all of them aligned."""
+        """Build and load the kernel for tensors of these kinds, all of them aligned; returns it and its launch."""
         compiled = self.build(tensors, kinds)
         compiled[self._grid]  # loads it
-        self._compiled[kinds] = compiled
-        return compiled
+        self._compiled[kinds] = compiled, bound(compiled, self._grid, self._scalars)
+        return self._compiled[kinds]
 
     def build(self, tensors, kinds):
         """The kernel for tensors of these kinds, not loaded; waits for a thread that builds the same.
@@ -143,9 +138,9 @@ class Launch:
 
     def build_ahead(self, tensors, kinds):
         """Build the kernel, and into Triton's cache the C stub that launches it, which loading it would build."""
-        built = self.build(tensors, kinds)
-        if built.module is None:  # else another launch has loaded it
-            driver.active.launcher_cls(built.src, built.metadata)
+        arguments = stub_arguments(self.build(tensors, kinds))
+        if arguments is not None:  # else another launch has loaded it
+            driver.active.launcher_cls(*arguments)
 
 
 def hooks_are_set():

@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton import knobs
+
+from nearfar.runtime.private import knobs
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)

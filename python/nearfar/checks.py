@@ -6,14 +6,21 @@ import numbers
 from contextlib import nullcontext
 
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.amp import is_autocast_available
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nearfar.ops.torch_operator import Layout, in_forward_ad, interned, layouts, stream_of
+from nearfar.ops.torch_operator import Layout, interned, layouts, stream_of
+from nearfar.runtime.private import (
+    autocast_enabled,
+    dispatch_modes,
+    in_forward_ad,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+    transform_level,
+    version_of,
+)
 
-is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
-transform_level, autocast_enabled = torch._C._functorch.maybe_current_level, torch._C._is_any_autocast_enabled
+is_compiling = torch.compiler.is_compiling
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -241,7 +248,7 @@ def check_cu_seqlens(cu_seqlens, q, k):
         return
     if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version  # tensors of inference mode count no changes
+    version = None if cu_seqlens.is_inference() else version_of(cu_seqlens)  # tensors of inference mode count no changes
     seen = (version, q.shape[2])
     if _checked_seqlens.get(cu_seqlens) != seen:
         ends = cu_seqlens.tolist()

@@ -11,6 +11,7 @@ import os
 import torch
 
 from nearfar.ops.torch_operator import kernels
+from nearfar.runtime.private import constant_while_traced
 
 BACKENDS = ("cuda", "triton", "reference")
 KERNELS = CUDA_FIRST = ("cuda", "triton")
@@ -34,14 +35,12 @@ def triton_device_reason(tensor):
 _interpreter = kernels("interpreter")
 
 
+@constant_while_traced
 def _interpreter_reason():
     """Why bfloat16 cannot be interpreted, or None."""
     if _interpreter().multiplies_bfloat16():
         return None
     return "q is bfloat16, whose products Triton's interpreter (TRITON_INTERPRET=1) gets wrong; take float32 or float16 there"
-
-
-_interpreter_reason._dynamo_marked_constant = True  # torch.compile calls it while it traces, and does not trace it
 
 
 @functools.cache

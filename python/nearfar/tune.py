@@ -23,8 +23,7 @@ from unittest.mock import patch
 
 import torch
 from rich.progress import track
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton import CompilationError, OutOfResources
 from triton.testing import do_bench
 
 import nearfar as nf

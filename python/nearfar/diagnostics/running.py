@@ -15,15 +15,19 @@ from functools import partial, wraps
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._guards import TracingContext
-from torch.nn.modules.module import (
-    _global_forward_hooks_with_kwargs,
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from nearfar.diagnostics import read
+from nearfar.runtime.private import (
+    current_graph_task,
+    function_modes,
+    global_hooks_with_keywords,
+    hooks_of,
+    pop_function_mode,
+    push_function_mode,
+    tracing_context,
+)
 
 # Modules of torch that take a slower path, with other roundings, where a TorchFunctionMode is on: it is off while they run, and
 # their attention is read from what they were called with.
@@ -45,19 +49,19 @@ class Thread:
         self.mode = SeeAttention()
 
     def is_on(self) -> bool:
-        return any(mode is self.mode for mode in _get_current_function_mode_stack())
+        return any(mode is self.mode for mode in function_modes())
 
     def switch(self, on: bool) -> bool:
         """Turn the mode on or off, wherever it is on torch's stack, and return whether it was on."""
         was_on = self.is_on()
         if on and not was_on:
-            _push_mode(self.mode)
+            push_function_mode(self.mode)
         elif was_on and not on:
             above = []
-            while (mode := _pop_mode()) is not self.mode:
+            while (mode := pop_function_mode()) is not self.mode:
                 above.append(mode)
             for mode in reversed(above):
-                _push_mode(mode)
+                push_function_mode(mode)
         return was_on
 
     @contextmanager
@@ -107,25 +111,21 @@ def this_thread() -> Thread:
     return local.thread
 
 
-def is_compiled(module: nn.Module) -> bool:
-    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
-    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
-
-
 def key(module: nn.Module) -> int:
     """Of a module, and of the replicas that nn.DataParallel makes of it: these share the dict of its hooks."""
-    return id(module._forward_hooks)
+    return id(hooks_of(module))
 
 
 @contextmanager
 def opened(session):
     """Let a session hear of attention: it has names {key: name}, sets compiled and ran of keys, and take(name, reader)."""
     global sessions
+    thread = this_thread()
+    thread.switch(thread.switch(True))  # raises before anything is installed where torch lacks what it takes
     with lock:
         sessions += (session,)
         if not installed:
             install()
-    thread = this_thread()
     depth = len(thread.entries)
     try:
         yield
@@ -141,7 +141,7 @@ def install():
     installed.append(register_module_forward_pre_hook(enter).remove)
     handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
     installed.append(handle.remove)
-    installed.append(lambda: _global_forward_hooks_with_kwargs.pop(handle.id, None))  # which remove forgets
+    installed.append(lambda: global_hooks_with_keywords.pop(handle.id, None))  # which remove forgets
     if transformers := sys.modules.get("transformers.modeling_utils"):  # or no model is one of its own
         installed.append(patch_transformers(transformers.AttentionInterface))
 
@@ -195,7 +195,7 @@ def read_module(entry: Entry, arguments: tuple, keywords: dict):
 
 def report(reader: Callable[[], list[read.Call]], *inside: nn.Module):
     """Let every watch that knows a running module, or one inside, hear of its attention; reader may raise Unreadable."""
-    if TracingContext.try_get() is not None or torch._C._current_graph_task_id() != -1:
+    if tracing_context() is not None or current_graph_task() != -1:
         return  # a compiler tries the call out, or a checkpoint repeats it in the backward
     if torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         reader = partial(read.unreadable, "it is being captured in a graph")

@@ -11,6 +11,7 @@ from nearfar.diagnostics import running
 from nearfar.diagnostics.read import Call
 from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
 from nearfar.diagnostics.visible import Unreadable
+from nearfar.runtime.private import is_compiled
 
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))
 
@@ -129,7 +130,7 @@ class Session:
         self.modules = [(name or "model", module) for name, module in model.named_modules()]  # held: keys must stay theirs
         self.names = {running.key(module): name for name, module in self.modules}
         # Dynamo cannot trace all of torch under a TorchFunctionMode: what runs compiled modules runs without it
-        self.compiled = {running.key(m) for _, m in self.modules if any(map(running.is_compiled, m.modules()))}
+        self.compiled = {running.key(m) for _, m in self.modules if any(map(is_compiled, m.modules()))}
         self.watched, self.on_unsupported = watched, on_unsupported
         self.ran: set[int] = set()
 
@@ -160,7 +161,7 @@ class Session:
 
     def unseen(self, module: torch.nn.Module) -> str | None:
         """Why attention of a module may have gone unseen."""
-        if running.is_compiled(module):
+        if is_compiled(module):
             return "torch.compile runs it: watch the model that is not compiled"
         if running.key(module) in self.ran and "attention" in type(module).__name__.lower():
             return "it calls no attention that watch can read, as scaled_dot_product_attention: call watched.record in it"

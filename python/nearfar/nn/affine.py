@@ -5,12 +5,12 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from nearfar.checks import check_cu_seqlens, require
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.packing import token_bounds
+from nearfar.runtime.private import current_graph_task, process_group_of, register_dataclass
 
 PHI = {"clip": lambda logits: (0.1 * logits + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}  # eq. 11, and its ablation
 REMEMBERED = 256  # forwards of a layer that may lie between one and its recomputation
@@ -34,7 +34,7 @@ class Cache:
     summed: int = 0
 
 
-pytree.register_dataclass(Cache, serialized_type_name="nearfar.nn.affine.Cache")  # for torch.export
+register_dataclass(Cache, serialized_type_name="nearfar.nn.affine.Cache")  # for torch.export
 
 
 class AffineScaledAttention(SelfAttention):
@@ -310,14 +310,14 @@ def moving_average(
     count = alpha.shape[0] * alpha.shape[2]
     sums = alpha.sum((0, 2))
     mean = sums / max(count, 1)
-    if torch._C._current_graph_task_id() != -1:  # inside a backward, which calls forward to recompute it only
+    if current_graph_task() != -1:  # inside a backward, which calls forward to recompute it only
         nearest = (history[:, 0] - mean).abs().sum(1).argmin()
         return history.index_select(0, nearest.view(1))[0, 1].clone()
     totals = alpha.new_zeros(2, heads)
     own = totals[:, first : first + alpha.shape[1]]
     own[0], own[1] = sums, count
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(totals, group=dist.distributed_c10d._resolve_process_group(group) if group else None)
+        dist.all_reduce(totals, group=process_group_of(group) if group else None)
     sums, counts = own
     updated = average.to(alpha.dtype).lerp(sums / counts.clamp(min=1), (1 - momentum) * counts.clamp(max=1))
     average.copy_(updated)

@@ -48,9 +48,10 @@ class Layer(nn.Module):
         return super()._apply(lambda tensor: _widened(fn(tensor), tensor), recurse=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, own in (*self._parameters.items(), *self._buffers.items()):
+        every = dict(recurse=False, remove_duplicate=False)
+        for name, own in (*self.named_parameters(**every), *self.named_buffers(**every)):
             given = state_dict.get(prefix + name)
-            if own is None or not isinstance(given, torch.Tensor):
+            if not isinstance(given, torch.Tensor):
                 continue
             if own.shape == (1,) and not given.shape:  # checkpoints of before numbers were tensors of one element
                 given = given.reshape(1)

@@ -36,13 +36,11 @@ class HeadParallel(ParallelStyle):
                 parallelize_module(child, device_mesh, style)
             else:  # a feature map, which sees (B, H, N, width)
                 distribute_module(child, device_mesh, input_fn=_sharded_heads, output_fn=lambda _, y, mesh: y.to_local())
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                placement = Shard(0) if name in module.per_head else Replicate()
-                sharded = distribute_tensor(tensor, device_mesh, [placement])
-                tensors[name] = nn.Parameter(sharded, tensor.requires_grad) if tensors is module._parameters else sharded
+        every = dict(recurse=False, remove_duplicate=False)
+        for name, tensor in (*module.named_parameters(**every), *module.named_buffers(**every)):
+            placement = Shard(0) if name in module.per_head else Replicate()
+            sharded = distribute_tensor(tensor, device_mesh, [placement])
+            setattr(module, name, nn.Parameter(sharded, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else sharded)
         return module
 
 

@@ -10,10 +10,10 @@ import functools
 import torch
 
 from nearfar.checks import is_plain
-from nearfar.ops.torch_operator import forgotten_with_plans, in_forward_ad
+from nearfar.ops.torch_operator import forgotten_with_plans
+from nearfar.runtime.private import TensorGuards, autocast_enabled, direct_apply, dispatch_modes, in_forward_ad
 
 is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-autocast_enabled, dispatch_modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 
 MOST_KEPT = 4  # signatures with the same options, the last ones, which a call is compared with one by one
 
@@ -21,7 +21,7 @@ MOST_KEPT = 4  # signatures with the same options, the last ones, which a call i
 def _guards(tensors):
     """What `check`s tensors: types, dtypes, devices, shapes, strides, requires_grad and dispatch keys, transforms' too."""
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
-    return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def _guards_work():
@@ -88,8 +88,7 @@ class _Eager(torch.autograd.Function):
         return None, *ctx.plan.backward(gradients, ctx.saved_tensors, dispatched)
 
 
-# What torch does ahead of it in Function.apply is for functorch's transforms, under which no call is plain.
-_apply = super(torch.autograd.Function, _Eager).apply
+_apply = direct_apply(_Eager)  # no call under transforms of torch.func is plain
 
 
 class Repeats:

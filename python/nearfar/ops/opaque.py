@@ -1,15 +1,12 @@
 """References as torch operators, for torch.compile and export: one node of the graph for every length and packing."""
 
 import functools
-from contextlib import contextmanager
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from nearfar.checks import is_compiling, no_autocast
 from nearfar.ops.torch_operator import define
-
-AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+from nearfar.runtime.private import autograd_inside, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 def opaque(name, schema, function, fake, differentiable=1):
@@ -34,7 +31,7 @@ def opaque(name, schema, function, fake, differentiable=1):
 
     def backward(do, *arguments):
         leaves, spec = tree_flatten(arguments)
-        with _autograd(), no_autocast(_first(arguments)):
+        with autograd_inside(), no_autocast(_first(arguments)):
             leaves = [x.detach().requires_grad_() if _has_gradient(x) else x for x in leaves]
             outputs = function(*tree_unflatten(leaves, spec))
             outputs = (outputs,) if single else outputs[:differentiable]
@@ -87,14 +84,6 @@ def _own(output, like):
 
 def _has_gradient(x):
     return isinstance(x, torch.Tensor) and x.is_floating_point()
-
-
-@contextmanager
-def _autograd():
-    """What runs below autograd, as operators do, may use it here."""
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded - AUTOGRAD), torch.enable_grad():
-        yield
 
 
 def _refuse_double_backward(ctx, *gradients):

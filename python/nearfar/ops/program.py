@@ -5,16 +5,8 @@ import operator
 import torch
 
 from nearfar._cuda import BuiltLaunch
-from nearfar.ops.torch_operator import (
-    allocate,
-    current_stream,
-    device_of,
-    empty_cuda,
-    kernels,
-    launch_all,
-    layouts,
-    takes_the_short_way,
-)
+from nearfar.ops.torch_operator import allocate, device_of, kernels, launch_all, layouts, takes_the_short_way
+from nearfar.runtime.private import current_stream, empty_cuda
 
 _launch = kernels("launch")
 

@@ -6,15 +6,16 @@ eager call, counts the versions of those tensors itself.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
-from torch.utils._pytree import tree_leaves, tree_map
 
 from nearfar import checks
 from nearfar.ops.torch_operator import Layout
+from nearfar.runtime.private import in_forward_ad, tree_leaves, tree_map
 
 
 def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> Callable[..., None]:
@@ -28,7 +29,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
     """
     operator = torch.library.custom_op(f"nearfar::{name}", step, mutates_args=writes)
     operator.register_fake(lambda *_: None)
-    names = [argument.name for argument in operator._opoverload._schema.arguments]
+    names = list(inspect.signature(step).parameters)
     written = [names.index(argument) for argument in writes]
 
     @operator.register_vmap
@@ -42,7 +43,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
         return None, None
 
     def run(plain, *arguments):
-        if forward_ad._current_level >= 0:  # of torch.func.jvp, too
+        if in_forward_ad():
             _refuse_tangents(name, arguments)
         if plain:
             increment_version([arguments[index] for index in written])

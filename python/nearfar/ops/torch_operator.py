@@ -2,14 +2,31 @@
 
 import functools
 import importlib
+from ast import literal_eval
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from nearfar.runtime.private import (
+    add_batch_dim,
+    any_requires_grad,
+    below_autograd,
+    current_device,
+    current_stream,
+    direct_apply,
+    empty_cuda,
+    in_forward_ad,
+    is_deterministic,
+    is_legacy_batchedtensor,
+    remove_batch_dim,
+    single_level_function,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 
 def define(name, schema, function, fake, serves=None, autograd=None, setup_context=None):
@@ -29,9 +46,10 @@ def define(name, schema, function, fake, serves=None, autograd=None, setup_conte
     torch.library.register_vmap(qualified, functools.partial(_map, operator), lib=library)
     library.impl(name, functools.partial(map_batched_gradients, operator), "Batched")
     if autograd is None:
-        library.impl(name, functools.partial(_below_autograd, operator), "Autograd", with_keyset=True)
+        library.impl(name, functools.partial(below_autograd, operator), "Autograd", with_keyset=True)
     else:
-        library.impl(name, _autograd_kernel(operator, autograd, setup_context), "Autograd", with_keyset=True)
+        defaults = [argument.partition("=")[2] for argument in schema.partition(" -> ")[0].strip("()").split(", ")]
+        library.impl(name, _autograd_kernel(operator, defaults, autograd, setup_context), "Autograd", with_keyset=True)
     _libraries.append(library)
 
 
@@ -67,11 +85,6 @@ class _Library(torch.library.Library):
         return super().impl(name, refusing, dispatch_key, **options)
 
 
-def in_forward_ad():
-    """Whether a level of forward AD is active, torch.func's included."""
-    return forward_ad._current_level >= 0
-
-
 def refuse_forward_ad(serves, *arguments):
     """Raise if a tensor among the arguments, or in lists of them, has a tangent; free outside forward AD."""
     if not in_forward_ad():
@@ -84,13 +97,7 @@ def refuse_forward_ad(serves, *arguments):
             )
 
 
-def _below_autograd(operator, keyset, *arguments):
-    """An autograd kernel: the outputs are constants."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
-def _autograd_kernel(operator, backward, setup_context):
+def _autograd_kernel(operator, defaults, backward, setup_context):
     """What torch.library.register_autograd makes, that also works where transforms of torch.func are nested.
 
     There Function.apply asks for rules of its own; an operator has them by its dispatch keys, so that C++'s is called.
@@ -100,7 +107,7 @@ def _autograd_kernel(operator, backward, setup_context):
         @staticmethod
         def forward(ctx, keyset, spec, made, *leaves):
             arguments = tree_unflatten(leaves, spec)
-            outputs = _below_autograd(operator, keyset, *arguments)
+            outputs = below_autograd(operator, keyset, *arguments)
             if setup_context is not None:
                 setup_context(ctx, arguments, outputs)
             flat, ctx.output_spec = tree_flatten(outputs)
@@ -113,14 +120,14 @@ def _autograd_kernel(operator, backward, setup_context):
             found = backward(ctx, *(gradients if isinstance(gradients, (list, tuple)) else (gradients,)))
             return None, None, None, *tree_leaves(found)
 
-    apply = super(torch.autograd.Function, Generated).apply
+    apply = direct_apply(Generated)
 
     def kernel(keyset, *arguments):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return _below_autograd(operator, keyset, *arguments)
-        arguments = (*arguments, *[x.default_value for x in operator._schema.arguments[len(arguments) :]])
+        if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
+            return below_autograd(operator, keyset, *arguments)
+        arguments = (*arguments, *map(literal_eval, defaults[len(arguments) :]))  # which the dispatcher leaves out
         (leaves, spec), made = tree_flatten(arguments), []
-        with enable_single_level_autograd_function():
+        with single_level_function():
             outputs = apply(keyset, spec, made, *leaves)
         return tree_unflatten(outputs, made[0])
 
@@ -140,15 +147,15 @@ def map_batched_gradients(operator, *arguments):
     leaves, spec = tree_flatten(arguments)
     mapped = [isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in leaves]
     level = _level(leaves[mapped.index(True)])
-    leaves = [torch._remove_batch_dim(x, level, 1, 0) if cut else x for x, cut in zip(leaves, mapped, strict=True)]
+    leaves = [remove_batch_dim(x, level, 1, 0) if cut else x for x, cut in zip(leaves, mapped, strict=True)]
     outputs = _loop(operator, leaves[mapped.index(True)].shape[0], leaves, mapped, spec)
-    return tree_map(lambda x: torch._add_batch_dim(x, 0, level), outputs)
+    return tree_map(lambda x: add_batch_dim(x, 0, level), outputs)
 
 
 def _level(batched):
     """The level of a tensor of the older vmap, which the thread of a CUDA backward does not know."""
     for level in range(1, 64):
-        if not is_legacy_batchedtensor(torch._remove_batch_dim(batched, level, 1, 0)):
+        if not is_legacy_batchedtensor(remove_batch_dim(batched, level, 1, 0)):
             return level
     raise RuntimeError("gradients are batched over several dimensions at once; batch them over one")
 
@@ -226,17 +233,9 @@ def forget_plans():
         cached.cache_clear()
 
 
-# torch.empty_strided without the parsing of its arguments and the dispatcher, which code that torch.compile writes calls.
-empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-
-
 def takes_the_short_way(device):
     """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
-    return (
-        empty_cuda is not None
-        and device.index == torch._C._cuda_getDevice()
-        and not torch._C._get_deterministic_algorithms()
-    )
+    return empty_cuda is not None and device.index == current_device() and not is_deterministic()
 
 
 def allocate(layouts, device):
@@ -262,14 +261,9 @@ def tf32_allowed(dtype):
 
 def device_of(tensor):
     """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.get_device() == torch._C._cuda_getDevice():  # CUDA is up where there is such a tensor
+    if not tensor.is_cuda or tensor.get_device() == current_device():  # CUDA is up where there is such a tensor
         return nullcontext()
     return torch.cuda.device(tensor.device)
-
-
-def current_stream(device):
-    """Handle of the current stream of a CUDA device, an index, without the object that torch.cuda.current_stream makes."""
-    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def stream_of(tensor):

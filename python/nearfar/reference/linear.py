@@ -13,12 +13,12 @@ import functools
 import math
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.functional import softplus
 
 from nearfar.ops.torch_operator import map_batched_gradients
 from nearfar.reference import pairwise
 from nearfar.reference.pairwise import sequence_lengths, split_rows
+from nearfar.runtime.private import is_legacy_batchedtensor
 
 FEATURE_MAPS = {
     "identity": lambda x: x,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nearfar.runtime.private import transform_level
+
 CHUNK = 64  # rows and keys of a block
 
 
@@ -78,7 +80,7 @@ def by_chunk(function: Callable[..., Any], chunk: Chunk, tensors: Sequence[Tenso
     # Each block is an argument of its own, in which autograd notices writes before the backward.
     arguments = *tensors, *(block for keys in blocks for block in keys[chunk.first : chunk.last])
     tracked = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
-    if not tracked or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not tracked or torch.compiler.is_compiling() or transform_level() is not None:
         return evaluate(*arguments)
     return checkpoint(evaluate, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 

@@ -1,0 +1,334 @@
+"""Private names of torch and Triton: no other file of the package uses one.
+
+Each is looked up once, under a name without an underscore, and has a fallback for versions of torch or Triton that lack it:
+`import nearfar` works then, and calls return what they did, only slower. Lost, with a NotImplementedError that names what is
+missing, are
+
+    batched gradients, torch.autograd.grad(is_grads_batched=True)       without _add_batch_dim, _remove_batch_dim
+    gradients of kernels under torch.func                 without _FunctionBase, enable_single_level_autograd_function
+    gradients of a compiled or exported reference         without _ForceDispatchKeyGuard and what it is made of
+    nearfar.diagnostics.watch                             without the stack of function modes
+    process_group of AffineScaledAttention                without _resolve_process_group
+
+and torch.export takes no caches without torch.utils._pytree.
+
+Triton's names are looked up when they are asked for: importing Triton takes a second.
+"""
+
+import importlib
+import operator
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+NAMES = []  # those looked up in torch, "module:attributes", for the test that removes each
+
+
+def _look_up(name, fallback):
+    NAMES.append(name)
+    return _found(name, fallback)
+
+
+def _found(name, fallback):
+    module, attributes = name.split(":")
+    try:
+        return operator.attrgetter(attributes)(importlib.import_module(module))
+    except (AttributeError, ImportError):
+        return fallback
+
+
+def _missing(name, feature):
+    """A fallback that raises."""
+
+    def refuse(*arguments, **keywords):
+        raise NotImplementedError(f"{feature}: torch {torch.__version__} has no {name.replace(':', '.')}, which it needs")
+
+    return refuse
+
+
+def _look_up_or_refuse(name, feature):
+    return _look_up(name, _missing(name, feature))
+
+
+# ------------------------------------------------------------------------------------------------- the state of a call
+
+AUTOCAST_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")
+
+# Whether autocast is on for any device. Fallback: each device is asked.
+autocast_enabled = _look_up(
+    "torch._C:_is_any_autocast_enabled", lambda: any([torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES])
+)
+# How many TorchDispatchModes are on. Fallback: as though one were, so that every call takes torch's dispatcher.
+dispatch_modes = _look_up("torch._C:_len_torch_dispatch_stack", lambda: 1)
+# Level of the innermost transform of torch.func, None outside. Fallback: as though inside; references keep all scores then.
+transform_level = _look_up("torch._C._functorch:maybe_current_level", lambda: 1)
+# Whether a transform of torch.func wraps a tensor. Fallback: any may be inside a transform, where no values are checked then.
+is_functorch_wrapped_tensor = _look_up(
+    "torch._C._functorch:is_functorch_wrapped_tensor", lambda tensor: transform_level() is not None
+)
+
+
+def _has_no_storage(tensor):
+    if is_compiling() or is_functorch_wrapped_tensor(tensor):
+        return False
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
+
+
+# Whether the older vmap, that of is_grads_batched, wraps a tensor. Fallback: it is what has no storage; asking costs more.
+is_legacy_batchedtensor = _look_up("torch._C._functorch:is_legacy_batchedtensor", _has_no_storage)
+# Level of forward AD, -1 outside. Fallback: as though inside, so that every tensor is searched for a tangent.
+_HAS_LEVEL = _look_up("torch.autograd.forward_ad:_current_level", None) is not None
+
+
+def _in_forward_ad():
+    return forward_ad._current_level >= 0
+
+
+in_forward_ad = _in_forward_ad if _HAS_LEVEL else lambda: not is_compiling()
+"""Whether a level of forward AD is active, torch.func's included."""
+
+
+def _task_of_callback():
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: None)
+    except RuntimeError:
+        return -1
+    return 0
+
+
+# Number of the backward that runs, -1 outside. Fallback: the engine takes a callback inside only; costs an exception outside.
+current_graph_task = _look_up("torch._C:_current_graph_task_id", _task_of_callback)
+# What a compiler keeps of the graph that it traces, None outside. Fallback: the flag of torch.compiler, which an older torch
+# sets for export only; `watch` may count a call that torch.compile tries out.
+tracing_context = _look_up("torch._guards:TracingContext.try_get", lambda: True if is_compiling() else None)
+# How often a tensor was written to. Fallback: no two answers are equal, and cu_seqlens are read back in each call.
+version_of = _look_up("torch:Tensor._version", property(lambda tensor: object())).__get__
+# Checks many tensors against earlier ones in C++. Fallback: no call is found by its tensors, plans are looked up by layouts.
+TensorGuards = _look_up("torch._C._dynamo.guards:TensorGuards", None)
+
+
+def constant_while_traced(function):
+    """Let torch.compile call a function while it traces, as torch.compiler.assume_constant_result, which imports Dynamo.
+
+    Fallback: none is needed, as nothing is looked up; a torch that knows another mark traces the function.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+# Whether a tensor among arguments, or in lists of them, requires a gradient. Fallback: the same in Python.
+any_requires_grad = _look_up(
+    "torch._C:_any_requires_grad",
+    lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),
+)
+
+
+def _refuse_transforms(name):
+    if transform_level() is not None:
+        _missing(name, "gradients of kernels under torch.func")()
+
+
+_FUNCTION = "torch._C:_FunctionBase"
+_HAS_FUNCTION = _look_up(_FUNCTION, None) is not None
+
+
+def direct_apply(function):
+    """C++'s apply of an autograd.Function. Fallback: torch's, slower; under torch.func gradients of kernels are lost."""
+    if _HAS_FUNCTION:
+        return super(torch.autograd.Function, function).apply
+
+    def apply(*arguments):
+        _refuse_transforms(_FUNCTION)
+        return function.apply(*arguments)
+
+    return apply
+
+
+_BelowAutograd = _look_up("torch._C:_AutoDispatchBelowAutograd", None)
+_BELOW_AUTOGRAD = _look_up("torch._C:_after_autograd_keyset", None)
+
+
+def _redispatch_below(operator, keyset, *arguments):
+    with _BelowAutograd():
+        return operator.redispatch(keyset & _BELOW_AUTOGRAD, *arguments)
+
+
+def _redispatch_next(operator, keyset, *arguments):
+    with torch.no_grad() if any_requires_grad(*arguments) else nullcontext():
+        return operator.redispatch(keyset.remove(keyset.highestPriorityTypeId()), *arguments)
+
+
+below_autograd = _redispatch_next if _BelowAutograd is None or _BELOW_AUTOGRAD is None else _redispatch_below
+"""Go on from an autograd kernel. Fallback: to the key after it, without gradients; what is called passes autograd's keys."""
+
+
+_SINGLE_LEVEL = "torch._functorch.utils:enable_single_level_autograd_function"
+
+
+@contextmanager
+def _outside_transforms():
+    _refuse_transforms(_SINGLE_LEVEL)
+    yield
+
+
+# Context in which direct_apply works under torch.func. Fallback: it works elsewhere; gradients of kernels under it are lost.
+single_level_function = _look_up(_SINGLE_LEVEL, _outside_transforms)
+
+_BATCHED = "batched gradients"
+# Wrap and unwrap a tensor of the older vmap. Without them batched gradients are lost.
+add_batch_dim = _look_up_or_refuse("torch:_add_batch_dim", _BATCHED)
+remove_batch_dim = _look_up_or_refuse("torch:_remove_batch_dim", _BATCHED)
+
+_COMPILED = "gradients of a compiled reference"
+# What autograd is switched on with inside an operator. Without one of them gradients of a compiled reference are lost.
+_included = _look_up_or_refuse("torch._C:_dispatch_tls_local_include_set", _COMPILED)
+_excluded = _look_up_or_refuse("torch._C:_dispatch_tls_local_exclude_set", _COMPILED)
+_ForceKeys = _look_up_or_refuse("torch._C:_ForceDispatchKeyGuard", _COMPILED)
+_KeySet = _look_up_or_refuse("torch._C:DispatchKeySet", _COMPILED)
+_AUTOGRAD = _look_up("torch._C:DispatchKey.AutogradFunctionality", None)
+
+
+@contextmanager
+def autograd_inside():
+    """What runs below autograd, as operators do, may use it here."""
+    if _AUTOGRAD is None:
+        _missing("torch._C:DispatchKey.AutogradFunctionality", _COMPILED)()
+    with _ForceKeys(_included(), _excluded() - _KeySet(_AUTOGRAD)), torch.enable_grad():
+        yield
+
+
+class _Trees:
+    """What the package uses of torch.utils._pytree: leaves are all but tuples and lists."""
+
+    def tree_flatten(tree):
+        if type(tree) not in (tuple, list):
+            return [tree], None
+        parts = [_Trees.tree_flatten(part) for part in tree]
+        return [leaf for leaves, _ in parts for leaf in leaves], (type(tree), [(len(leaves), spec) for leaves, spec in parts])
+
+    def tree_unflatten(leaves, spec):
+        if spec is None:
+            (leaf,) = leaves
+            return leaf
+        leaves, (kind, parts) = iter(leaves), spec
+        return kind([_Trees.tree_unflatten([next(leaves) for _ in range(count)], part) for count, part in parts])
+
+    def tree_leaves(tree):
+        return _Trees.tree_flatten(tree)[0]
+
+    def tree_map(function, tree, *others):
+        leaves, spec = _Trees.tree_flatten(tree)
+        return _Trees.tree_unflatten(map(function, leaves, *map(_Trees.tree_leaves, others)), spec)
+
+    def register_dataclass(kind, *, serialized_type_name):
+        pass
+
+
+# Nested arguments as flat lists. Fallback: the same in Python for tuples and lists; caches cannot be inputs of torch.export.
+_pytree = _look_up("torch.utils:_pytree", _Trees)
+tree_flatten, tree_unflatten, tree_leaves = _pytree.tree_flatten, _pytree.tree_unflatten, _pytree.tree_leaves
+tree_map, register_dataclass = _pytree.tree_map, _pytree.register_dataclass
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA
+
+# torch.empty_strided without its parser of arguments and the dispatcher, which code that torch.compile writes calls. Without
+# it programs allocate by torch.empty_strided, and hand over tensors, not addresses.
+empty_cuda = _look_up("torch._C._dynamo.guards:_empty_strided_cuda", None)
+# Index of the current device. Fallback: torch's, which looks first whether CUDA is up.
+current_device = _look_up("torch._C:_cuda_getDevice", torch.cuda.current_device)
+# Whether torch is to be deterministic. Fallback: torch's, which is a call more.
+is_deterministic = _look_up("torch._C:_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
+# Handle of the current stream of a device, an index. Fallback: of the object that torch makes of it.
+current_stream = _look_up("torch._C:_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+_WATCH = "nearfar.diagnostics.watch"
+# The stack of TorchFunctionModes. Without one of them `watch` is lost.
+function_modes = _look_up_or_refuse("torch.overrides:_get_current_function_mode_stack", _WATCH)
+push_function_mode = _look_up_or_refuse("torch.overrides:_push_mode", _WATCH)
+pop_function_mode = _look_up_or_refuse("torch.overrides:_pop_mode", _WATCH)
+# Ids of the global hooks that take keywords, which their removal leaves behind. Fallback: the id of each `watch` stays there.
+global_hooks_with_keywords = _look_up("torch.nn.modules.module:_global_forward_hooks_with_kwargs", {})
+# The ProcessGroup of a name. Without it AffineScaledAttention's process_group is lost.
+process_group_of = _look_up_or_refuse(
+    "torch.distributed.distributed_c10d:_resolve_process_group", "process_group of AffineScaledAttention"
+)
+
+
+def hooks_of(module):
+    """The dict of hooks that replicas of nn.DataParallel share. Fallback: the module; `watch` does not know its replicas."""
+    return getattr(module, "_forward_hooks", module)
+
+
+def is_compiled(module):
+    """Whether torch.compile made or changed a module. Fallback: no; `watch` says of its calls that they did not run."""
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
+    made = isinstance(module, getattr(dynamo, "OptimizedModule", ()))
+    return made or getattr(module, "_compiled_call_impl", None) is not None
+
+
+# --------------------------------------------------------------------------------------------------------------- Triton
+
+
+def _without_knobs():
+    """A hook may be set: Triton makes each launch."""
+    interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    return SimpleNamespace(runtime=SimpleNamespace(interpret=interpret, launch_enter_hook=True, launch_exit_hook=None))
+
+
+def _shared_memory(device):
+    return {"max_shared_mem": torch.cuda.get_device_properties(device).shared_memory_per_block_optin}
+
+
+def _without_driver():
+    """What torch knows, too; the C stub of a kernel is built when it is loaded, not ahead."""
+    active = SimpleNamespace(
+        get_current_stream=current_stream,
+        get_current_target=lambda: None,
+        launcher_cls=lambda source, metadata: None,
+        utils=SimpleNamespace(get_device_properties=_shared_memory),
+    )
+    return SimpleNamespace(active=active)
+
+
+TRITON = {
+    "knobs": ("triton:knobs", _without_knobs),  # whether kernels are interpreted, and the hooks of launches
+    "driver": ("triton.runtime.driver:driver", _without_driver),  # devices, streams, and the C stubs that launch kernels
+}
+
+
+def __getattr__(name):
+    if name not in TRITON:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    where, make_fallback = TRITON[name]
+    found = _found(where, None)
+    globals()[name] = make_fallback() if found is None else found
+    return globals()[name]
+
+
+def bound(compiled, grid, scalars):
+    """The launch of a loaded kernel as a function (addresses, stream), past hooks. Fallback: Triton's, which calls them."""
+    try:
+        run, handle = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    except AttributeError:
+        run = compiled[grid]
+        return lambda addresses, stream: run(*addresses, *scalars, stream=stream)
+    return lambda addresses, stream: run(*grid, stream, *handle, *addresses, *scalars)
+
+
+def stub_arguments(compiled):
+    """What the C stub of a kernel is built of, None if it is loaded. Fallback: None; it is built when the kernel is loaded."""
+    source = getattr(compiled, "src", None)
+    return None if source is None or getattr(compiled, "module", None) is not None else (source, compiled.metadata)
