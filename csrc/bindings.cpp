@@ -11,25 +11,25 @@
 #include <utility>
 #include <vector>
 
+#include "affine/backward.h"
+#include "affine/forward.h"
 #include "common/check.h"
 #include "common/device_guard.h"
 #include "common/dtype.h"
-#include "factored.h"
-#include "geometry.h"
-#include "hadamard_backward.h"
-#include "hadamard_forward.h"
-#include "krause_backward.h"
-#include "krause_forward.h"
-#include "krause_step.h"
-#include "linear_backward.h"
-#include "linear_forward.h"
-#include "linear_full_backward.h"
-#include "linear_full_forward.h"
-#include "row_sumsq.h"
-#include "softmax_backward.h"
-#include "softmax_forward.h"
-#include "statistics.h"
-#include "synchronization.h"
+#include "common/row_sumsq.h"
+#include "diagnostics/geometry.h"
+#include "diagnostics/statistics.h"
+#include "hadamard/bidirectional.h"
+#include "hadamard/causal_backward.h"
+#include "hadamard/causal_forward.h"
+#include "krause/backward.h"
+#include "krause/forward.h"
+#include "krause/step.h"
+#include "linear/bidirectional_backward.h"
+#include "linear/bidirectional_forward.h"
+#include "linear/causal_backward.h"
+#include "linear/causal_forward.h"
+#include "synchronization/synchronization.h"
 
 namespace py = pybind11;
 
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         py::arg("top_k"),
         "Krause attention: fills o, lse and, with top_k > 0, bits. tensors: q, k, v, sigma, token_bounds, o, lse, bits; "
-        "strides: of q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause_forward.h.");
+        "strides: of q, k, v, o; sizes: B, Hq, Hkv, N, M, D. More in csrc/krause/forward.h.");
 
     m.def("krause_backward_shared_bytes", &krause_backward_shared_bytes, py::arg("width"),
           "Bytes of shared memory that a block of krause_backward takes.");
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_C, m) {
         }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("left"), py::arg("right"),
         "Its gradients. tensors: q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, "
-        "workspace; strides: of q, k, v, o, do, dq, dk, dv. More in csrc/krause_backward.h.");
+        "workspace; strides: of q, k, v, o, do, dq, dk, dv. More in csrc/krause/backward.h.");
 
     m.attr("KRAUSE_STEP_WINDOW") = kKrauseStepWindow;
     m.def(
@@ -201,41 +201,41 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("sigma_stride"), py::arg("top_k"),
         py::arg("device"), py::arg("stream"),
         "A decoding step of Krause attention: fills o and a slot of the cache. tensors: q, k, v, cached k and v, length, "
-        "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause_step.h.");
+        "sigma, o; strides: of q, k, v, o; sizes: B, Hq, Hkv, W, D. More in csrc/krause/step.h.");
 
     m.def("linear_shared_bytes",
           [](int64_t width, bool causal) {
-              return causal ? std::max(linear_forward_shared_bytes(width), linear_backward_shared_bytes(width))
-                            : std::max(linear_full_forward_shared_bytes(width), linear_full_backward_shared_bytes(width));
+              return causal ? std::max(linear_causal_forward_shared_bytes(width), linear_causal_backward_shared_bytes(width))
+                            : std::max(linear_bidirectional_forward_shared_bytes(width), linear_bidirectional_backward_shared_bytes(width));
           },
           py::arg("width"), py::arg("causal"),
-          "Bytes of shared memory that a block of the linear_ kernels takes, at most; of the linear_full_ ones if not causal.");
+          "Bytes of shared memory that a block of the linear_ kernels takes, at most; of the linear_bidirectional_ ones if not causal.");
     m.def(
-        "linear_forward",
+        "linear_causal_forward",
         made_once(+[](const std::array<uintptr_t, 8>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides, double eps) {
             const auto [q, k, v, states, norms, o, inverse, pieces] = tensors;
             const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
-            LinearForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+            LinearCausalForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
                                reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(states),
                                reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
                                reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                q_strides, k_strides, v_strides, o_strides,
                                batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, eps};
-            linear_forward(call, feature_map, stream);
+            linear_causal_forward(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Causal linear attention: fills o and inverse. tensors: q, k, v, states, norms, o, inverse, pieces; strides: of q, k, "
-        "v, o; sizes: B, Hq, Hkv, N, D, pieces, their length. More in csrc/linear_forward.h.");
+        "v, o; sizes: B, Hq, Hkv, N, D, pieces, their length. More in csrc/linear/causal_forward.h.");
     m.def(
-        "linear_grad_queries",
+        "linear_causal_grad_queries",
         made_once(+[](const std::array<uintptr_t, 10>& tensors, int device, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 5>& strides) {
             const auto [q, k, v, grad_o, inverse, states, norms, dq, weights, pieces] = tensors;
             const auto& [q_strides, k_strides, v_strides, grad_o_strides, dq_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
-            LinearGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+            LinearCausalGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
                                    reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(grad_o),
                                    reinterpret_cast<const float*>(inverse),
                                    reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
@@ -244,20 +244,20 @@ PYBIND11_MODULE(_C, m) {
                                    q_strides, k_strides, v_strides, grad_o_strides, dq_strides,
                                    batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
             const bool hopper = width == 64 && runs_hopper_code(device);
-            const auto launch = hopper ? linear_grad_queries_hopper : linear_grad_queries;
+            const auto launch = hopper ? linear_causal_grad_queries_hopper : linear_causal_grad_queries;
             launch(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq and weights. tensors: q, k, v, do, inverse, states, norms, dq, weights, pieces; strides: of q, k, v, do, "
-        "dq; sizes as for linear_forward. More in csrc/linear_backward.h.");
+        "dq; sizes as for linear_causal_forward. More in csrc/linear/causal_backward.h.");
     m.def(
-        "linear_grad_keys",
+        "linear_causal_grad_keys",
         made_once(+[](const std::array<uintptr_t, 11>& tensors, int device, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 6>& strides) {
             const auto [k, v, q, grad_o, inverse, weights, states, norms, dk, dv, pieces] = tensors;
             const auto& [k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length] = sizes;
-            LinearGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+            LinearCausalGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
                                 reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(grad_o),
                                 reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(weights),
                                 reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
@@ -266,111 +266,111 @@ PYBIND11_MODULE(_C, m) {
                                 k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length};
             const bool hopper = width == 64 && runs_hopper_code(device);
-            const auto launch = hopper ? linear_grad_keys_hopper : linear_grad_keys;
+            const auto launch = hopper ? linear_causal_grad_keys_hopper : linear_causal_grad_keys;
             launch(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk and dv. tensors: k, v, q, do, inverse, weights, states, norms, dk, dv, pieces; strides: of k, v, q, do, dk, "
-        "dv; sizes as for linear_forward. More in csrc/linear_backward.h.");
+        "dv; sizes as for linear_causal_forward. More in csrc/linear/causal_backward.h.");
     m.def(
-        "linear_full_sums",
+        "linear_bidirectional_sums",
         made_once(+[](const std::array<uintptr_t, 5>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 2>& strides) {
             const auto [k, v, partials, partial_norms, pieces] = tensors;
             const auto& [k_strides, v_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
-            LinearFullSums call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+            LinearBidirectionalSums call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
                                 reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
                                 reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_sums(call, feature_map, stream);
+            linear_bidirectional_sums(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Bidirectional linear attention: fills sums over the keys of each piece. tensors: k, v, partials, partial_norms, "
         "pieces; strides: of k and v; sizes: B, Hq, Hkv, tokens, D, pieces, their length, states. More in "
-        "csrc/linear_full_forward.h.");
+        "csrc/linear/bidirectional_forward.h.");
     m.def(
-        "linear_full_read",
+        "linear_bidirectional_read",
         made_once(+[](const std::array<uintptr_t, 6>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 2>& strides, double eps) {
             const auto [q, states, norms, o, inverse, pieces] = tensors;
             const auto& [q_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
-            LinearFullRead call{reinterpret_cast<const void*>(q), reinterpret_cast<const float*>(states),
+            LinearBidirectionalRead call{reinterpret_cast<const void*>(q), reinterpret_cast<const float*>(states),
                                 reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
                                 reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                 q_strides, o_strides,
                                 batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states, eps};
-            linear_full_read(call, feature_map, stream);
+            linear_bidirectional_read(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Fills o and inverse. tensors: q, states, norms, o, inverse, pieces; strides: of q and o; sizes as for "
-        "linear_full_sums. More in csrc/linear_full_forward.h.");
+        "linear_bidirectional_sums. More in csrc/linear/bidirectional_forward.h.");
     m.def(
-        "linear_full_grad_queries",
+        "linear_bidirectional_grad_queries",
         made_once(+[](const std::array<uintptr_t, 9>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides) {
             const auto [q, grad_o, inverse, states, norms, dq, partials, partial_norms, pieces] = tensors;
             const auto& [q_strides, grad_o_strides, dq_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
-            LinearFullGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(grad_o),
+            LinearBidirectionalGradQueries call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(grad_o),
                                        reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(states),
                                        reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(dq),
                                        reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
                                        reinterpret_cast<const int32_t*>(pieces), q_strides, grad_o_strides, dq_strides,
                                        batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_grad_queries(call, feature_map, stream);
+            linear_bidirectional_grad_queries(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq and sums over the queries of each piece. tensors: q, do, inverse, states, norms, dq, partials, "
-        "partial_norms, pieces; strides: of q, do, dq; sizes as for linear_full_sums. More in csrc/linear_full_backward.h.");
+        "partial_norms, pieces; strides: of q, do, dq; sizes as for linear_bidirectional_sums. More in csrc/linear/bidirectional_backward.h.");
     m.def(
-        "linear_full_grad_keys",
+        "linear_bidirectional_grad_keys",
         made_once(+[](const std::array<uintptr_t, 7>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 8>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides) {
             const auto [k, v, states, norms, dk, dv, pieces] = tensors;
             const auto& [k_strides, v_strides, dk_strides, dv_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states] = sizes;
-            LinearFullGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
+            LinearBidirectionalGradKeys call{reinterpret_cast<const void*>(k), reinterpret_cast<const void*>(v),
                                     reinterpret_cast<const float*>(states), reinterpret_cast<const float*>(norms),
                                     reinterpret_cast<void*>(dk), reinterpret_cast<void*>(dv),
                                     reinterpret_cast<const int32_t*>(pieces), k_strides, v_strides, dk_strides, dv_strides,
                                     batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states};
-            linear_full_grad_keys(call, feature_map, stream);
+            linear_bidirectional_grad_keys(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk and dv. tensors: k, v, states, norms, dk, dv, pieces; strides: of k, v, dk, dv; sizes as for "
-        "linear_full_sums. More in csrc/linear_full_backward.h.");
+        "linear_bidirectional_sums. More in csrc/linear/bidirectional_backward.h.");
 
     m.def("hadamard_shared_bytes",
-          [] { return std::max(hadamard_forward_shared_bytes(), hadamard_backward_shared_bytes()); },
+          [] { return std::max(hadamard_causal_forward_shared_bytes(), hadamard_causal_backward_shared_bytes()); },
           "Bytes of shared memory that a block of the hadamard_ kernels takes, at most.");
     m.def(
-        "hadamard_forward",
+        "hadamard_causal_forward",
         made_once(+[](const std::array<uintptr_t, 10>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 6>& strides, double eps) {
             const auto [q1, q2, k1, k2, v, states, norms, o, inverse, pieces] = tensors;
             const auto& [q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
-            HadamardForward call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
+            HadamardCausalForward call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
                                  reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
                                  reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(states),
                                  reinterpret_cast<const float*>(norms), reinterpret_cast<void*>(o),
                                  reinterpret_cast<float*>(inverse), reinterpret_cast<const int32_t*>(pieces),
                                  q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides,
                                  batches, heads, kv_heads, num_tokens, num_pieces, piece_length, eps};
-            hadamard_forward(call, feature_map, stream);
+            hadamard_causal_forward(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
         "Causal Hadamard attention: fills o and inverse. tensors: q1, q2, k1, k2, v, states, norms, o, inverse, pieces; "
-        "strides: of q1, q2, k1, k2, v, o; sizes: B, Hq, Hkv, N, pieces, their length. More in csrc/hadamard_forward.h.");
+        "strides: of q1, q2, k1, k2, v, o; sizes: B, Hq, Hkv, N, pieces, their length. More in csrc/hadamard/causal_forward.h.");
     m.def(
-        "hadamard_grad_queries",
+        "hadamard_causal_grad_queries",
         made_once(+[](const std::array<uintptr_t, 13>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides) {
             const auto [q1, q2, k1, k2, v, grad_o, inverse, states, norms, dq1, dq2, weights, pieces] = tensors;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
-            HadamardGradQueries call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
+            HadamardCausalGradQueries call{reinterpret_cast<const void*>(q1), reinterpret_cast<const void*>(q2),
                                      reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
                                      reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(grad_o),
                                      reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(states),
@@ -379,18 +379,18 @@ PYBIND11_MODULE(_C, m) {
                                      reinterpret_cast<const int32_t*>(pieces),
                                      strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
                                      strides[7], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
-            hadamard_grad_queries(call, feature_map, stream);
+            hadamard_causal_grad_queries(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dq1, dq2 and weights. tensors: q1, q2, k1, k2, v, do, inverse, states, norms, dq1, dq2, weights, pieces; "
-        "strides: of q1, q2, k1, k2, v, do, dq1, dq2; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
+        "strides: of q1, q2, k1, k2, v, do, dq1, dq2; sizes as for hadamard_causal_forward. More in csrc/hadamard/causal_backward.h.");
     m.def(
-        "hadamard_grad_keys",
+        "hadamard_causal_grad_keys",
         made_once(+[](const std::array<uintptr_t, 14>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 9>& strides) {
             const auto [k1, k2, v, q1, q2, grad_o, inverse, weights, states, norms, dk1, dk2, dv, pieces] = tensors;
             const auto [batches, heads, kv_heads, num_tokens, num_pieces, piece_length] = sizes;
-            HadamardGradKeys call{reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
+            HadamardCausalGradKeys call{reinterpret_cast<const void*>(k1), reinterpret_cast<const void*>(k2),
                                   reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(q1),
                                   reinterpret_cast<const void*>(q2), reinterpret_cast<const void*>(grad_o),
                                   reinterpret_cast<const float*>(inverse), reinterpret_cast<const float*>(weights),
@@ -399,11 +399,11 @@ PYBIND11_MODULE(_C, m) {
                                   reinterpret_cast<const int32_t*>(pieces),
                                   strides[0], strides[1], strides[2], strides[3], strides[4], strides[5], strides[6],
                                   strides[7], strides[8], batches, heads, kv_heads, num_tokens, num_pieces, piece_length};
-            hadamard_grad_keys(call, feature_map, stream);
+            hadamard_causal_grad_keys(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
         "Fills dk1, dk2 and dv. tensors: k1, k2, v, q1, q2, do, inverse, weights, states, norms, dk1, dk2, dv, pieces; "
-        "strides: of k1, k2, v, q1, q2, do, dk1, dk2, dv; sizes as for hadamard_forward. More in csrc/hadamard_backward.h.");
+        "strides: of k1, k2, v, q1, q2, do, dk1, dk2, dv; sizes as for hadamard_causal_forward. More in csrc/hadamard/causal_backward.h.");
 
     m.attr("DIAGNOSTICS_TILE") = kDiagnosticsTile;
     m.def(
@@ -425,7 +425,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tensors"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("left"), py::arg("right"),
         py::arg("scale"), py::arg("device"), py::arg("stream"),
         "Attention statistics. tensors: q, k, lse, entropy, max_weight, max_key, mass, levels; sizes: B, Hq, Hkv, N, M, D; "
-        "strides: of q and k. More in csrc/statistics.h.");
+        "strides: of q and k. More in csrc/diagnostics/statistics.h.");
 
     const auto define_geometry = [&](const char* name, auto kernel, const char* description) {
         m.def(
@@ -454,67 +454,67 @@ PYBIND11_MODULE(_C, m) {
     define_geometry("geometry_select", &geometry_select,
                     "Fills scores and chosen. tensors: q, k, v, scores, chosen, s, shift, farthest, excess, squares, "
                     "precision, recall, f_score; sizes: B, Hq, Hkv, N, M, D, top_n; strides: of q, k and v. More in "
-                    "csrc/geometry.h.");
+                    "csrc/diagnostics/geometry.h.");
     define_geometry("geometry_separate", &geometry_separate, "Fills precision, recall and f_score; arguments as above.");
 
-    m.attr("FACTORED_WIDTH") = kFactoredWidth;
-    m.attr("FACTORED_CHUNK") = kFactoredChunk;
+    m.attr("HADAMARD_BIDIRECTIONAL_WIDTH") = kBidirectionalWidth;
+    m.attr("HADAMARD_BIDIRECTIONAL_CHUNK") = kBidirectionalChunk;
     m.def(
-        "factored_accumulate",
+        "hadamard_bidirectional_accumulate",
         made_once(+[](const std::array<uintptr_t, 11>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 7>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides) {
             const auto [outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles,
                         weighted_tiles, counter] = tensors;
             const auto& [outer_strides, inner_strides, y_strides] = strides;
             const auto [batches, heads, state_heads, num_tokens, width, num_pieces, piece_length] = sizes;
-            FactoredFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+            HadamardBidirectionalFeatures features{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
                                       reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(weights),
                                       reinterpret_cast<void*>(outer_tiles), reinterpret_cast<void*>(weighted_tiles),
                                       reinterpret_cast<void*>(inner_tiles), outer_strides, inner_strides,
                                       batches, heads, num_tokens};
-            FactoredAccumulate call{
+            HadamardBidirectionalAccumulate call{
                 reinterpret_cast<const void*>(outer_tiles),
                 reinterpret_cast<const void*>(weighted_tiles == 0 ? outer_tiles : weighted_tiles),
                 reinterpret_cast<const void*>(inner_tiles), reinterpret_cast<const void*>(y),
                 reinterpret_cast<float*>(partials), reinterpret_cast<float*>(partial_norms),
                 reinterpret_cast<int32_t*>(counter), y_strides,
                 batches, heads, state_heads, num_tokens, width, num_pieces, piece_length};
-            factored_features(features, feature_map, stream);
-            factored_accumulate(call, stream);
+            hadamard_bidirectional_features(features, feature_map, stream);
+            hadamard_bidirectional_accumulate(call, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"),
-        "Launches factored_features and factored_accumulate. tensors: outer, inner, y, factors, weights, partials, "
+        "Launches hadamard_bidirectional_features and hadamard_bidirectional_accumulate. tensors: outer, inner, y, factors, weights, partials, "
         "partial_norms, outer_tiles, inner_tiles, weighted_tiles (with factors or weights), counter; strides: of outer, inner, "
-        "y; sizes: B, H, Hs, N, Dv, pieces, their length. More in csrc/factored.h.");
+        "y; sizes: B, H, Hs, N, Dv, pieces, their length. More in csrc/hadamard/bidirectional.h.");
     m.def(
-        "factored_read",
+        "hadamard_bidirectional_read",
         made_once(+[](const std::array<uintptr_t, 8>& tensors, int, cudaStream_t stream, const std::string& feature_map,
                       const std::array<int64_t, 5>& sizes, const std::array<std::array<int64_t, 3>, 3>& strides, double eps) {
             const auto [outer, inner, states, norms, out, inverse, counter, norm_tiles] = tensors;
             const auto& [outer_strides, inner_strides, out_strides] = strides;
             const auto [batches, heads, state_heads, num_tokens, width] = sizes;
-            FactoredRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
+            HadamardBidirectionalRead call{reinterpret_cast<const void*>(outer), reinterpret_cast<const void*>(inner),
                               reinterpret_cast<const void*>(states), reinterpret_cast<const float*>(norms),
                               reinterpret_cast<void*>(out), reinterpret_cast<float*>(inverse),
                               reinterpret_cast<int32_t*>(counter), reinterpret_cast<void*>(norm_tiles),
                               outer_strides, inner_strides, out_strides,
                               batches, heads, state_heads, num_tokens, width, eps};
-            factored_read(call, feature_map, stream);
+            hadamard_bidirectional_read(call, feature_map, stream);
         }),
         py::arg("feature_map"), py::arg("sizes"), py::arg("strides"), py::arg("eps"),
-        "Launches factored_read. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
-        "strides: of outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/factored.h.");
+        "Launches hadamard_bidirectional_read. tensors: outer, inner, states, norms, out, inverse or null, counter, norm_tiles; "
+        "strides: of outer, inner, out; sizes: B, H, Hs, N, Dv. More in csrc/hadamard/bidirectional.h.");
 
-    m.attr("SOFTMAX_CHUNK") = kSoftmaxChunk;
+    m.attr("AFFINE_CHUNK") = kAffineChunk;
     m.def(
-        "softmax_forward",
+        "affine_forward",
         made_once(+[](const std::array<uintptr_t, 11>& tensors, int, cudaStream_t stream, const std::string& dtype,
                       const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 4>& strides, int64_t right,
                       double scale) {
             const auto [q, k, v, alpha, beta, sink, sums, o, u, lse, counter] = tensors;
             const auto& [q_strides, k_strides, v_strides, o_strides] = strides;
             const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            SoftmaxForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+            AffineForward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
                                 reinterpret_cast<const void*>(v), reinterpret_cast<const float*>(alpha),
                                 reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink),
                                 reinterpret_cast<const float*>(sums), reinterpret_cast<void*>(o),
@@ -522,16 +522,16 @@ PYBIND11_MODULE(_C, m) {
                                 reinterpret_cast<int32_t*>(counter),
                                 q_strides, k_strides, v_strides, o_strides,
                                 batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-            softmax_forward(call, parse_dtype(dtype), stream);
+            affine_forward(call, parse_dtype(dtype), stream);
         }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
         "Softmax and affine attention: fills o, u and lse. "
         "tensors: q, k, v, alpha, beta, sink, sums, o, u, lse, counter; strides: of q, k, v, o; "
-        "sizes: B, Hq, Hkv, N, M, D. More in csrc/softmax_forward.h.");
+        "sizes: B, Hq, Hkv, N, M, D. More in csrc/affine/forward.h.");
 
-    m.attr("SOFTMAX_TERMS") = kSoftmaxTerms;
+    m.attr("AFFINE_TERMS") = kAffineTerms;
     m.def(
-        "softmax_backward",
+        "affine_backward",
         made_once(+[](const std::array<uintptr_t, 16>& tensors, int, cudaStream_t stream, const std::string& dtype,
                       const std::array<int64_t, 6>& sizes, const std::array<std::array<int64_t, 3>, 8>& strides, int64_t right,
                       double scale) {
@@ -539,7 +539,7 @@ PYBIND11_MODULE(_C, m) {
             const auto& [q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides] =
                 strides;
             const auto [batches, heads, kv_heads, num_queries, num_keys, width] = sizes;
-            SoftmaxBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
+            AffineBackward call{reinterpret_cast<const void*>(q), reinterpret_cast<const void*>(k),
                                  reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(u),
                                  reinterpret_cast<const void*>(grad_o), reinterpret_cast<const float*>(alpha),
                                  reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sums),
@@ -550,11 +550,11 @@ PYBIND11_MODULE(_C, m) {
                                  q_strides, k_strides, v_strides, u_strides, grad_o_strides,
                                  dq_strides, dk_strides, dv_strides,
                                  batches, heads, kv_heads, num_queries, num_keys, width, right, scale};
-            softmax_backward(call, parse_dtype(dtype), stream);
+            affine_backward(call, parse_dtype(dtype), stream);
         }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("right"), py::arg("scale"),
-        "Gradients of softmax_forward. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, "
-        "m, dbeta, terms, counters; strides: of q, k, v, u, do, dq, dk, dv. More in csrc/softmax_backward.h.");
+        "Gradients of affine_forward. tensors: q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, "
+        "m, dbeta, terms, counters; strides: of q, k, v, u, do, dq, dk, dv. More in csrc/affine/backward.h.");
 
     m.attr("SYNCHRONIZATION_ROWS") = kSynchronizationRows;
     m.attr("SYNCHRONIZATION_GRAD_ROWS") = kSynchronizationGradRows;
@@ -578,7 +578,7 @@ PYBIND11_MODULE(_C, m) {
         }),
         py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("bandwidth_stride"), py::arg("causal"),
         "Synchronization attention: fills o and total. tensors: omega, v, squares, c, bandwidth, o, "
-        "total, lists, counts, counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization.h.");
+        "total, lists, counts, counter; strides: of omega, v, o; sizes: B, H, N. More in csrc/synchronization/synchronization.h.");
     m.def(
         "synchronization_backward",
         made_once(+[](const std::array<uintptr_t, 15>& tensors, int, cudaStream_t stream, const std::string& dtype,

@@ -14,10 +14,10 @@ from nearfar import _cuda
 
 stored = takes_delta_of_stored_o("alpha", "sink")
 
-CHUNK = 128  # kSoftmaxChunk, and kSoftmaxTerms
+CHUNK = 128  # kAffineChunk, and kAffineTerms
 
 
-class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
+class AffineForward(ctypes.Structure):  # as in csrc/affine/forward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v alpha beta sink sums o u lse counter"),
         *strides(*"qkvo"),
@@ -26,7 +26,7 @@ class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
     ]
 
 
-class SoftmaxBackward(ctypes.Structure):  # as in csrc/softmax_backward.h
+class AffineBackward(ctypes.Structure):  # as in csrc/affine/backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v u do alpha beta sums lse dq dk dv m dbeta terms counters"),
         *strides("q", "k", "v", "u", "do", "dq", "dk", "dv"),
@@ -37,7 +37,7 @@ class SoftmaxBackward(ctypes.Structure):  # as in csrc/softmax_backward.h
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    functions = {name: [name] for name in ("softmax_forward", "softmax_backward")}
+    functions = {name: [name] for name in ("affine_forward", "affine_backward")}
     return build(tmp_path_factory.mktemp("emulated"), **functions)
 
 
@@ -99,7 +99,7 @@ def forward(kernels, sample, conditions):
         found["u"] = guarded.empty(q.shape, q.dtype)
     tensors = given | found | dict(counter=guarded.empty((1,), torch.int32))
     kind = str(q.dtype).removeprefix("torch.")
-    launch(kernels["softmax_forward"], SoftmaxForward, kind, tensors, conditions, **numbers(q, k, sample))
+    launch(kernels["affine_forward"], AffineForward, kind, tensors, conditions, **numbers(q, k, sample))
     guarded.assert_intact()
     return found
 
@@ -120,7 +120,7 @@ def backward(kernels, sample, do, found, conditions):
     )
     kind = str(q.dtype).removeprefix("torch.")
     tensors = given | gradients | spaces
-    launch(kernels["softmax_backward"], SoftmaxBackward, kind, tensors, conditions, **numbers(q, k, sample))
+    launch(kernels["affine_backward"], AffineBackward, kind, tensors, conditions, **numbers(q, k, sample))
     guarded.assert_intact()
     m = gradients.pop("m")
     return gradients | (dict(dalpha=m) if "alpha" in given else {})
@@ -189,7 +189,7 @@ def test_what_a_query_cannot_see_changes_no_bit(kernels):
 class Extension:
     """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
 
-    SOFTMAX_CHUNK = SOFTMAX_TERMS = CHUNK
+    AFFINE_CHUNK = AFFINE_TERMS = CHUNK
 
     def __init__(self, kernels):
         self._kernels = kernels
@@ -200,11 +200,11 @@ class Extension:
         kernel, options = self._kernels[name], dict(right=right, scale=scale)
         launch_at(kernel, structure, dtype, addresses, steps, Conditions(), **numbers, **options)
 
-    def softmax_forward(self, *fixed):
-        return functools.partial(self._launch, "softmax_forward", SoftmaxForward, fixed)
+    def affine_forward(self, *fixed):
+        return functools.partial(self._launch, "affine_forward", AffineForward, fixed)
 
-    def softmax_backward(self, *fixed):
-        return functools.partial(self._launch, "softmax_backward", SoftmaxBackward, fixed)
+    def affine_backward(self, *fixed):
+        return functools.partial(self._launch, "affine_backward", AffineBackward, fixed)
 
 
 @pytest.mark.parametrize(

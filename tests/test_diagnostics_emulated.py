@@ -17,7 +17,7 @@ TILE = 128  # kDiagnosticsTile
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
-class Statistics(ctypes.Structure):  # as in csrc/statistics.h
+class Statistics(ctypes.Structure):  # as in csrc/diagnostics/statistics.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k lse entropy max_weight max_key mass levels"),
         *strides(*"qk"),
@@ -26,7 +26,7 @@ class Statistics(ctypes.Structure):  # as in csrc/statistics.h
     ]
 
 
-class Geometry(ctypes.Structure):  # as in csrc/geometry.h
+class Geometry(ctypes.Structure):  # as in csrc/diagnostics/geometry.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v"),
         *strides(*"qkv"),
@@ -151,7 +151,7 @@ def test_the_largest_weight_is_of_the_first_key(dtype, kernels):
 
 
 def centre(v, scores, chosen, scale):
-    """s in the dtype of v, shift, farthest and excess, as `separate` takes them: csrc/geometry.h says what they are."""
+    """s in the dtype of v, shift, farthest and excess, as `separate` takes them: see csrc/diagnostics/geometry.h."""
     exponents = scores.double() * scale / math.log(2)
     shift = torch.logsumexp(exponents * math.log(2), -1, keepdim=True) / math.log(2)
     weights = (exponents - shift).exp2()

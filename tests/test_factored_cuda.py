@@ -82,8 +82,8 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
 @needs_extension
 def test_errors_of_the_extension_raise():
     steps = [(64, 64, 64)] * 3
-    accumulate = _cuda.extension.factored_accumulate("elu", (1, 1, 1, 64, 64, 1, 256), steps)
-    read = _cuda.extension.factored_read("elu", (1, 1, 1, 64, 64), steps, 0.0)
+    accumulate = _cuda.extension.hadamard_bidirectional_accumulate("elu", (1, 1, 1, 64, 64, 1, 256), steps)
+    read = _cuda.extension.hadamard_bidirectional_read("elu", (1, 1, 1, 64, 64), steps, 0.0)
     for launch, tensors in ((accumulate, 11), (read, 8)):
         with pytest.raises(RuntimeError, match="cudaError"):
             launch([0] * tensors, 4096, 0)

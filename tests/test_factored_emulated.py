@@ -14,7 +14,7 @@ WIDTH, CHUNK = 64, 64
 SIZES = "batches heads state_heads num_tokens width num_pieces piece_length"
 
 
-class FactoredFeatures(ctypes.Structure):  # as in csrc/factored.h
+class HadamardBidirectionalFeatures(ctypes.Structure):  # as in csrc/hadamard/bidirectional.h
     _fields_ = [
         *fields(ctypes.c_void_p, "outer inner factors weights outer_tiles weighted_tiles inner_tiles"),
         *strides("outer", "inner"),
@@ -22,7 +22,7 @@ class FactoredFeatures(ctypes.Structure):  # as in csrc/factored.h
     ]
 
 
-class FactoredAccumulate(ctypes.Structure):  # as in csrc/factored.h
+class HadamardBidirectionalAccumulate(ctypes.Structure):  # as in csrc/hadamard/bidirectional.h
     _fields_ = [
         *fields(ctypes.c_void_p, "outer_tiles weighted_tiles inner_tiles y partials partial_norms counter"),
         *strides("y"),
@@ -30,7 +30,7 @@ class FactoredAccumulate(ctypes.Structure):  # as in csrc/factored.h
     ]
 
 
-class FactoredRead(ctypes.Structure):  # as in csrc/factored.h
+class HadamardBidirectionalRead(ctypes.Structure):  # as in csrc/hadamard/bidirectional.h
     _fields_ = [
         *fields(ctypes.c_void_p, "outer inner states norms out inverse counter norm_tiles"),
         *strides("outer", "inner", "out"),
@@ -41,7 +41,7 @@ class FactoredRead(ctypes.Structure):  # as in csrc/factored.h
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    names = "factored_features", "factored_accumulate", "factored_read"
+    names = "hadamard_bidirectional_features", "hadamard_bidirectional_accumulate", "hadamard_bidirectional_read"
     return build(tmp_path_factory.mktemp("emulated"), **{name: [name] for name in names})
 
 
@@ -99,7 +99,14 @@ def test_accumulate(name, late_copies, kernels):
     given = dict(outer=outer, inner=inner, factors=factors, weights=weights)
     filled = dict(outer_tiles=tiles[0], inner_tiles=tiles[1], weighted_tiles=tiles[2] if with_factors else None)
     numbers = dict(batches=batch, heads=heads, num_tokens=tokens)
-    launch(kernels["factored_features"], FactoredFeatures, feature_map, given | filled, conditions, **numbers)
+    launch(
+        kernels["hadamard_bidirectional_features"],
+        HadamardBidirectionalFeatures,
+        feature_map,
+        given | filled,
+        conditions,
+        **numbers,
+    )
 
     scaled, mapped = rounded_features(outer, inner, feature_map, factors)
     weighted, _ = rounded_features(outer, inner, feature_map, weights)
@@ -117,7 +124,7 @@ def test_accumulate(name, late_copies, kernels):
     tensors = filled | dict(y=y, partials=partials, partial_norms=partial_norms, counter=counter)
     tensors["weighted_tiles"] = tiles[-1 if with_factors else 0]
     numbers |= dict(state_heads=state_heads, width=width, num_pieces=pieces, piece_length=piece_length)
-    launch(kernels["factored_accumulate"], FactoredAccumulate, "", tensors, conditions, **numbers)
+    launch(kernels["hadamard_bidirectional_accumulate"], HadamardBidirectionalAccumulate, "", tensors, conditions, **numbers)
     guarded.assert_intact()
     scaled, mapped = unpermuted(tiles[0]).mT.flatten(2, 3).double(), unpermuted(tiles[1]).flatten(2, 3).double()
     weighted = unpermuted(tensors["weighted_tiles"]).mT.flatten(2, 3).double()
@@ -157,7 +164,7 @@ def test_read(name, late_copies, kernels):
         counter=guarded.empty((1,), torch.int32), norm_tiles=guarded.empty((batch, state_heads, 2, 64, 64), torch.bfloat16),
     )  # fmt: skip
     numbers = dict(batches=batch, heads=heads, state_heads=state_heads, num_tokens=rows, width=width, eps=0.25)
-    launch(kernels["factored_read"], FactoredRead, feature_map, tensors, conditions, **numbers)
+    launch(kernels["hadamard_bidirectional_read"], HadamardBidirectionalRead, feature_map, tensors, conditions, **numbers)
     guarded.assert_intact()
     x1, x2 = rounded_features(outer, inner, feature_map, None)
     group = heads // state_heads
@@ -179,31 +186,47 @@ def test_read(name, late_copies, kernels):
 class Extension:
     """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
 
-    FACTORED_CHUNK, FACTORED_WIDTH = CHUNK, WIDTH
+    HADAMARD_BIDIRECTIONAL_CHUNK, HADAMARD_BIDIRECTIONAL_WIDTH = CHUNK, WIDTH
 
     def __init__(self, kernels):
         self._kernels, self.launched = kernels, []
 
-    def factored_accumulate(self, feature_map, sizes, steps):
+    def hadamard_bidirectional_accumulate(self, feature_map, sizes, steps):
         numbers = dict(zip(SIZES.split(), sizes, strict=True))
 
         def run(tensors, device, stream):
             outer, inner, y, factors, weights, partials, norms, outer_tiles, inner_tiles, weighted_tiles, counter = tensors
             given = outer, inner, factors, weights, outer_tiles, weighted_tiles, inner_tiles
             some = {name: numbers[name] for name in ("batches", "heads", "num_tokens")}
-            launch_at(self._kernels["factored_features"], FactoredFeatures, feature_map, given, steps[:2], Conditions(), **some)
+            launch_at(
+                self._kernels["hadamard_bidirectional_features"],
+                HadamardBidirectionalFeatures,
+                feature_map,
+                given,
+                steps[:2],
+                Conditions(),
+                **some,
+            )
             given = outer_tiles, weighted_tiles or outer_tiles, inner_tiles, y, partials, norms, counter
-            launch_at(self._kernels["factored_accumulate"], FactoredAccumulate, "", given, steps[2:], Conditions(), **numbers)
+            launch_at(
+                self._kernels["hadamard_bidirectional_accumulate"],
+                HadamardBidirectionalAccumulate,
+                "",
+                given,
+                steps[2:],
+                Conditions(),
+                **numbers,
+            )
             self.launched.append("accumulate")
 
         return run
 
-    def factored_read(self, feature_map, sizes, steps, eps):
+    def hadamard_bidirectional_read(self, feature_map, sizes, steps, eps):
         numbers = dict(zip("batches heads state_heads num_tokens width".split(), sizes, strict=True))
 
         def run(tensors, device, stream):
-            kernel = self._kernels["factored_read"]
-            launch_at(kernel, FactoredRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
+            kernel = self._kernels["hadamard_bidirectional_read"]
+            launch_at(kernel, HadamardBidirectionalRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
             self.launched.append("read")
 
         return run

@@ -17,7 +17,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], i
 # ------------------------------------------------------------------------------------------------------ the emulated kernels
 
 
-class KrauseForward(ctypes.Structure):  # as in csrc/krause_forward.h
+class KrauseForward(ctypes.Structure):  # as in csrc/krause/forward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v sigma token_bounds o lse bits"),
         *strides(*"qkvo"),
@@ -25,7 +25,7 @@ class KrauseForward(ctypes.Structure):  # as in csrc/krause_forward.h
     ]
 
 
-class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
+class KrauseBackward(ctypes.Structure):  # as in csrc/krause/backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v o grad_o sigma lse bits token_bounds dq dk dv dsigma partials"),
         *strides("q", "k", "v", "o", "grad_o", "dq", "dk", "dv"),
@@ -33,7 +33,7 @@ class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
     ]
 
 
-class KrauseStep(ctypes.Structure):  # as in csrc/krause_step.h
+class KrauseStep(ctypes.Structure):  # as in csrc/krause/step.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v cached_k cached_v length sigma o"),
         *strides(*"qkvo", dimensions=2),

@@ -117,9 +117,9 @@ def test_shared_memory_fits():
 def test_errors_of_the_extension_raise():
     sizes, strides = (1, 1, 1, 1, 64, 1, 1), [(64, 64, 64)] * 6
     with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.linear_forward("elu", sizes, strides[:4], 0.0)([0] * 8, 4096, 0)
+        _cuda.extension.linear_causal_forward("elu", sizes, strides[:4], 0.0)([0] * 8, 4096, 0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.linear_grad_keys("elu", sizes, strides)([0] * 8, 0, 0)
+        _cuda.extension.linear_causal_grad_keys("elu", sizes, strides)([0] * 8, 0, 0)
 
 
 @pytest.mark.parametrize(

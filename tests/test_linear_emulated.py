@@ -15,7 +15,7 @@ stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
 
 
-class LinearForward(ctypes.Structure):  # as in csrc/linear_forward.h
+class LinearCausalForward(ctypes.Structure):  # as in csrc/linear/causal_forward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v states norms o inverse pieces"),
         *strides(*"qkvo"),
@@ -24,7 +24,7 @@ class LinearForward(ctypes.Structure):  # as in csrc/linear_forward.h
     ]
 
 
-class LinearGradQueries(ctypes.Structure):  # as in csrc/linear_backward.h
+class LinearCausalGradQueries(ctypes.Structure):  # as in csrc/linear/causal_backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q k v grad_o inverse states norms dq weights pieces"),
         *strides("q", "k", "v", "grad_o", "dq"),
@@ -32,7 +32,7 @@ class LinearGradQueries(ctypes.Structure):  # as in csrc/linear_backward.h
     ]
 
 
-class LinearGradKeys(ctypes.Structure):  # as in csrc/linear_backward.h
+class LinearCausalGradKeys(ctypes.Structure):  # as in csrc/linear/causal_backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "k v q grad_o inverse weights states norms dk dv pieces"),
         *strides("k", "v", "q", "grad_o", "dk", "dv"),
@@ -60,12 +60,15 @@ def numbered(name, kind):
 
 
 STRUCTURES = {
-    "linear_forward": LinearForward,
-    "linear_grad_queries": LinearGradQueries,
-    "linear_grad_keys": LinearGradKeys,
+    "linear_causal_forward": LinearCausalForward,
+    "linear_causal_grad_queries": LinearCausalGradQueries,
+    "linear_causal_grad_keys": LinearCausalGradKeys,
 }
 STRUCTURES |= {name.replace("linear", "hadamard"): of_two_factors(structure) for name, structure in STRUCTURES.items()}
-STRUCTURES |= {"linear_grad_queries_hopper": LinearGradQueries, "linear_grad_keys_hopper": LinearGradKeys}
+STRUCTURES |= {
+    "linear_causal_grad_queries_hopper": LinearCausalGradQueries,
+    "linear_causal_grad_keys_hopper": LinearCausalGradKeys,
+}
 
 
 @pytest.fixture(scope="session")
@@ -73,11 +76,11 @@ def kernels(tmp_path_factory):
     """The functions of STRUCTURES, by name."""
     return build(
         tmp_path_factory.mktemp("emulated"),
-        linear_forward=["linear_forward"],
-        linear_backward=["linear_grad_queries", "linear_grad_keys"],
-        linear_backward_hopper=["linear_grad_queries_hopper", "linear_grad_keys_hopper"],
-        hadamard_forward=["hadamard_forward"],
-        hadamard_backward=["hadamard_grad_queries", "hadamard_grad_keys"],
+        linear_causal_forward=["linear_causal_forward"],
+        linear_causal_backward=["linear_causal_grad_queries", "linear_causal_grad_keys"],
+        linear_causal_backward_hopper=["linear_causal_grad_queries_hopper", "linear_causal_grad_keys_hopper"],
+        hadamard_causal_forward=["hadamard_causal_forward"],
+        hadamard_causal_backward=["hadamard_causal_grad_queries", "hadamard_causal_grad_keys"],
     )
 
 
@@ -209,11 +212,13 @@ SAMPLES = {
     "two factors": (dict(width=TWO_FACTORS, length=257), None),
     "two factors, one chunk": (dict(width=TWO_FACTORS, length=50, feature_map="exp"), None),
     "two factors, heads share keys, pieces": (
-        dict(width=TWO_FACTORS, heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5), 128
+        dict(width=TWO_FACTORS, heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5),
+        128,
     ),
     "two factors, a state comes in": (dict(width=TWO_FACTORS, length=300, state=True, feature_map="softplus"), 256),
     "two factors, not normalised": (
-        dict(width=TWO_FACTORS, heads=(2, 2), length=300, normalize=False, feature_map="identity"), None
+        dict(width=TWO_FACTORS, heads=(2, 2), length=300, normalize=False, feature_map="identity"),
+        None,
     ),
     "two factors, packed": (dict(width=TWO_FACTORS, heads=(2, 1), cu_seqlens=[0, 0, 5, 200, 201, 420], length=420), 256),
 }

@@ -15,7 +15,7 @@ stored = takes_delta_of_stored_o("q", "k")
 SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length num_states"
 
 
-class LinearFullSums(ctypes.Structure):  # as in csrc/linear_full_forward.h
+class LinearBidirectionalSums(ctypes.Structure):  # as in csrc/linear/bidirectional_forward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "k v partials partial_norms pieces"),
         *strides(*"kv"),
@@ -23,7 +23,7 @@ class LinearFullSums(ctypes.Structure):  # as in csrc/linear_full_forward.h
     ]
 
 
-class LinearFullRead(ctypes.Structure):  # as in csrc/linear_full_forward.h
+class LinearBidirectionalRead(ctypes.Structure):  # as in csrc/linear/bidirectional_forward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q states norms o inverse pieces"),
         *strides(*"qo"),
@@ -32,7 +32,7 @@ class LinearFullRead(ctypes.Structure):  # as in csrc/linear_full_forward.h
     ]
 
 
-class LinearFullGradQueries(ctypes.Structure):  # as in csrc/linear_full_backward.h
+class LinearBidirectionalGradQueries(ctypes.Structure):  # as in csrc/linear/bidirectional_backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "q grad_o inverse states norms dq partials partial_norms pieces"),
         *strides("q", "grad_o", "dq"),
@@ -40,7 +40,7 @@ class LinearFullGradQueries(ctypes.Structure):  # as in csrc/linear_full_backwar
     ]
 
 
-class LinearFullGradKeys(ctypes.Structure):  # as in csrc/linear_full_backward.h
+class LinearBidirectionalGradKeys(ctypes.Structure):  # as in csrc/linear/bidirectional_backward.h
     _fields_ = [
         *fields(ctypes.c_void_p, "k v states norms dk dv pieces"),
         *strides("k", "v", "dk", "dv"),
@@ -50,11 +50,11 @@ class LinearFullGradKeys(ctypes.Structure):  # as in csrc/linear_full_backward.h
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The functions linear_full_sums, linear_full_read, linear_full_grad_queries and linear_full_grad_keys, by name."""
+    """The four functions, by name."""
     return build(
         tmp_path_factory.mktemp("emulated"),
-        linear_full_forward=["linear_full_sums", "linear_full_read"],
-        linear_full_backward=["linear_full_grad_queries", "linear_full_grad_keys"],
+        linear_bidirectional_forward=["linear_bidirectional_sums", "linear_bidirectional_read"],
+        linear_bidirectional_backward=["linear_bidirectional_grad_queries", "linear_bidirectional_grad_keys"],
     )
 
 
@@ -114,9 +114,7 @@ def run(kernels, sample, do, piece_length, conditions=ANY):
         return {name: fill(x) for name, x in zip(("states", "norms"), found, strict=True)}
 
     inputs = dict(q=q, k=k, v=v, grad_o=do)
-    saved = dict(
-        o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None
-    )
+    saved = dict(o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None)
     gradients = {name: guarded.empty(inputs[name].shape, q.dtype) for name in "qkv"}
     everything = inputs | saved | {f"d{name}": gradient for name, gradient in gradients.items()}
 
@@ -125,12 +123,12 @@ def run(kernels, sample, do, piece_length, conditions=ANY):
 
     of_keys, key_partials, key_pieces, key_sequences = sizes(k.shape[2])
     of_queries, query_partials, query_pieces, query_sequences = sizes(q.shape[2])
-    call("linear_full_sums", LinearFullSums, key_partials | key_pieces, of_keys)
+    call("linear_bidirectional_sums", LinearBidirectionalSums, key_partials | key_pieces, of_keys)
     state = state_of(key_partials, key_sequences, initial)
-    call("linear_full_read", LinearFullRead, state | query_pieces, of_queries, eps=options.get("eps", 1e-6))
-    call("linear_full_grad_queries", LinearFullGradQueries, state | query_partials | query_pieces, of_queries)
+    call("linear_bidirectional_read", LinearBidirectionalRead, state | query_pieces, of_queries, eps=options.get("eps", 1e-6))
+    call("linear_bidirectional_grad_queries", LinearBidirectionalGradQueries, state | query_partials | query_pieces, of_queries)
     grad_state = state_of(query_partials, query_sequences, None if initial is None else torch.zeros_like(initial))
-    call("linear_full_grad_keys", LinearFullGradKeys, grad_state | key_pieces, of_keys)
+    call("linear_bidirectional_grad_keys", LinearBidirectionalGradKeys, grad_state | key_pieces, of_keys)
     guarded.assert_intact()
     if initial is not None:
         whole = torch.cat((grad_state["states"], grad_state["norms"][..., None]), -1)
@@ -205,10 +203,10 @@ class Extension:
 
             return make
 
-        self.linear_full_sums = function("linear_full_sums", LinearFullSums)
-        self.linear_full_read = function("linear_full_read", LinearFullRead)
-        self.linear_full_grad_queries = function("linear_full_grad_queries", LinearFullGradQueries)
-        self.linear_full_grad_keys = function("linear_full_grad_keys", LinearFullGradKeys)
+        self.linear_bidirectional_sums = function("linear_bidirectional_sums", LinearBidirectionalSums)
+        self.linear_bidirectional_read = function("linear_bidirectional_read", LinearBidirectionalRead)
+        self.linear_bidirectional_grad_queries = function("linear_bidirectional_grad_queries", LinearBidirectionalGradQueries)
+        self.linear_bidirectional_grad_keys = function("linear_bidirectional_grad_keys", LinearBidirectionalGradKeys)
 
 
 OPTIONS = {

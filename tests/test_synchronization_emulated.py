@@ -18,7 +18,7 @@ ROWS, GRAD_ROWS, MEMBERS = 192, 128, 24  # kSynchronizationRows, kSynchronizatio
 FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
 
 
-class Forward(ctypes.Structure):  # as in csrc/synchronization.h
+class Forward(ctypes.Structure):  # as in csrc/synchronization/synchronization.h
     _fields_ = [
         *fields(ctypes.c_void_p, "omega v squares c bandwidth o total lists counts counter"),
         *strides("omega", "v", "o"),

@@ -225,9 +225,7 @@ class KrauseBackward(BuiltLaunch):
 
     def __init__(self, q, k, v, o, do, sigma, left, right, dq, dk, dv):
         strides = [x.stride()[:3] for x in (q, k, v, o, do, dq, dk, dv)]
-        self._launch = extension.krause_backward(
-            _DTYPES[q.dtype], _pair_sizes(q, k), strides, _by_head(sigma), left, right
-        )
+        self._launch = extension.krause_backward(_DTYPES[q.dtype], _pair_sizes(q, k), strides, _by_head(sigma), left, right)
 
     @staticmethod
     def partials_shape(q, k):
@@ -346,7 +344,7 @@ def _tokens(problem, of_queries):
 
 
 class FullLaunch(BuiltLaunch):
-    """A launch of a linear_full_ kernel, of bidirectional attention.
+    """A launch of a linear_bidirectional_ kernel, of bidirectional attention.
 
     It is given the tensors that its binding lists; q, k, v and do start at multiples of 16 bytes.
     """
@@ -358,12 +356,12 @@ class FullLaunch(BuiltLaunch):
             problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
             problem.num_pieces(tokens), problem.piece_length, problem.num_states,
         )  # fmt: skip
-        make = getattr(extension, f"linear_full_{kernel}")
+        make = getattr(extension, f"linear_bidirectional_{kernel}")
         self._launch = make(problem.feature_map, sizes, [stride[:3] for stride in strides], *eps)
 
 
 class FactoredAccumulate(BuiltLaunch):
-    """A launch of factored_accumulate in the place of `accumulate`.
+    """A launch of hadamard_bidirectional_accumulate in the place of `accumulate`.
 
     It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
     16 bytes.
@@ -375,13 +373,19 @@ class FactoredAccumulate(BuiltLaunch):
         pieces = problem.num_pieces(length), problem.piece_length
         sizes = problem.batch, heads, problem.key_heads, length, problem.value_width, *pieces
         strides = [x[:3] for x in (*x_strides, y_strides)]
-        self._launch = extension.factored_accumulate(problem.feature_map, sizes, strides)
+        self._launch = extension.hadamard_bidirectional_accumulate(problem.feature_map, sizes, strides)
 
     @staticmethod
     def workspaces(problem, of_queries, y):
         """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which FactoredRead takes."""
         length, heads = _tokens(problem, of_queries)
-        shape = problem.batch, heads, -(-length // extension.FACTORED_CHUNK), extension.FACTORED_CHUNK, extension.FACTORED_WIDTH
+        shape = (
+            problem.batch,
+            heads,
+            -(-length // extension.HADAMARD_BIDIRECTIONAL_CHUNK),
+            extension.HADAMARD_BIDIRECTIONAL_CHUNK,
+            extension.HADAMARD_BIDIRECTIONAL_WIDTH,
+        )
         weighted = y.new_empty(shape) if of_queries else None
         norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
         return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
@@ -392,14 +396,14 @@ class FactoredAccumulate(BuiltLaunch):
 
 
 class FactoredRead(BuiltLaunch):
-    """A launch of factored_read in the place of `read` without pairs, likewise."""
+    """A launch of hadamard_bidirectional_read in the place of `read` without pairs, likewise."""
 
     def __init__(self, problem, of_keys, x_strides, out_strides, eps):
         """Arguments as for factored_launch.plan_read."""
         length, heads = _tokens(problem, not of_keys)
         sizes = problem.batch, heads, problem.key_heads, length, problem.value_width
         strides = [x[:3] for x in (*x_strides, out_strides)]
-        self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
+        self._launch = extension.hadamard_bidirectional_read(problem.feature_map, sizes, strides, eps)
 
     def arguments(self, addresses):
         xs, _, _, _, *others, _ = addresses
@@ -485,12 +489,12 @@ def softmax_reason(q, k, v, left, packed):
 
 
 def softmax_terms_shape(q):
-    """Of a workspace of softmax_backward, float32."""
-    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.SOFTMAX_TERMS)
+    """Of a workspace of affine_backward, float32."""
+    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.AFFINE_TERMS)
 
 
 class Softmax(BuiltLaunch):
-    """A launch of softmax_forward or softmax_backward.
+    """A launch of affine_forward or affine_backward.
 
     It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose
     strides they take, the first two q and k.

@@ -1,5 +1,5 @@
 #include "device.h"
-#include "geometry.cu"
+#include "diagnostics/geometry.cu"
 
 EMULATED geometry_select(const nearfar::Geometry* call, const char* dtype, int device, bool late_copies, unsigned seed) {
     const auto launch = [&] { nearfar::geometry_select(*call, nearfar::parse_dtype(dtype), nullptr); };

@@ -1,5 +1,5 @@
 #include "device.h"
-#include "statistics.cu"
+#include "diagnostics/statistics.cu"
 
 EMULATED statistics(const nearfar::Statistics* call, const char* dtype, int device, bool late_copies, unsigned seed) {
     const auto launch = [&] { nearfar::statistics(*call, nearfar::parse_dtype(dtype), nullptr); };

@@ -1,5 +1,5 @@
 #include "device.h"
-#include "synchronization.cu"
+#include "synchronization/synchronization.cu"
 
 EMULATED synchronization_forward(const nearfar::SynchronizationForward* call, const char* dtype, int device, bool late_copies,
                                  unsigned seed) {
