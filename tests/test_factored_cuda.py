@@ -12,7 +12,6 @@ from harness import (
     gpu,
     leaves,
     like,
-    needs_extension,
     run,
 )
 from samples.linear import check, flat, op_arguments, random_state, random_tensors
@@ -77,18 +76,6 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(operator, "MEASURED", {(False, 2, 128): ((1.0, 2.0), (3.0, 2.0))})
     monkeypatch.setattr(dispatch, "_is_hopper", lambda index: True)
     assert checked(4096).orders == (first, second) and checked(4096, causal=True).orders == (second, second)
-
-
-@needs_extension
-def test_errors_of_the_extension_raise():
-    steps = [(64, 64, 64)] * 3
-    accumulate = _cuda.extension.hadamard_bidirectional_accumulate("elu", (1, 1, 1, 64, 64, 1, 256), steps)
-    read = _cuda.extension.hadamard_bidirectional_read("elu", (1, 1, 1, 64, 64), steps, 0.0)
-    for launch, tensors in ((accumulate, 11), (read, 8)):
-        with pytest.raises(RuntimeError, match="cudaError"):
-            launch([0] * tensors, 4096, 0)
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -24,6 +25,10 @@ struct AffineBackward {
     std::array<int64_t, 3> q_strides, k_strides, v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides;
     int64_t batches, heads, kv_heads, num_queries, num_keys, width, right;
     double scale;
+
+    NEARFAR_MEMBERS(q, k, v, u, grad_o, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters, q_strides, k_strides,
+                    v_strides, u_strides, grad_o_strides, dq_strides, dk_strides, dv_strides, batches, heads, kv_heads,
+                    num_queries, num_keys, width, right, scale)
 };
 
 inline constexpr int kAffineTerms = 128;  // queries

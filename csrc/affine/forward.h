@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -29,6 +30,9 @@ struct AffineForward {
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides;
     int64_t batches, heads, kv_heads, num_queries, num_keys, width, right;
     double scale;
+
+    NEARFAR_MEMBERS(q, k, v, alpha, beta, sink, sums, o, u, lse, counter, q_strides, k_strides, v_strides, o_strides, batches,
+                    heads, kv_heads, num_queries, num_keys, width, right, scale)
 };
 
 inline constexpr int kAffineChunk = 128;  // tokens

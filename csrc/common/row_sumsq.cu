@@ -116,22 +116,21 @@ Rows fold(int64_t batches, int64_t heads, int64_t length, int64_t stride_batch, 
 
 }  // namespace
 
-void row_sumsq(const void* x, float* out, DType dtype, const std::array<int64_t, 4>& sizes,
-               const std::array<int64_t, 3>& strides, cudaStream_t stream) {
-    const auto [batches, heads, length, width] = sizes;
-    if (batches == 0 || heads == 0 || length == 0) return;
-    const Rows rows = fold(batches, heads, length, strides[0], strides[1], strides[2]);
+void row_sumsq(const RowSumsq& call, DType dtype, cudaStream_t stream) {
+    if (call.batches == 0 || call.heads == 0 || call.num_rows == 0) return;
+    const auto [batch_stride, head_stride, row_stride] = call.x_strides;
+    const Rows rows = fold(call.batches, call.heads, call.num_rows, batch_stride, head_stride, row_stride);
 
-    dispatch_dtype(dtype, [&, width = width](auto* type) {
+    dispatch_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         constexpr int kElements = 16 / sizeof(T);
-        const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && width % kElements == 0 &&
+        const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && call.width % kElements == 0 &&
                              (rows.batches == 1 || rows.stride_batch % kElements == 0) &&
                              (rows.heads == 1 || rows.stride_head % kElements == 0) &&
                              (rows.length == 1 || rows.stride_row % kElements == 0);
-        const T* typed = static_cast<const T*>(x);
-        if (aligned) launch_lanes<T, kElements>(typed, out, rows, width, stream);
-        else launch_lanes<T, 1>(typed, out, rows, width, stream);
+        const T* const x = static_cast<const T*>(call.x);
+        if (aligned) launch_lanes<T, kElements>(x, call.out, rows, call.width, stream);
+        else launch_lanes<T, 1>(x, call.out, rows, call.width, stream);
     });
 }
 

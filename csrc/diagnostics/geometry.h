@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 #include "diagnostics/tile.h"
 
@@ -26,6 +27,9 @@ struct Geometry {
     const float* excess;    // like scores: of weight w, w (w |v|^2 / 2 - v.s), by which distances to s rank
     const float* squares;   // (B, Hkv, M'): |v|^2; M' is M as a multiple of kDiagnosticsTile
     float *precision, *recall, *f_score;  // (B, Hq, N)
+
+    NEARFAR_MEMBERS(q, k, v, q_strides, k_strides, v_strides, batches, heads, kv_heads, num_queries, num_keys, width, left,
+                    right, top_n, scale, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score)
 };
 
 // Fills scores and chosen.

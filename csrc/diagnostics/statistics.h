@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 #include "diagnostics/tile.h"
 
@@ -26,6 +27,9 @@ struct Statistics {
     std::array<int64_t, 3> q_strides, k_strides;
     int64_t batches, heads, kv_heads, num_queries, num_keys, width, left, right;
     double scale;
+
+    NEARFAR_MEMBERS(q, k, lse, entropy, max_weight, max_key, mass, levels, q_strides, k_strides, batches, heads, kv_heads,
+                    num_queries, num_keys, width, left, right, scale)
 };
 
 void statistics(const Statistics& call, DType dtype, cudaStream_t stream);

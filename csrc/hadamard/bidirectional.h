@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // Bidirectional Hadamard linear attention with two factors through a state (triton_kernels/factored.py), on the current device,
@@ -17,31 +19,28 @@ namespace nearfar {
 inline constexpr int kBidirectionalWidth = 64;
 inline constexpr int kBidirectionalChunk = 64;  // tokens
 
-// The features of tokens, as tiles that hadamard_bidirectional_accumulate copies: (B, H, ceil(N / kBidirectionalChunk), 64,
-// 64), rows permuted as in common/tile.cuh. Tokens beyond the last are zeros.
-//
-// outer, inner (B, H, N, 64), to be mapped. factors, weights (B, H, N) float32, each null for ones. outer_tiles: features of
-// the outer factor times `factors`, a row for each feature; weighted_tiles: those features times `weights`, not written where
-// both are null, as they would be the same; inner_tiles: a row for each token.
-struct HadamardBidirectionalFeatures {
-    const void *outer, *inner;
-    const float *factors, *weights;
-    void *outer_tiles, *weighted_tiles, *inner_tiles;
-    std::array<int64_t, 3> outer_strides, inner_strides;
-    int64_t batches, heads, num_tokens;
-};
-
 // partials (B, Hs, pieces, P, Dv) and partial_norms (B, Hs, pieces, P), float32: sums over the tokens of a piece and the heads
-// of a group, of f y^T with the outer features from outer_tiles, and of f with those from weighted_tiles.
+// of a group, of f y^T and of f. Two kernels: the first writes the features of tokens as tiles, which the second copies.
 //
-// The tiles are those of hadamard_bidirectional_features, y (B, H, N, Dv), H a multiple of Hs. piece_length: a multiple of
-// kBidirectionalChunk. counter: one int32, a workspace.
+// outer, inner (B, H, N, 64), to be mapped; y (B, H, N, Dv), H a multiple of Hs. factors, weights (B, H, N) float32, each null
+// for ones: the outer features are times `factors` in the sums of f y^T, times `weights` in those of f. piece_length: a
+// multiple of kBidirectionalChunk.
+//
+// Workspaces: counter, one int32, and tiles (B, H, ceil(N / kBidirectionalChunk), 64, 64), rows permuted as in common/tile.cuh,
+// zeros for tokens beyond the last. outer_tiles: outer features times `factors`, a row for each feature; weighted_tiles:
+// those features times `weights`, null where both are null, as they would be the same; inner_tiles: a row for each token.
 struct HadamardBidirectionalAccumulate {
-    const void *outer_tiles, *weighted_tiles, *inner_tiles, *y;
+    const void *outer, *inner, *y;
+    const float *factors, *weights;
     float *partials, *partial_norms;
+    void *outer_tiles, *inner_tiles, *weighted_tiles;
     int32_t* counter;
-    std::array<int64_t, 3> y_strides;
+    std::array<int64_t, 3> outer_strides, inner_strides, y_strides;
     int64_t batches, heads, state_heads, num_tokens, width, num_pieces, piece_length;
+
+    NEARFAR_MEMBERS(outer, inner, y, factors, weights, partials, partial_norms, outer_tiles, inner_tiles, weighted_tiles,
+                    counter, outer_strides, inner_strides, y_strides, batches, heads, state_heads, num_tokens, width,
+                    num_pieces, piece_length)
 };
 
 // out = f(x) S, divided by f(x) z + eps, whose inverse (B, H, N) float32 is kept, if that is given.
@@ -58,9 +57,12 @@ struct HadamardBidirectionalRead {
     std::array<int64_t, 3> outer_strides, inner_strides, out_strides;
     int64_t batches, heads, state_heads, num_tokens, width;
     double eps;
+
+    NEARFAR_MEMBERS(outer, inner, states, norms, out, inverse, counter, norm_tiles, outer_strides, inner_strides, out_strides,
+                    batches, heads, state_heads, num_tokens, width, eps)
 };
 
-void hadamard_bidirectional_features(const HadamardBidirectionalFeatures& call, const std::string& feature_map,
+void hadamard_bidirectional_features(const HadamardBidirectionalAccumulate& call, const std::string& feature_map,
                                      cudaStream_t stream);
 void hadamard_bidirectional_accumulate(const HadamardBidirectionalAccumulate& call, cudaStream_t stream);
 void hadamard_bidirectional_read(const HadamardBidirectionalRead& call, const std::string& feature_map, cudaStream_t stream);

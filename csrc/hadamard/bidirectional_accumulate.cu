@@ -227,10 +227,11 @@ template <int Width>
 void launch(const HadamardBidirectionalAccumulate& call, cudaStream_t stream) {
     using Shape = Shape<Width>;
     NEARFAR_CHECK(cudaMemsetAsync(call.counter, 0, sizeof(int), stream));
+    const void* const weighted_tiles = call.weighted_tiles == nullptr ? call.outer_tiles : call.weighted_tiles;
     const auto pieces = static_cast<int>(call.batches * call.state_heads * call.num_pieces);
     Arguments arguments{
         Rows{call.y, {call.batches, call.heads, call.num_tokens, Width}, call.y_strides}.map<Number>(Shape::kChunk),
-        static_cast<const Number*>(call.outer_tiles), static_cast<const Number*>(call.weighted_tiles),
+        static_cast<const Number*>(call.outer_tiles), static_cast<const Number*>(weighted_tiles),
         static_cast<const Number*>(call.inner_tiles), call.partials, call.partial_norms, call.counter,
         Spans{Shape::kTiles, 1, pieces}, static_cast<int>(call.state_heads), static_cast<int>(call.heads / call.state_heads),
         static_cast<int>(call.num_pieces), static_cast<int>((call.num_tokens + Shape::kChunk - 1) / Shape::kChunk),

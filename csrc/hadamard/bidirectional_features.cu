@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) hadamard_bidirectional_features_kern
 
 }  // namespace
 
-void hadamard_bidirectional_features(const HadamardBidirectionalFeatures& call, const std::string& feature_map,
+void hadamard_bidirectional_features(const HadamardBidirectionalAccumulate& call, const std::string& feature_map,
                                      cudaStream_t stream) {
     const int64_t chunks = (call.num_tokens + kBidirectionalChunk - 1) / kBidirectionalChunk;
     Arguments arguments{input_tensor<Number>(call.outer, call.outer_strides),

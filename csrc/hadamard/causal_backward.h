@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // The gradients of hadamard_causal_forward, on the current device, with what that header says of tensors, pieces and states.
@@ -24,6 +26,10 @@ struct HadamardCausalGradQueries {
     const int32_t* pieces;
     std::array<int64_t, 3> q1_strides, q2_strides, k1_strides, k2_strides, v_strides, grad_o_strides, dq1_strides, dq2_strides;
     int64_t batches, heads, kv_heads, num_tokens, num_pieces, piece_length;
+
+    NEARFAR_MEMBERS(q1, q2, k1, k2, v, grad_o, inverse, states, norms, dq1, dq2, weights, pieces, q1_strides, q2_strides,
+                    k1_strides, k2_strides, v_strides, grad_o_strides, dq1_strides, dq2_strides, batches, heads, kv_heads,
+                    num_tokens, num_pieces, piece_length)
 };
 
 // dk^r_j = phi'(k^r_j) sum_{i >= j} dA_ij (phi(q^s_i) . phi(k^s_j)) phi(q^r_i) and dv_j = sum_{i >= j} A_ij g_i, over all query
@@ -39,6 +45,10 @@ struct HadamardCausalGradKeys {
     std::array<int64_t, 3> k1_strides, k2_strides, v_strides, q1_strides, q2_strides, grad_o_strides, dk1_strides, dk2_strides,
         dv_strides;
     int64_t batches, heads, kv_heads, num_tokens, num_pieces, piece_length;
+
+    NEARFAR_MEMBERS(k1, k2, v, q1, q2, grad_o, inverse, weights, states, norms, dk1, dk2, dv, pieces, k1_strides, k2_strides,
+                    v_strides, q1_strides, q2_strides, grad_o_strides, dk1_strides, dk2_strides, dv_strides, batches, heads,
+                    kv_heads, num_tokens, num_pieces, piece_length)
 };
 
 // Shared memory that a block takes: the larger of the two.

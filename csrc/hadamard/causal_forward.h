@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // Causal Hadamard attention with two factors of 16 features, on the current device: o_i = sum_{j <= i} A_ij v_j, and where
@@ -24,6 +26,9 @@ struct HadamardCausalForward {
     std::array<int64_t, 3> q1_strides, q2_strides, k1_strides, k2_strides, v_strides, o_strides;
     int64_t batches, heads, kv_heads, num_tokens, num_pieces, piece_length;
     double eps;
+
+    NEARFAR_MEMBERS(q1, q2, k1, k2, v, states, norms, o, inverse, pieces, q1_strides, q2_strides, k1_strides, k2_strides,
+                    v_strides, o_strides, batches, heads, kv_heads, num_tokens, num_pieces, piece_length, eps)
 };
 
 // Shared memory that a block takes.

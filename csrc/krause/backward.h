@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -25,6 +26,10 @@ struct KrauseBackward {
     float *dsigma, *partials;
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides;
     int64_t sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, back, ahead;
+
+    NEARFAR_MEMBERS(q, k, v, o, grad_o, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials, q_strides, k_strides,
+                    v_strides, o_strides, grad_o_strides, dq_strides, dk_strides, dv_strides, sigma_stride, batches, heads,
+                    kv_heads, num_queries, num_keys, width, back, ahead)
 };
 
 void krause_backward(const KrauseBackward& call, DType dtype, cudaStream_t stream);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -30,6 +31,9 @@ struct KrauseForward {
     int32_t* bits;
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides;
     int64_t sigma_stride, batches, heads, kv_heads, num_queries, num_keys, width, back, ahead, top_k;
+
+    NEARFAR_MEMBERS(q, k, v, sigma, token_bounds, o, lse, bits, q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                    batches, heads, kv_heads, num_queries, num_keys, width, back, ahead, top_k)
 };
 
 // Shared memory that a block takes for a head width and a window: more than some devices of compute capability 8 have.

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -28,6 +29,9 @@ struct KrauseStep {
     void* o;
     std::array<int64_t, 2> q_strides, k_strides, v_strides, o_strides;
     int64_t sigma_stride, batches, heads, kv_heads, window, width, top_k;
+
+    NEARFAR_MEMBERS(q, k, v, cached_k, cached_v, length, sigma, o, q_strides, k_strides, v_strides, o_strides, sigma_stride,
+                    batches, heads, kv_heads, window, width, top_k)
 };
 
 void krause_step(const KrauseStep& call, DType dtype, cudaStream_t stream);

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // The gradients of bidirectional linear attention, on the current device, with what linear/bidirectional_forward.h says of
@@ -24,6 +26,9 @@ struct LinearBidirectionalGradQueries {
     const int32_t* pieces;
     std::array<int64_t, 3> q_strides, grad_o_strides, dq_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states;
+
+    NEARFAR_MEMBERS(q, grad_o, inverse, states, norms, dq, partials, partial_norms, pieces, q_strides, grad_o_strides,
+                    dq_strides, batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states)
 };
 
 // dk_j = phi'(k_j) sum_i dA_ij phi(q_i) and dv_j = sum_i A_ij g_i, over all query heads of the group.
@@ -37,6 +42,9 @@ struct LinearBidirectionalGradKeys {
     const int32_t* pieces;
     std::array<int64_t, 3> k_strides, v_strides, dk_strides, dv_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states;
+
+    NEARFAR_MEMBERS(k, v, states, norms, dk, dv, pieces, k_strides, v_strides, dk_strides, dv_strides, batches, heads, kv_heads,
+                    num_tokens, width, num_pieces, piece_length, num_states)
 };
 
 // Shared memory that a block takes for a head width: the larger of the two.

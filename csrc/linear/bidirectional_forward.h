@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // Bidirectional linear attention with one factor, on the current device, between whose two kernels Triton's `combine` adds
@@ -28,6 +30,9 @@ struct LinearBidirectionalSums {
     const int32_t* pieces;
     std::array<int64_t, 3> k_strides, v_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states;
+
+    NEARFAR_MEMBERS(k, v, partials, partial_norms, pieces, k_strides, v_strides, batches, heads, kv_heads, num_tokens, width,
+                    num_pieces, piece_length, num_states)
 };
 
 // o and inverse. states (B, Hkv, num_states, D, D) and norms (B, Hkv, num_states, D), float32 and contiguous: the sums over
@@ -41,6 +46,9 @@ struct LinearBidirectionalRead {
     std::array<int64_t, 3> q_strides, o_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, num_states;
     double eps;
+
+    NEARFAR_MEMBERS(q, states, norms, o, inverse, pieces, q_strides, o_strides, batches, heads, kv_heads, num_tokens, width,
+                    num_pieces, piece_length, num_states, eps)
 };
 
 // Shared memory that a block takes for a head width: the larger of the two.

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // The gradients of linear_causal_forward, on the current device, with what that header says of tensors, pieces and states. With
@@ -23,6 +25,9 @@ struct LinearCausalGradQueries {
     const int32_t* pieces;
     std::array<int64_t, 3> q_strides, k_strides, v_strides, grad_o_strides, dq_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length;
+
+    NEARFAR_MEMBERS(q, k, v, grad_o, inverse, states, norms, dq, weights, pieces, q_strides, k_strides, v_strides,
+                    grad_o_strides, dq_strides, batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length)
 };
 
 // dk_j = phi'(k_j) sum_{i >= j} dA_ij phi(q_i) and dv_j = sum_{i >= j} A_ij g_i, over all query heads of the group.
@@ -36,6 +41,10 @@ struct LinearCausalGradKeys {
     const int32_t* pieces;
     std::array<int64_t, 3> k_strides, v_strides, q_strides, grad_o_strides, dk_strides, dv_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length;
+
+    NEARFAR_MEMBERS(k, v, q, grad_o, inverse, weights, states, norms, dk, dv, pieces, k_strides, v_strides, q_strides,
+                    grad_o_strides, dk_strides, dv_strides, batches, heads, kv_heads, num_tokens, width, num_pieces,
+                    piece_length)
 };
 
 // Shared memory that a block takes for a head width: the larger of the two.

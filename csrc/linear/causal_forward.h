@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arguments.h"
+
 namespace nearfar {
 
 // Causal linear attention with one factor, on the current device: o_i = sum_{j <= i} A_ij v_j, and where there is `inverse`
@@ -27,6 +29,9 @@ struct LinearCausalForward {
     std::array<int64_t, 3> q_strides, k_strides, v_strides, o_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length;
     double eps;
+
+    NEARFAR_MEMBERS(q, k, v, states, norms, o, inverse, pieces, q_strides, k_strides, v_strides, o_strides, batches, heads,
+                    kv_heads, num_tokens, width, num_pieces, piece_length, eps)
 };
 
 // Shared memory that a block takes for a head width.

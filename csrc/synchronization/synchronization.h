@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 
+#include "common/arguments.h"
 #include "common/dtype.h"
 
 namespace nearfar {
@@ -33,6 +34,9 @@ struct SynchronizationForward {
     int32_t* counter;
     std::array<int64_t, 3> omega_strides, v_strides, o_strides;
     int64_t batches, heads, num_tokens, bandwidth_stride, causal;
+
+    NEARFAR_MEMBERS(omega, v, squares, c, bandwidth, o, total, lists, counts, counter, omega_strides, v_strides, o_strides,
+                    batches, heads, num_tokens, bandwidth_stride, causal)
 };
 
 // Fills dw, dv, dalpha and dradius (B, H, N). inverse and shift (B, H, N) are those of row_terms; c is one for each head.
@@ -48,6 +52,10 @@ struct SynchronizationBackward {
     std::array<int64_t, 3> omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides;
     int64_t batches, heads, num_tokens, bandwidth_stride;
     double grad_floor;
+
+    NEARFAR_MEMBERS(omega, v, squares, c, bandwidth, grad_o, inverse, shift, dw, dv, dalpha, dradius, lists, counts, counter,
+                    omega_strides, v_strides, grad_o_strides, dw_strides, dv_strides, batches, heads, num_tokens,
+                    bandwidth_stride, grad_floor)
 };
 
 void synchronization_forward(const SynchronizationForward& call, DType dtype, cudaStream_t stream);
