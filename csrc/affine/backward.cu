@@ -15,7 +15,7 @@
 #include "affine/forward.h"
 #include "common/fragments.cuh"
 #include "common/spans_launch.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs_launch.cuh"
 
 namespace nearfar {
 namespace {
@@ -34,23 +34,23 @@ struct Reach {
 };
 
 // Fragments of a tile's weights, in the order of the products' elements.
-template <typename Shape>
-using Weights = uint32_t[Shape::kTile / 16][4];
+template <typename Traits>
+using Weights = uint32_t[Traits::kTile / 16][4];
 
 // What a thread knows of its queries: of each of two rows its log-sum-exp in base 2, m and alpha, and a lane's part of dbeta.
-template <typename Shape>
+template <typename Traits>
 struct Queries {
-    using Number = typename Shape::Number;
-    using Products = float[1][Shape::kTile / 2];
-    static constexpr int kChunks = Shape::kWidth / 16;  // of 16 bytes, of half a row
+    using Number = typename Traits::Number;
+    using Products = float[1][Traits::kTile / 2];
+    static constexpr int kChunks = Traits::kWidth / 16;  // of 16 bytes, of half a row
 
     float lse[2], m[2], alpha[2], dbeta[2];
     int edge;  // values before it are seen by all queries of the block: dbeta has their running sums
 
     // Forms m, dbeta of the values before the edge, and the terms for the keys. Two threads have a row, half of its columns
     // each: those of a warp have its 16 rows.
-    __device__ Queries(const Arguments<Number>& arguments, const Places<Shape>& places, const char* memory,
-                       const Span<Shape>& span, int nth) {
+    __device__ Queries(const Arguments<Number>& arguments, const Places<Traits>& places, const char* memory,
+                       const Span<Traits>& span, int nth) {
         const Band& band = arguments.band;
         const int lane = threadIdx.x % 32, half = lane % 2, group = threadIdx.x / 128, local = threadIdx.x / 2;
         const int row = span.first_row + local, seen_by_all = max(0, band.end(span.first_row));
@@ -70,7 +70,7 @@ struct Queries {
         if (arguments.alpha != nullptr) terms[kAlpha] = arguments.alpha[at];
         if (arguments.beta != nullptr) terms[kBeta] = arguments.beta[at];
         const int64_t kv_index = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.other_head;
-        const float* const sums = arguments.sums + (kv_index * chunks + whole - 1) * Shape::kWidth + half * 8 * kChunks;
+        const float* const sums = arguments.sums + (kv_index * chunks + whole - 1) * Traits::kWidth + half * 8 * kChunks;
         const bool biased = arguments.beta != nullptr && whole > 0;
 
         places.own_rows.wait_full(group, nth);
@@ -78,7 +78,7 @@ struct Queries {
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
             const int chunk = half * kChunks + i;
-            const uint4 grad = *reinterpret_cast<const uint4*>(memory + Shape::kOwnBytes + chunk / 8 * Shape::kOwnPanel +
+            const uint4 grad = *reinterpret_cast<const uint4*>(memory + Traits::kOwnBytes + chunk / 8 * Traits::kOwnPanel +
                                                                Tile<64>::offset(local, chunk % 8));
             const uint32_t left[4] = {mine[i].x, mine[i].y, mine[i].z, mine[i].w}, right[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
@@ -97,7 +97,7 @@ struct Queries {
             if (there) arguments.m[at] = product;
             float* const to = arguments.terms + index * arguments.padded_queries + row;  // of all rows that keys copy
 #pragma unroll
-            for (int i = 0; i < Shape::kTerms; ++i) to[i * arguments.terms_apart] = terms[i];
+            for (int i = 0; i < Traits::kTerms; ++i) to[i * arguments.terms_apart] = terms[i];
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -109,30 +109,30 @@ struct Queries {
     }
 
     // dS but for alpha, of a tile whose second products may still run.
-    __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Shape> (&weights)[1],
+    __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Traits> (&weights)[1],
                                           const Arguments<Number>& arguments, int row, int first, bool cut, int) {
 #pragma unroll
-        for (int i = 0; i < Shape::kTile / 2; ++i)
+        for (int i = 0; i < Traits::kTile / 2; ++i)
             score[0][i] = exp2_approximate(fmaf(score[0][i], arguments.factor, -lse[i / 2 % 2]));
         wait_for_products<0>(slope);
-        if (cut || (Shape::kScaled && first >= edge)) {
+        if (cut || (Traits::kScaled && first >= edge)) {
             const Reach reach(arguments.band, row, first);
 #pragma unroll
-            for (int i = 0; i < Shape::kTile / 2; ++i) {
+            for (int i = 0; i < Traits::kTile / 2; ++i) {
                 if (!reach.contains(i)) score[0][i] = slope[0][i] = 0;
-                if (Shape::kScaled && first >= edge) dbeta[i / 2 % 2] += slope[0][i];
+                if (Traits::kScaled && first >= edge) dbeta[i / 2 % 2] += slope[0][i];
             }
         }
 #pragma unroll
-        for (int i = 0; i < Shape::kTile / 4; ++i) {
+        for (int i = 0; i < Traits::kTile / 4; ++i) {
             const float x = score[0][2 * i] * (slope[0][2 * i] - m[i % 2]);
             const float y = score[0][2 * i + 1] * (slope[0][2 * i + 1] - m[i % 2]);
             weights[0][i / 4][i % 4] = pack<Number>(x, y);
         }
     }
 
-    __device__ void finish(const Arguments<Number>& arguments, const Span<Shape>& span, int row,
-                           float (&sums)[1][Shape::kWidth / 2]) const {
+    __device__ void finish(const Arguments<Number>& arguments, const Span<Traits>& span, int row,
+                           float (&sums)[1][Traits::kWidth / 2]) const {
         const int64_t numbers = (static_cast<int64_t>(span.batch) * arguments.heads + span.head) * arguments.band.num_rows;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -141,49 +141,49 @@ struct Queries {
                 arguments.dbeta[numbers + row + 8 * r] = total;
         }
 #pragma unroll
-        for (int i = 0; i < Shape::kWidth / 2; ++i) sums[0][i] *= alpha[i / 2 % 2];
+        for (int i = 0; i < Traits::kWidth / 2; ++i) sums[0][i] *= alpha[i / 2 % 2];
     }
 };
 
 // Keys learn from each slot what there is to know of its queries.
-template <typename Shape>
+template <typename Traits>
 struct Keys {
-    using Number = typename Shape::Number;
-    using Products = float[1][Shape::kTile / 2];
+    using Number = typename Traits::Number;
+    using Products = float[1][Traits::kTile / 2];
     const char* memory;
 
-    __device__ Keys(const Arguments<Number>&, const Places<Shape>& places, const char* memory, const Span<Shape>&, int nth)
+    __device__ Keys(const Arguments<Number>&, const Places<Traits>& places, const char* memory, const Span<Traits>&, int nth)
         : memory(memory) {
         places.own_rows.wait_full(threadIdx.x / 128, nth);
     }
 
     // The transposed weights of dO in dv, and of q in dk.
-    __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Shape> (&weights)[2],
+    __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Traits> (&weights)[2],
                                           const Arguments<Number>& arguments, int row, int first, bool cut, int step) {
         wait_for_products<0>(slope);
-        const auto* const terms = reinterpret_cast<const float*>(memory + Places<Shape>::terms(step));
+        const auto* const terms = reinterpret_cast<const float*>(memory + Places<Traits>::terms(step));
         weigh(score[0], slope[0], weights, terms, arguments.factor);
         if (!cut) return;
         const Reach reach(arguments.band, row, first);
 #pragma unroll
-        for (int i = 0; i < Shape::kTile / 4; ++i) {
+        for (int i = 0; i < Traits::kTile / 4; ++i) {
             const uint32_t seen = (reach.contains(2 * i) ? 0x0000ffffu : 0) | (reach.contains(2 * i + 1) ? 0xffff0000u : 0);
             for (auto& words : weights) words[i / 4][i % 4] &= seen;
         }
     }
 
-    __device__ void finish(const Arguments<Number>&, const Span<Shape>&, int, float (&)[2][Shape::kWidth / 2]) const {}
+    __device__ void finish(const Arguments<Number>&, const Span<Traits>&, int, float (&)[2][Traits::kWidth / 2]) const {}
 
    private:
     // All at once for two columns, so that their terms are loaded once.
-    __device__ __forceinline__ void weigh(const float (&score)[Shape::kTile / 2], const float (&slope)[Shape::kTile / 2],
-                                          Weights<Shape> (&weights)[2], const float* terms, float factor) {
+    __device__ __forceinline__ void weigh(const float (&score)[Traits::kTile / 2], const float (&slope)[Traits::kTile / 2],
+                                          Weights<Traits> (&weights)[2], const float* terms, float factor) {
 #pragma unroll
-        for (int columns = 0; columns < Shape::kTile / 8; ++columns) {
-            float term[Shape::kTerms][2];
+        for (int columns = 0; columns < Traits::kTile / 8; ++columns) {
+            float term[Traits::kTerms][2];
 #pragma unroll
-            for (int i = 0; i < Shape::kTerms; ++i) {
-                const float* const first = terms + i * Shape::kTile + product_column(threadIdx.x % 32, 4 * columns);
+            for (int i = 0; i < Traits::kTerms; ++i) {
+                const float* const first = terms + i * Traits::kTile + product_column(threadIdx.x % 32, 4 * columns);
                 const auto two = *reinterpret_cast<const float2*>(first);
                 term[i][0] = two.x, term[i][1] = two.y;
             }
@@ -195,7 +195,7 @@ struct Keys {
                     const int i = 4 * columns + 2 * r + c;
                     const float weight = exp2_approximate(fmaf(score[i], factor, -term[kLevel][c]));
                     float scaled = weight, difference = slope[i] - term[kShift][c];
-                    if constexpr (Shape::kScaled) {
+                    if constexpr (Traits::kScaled) {
                         scaled = fmaf(weight, term[kAlpha][c], term[kBeta][c]);
                         difference = fmaf(slope[i], term[kAlpha][c], -term[kShift][c]);
                     }
@@ -209,49 +209,49 @@ struct Keys {
     }
 };
 
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) affine_backward_kernel(
-    const __grid_constant__ Arguments<typename Shape::Number> arguments) {
-    using Number = typename Shape::Number;
-    using Body = std::conditional_t<Shape::kOfKeys, Keys<Shape>, Queries<Shape>>;
-    constexpr int kWidth = Shape::kWidth, kTile = Shape::kTile, kSums = Shape::kSums;
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) affine_backward_kernel(
+    const __grid_constant__ Arguments<typename Traits::Number> arguments) {
+    using Number = typename Traits::Number;
+    using Body = std::conditional_t<Traits::kOfKeys, Keys<Traits>, Queries<Traits>>;
+    constexpr int kWidth = Traits::kWidth, kTile = Traits::kTile, kSums = Traits::kSums;
     extern __shared__ __align__(1024) uint4 memory[];
     const auto* const bytes = reinterpret_cast<const char*>(memory);
-    const Places<Shape> places(memory);
+    const Places<Traits> places(memory);
     const Band& band = arguments.band;
 
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
-    if (group == Shape::kGroups) {
-        release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 == 0) copy_tiles<Shape>(arguments, places);
+    if (group == Traits::kGroups) {
+        release_registers<Traits::kProducerRegisters>();
+        if (threadIdx.x % 128 == 0) copy_tiles<Traits>(arguments, places);
         return;
     }
-    claim_registers<Shape::kRegisters>();
+    claim_registers<Traits::kRegisters>();
 
     const auto start_rows = [&](float(&result)[kTile / 2], int step, int tensor) {
-        start_tile_product<Number, kWidth, kTile>(result, places.own(tensor, group), Shape::kOwnPanel,
-                                                  places.tile(step, tensor), Shape::kPanel);
+        start_tile_product<Number, kWidth, kTile>(result, places.own(tensor, group), Traits::kOwnPanel,
+                                                  places.tile(step, tensor), Traits::kPanel);
     };
-    const auto start_sum = [&](float(&sum)[kWidth / 2], const Weights<Shape>& weights, int step, int tensor) {
-        start_weighted_sum<Number, kWidth, kTile>(sum, weights, places.tile(step, tensor), Shape::kPanel);
+    const auto start_sum = [&](float(&sum)[kWidth / 2], const Weights<Traits>& weights, int step, int tensor) {
+        start_weighted_sum<Number, kWidth, kTile>(sum, weights, places.tile(step, tensor), Traits::kPanel);
     };
 
     int step = 0, number = blockIdx.x;
 #pragma unroll 1
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
+        const Span<Traits> span(arguments, number);
         const int top = span.first_row + 64 * group, row = span.first_row + threadIdx.x / 32 * 16 + lane / 4;
         const int reached_from = band.begin(top), reached_to = band.end(top + 63);  // by any row of the group
         const int all_from = band.begin(top + 63), all_to = band.end(top);          // by all of them
         float score[1][kTile / 2], slope[1][kTile / 2], sums[kSums][kWidth / 2] = {};
-        Weights<Shape> weights[kSums];
+        Weights<Traits> weights[kSums];
         Body body(arguments, places, bytes, span, nth);
 
         for (int nth_head = 0; nth_head < span.heads; ++nth_head) {
 #pragma unroll 1
             for (int tile = span.begin; tile < span.end; ++tile, ++step) {
                 const int first = tile * kTile;
-                places.ring.wait_full(step);
+                places.pipeline.wait_full(step);
                 if (first < reached_to && first + kTile > reached_from) {
                     const bool cut = first < all_from || first + kTile > all_to;
                     begin_products();
@@ -260,14 +260,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) affine_backward_kernel(
                     wait_for_products<1>(score);
                     body.weigh(score, slope, weights, arguments, row, first, cut, step);
                     begin_products();
-                    if constexpr (Shape::kOfKeys) start_sum(sums[0], weights[0], step, 1);
+                    if constexpr (Traits::kOfKeys) start_sum(sums[0], weights[0], step, 1);
                     start_sum(sums[kSums - 1], weights[kSums - 1], step, 0);
                     wait_for_products<0>(sums);
                 }
-                places.ring.leave(step);
+                places.pipeline.release(step);
             }
         }
-        places.own_rows.leave(group);
+        places.own_rows.release(group);
 
         body.finish(arguments, span, row, sums);
 #pragma unroll
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) affine_backward_kernel(
 
 template <typename Number, int Width, bool Scaled>
 void launch_both(const AffineBackward& call, cudaStream_t stream) {
-    using OfQueries = Shape<Number, Width, 1, 128, Width == 64 ? 4 : 2, Scaled>;
-    using OfKeys = Shape<Number, Width, 2, Width == 64 ? 128 : 64, 4, Scaled>;
+    using OfQueries = Traits<Number, Width, 1, 128, Width == 64 ? 4 : 2, Scaled>;
+    using OfKeys = Traits<Number, Width, 2, Width == 64 ? 128 : 64, 4, Scaled>;
     const int64_t group = call.heads / call.kv_heads;
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
     const Rows k{call.k, {call.batches, call.kv_heads, call.num_keys, Width}, call.k_strides};
@@ -325,7 +325,7 @@ void launch_both(const AffineBackward& call, cudaStream_t stream) {
 }  // namespace
 
 void affine_backward(const AffineBackward& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, call.width, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, call.width, [&](auto* type, auto width) {
         using Number = std::remove_pointer_t<decltype(type)>;
         if (call.alpha != nullptr || call.beta != nullptr) launch_both<Number, width, true>(call, stream);
         else launch_both<Number, width, false>(call, stream);

@@ -4,9 +4,9 @@
 #include <cstdint>
 
 #include "affine/backward.h"
-#include "common/ring.cuh"
+#include "common/pipeline.cuh"
 #include "common/spans.cuh"
-#include "common/stream.cuh"
+#include "common/pairs.cuh"
 #include "common/tensor.cuh"
 
 namespace nearfar {
@@ -14,7 +14,7 @@ namespace {
 
 // kSums: what is added up for a row, dq for queries, dv and dk for keys. kScaled: with alpha or beta.
 template <typename Number_, int kWidth_, int kSums_, int kTile_, int kStages_, bool kScaled_>
-struct Shape {
+struct Traits {
     using Number = Number_;
     static constexpr int kWidth = kWidth_, kSums = kSums_, kPanels = kWidth / 64;
     static constexpr bool kOfKeys = kSums == 2, kScaled = kScaled_;
@@ -27,7 +27,7 @@ struct Shape {
     static constexpr int kSlotBytes = 2 * kTileBytes + kTermBytes;
     // Bytes from the start of shared memory: own rows of two tensors; slots of two tiles; slots of terms; barriers.
     static constexpr int kSlots = 2 * kOwnBytes, kTermSlots = kSlots + kStages * 2 * kTileBytes;
-    static constexpr int kRing = kTermSlots + kStages * kTermBytes, kOwnRows = kRing + Ring<kStages>::kBytes;
+    static constexpr int kPipeline = kTermSlots + kStages * kTermBytes, kOwnRows = kPipeline + Pipeline<kStages>::kBytes;
     static constexpr int kNext = kOwnRows + OwnRows<kGroups>::kBytes, kBytes = kNext + NextSpan::kBytes;
     static_assert(kAffineTerms == kRows && kAffineTerms % kTile == 0 && kBytes <= 227 * 1024);
 };
@@ -51,85 +51,85 @@ struct Arguments {
 };
 
 // Where things are in a block's shared memory. Steps of all of its spans use the slots in turn.
-template <typename Shape>
+template <typename Traits>
 struct Places {
     uint32_t base;
-    Ring<Shape::kStages> ring;
-    OwnRows<Shape::kGroups> own_rows;
+    Pipeline<Traits::kStages> pipeline;
+    OwnRows<Traits::kGroups> own_rows;
     NextSpan next;
 
     __device__ explicit Places(void* memory)
-        : base(shared_address(memory)), ring{base + Shape::kRing}, own_rows{base + Shape::kOwnRows},
-          next(memory, Shape::kNext) {
+        : base(shared_address(memory)), pipeline{base + Traits::kPipeline}, own_rows{base + Traits::kOwnRows},
+          next(memory, Traits::kNext) {
         if (threadIdx.x == 0) {
-            ring.make(4 * Shape::kGroups);
-            own_rows.make();
-            next.make();
+            pipeline.init(4 * Traits::kGroups);
+            own_rows.init();
+            next.init();
             publish_barriers();
         }
         __syncthreads();
     }
 
-    __device__ uint32_t own(int tensor, int group) const { return base + tensor * Shape::kOwnBytes + 64 * 128 * group; }
+    __device__ uint32_t own(int tensor, int group) const { return base + tensor * Traits::kOwnBytes + 64 * 128 * group; }
     __device__ uint32_t tile(int step, int tensor) const {
-        return base + Shape::kSlots + (step % Shape::kStages * 2 + tensor) * Shape::kTileBytes;
+        return base + Traits::kSlots + (step % Traits::kStages * 2 + tensor) * Traits::kTileBytes;
     }
-    __device__ static int terms(int step) { return Shape::kTermSlots + step % Shape::kStages * Shape::kTermBytes; }
+    __device__ static int terms(int step) { return Traits::kTermSlots + step % Traits::kStages * Traits::kTermBytes; }
 };
 
 // Some rows of a head, and what they meet: tiles [begin, end) of each of `heads` heads from other_head on.
-template <typename Shape>
+template <typename Traits>
 struct Span {
     int batch, head, other_head, heads, first_row, begin, end;
 
     // The rows that meet most come first.
-    __device__ Span(const Arguments<typename Shape::Number>& arguments, int number) {
+    __device__ Span(const Arguments<typename Traits::Number>& arguments, int number) {
         const Band& band = arguments.band;
         int index, tile;
         arguments.spans.locate(number, index, tile);
-        const int group = arguments.group, own_heads = Shape::kOfKeys ? arguments.heads / group : arguments.heads;
+        const int group = arguments.group, own_heads = Traits::kOfKeys ? arguments.heads / group : arguments.heads;
         batch = index / own_heads, head = index % own_heads;
-        other_head = Shape::kOfKeys ? head * group : head / group, heads = Shape::kOfKeys ? group : 1;
-        first_row = (Shape::kOfKeys ? tile : arguments.spans.tiles - 1 - tile) * Shape::kRows;
-        begin = max(0, band.begin(first_row)) / Shape::kTile;
-        end = (max(0, band.end(first_row + Shape::kRows - 1)) + Shape::kTile - 1) / Shape::kTile;
+        other_head = Traits::kOfKeys ? head * group : head / group, heads = Traits::kOfKeys ? group : 1;
+        first_row = (Traits::kOfKeys ? tile : arguments.spans.tiles - 1 - tile) * Traits::kRows;
+        begin = max(0, band.begin(first_row)) / Traits::kTile;
+        end = (max(0, band.end(first_row + Traits::kRows - 1)) + Traits::kTile - 1) / Traits::kTile;
     }
 };
 
 // What one thread does for the others: it takes spans, one ahead of them, and starts all copies in the order of their use.
-template <typename Shape>
-__device__ void copy_tiles(const Arguments<typename Shape::Number>& arguments, const Places<Shape>& places) {
+template <typename Traits>
+__device__ void copy_tiles(const Arguments<typename Traits::Number>& arguments, const Places<Traits>& places) {
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
-        for (int group = 0; group < Shape::kGroups; ++group) {
+        const Span<Traits> span(arguments, number);
+        for (int group = 0; group < Traits::kGroups; ++group) {
             const uint32_t full = places.own_rows.full(group);
             places.own_rows.wait_empty(group, nth);
-            arrive_expecting(full, 2 * Shape::kOwnBytes / Shape::kGroups);
+            arrive_expecting(full, 2 * Traits::kOwnBytes / Traits::kGroups);
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                copy_panels<Shape::kPanels>(arguments.own[i], places.own(i, group), Shape::kOwnPanel,
-                                            span.first_row + 64 * group, span.head, span.batch, full);
+                copy_panels<Traits::kPanels>(arguments.own[i], places.own(i, group), Traits::kOwnPanel,
+                                             span.first_row + 64 * group, span.head, span.batch, full);
         }
         number = places.next.take(nth, arguments.counter);
         for (int head = span.other_head; head < span.other_head + span.heads; ++head) {
 #pragma unroll 1
             for (int tile = span.begin; tile < span.end; ++tile, ++step) {
-                const int first = tile * Shape::kTile;
-                const uint32_t full = places.ring.full(step);
-                places.ring.wait_empty(step);
-                arrive_expecting(full, Shape::kSlotBytes);
+                const int first = tile * Traits::kTile;
+                const uint32_t full = places.pipeline.full(step);
+                places.pipeline.wait_empty(step);
+                arrive_expecting(full, Traits::kSlotBytes);
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    copy_panels<Shape::kPanels>(arguments.others[i], places.tile(step, i), Shape::kPanel, first, head,
-                                                span.batch, full);
-                if constexpr (Shape::kOfKeys) {
+                    copy_panels<Traits::kPanels>(arguments.others[i], places.tile(step, i), Traits::kPanel, first, head,
+                                                 span.batch, full);
+                if constexpr (Traits::kOfKeys) {
                     const int64_t index = static_cast<int64_t>(span.batch) * arguments.heads + head;
                     const float* const terms = arguments.terms + index * arguments.padded_queries + first;
 #pragma unroll
-                    for (int i = 0; i < Shape::kTerms; ++i)
-                        copy_bytes(places.base + places.terms(step) + 4 * Shape::kTile * i, terms + i * arguments.terms_apart,
-                                   4 * Shape::kTile, full);
+                    for (int i = 0; i < Traits::kTerms; ++i)
+                        copy_bytes(places.base + places.terms(step) + 4 * Traits::kTile * i, terms + i * arguments.terms_apart,
+                                   4 * Traits::kTile, full);
                 }
             }
         }

@@ -12,11 +12,11 @@ namespace nearfar {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsPerGroup = 4;     // Rows whose loads do not wait for one another.
+constexpr int kRowsPerGroup = 4;     // FoldedRows whose loads do not wait for one another.
 constexpr int64_t kMaxGrid = 65535;  // The hardware's limit in y. Beyond it, in x too, the blocks stride on.
 
 // What is left of (B, H, N) after folding: outer index o = b * H + h, rows n within it.
-struct Rows {
+struct FoldedRows {
     int64_t batches, heads, length;
     int64_t stride_batch, stride_head, stride_row;  // In elements.
 };
@@ -40,7 +40,7 @@ __device__ __forceinline__ Pack<T, Elements> load(const Pack<T, Elements>* addre
 // adds up packs l, l + Lanes, ... in that order, then the group's lanes are added pairwise.
 template <typename T, int Elements, int Lanes>
 __global__ void __launch_bounds__(kThreads)
-row_sumsq_kernel(const T* __restrict__ x, float* __restrict__ out, Rows rows, int64_t packs) {
+row_sumsq_kernel(const T* __restrict__ x, float* __restrict__ out, FoldedRows rows, int64_t packs) {
     constexpr int kGroups = kThreads / Lanes;
     constexpr int kTile = kGroups * kRowsPerGroup;
     const int lane = threadIdx.x % Lanes;
@@ -80,7 +80,7 @@ row_sumsq_kernel(const T* __restrict__ x, float* __restrict__ out, Rows rows, in
 }
 
 template <typename T, int Elements, int Lanes>
-void launch(const T* x, float* out, const Rows& rows, int64_t packs, cudaStream_t stream) {
+void launch(const T* x, float* out, const FoldedRows& rows, int64_t packs, cudaStream_t stream) {
     constexpr int64_t kTile = kThreads / Lanes * kRowsPerGroup;
     const dim3 grid(static_cast<unsigned>(std::min((rows.length + kTile - 1) / kTile, kMaxGrid)),
                     static_cast<unsigned>(std::min(rows.batches * rows.heads, kMaxGrid)));
@@ -90,7 +90,7 @@ void launch(const T* x, float* out, const Rows& rows, int64_t packs, cudaStream_
 
 // One lane for each pack of a row, as far as a warp goes.
 template <typename T, int Elements>
-void launch_lanes(const T* x, float* out, const Rows& rows, int64_t width, cudaStream_t stream) {
+void launch_lanes(const T* x, float* out, const FoldedRows& rows, int64_t width, cudaStream_t stream) {
     const int64_t packs = width / Elements;
     if (packs <= 2) return launch<T, Elements, 2>(x, out, rows, packs, stream);
     if (packs <= 4) return launch<T, Elements, 4>(x, out, rows, packs, stream);
@@ -100,8 +100,8 @@ void launch_lanes(const T* x, float* out, const Rows& rows, int64_t width, cudaS
 }
 
 // Drops sizes of 1 and joins dimensions that step as one, so that short sequences still fill the blocks.
-Rows fold(int64_t batches, int64_t heads, int64_t length, int64_t stride_batch, int64_t stride_head,
-          int64_t stride_row) {
+FoldedRows fold(int64_t batches, int64_t heads, int64_t length, int64_t stride_batch, int64_t stride_head,
+                int64_t stride_row) {
     const auto joins = [](int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride) {
         return outer == 1 || inner == 1 || outer_stride == inner * inner_stride;
     };
@@ -119,7 +119,7 @@ Rows fold(int64_t batches, int64_t heads, int64_t length, int64_t stride_batch, 
 void row_sumsq(const RowSumsq& call, DType dtype, cudaStream_t stream) {
     if (call.batches == 0 || call.heads == 0 || call.num_rows == 0) return;
     const auto [batch_stride, head_stride, row_stride] = call.x_strides;
-    const Rows rows = fold(call.batches, call.heads, call.num_rows, batch_stride, head_stride, row_stride);
+    const FoldedRows rows = fold(call.batches, call.heads, call.num_rows, batch_stride, head_stride, row_stride);
 
     dispatch_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "common/stream.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 
 namespace nearfar {
 namespace {
@@ -62,15 +62,15 @@ __device__ __forceinline__ bool follows(float score, int key, float last_score, 
 }
 
 struct SelectArguments {
-    StreamArguments<1> stream;
+    PairArguments<1> pairs;
     float* scores;
     int32_t* chosen;
     int top_n, first_rank;
 };
 
-template <typename Stream, int kRound, bool Resumed>
+template <typename Traits, int kRound, bool Resumed>
 struct SelectBody {
-    static constexpr int kCount = Stream::kTile / 4;  // of a lane's columns
+    static constexpr int kCount = Traits::kTile / 4;  // of a lane's columns
     Band band;
     int row, lane;
     float last_score[2];  // of the round before
@@ -79,7 +79,7 @@ struct SelectBody {
     float reached[2] = {-kInfinity, -kInfinity};  // by the tiles before this one: only a higher score ranks
 
     template <bool Edges>
-    __device__ __forceinline__ void add(typename Stream::Products& products, int first, const float*) {
+    __device__ __forceinline__ void add(typename Traits::Products& products, int first, const float*) {
         const auto at = [&](int r, int i) -> float& { return products[0][i / 2 * 4 + 2 * r + i % 2]; };
         const auto key = [&](int i) { return first + product_column(lane, i / 2 * 4 + i % 2); };
         float top[2][2] = {{-kInfinity, -kInfinity}, {-kInfinity, -kInfinity}};
@@ -117,14 +117,14 @@ struct SelectBody {
     }
 };
 
-template <typename Stream, int kRound, bool Resumed>
-__global__ void __launch_bounds__(Stream::kThreads, 1) select_kernel(const __grid_constant__ SelectArguments arguments) {
+template <typename Traits, int kRound, bool Resumed>
+__global__ void __launch_bounds__(Traits::kThreads, 1) select_kernel(const __grid_constant__ SelectArguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
-    const Place place = arguments.stream.of_queries(blockIdx.x);
-    const int lane = threadIdx.x % 32, row = own_row<Stream>(place);
-    const int64_t head = static_cast<int64_t>(place.batch) * arguments.stream.heads + place.head;
-    const Band& band = arguments.stream.band;
-    SelectBody<Stream, kRound, Resumed> body{band, row, lane, {}, {}, {}};
+    const Place place = arguments.pairs.of_queries(blockIdx.x);
+    const int lane = threadIdx.x % 32, row = own_row<Traits>(place);
+    const int64_t head = static_cast<int64_t>(place.batch) * arguments.pairs.heads + place.head;
+    const Band& band = arguments.pairs.band;
+    SelectBody<Traits, kRound, Resumed> body{band, row, lane, {}, {}, {}};
     const auto entry = [&](int r) { return (head * band.num_rows + row + 8 * r) * arguments.top_n + arguments.first_rank; };
     if (Resumed) {
         for (int r = 0; r < 2; ++r) {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) select_kernel(const __gri
             body.last_key[r] = arguments.chosen[entry(r) - 1];
         }
     }
-    if (!for_each_tile<Stream>(arguments.stream, place, nullptr, reinterpret_cast<char*>(memory), body)) return;
+    if (!for_each_tile<Traits>(arguments.pairs, place, nullptr, reinterpret_cast<char*>(memory), body)) return;
 
     const int count = min(kRound, arguments.top_n - arguments.first_rank);
 #pragma unroll
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) select_kernel(const __gri
 }
 
 struct SeparateArguments {
-    StreamArguments<2> stream;
+    PairArguments<2> pairs;
     const float *scores, *shift, *farthest, *excess, *squares;
     const int32_t* chosen;
     float *precision, *recall, *f_score;
@@ -165,9 +165,9 @@ struct SeparateArguments {
     float unit;
 };
 
-template <typename Stream>
+template <typename Traits>
 struct SeparateBody {
-    static constexpr int kCount = Stream::kTile / 4;
+    static constexpr int kCount = Traits::kTile / 4;
     float unit;
     Band band;
     int row, lane;
@@ -177,7 +177,7 @@ struct SeparateBody {
     int intruders[2];
 
     template <bool Edges>
-    __device__ __forceinline__ void add(typename Stream::Products& products, int first, const float* squares) {
+    __device__ __forceinline__ void add(typename Traits::Products& products, int first, const float* squares) {
         const auto inside = [&](int r, int key) {
             return !Edges || (key >= band.begin(row + 8 * r) && key < band.end(row + 8 * r));
         };
@@ -187,7 +187,7 @@ struct SeparateBody {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             limit[r] = first > last_key[r] ? above_last[r] : last_score[r];
-            mixed = mixed || (first <= last_key[r] && last_key[r] < first + Stream::kTile);
+            mixed = mixed || (first <= last_key[r] && last_key[r] < first + Traits::kTile);
         }
         visit(products, first, squares, [&](int r, int key, float score, float excess) {
             const float seen = inside(r, key) ? score : kInfinity;  // what is beyond a row's keys counts as selected
@@ -204,7 +204,7 @@ struct SeparateBody {
    private:
     // Calls see(r, key, score, excess) for each pair of a row and a key: excess is that by which its distance to s ranks.
     template <typename See>
-    __device__ __forceinline__ void visit(const typename Stream::Products& products, int first, const float* squares,
+    __device__ __forceinline__ void visit(const typename Traits::Products& products, int first, const float* squares,
                                           const See& see) const {
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
@@ -221,24 +221,24 @@ struct SeparateBody {
     }
 };
 
-template <typename Stream>
-__global__ void __launch_bounds__(Stream::kThreads, 1) separate_kernel(const __grid_constant__ SeparateArguments arguments) {
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) separate_kernel(const __grid_constant__ SeparateArguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
-    const Place place = arguments.stream.of_queries(blockIdx.x);
-    const Band& band = arguments.stream.band;
-    const int lane = threadIdx.x % 32, row = own_row<Stream>(place);
-    const int64_t rows = (static_cast<int64_t>(place.batch) * arguments.stream.heads + place.head) * band.num_rows;
-    SeparateBody<Stream> body{arguments.unit, band, row, lane, {}, {}, {}, {}, {}, {kInfinity, kInfinity}, {}};
+    const Place place = arguments.pairs.of_queries(blockIdx.x);
+    const Band& band = arguments.pairs.band;
+    const int lane = threadIdx.x % 32, row = own_row<Traits>(place);
+    const int64_t rows = (static_cast<int64_t>(place.batch) * arguments.pairs.heads + place.head) * band.num_rows;
+    SeparateBody<Traits> body{arguments.unit, band, row, lane, {}, {}, {}, {}, {}, {kInfinity, kInfinity}, {}};
     for (int r = 0; r < 2; ++r) {
         const int64_t query = rows + min(row + 8 * r, band.num_rows - 1), last = (query + 1) * arguments.top_n - 1;
         body.last_score[r] = arguments.scores[last], body.last_key[r] = arguments.chosen[last];
         body.above_last[r] = nextafterf(body.last_score[r], kInfinity);
         body.shift[r] = arguments.shift[query], body.farthest[r] = arguments.farthest[query];
     }
-    const int kv_heads = arguments.stream.heads / arguments.stream.group;
+    const int kv_heads = arguments.pairs.heads / arguments.pairs.group;
     const float* const squares =
         arguments.squares + (static_cast<int64_t>(place.batch) * kv_heads + place.other_head) * arguments.padded_keys;
-    if (!for_each_tile<Stream>(arguments.stream, place, squares, reinterpret_cast<char*>(memory), body)) return;
+    if (!for_each_tile<Traits>(arguments.pairs, place, squares, reinterpret_cast<char*>(memory), body)) return;
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -282,45 +282,45 @@ using Constant = std::integral_constant<decltype(kKernel), kKernel>;
 
 template <typename Number, int Width>
 void select_of(const Geometry& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 1, 4, kDiagnosticsTile, 4>;
+    using Traits = PairTraits<Number, Width, 1, 4, kDiagnosticsTile, 4>;
     const Tensors tensors(call);
     const auto band = tensors.sight.of_queries();
-    SelectArguments arguments{stream_arguments<Stream>({tensors.q}, {tensors.k}, band, call.heads, call.kv_heads),
+    SelectArguments arguments{pair_arguments<Traits>({tensors.q}, {tensors.k}, band, call.heads, call.kv_heads),
                               call.scores, call.chosen, static_cast<int>(call.top_n), 0};
     for (; arguments.first_rank < arguments.top_n; arguments.first_rank += kRound) {
         const int64_t heads = call.batches * call.heads;
         const auto launch = [&](auto kernel) {
-            launch_stream<kernel.value, Stream>(arguments, heads, stream, "select launch");
+            launch_pairs<kernel.value, Traits>(arguments, heads, stream, "select launch");
         };
-        if (arguments.first_rank > 0) launch(Constant<select_kernel<Stream, kRound, true>>());
-        else if (arguments.top_n > kRound / 2) launch(Constant<select_kernel<Stream, kRound, false>>());
-        else launch(Constant<select_kernel<Stream, kRound / 2, false>>());
+        if (arguments.first_rank > 0) launch(Constant<select_kernel<Traits, kRound, true>>());
+        else if (arguments.top_n > kRound / 2) launch(Constant<select_kernel<Traits, kRound, false>>());
+        else launch(Constant<select_kernel<Traits, kRound / 2, false>>());
     }
 }
 
 template <typename Number, int Width>
 void separate_of(const Geometry& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 2, 3, kDiagnosticsTile / 2, Width == 64 ? 4 : 3>;
+    using Traits = PairTraits<Number, Width, 2, 3, kDiagnosticsTile / 2, Width == 64 ? 4 : 3>;
     const Tensors tensors(call);
     const auto band = tensors.sight.of_queries();
     SeparateArguments arguments{
-        stream_arguments<Stream>({tensors.q, tensors.s}, {tensors.k, tensors.v}, band, call.heads, call.kv_heads),
+        pair_arguments<Traits>({tensors.q, tensors.s}, {tensors.k, tensors.v}, band, call.heads, call.kv_heads),
         call.scores, call.shift, call.farthest, call.excess, call.squares, call.chosen,
         call.precision, call.recall, call.f_score, static_cast<int>(call.top_n),
         static_cast<int>(whole_tiles(call.num_keys, kDiagnosticsTile)), static_cast<float>(call.scale) * kLog2E};
-    launch_stream<separate_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "separate launch");
+    launch_pairs<separate_kernel<Traits>, Traits>(arguments, call.batches * call.heads, stream, "separate launch");
 }
 
 }  // namespace
 
 void geometry_select(const Geometry& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, call.width, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, call.width, [&](auto* type, auto width) {
         select_of<std::remove_pointer_t<decltype(type)>, width>(call, stream);
     });
 }
 
 void geometry_separate(const Geometry& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, call.width, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, call.width, [&](auto* type, auto width) {
         separate_of<std::remove_pointer_t<decltype(type)>, width>(call, stream);
     });
 }

@@ -1,19 +1,19 @@
 // Log-sum-exp, entropy and largest weight of each query, and the weight that each key receives, without any N x N object.
 //
-// Two walks over all pairs (stream.cuh): queries meet the keys that they see, and then keys the queries that see them, with the
+// Two walks over all pairs (pairs.cuh): queries meet the keys that they see, and then keys the queries that see them, with the
 // log-sum-exp of each query at hand. A lane keeps what it needs of its columns alone, and lanes of a row meet at the end.
 #include "diagnostics/statistics.h"
 
 #include <cstdint>
 
-#include "common/stream.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 
 namespace nearfar {
 namespace {
 
 struct Arguments {
-    StreamArguments<1> stream;
+    PairArguments<1> pairs;
     float *lse, *entropy, *max_weight;
     int64_t* max_key;
     float *mass, *levels;
@@ -38,16 +38,16 @@ struct Summary {
     }
 };
 
-template <typename Stream>
+template <typename Traits>
 struct StatisticsBody {
-    static constexpr int kCount = Stream::kTile / 4;  // of a lane's columns
+    static constexpr int kCount = Traits::kTile / 4;  // of a lane's columns
     float unit;
     Band band;
     int row, lane;  // the lane's first row; its second one is 8 further
     Summary summary[2];
 
     template <bool Edges>
-    __device__ __forceinline__ void add(typename Stream::Products& products, int first, const float*) {
+    __device__ __forceinline__ void add(typename Traits::Products& products, int first, const float*) {
         const auto at = [&](int r, int i) -> float& { return products[0][i / 2 * 4 + 2 * r + i % 2]; };
         const auto column = [&](int i) { return product_column(lane, i / 2 * 4 + i % 2); };
         if (Edges) {
@@ -67,7 +67,7 @@ struct StatisticsBody {
         for (int r = 0; r < 2; ++r) {
             const float highest = quad_max(fmaxf(top[r][0], top[r][1]));
             if (!__any_sync(kWholeWarp, highest > summary[r].highest)) continue;
-            int found = Stream::kTile;
+            int found = Traits::kTile;
 #pragma unroll
             for (int i = kCount - 1; i >= 0; --i)
                 if (at(r, i) == highest) found = column(i);
@@ -93,16 +93,16 @@ struct StatisticsBody {
     }
 };
 
-template <typename Stream>
-__global__ void __launch_bounds__(Stream::kThreads, 1) statistics_kernel(const __grid_constant__ Arguments arguments) {
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) statistics_kernel(const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
-    const Place place = arguments.stream.of_queries(blockIdx.x);
-    const Band& band = arguments.stream.band;
-    const int lane = threadIdx.x % 32, row = own_row<Stream>(place);
-    StatisticsBody<Stream> body{arguments.unit, band, row, lane, {}};
-    if (!for_each_tile<Stream>(arguments.stream, place, nullptr, reinterpret_cast<char*>(memory), body)) return;
+    const Place place = arguments.pairs.of_queries(blockIdx.x);
+    const Band& band = arguments.pairs.band;
+    const int lane = threadIdx.x % 32, row = own_row<Traits>(place);
+    StatisticsBody<Traits> body{arguments.unit, band, row, lane, {}};
+    if (!for_each_tile<Traits>(arguments.pairs, place, nullptr, reinterpret_cast<char*>(memory), body)) return;
 
-    const int64_t head = static_cast<int64_t>(place.batch) * arguments.stream.heads + place.head;
+    const int64_t head = static_cast<int64_t>(place.batch) * arguments.pairs.heads + place.head;
     for (int r = 0; r < 2; ++r) {
         const Summary& mine = body.summary[r];
         const float total = quad_sum(mine.total), weighted = quad_sum(mine.weighted);
@@ -119,16 +119,16 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) statistics_kernel(const _
     }
 }
 
-template <typename Stream>
+template <typename Traits>
 struct MassBody {
-    static constexpr int kCount = Stream::kTile / 4;
+    static constexpr int kCount = Traits::kTile / 4;
     float unit;
     Band band;
     int row, lane;
     float total[2];
 
     template <bool Edges>
-    __device__ __forceinline__ void add(typename Stream::Products& products, int first, const float* levels) {
+    __device__ __forceinline__ void add(typename Traits::Products& products, int first, const float* levels) {
         float sum[2][2] = {};
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
@@ -147,16 +147,16 @@ struct MassBody {
     }
 };
 
-template <typename Stream>
-__global__ void __launch_bounds__(Stream::kThreads, 1) key_mass_kernel(const __grid_constant__ Arguments arguments) {
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) key_mass_kernel(const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
-    const Place place = arguments.stream.of_keys(blockIdx.x);
-    const Band& band = arguments.stream.band;
-    const int lane = threadIdx.x % 32, row = own_row<Stream>(place);
-    const int64_t head = static_cast<int64_t>(place.batch) * arguments.stream.heads + place.other_head;
-    MassBody<Stream> body{arguments.unit, band, row, lane, {}};
+    const Place place = arguments.pairs.of_keys(blockIdx.x);
+    const Band& band = arguments.pairs.band;
+    const int lane = threadIdx.x % 32, row = own_row<Traits>(place);
+    const int64_t head = static_cast<int64_t>(place.batch) * arguments.pairs.heads + place.other_head;
+    MassBody<Traits> body{arguments.unit, band, row, lane, {}};
     const float* const levels = arguments.levels + head * arguments.padded_queries;
-    if (!for_each_tile<Stream>(arguments.stream, place, levels, reinterpret_cast<char*>(memory), body)) return;
+    if (!for_each_tile<Traits>(arguments.pairs, place, levels, reinterpret_cast<char*>(memory), body)) return;
     for (int r = 0; r < 2; ++r) {
         const float total = quad_sum(body.total[r]);
         const int key = row + 8 * r;
@@ -166,23 +166,23 @@ __global__ void __launch_bounds__(Stream::kThreads, 1) key_mass_kernel(const __g
 
 template <typename Number, int Width>
 void statistics_of(const Statistics& call, cudaStream_t stream) {
-    using Stream = Stream<Number, Width, 1, 4, kDiagnosticsTile, 4>;
+    using Traits = PairTraits<Number, Width, 1, 4, kDiagnosticsTile, 4>;
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
     const Rows k{call.k, {call.batches, call.kv_heads, call.num_keys, Width}, call.k_strides};
     const Sight sight{call.num_queries, call.num_keys, call.left, call.right};
     Arguments arguments{{}, call.lse, call.entropy, call.max_weight, call.max_key, call.mass, call.levels,
                         static_cast<int>(whole_tiles(call.num_queries, kDiagnosticsTile)),
                         static_cast<float>(call.scale) * kLog2E};
-    arguments.stream = stream_arguments<Stream>({q}, {k}, sight.of_queries(), call.heads, call.kv_heads);
-    launch_stream<statistics_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "statistics launch");
-    arguments.stream = stream_arguments<Stream>({k}, {q}, sight.of_keys(), call.heads, call.kv_heads);
-    launch_stream<key_mass_kernel<Stream>, Stream>(arguments, call.batches * call.heads, stream, "key_mass launch");
+    arguments.pairs = pair_arguments<Traits>({q}, {k}, sight.of_queries(), call.heads, call.kv_heads);
+    launch_pairs<statistics_kernel<Traits>, Traits>(arguments, call.batches * call.heads, stream, "statistics launch");
+    arguments.pairs = pair_arguments<Traits>({k}, {q}, sight.of_keys(), call.heads, call.kv_heads);
+    launch_pairs<key_mass_kernel<Traits>, Traits>(arguments, call.batches * call.heads, stream, "key_mass launch");
 }
 
 }  // namespace
 
 void statistics(const Statistics& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, call.width, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, call.width, [&](auto* type, auto width) {
         statistics_of<std::remove_pointer_t<decltype(type)>, width>(call, stream);
     });
 }

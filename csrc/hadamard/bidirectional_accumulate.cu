@@ -7,11 +7,11 @@
 #include <cstdint>
 
 #include "common/fragments.cuh"
-#include "common/ring.cuh"
+#include "common/pipeline.cuh"
 #include "common/scaled.cuh"
 #include "common/spans_launch.cuh"
-#include "common/stream.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 #include "hadamard/bidirectional.h"
 
 namespace nearfar {
@@ -20,7 +20,7 @@ namespace {
 using Number = __nv_bfloat16;
 
 template <int kWidth_>
-struct Shape {
+struct Traits {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64, kChunk = kBidirectionalChunk;
     static constexpr int kGroups = 2, kOuter = 2, kThreads = 128 * (kGroups + 1);  // outer features of a group
     static constexpr int kTiles = kBidirectionalWidth / (kGroups * kOuter);
@@ -31,7 +31,7 @@ struct Shape {
     static constexpr int kTileBytes = 64 * 128, kOuterBytes = 128 * kGroups * kOuter;
     static constexpr int kValues = kTileBytes, kValueBytes = kPanels * kTileBytes, kOuterRows = kValues + kValueBytes;
     static constexpr int kSlotBytes = kOuterRows + 1024;
-    static constexpr int kBarriers = kStages * kSlotBytes, kNext = kBarriers + Ring<kStages>::kBytes;
+    static constexpr int kBarriers = kStages * kSlotBytes, kNext = kBarriers + Pipeline<kStages>::kBytes;
     static constexpr int kBytes = kNext + NextSpan::kBytes;
 };
 
@@ -47,7 +47,7 @@ struct Arguments {
 };
 
 // Four outer features of a piece, or its norms.
-template <typename Shape>
+template <typename Traits>
 struct Span {
     bool norms;
     int index, tile, batch, head, first_chunk, chunks;
@@ -62,30 +62,30 @@ struct Span {
     }
 };
 
-template <typename Shape>
+template <typename Traits>
 struct Places {
     uint32_t base;
-    Ring<Shape::kStages> ring;
+    Pipeline<Traits::kStages> pipeline;
     NextSpan next;
 
     __device__ explicit Places(void* memory)
-        : base(shared_address(memory)), ring{base + Shape::kBarriers}, next(memory, Shape::kNext) {
+        : base(shared_address(memory)), pipeline{base + Traits::kBarriers}, next(memory, Traits::kNext) {
         if (threadIdx.x == 0) {
-            ring.make(4 * Shape::kGroups);
-            next.make();
+            pipeline.init(4 * Traits::kGroups);
+            next.init();
             publish_barriers();
         }
         __syncthreads();
     }
-    __device__ int slot(int step) const { return step % Shape::kStages * Shape::kSlotBytes; }
+    __device__ int slot(int step) const { return step % Traits::kStages * Traits::kSlotBytes; }
 };
 
 // What one thread does for the others.
-template <typename Shape>
-__device__ void copy_chunks(const Arguments& arguments, const Places<Shape>& places) {
+template <typename Traits>
+__device__ void copy_chunks(const Arguments& arguments, const Places<Traits>& places) {
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
+        const Span<Traits> span(arguments, number);
         const int first_step = step, heads = arguments.state_heads * arguments.group;
         for (int member = 0; member < arguments.group; ++member) {
             const int head = span.head * arguments.group + member;
@@ -93,89 +93,89 @@ __device__ void copy_chunks(const Arguments& arguments, const Places<Shape>& pla
 #pragma unroll 1
             for (int i = 0; i < span.chunks; ++i, ++step) {
                 const int chunk = span.first_chunk + i;
-                const int64_t tile = (first_tile + chunk) * (Shape::kTileBytes / 2);
-                const uint32_t slot = places.base + places.slot(step), full = places.ring.full(step);
-                places.ring.wait_empty(step);
+                const int64_t tile = (first_tile + chunk) * (Traits::kTileBytes / 2);
+                const uint32_t slot = places.base + places.slot(step), full = places.pipeline.full(step);
+                places.pipeline.wait_empty(step);
                 if (span.norms) {
-                    arrive_expecting(full, 2 * Shape::kTileBytes);
-                    copy_bytes(slot + Shape::kValues, arguments.weighted + tile, Shape::kTileBytes, full);
+                    arrive_expecting(full, 2 * Traits::kTileBytes);
+                    copy_bytes(slot + Traits::kValues, arguments.weighted + tile, Traits::kTileBytes, full);
                 } else {
-                    arrive_expecting(full, Shape::kTileBytes + Shape::kValueBytes + Shape::kOuterBytes);
-                    copy_panels<Shape::kPanels>(arguments.y, slot + Shape::kValues, Shape::kTileBytes, chunk * Shape::kChunk,
-                                                head, span.batch, full);
-                    copy_bytes(slot + Shape::kOuterRows, arguments.outer + tile + span.tile * (Shape::kOuterBytes / 2),
-                               Shape::kOuterBytes, full);
+                    arrive_expecting(full, Traits::kTileBytes + Traits::kValueBytes + Traits::kOuterBytes);
+                    copy_panels<Traits::kPanels>(arguments.y, slot + Traits::kValues, Traits::kTileBytes,
+                                                 chunk * Traits::kChunk, head, span.batch, full);
+                    copy_bytes(slot + Traits::kOuterRows, arguments.outer + tile + span.tile * (Traits::kOuterBytes / 2),
+                               Traits::kOuterBytes, full);
                 }
-                copy_bytes(slot, arguments.inner + tile, Shape::kTileBytes, full);
+                copy_bytes(slot, arguments.inner + tile, Traits::kTileBytes, full);
             }
         }
         // All have come to this span, and have read what told them its number.
-        places.ring.wait_left(max(first_step, step - Shape::kStages));
+        places.pipeline.wait_consumed(max(first_step, step - Traits::kStages));
         number = places.next.take(nth, arguments.counter);
     }
 }
 
 // The inner features of a chunk as left operands: a warp has 16 of them, the tokens are what is summed over.
-template <typename Shape>
-__device__ __forceinline__ void load_inner(uint32_t (&inner)[Shape::kChunk / 16][4], uint32_t tile,
+template <typename Traits>
+__device__ __forceinline__ void load_inner(uint32_t (&inner)[Traits::kChunk / 16][4], uint32_t tile,
                                            const LaneOffsets<kBidirectionalWidth>& lane) {
 #pragma unroll
-    for (int i = 0; i < Shape::kChunk / 16; ++i) load_matrices_transposed(inner[i], lane.across_at(tile + 16 * 128 * i, 0));
+    for (int i = 0; i < Traits::kChunk / 16; ++i) load_matrices_transposed(inner[i], lane.across_at(tile + 16 * 128 * i, 0));
 }
 
 // The sums of two outer features of this group.
-template <typename Shape>
-__device__ __forceinline__ void sum_values(const Arguments& arguments, const Places<Shape>& places, const char* memory,
-                                           const Span<Shape>& span, int& step) {
-    constexpr int kSteps = Shape::kChunk / 16;
+template <typename Traits>
+__device__ __forceinline__ void sum_values(const Arguments& arguments, const Places<Traits>& places, const char* memory,
+                                           const Span<Traits>& span, int& step) {
+    constexpr int kSteps = Traits::kChunk / 16;
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, group = threadIdx.x / 128;
     const LaneOffsets<kBidirectionalWidth> columns(lane, warp);
-    const int first_outer = span.tile * Shape::kGroups * Shape::kOuter, own = group * Shape::kOuter;
-    float acc[2][1][Shape::kWidth / 2] = {};
+    const int first_outer = span.tile * Traits::kGroups * Traits::kOuter, own = group * Traits::kOuter;
+    float acc[2][1][Traits::kWidth / 2] = {};
     uint32_t inner[kSteps][4], features[2][kSteps][4];
 
     const auto start = [&](int i, int slot) {
         // The numbers of two tokens and of those 8 further, for each 16 tokens; rows are permuted by their place in their tile.
-        const char* const row = memory + slot + Shape::kOuterRows + 128 * (own + i) + 4 * (lane % 4);
+        const char* const row = memory + slot + Traits::kOuterRows + 128 * (own + i) + 4 * (lane % 4);
         const int turn = (first_outer + own + i) % 8;
         uint32_t outer[2 * kSteps];
 #pragma unroll
         for (int k = 0; k < 2 * kSteps; ++k) outer[k] = *reinterpret_cast<const uint32_t*>(row + 16 * (k ^ turn));
         scale_fragments(features[i], inner, [&](int k, int word) { return outer[2 * k + word / 2]; });
         begin_products();
-        start_weighted_sum<Number, Shape::kWidth, Shape::kChunk>(acc[i][0], features[i], places.base + slot + Shape::kValues,
-                                                                 Shape::kTileBytes);
+        start_weighted_sum<Number, Traits::kWidth, Traits::kChunk>(acc[i][0], features[i], places.base + slot + Traits::kValues,
+                                                                 Traits::kTileBytes);
     };
     const int last = step + arguments.group * span.chunks;
 #pragma unroll 1
     for (bool first = true; step < last; ++step, first = false) {
         const int slot = places.slot(step);
-        places.ring.wait_full(step);
-        load_inner<Shape>(inner, places.base + slot, columns);
+        places.pipeline.wait_full(step);
+        load_inner<Traits>(inner, places.base + slot, columns);
         start(0, slot);
         wait_for_products<1>(acc[1]);
-        if (!first) places.ring.leave(step - 1);
+        if (!first) places.pipeline.release(step - 1);
         start(1, slot);
         wait_for_products<1>(acc[0]);
     }
     wait_for_products<0>(acc[1]);
-    places.ring.leave(step - 1);
+    places.pipeline.release(step - 1);
 
     const int row = 16 * warp + lane / 4, column = 2 * (lane % 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t outer = static_cast<int64_t>(span.index) * kBidirectionalWidth + first_outer + own + i;
         const int64_t feature = outer * kBidirectionalWidth;
-        float* const to = arguments.partials + (feature + row) * Shape::kWidth + column;
+        float* const to = arguments.partials + (feature + row) * Traits::kWidth + column;
 #pragma unroll
-        for (int k = 0; k < Shape::kWidth / 2; k += 2)
-            *reinterpret_cast<float2*>(to + k / 2 % 2 * 8 * Shape::kWidth + k / 4 * 8) = {acc[i][0][k], acc[i][0][k + 1]};
+        for (int k = 0; k < Traits::kWidth / 2; k += 2)
+            *reinterpret_cast<float2*>(to + k / 2 % 2 * 8 * Traits::kWidth + k / 4 * 8) = {acc[i][0][k], acc[i][0][k + 1]};
     }
 }
 
 // The norms of half of the outer features: a product of 16 inner ones of each warp with them.
-template <typename Shape>
-__device__ __forceinline__ void sum_norms(const Arguments& arguments, const Places<Shape>& places, const Span<Shape>& span,
+template <typename Traits>
+__device__ __forceinline__ void sum_norms(const Arguments& arguments, const Places<Traits>& places, const Span<Traits>& span,
                                           int& step) {
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32, group = threadIdx.x / 128;
     const LaneOffsets<kBidirectionalWidth> columns(lane, warp), rows(lane);
@@ -185,14 +185,14 @@ __device__ __forceinline__ void sum_norms(const Arguments& arguments, const Plac
 #pragma unroll 1
     for (; step < last; ++step) {
         const uint32_t slot = places.base + places.slot(step);
-        uint32_t inner[Shape::kChunk / 16][4];
-        places.ring.wait_full(step);
-        load_inner<Shape>(inner, slot, columns);
+        uint32_t inner[Traits::kChunk / 16][4];
+        places.pipeline.wait_full(step);
+        load_inner<Traits>(inner, slot, columns);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            multiply_transposed<Number, kBidirectionalWidth>(norms[i], inner, slot + Shape::kValues + 128 * first_outer,
-                                                        16 * 128 * i, rows);
-        places.ring.leave(step);
+            multiply_transposed<Number, kBidirectionalWidth>(norms[i], inner, slot + Traits::kValues + 128 * first_outer,
+                                                             16 * 128 * i, rows);
+        places.pipeline.release(step);
     }
     float* const to = arguments.partial_norms + static_cast<int64_t>(span.index) * kBidirectionalWidth * kBidirectionalWidth;
 #pragma unroll
@@ -202,41 +202,41 @@ __device__ __forceinline__ void sum_norms(const Arguments& arguments, const Plac
     }
 }
 
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_accumulate_kernel(
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) hadamard_bidirectional_accumulate_kernel(
     const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
-    const Places<Shape> places(memory);
-    if (__shfl_sync(kWholeWarp, threadIdx.x / 128, 0) == Shape::kGroups) {
-        release_registers<Shape::kProducerRegisters>();
-        if (threadIdx.x % 128 == 0) copy_chunks<Shape>(arguments, places);
+    const Places<Traits> places(memory);
+    if (__shfl_sync(kWholeWarp, threadIdx.x / 128, 0) == Traits::kGroups) {
+        release_registers<Traits::kProducerRegisters>();
+        if (threadIdx.x % 128 == 0) copy_chunks<Traits>(arguments, places);
         return;
     }
-    claim_registers<Shape::kRegisters>();
+    claim_registers<Traits::kRegisters>();
     int step = 0, number = blockIdx.x;
 #pragma unroll 1
     for (int nth = 0; number < arguments.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
-        if (span.norms) sum_norms<Shape>(arguments, places, span, step);
-        else sum_values<Shape>(arguments, places, reinterpret_cast<const char*>(memory), span, step);
+        const Span<Traits> span(arguments, number);
+        if (span.norms) sum_norms<Traits>(arguments, places, span, step);
+        else sum_values<Traits>(arguments, places, reinterpret_cast<const char*>(memory), span, step);
         number = places.next.wait(nth);
     }
 }
 
 template <int Width>
 void launch(const HadamardBidirectionalAccumulate& call, cudaStream_t stream) {
-    using Shape = Shape<Width>;
+    using Traits = Traits<Width>;
     NEARFAR_CHECK(cudaMemsetAsync(call.counter, 0, sizeof(int), stream));
     const void* const weighted_tiles = call.weighted_tiles == nullptr ? call.outer_tiles : call.weighted_tiles;
     const auto pieces = static_cast<int>(call.batches * call.state_heads * call.num_pieces);
     Arguments arguments{
-        Rows{call.y, {call.batches, call.heads, call.num_tokens, Width}, call.y_strides}.map<Number>(Shape::kChunk),
+        Rows{call.y, {call.batches, call.heads, call.num_tokens, Width}, call.y_strides}.map<Number>(Traits::kChunk),
         static_cast<const Number*>(call.outer_tiles), static_cast<const Number*>(weighted_tiles),
         static_cast<const Number*>(call.inner_tiles), call.partials, call.partial_norms, call.counter,
-        Spans{Shape::kTiles, 1, pieces}, static_cast<int>(call.state_heads), static_cast<int>(call.heads / call.state_heads),
-        static_cast<int>(call.num_pieces), static_cast<int>((call.num_tokens + Shape::kChunk - 1) / Shape::kChunk),
-        static_cast<int>(call.piece_length / Shape::kChunk)};
-    launch_spans<hadamard_bidirectional_accumulate_kernel<Shape>, Shape>(arguments, stream,
+        Spans{Traits::kTiles, 1, pieces}, static_cast<int>(call.state_heads), static_cast<int>(call.heads / call.state_heads),
+        static_cast<int>(call.num_pieces), static_cast<int>((call.num_tokens + Traits::kChunk - 1) / Traits::kChunk),
+        static_cast<int>(call.piece_length / Traits::kChunk)};
+    launch_spans<hadamard_bidirectional_accumulate_kernel<Traits>, Traits>(arguments, stream,
                                                                             "hadamard_bidirectional_accumulate launch");
 }
 

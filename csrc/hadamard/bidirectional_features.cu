@@ -15,9 +15,9 @@ namespace nearfar {
 namespace {
 
 using Number = __nv_bfloat16;
-using Layout = Tile<kBidirectionalWidth>;
+using FeatureTile = Tile<kBidirectionalWidth>;
 
-constexpr int kThreads = 128, kRowsAtOnce = kThreads / Layout::kChunks;
+constexpr int kThreads = 128, kRowsAtOnce = kThreads / FeatureTile::kChunks;
 constexpr int kNumbers = kBidirectionalChunk * kBidirectionalWidth;  // of a tile
 
 struct Arguments {
@@ -29,7 +29,7 @@ struct Arguments {
 
 // Eight numbers of a tile that is stored row by row.
 __device__ __forceinline__ uint4& tile_at(Number* tile, int row, int chunk) {
-    return *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile) + Layout::offset(row, chunk));
+    return *reinterpret_cast<uint4*>(reinterpret_cast<char*>(tile) + FeatureTile::offset(row, chunk));
 }
 
 template <typename Map>
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) hadamard_bidirectional_features_kern
     __shared__ Number columns[2][kBidirectionalChunk][kBidirectionalWidth + 1];
     const int block = blockIdx.x, first = block % arguments.chunks * kBidirectionalChunk;
     const int index = block / arguments.chunks, batch = index / arguments.heads, head = index % arguments.heads;
-    const int row = threadIdx.x / Layout::kChunks, chunk = threadIdx.x % Layout::kChunks;
+    const int row = threadIdx.x / FeatureTile::kChunks, chunk = threadIdx.x % FeatureTile::kChunks;
     const bool weighted = arguments.factors != nullptr || arguments.weights != nullptr;
     const int64_t vector = static_cast<int64_t>(index) * arguments.num_tokens, tile = static_cast<int64_t>(block) * kNumbers;
 

@@ -10,11 +10,11 @@
 #include "common/features.cuh"
 #include "common/fragments.cuh"
 #include "common/halves.cuh"
-#include "common/ring.cuh"
+#include "common/pipeline.cuh"
 #include "common/scaled.cuh"
 #include "common/spans_launch.cuh"
-#include "common/stream.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 #include "common/tensor.cuh"
 #include "hadamard/bidirectional.h"
 
@@ -26,7 +26,7 @@ using Number = __nv_bfloat16;
 constexpr int kSplitThreads = 128;
 
 template <int kWidth_>
-struct Shape {
+struct Traits {
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64;
     static constexpr int kGroups = 2, kGroupRows = 128, kRows = kGroups * kGroupRows, kThreads = 128 * (kGroups + 1);
     static constexpr int kStages = 8;
@@ -36,7 +36,7 @@ struct Shape {
     static constexpr int kFactorBytes = 128 * kGroupRows, kOwnBytes = 2 * kFactorBytes;
     static constexpr int kPanel = 64 * 128, kSlabBytes = kPanels * kPanel;
     static constexpr int kNormSlots = 2 / kPanels, kSlabs = kGroups * kOwnBytes, kBarriers = kSlabs + kStages * kSlabBytes;
-    static constexpr int kOwnRows = kBarriers + Ring<kStages>::kBytes, kNext = kOwnRows + OwnRows<kGroups>::kBytes;
+    static constexpr int kOwnRows = kBarriers + Pipeline<kStages>::kBytes, kNext = kOwnRows + OwnRows<kGroups>::kBytes;
     static constexpr int kBytes = kNext + NextSpan::kBytes;
     static_assert(kBidirectionalWidth > kStages, "all groups have come to a span before its last slab is copied");
 };
@@ -52,29 +52,29 @@ struct Arguments {
     float eps;
 };
 
-template <typename Shape>
+template <typename Traits>
 struct Places {
     uint32_t base;
-    Ring<Shape::kStages> slabs;
-    OwnRows<Shape::kGroups> rows;
+    Pipeline<Traits::kStages> slabs;
+    OwnRows<Traits::kGroups> rows;
     NextSpan next;
 
     __device__ explicit Places(void* memory)
-        : base(shared_address(memory)), slabs{base + Shape::kBarriers}, rows{base + Shape::kOwnRows},
-          next(memory, Shape::kNext) {
+        : base(shared_address(memory)), slabs{base + Traits::kBarriers}, rows{base + Traits::kOwnRows},
+          next(memory, Traits::kNext) {
         if (threadIdx.x == 0) {
-            slabs.make(4 * Shape::kGroups);
-            rows.make();
-            next.make();
+            slabs.init(4 * Traits::kGroups);
+            rows.init();
+            next.init();
             publish_barriers();
         }
         __syncthreads();
     }
-    __device__ uint32_t slab(int step) const { return base + Shape::kSlabs + step % Shape::kStages * Shape::kSlabBytes; }
+    __device__ uint32_t slab(int step) const { return base + Traits::kSlabs + step % Traits::kStages * Traits::kSlabBytes; }
 };
 
 // 256 rows of a head.
-template <typename Shape>
+template <typename Traits>
 struct Span {
     int index, batch, head, state_head, first_row;
 
@@ -82,51 +82,51 @@ struct Span {
         int tile;
         arguments.spans.locate(number, index, tile);
         batch = index / arguments.heads, head = index % arguments.heads, state_head = head / arguments.group;
-        first_row = tile * Shape::kRows;
+        first_row = tile * Traits::kRows;
     }
 };
 
 // One thread takes spans and copies the slabs of one after those of the other.
-template <typename Shape>
-__device__ void copy_slabs(const Arguments& arguments, const Places<Shape>& places) {
+template <typename Traits>
+__device__ void copy_slabs(const Arguments& arguments, const Places<Traits>& places) {
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
+        const Span<Traits> span(arguments, number);
         number = places.next.take(nth, arguments.counter);  // slabs of the span before were read: all know where that ended
         const auto claim = [&] {
             places.slabs.wait_empty(step);
-            arrive_expecting(places.slabs.full(step), Shape::kSlabBytes);
+            arrive_expecting(places.slabs.full(step), Traits::kSlabBytes);
         };
         if (arguments.inverse != nullptr) {
             const int64_t state = static_cast<int64_t>(span.batch) * (arguments.heads / arguments.group) + span.state_head;
             const Number* const norms = arguments.norms + state * 2 * kBidirectionalWidth * kBidirectionalWidth;
-            for (int slot = 0; slot < Shape::kNormSlots; ++slot, ++step) {
+            for (int slot = 0; slot < Traits::kNormSlots; ++slot, ++step) {
                 claim();
-                copy_bytes(places.slab(step), norms + slot * (Shape::kSlabBytes / 2), Shape::kSlabBytes,
+                copy_bytes(places.slab(step), norms + slot * (Traits::kSlabBytes / 2), Traits::kSlabBytes,
                            places.slabs.full(step));
             }
         }
 #pragma unroll 1
         for (int outer = 0; outer < kBidirectionalWidth; ++outer, ++step) {
             claim();
-            copy_panels<Shape::kPanels>(arguments.states, places.slab(step), Shape::kPanel, outer * kBidirectionalWidth,
-                                        span.state_head, span.batch, places.slabs.full(step));
+            copy_panels<Traits::kPanels>(arguments.states, places.slab(step), Traits::kPanel, outer * kBidirectionalWidth,
+                                         span.state_head, span.batch, places.slabs.full(step));
         }
     }
 }
 
 // Another one copies the rows of each group, as soon as the group is done with those of the span before.
-template <typename Shape>
-__device__ void copy_own_rows(const Arguments& arguments, const Places<Shape>& places, int group) {
+template <typename Traits>
+__device__ void copy_own_rows(const Arguments& arguments, const Places<Traits>& places, int group) {
     int number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
-        const Span<Shape> span(arguments, number);
-        const int row = span.first_row + group * Shape::kGroupRows;
-        const uint32_t to = places.base + group * Shape::kOwnBytes, full = places.rows.full(group);
+        const Span<Traits> span(arguments, number);
+        const int row = span.first_row + group * Traits::kGroupRows;
+        const uint32_t to = places.base + group * Traits::kOwnBytes, full = places.rows.full(group);
         places.rows.wait_empty(group, nth);
-        arrive_expecting(full, Shape::kOwnBytes);
+        arrive_expecting(full, Traits::kOwnBytes);
         copy_box(to, arguments.outer, 0, row, span.head, span.batch, full);
-        copy_box(to + Shape::kFactorBytes, arguments.inner, 0, row, span.head, span.batch, full);
+        copy_box(to + Traits::kFactorBytes, arguments.inner, 0, row, span.head, span.batch, full);
         number = places.next.wait(nth);
     }
 }
@@ -153,27 +153,27 @@ __global__ void __launch_bounds__(kSplitThreads) split_norms_kernel(const float*
     }
 }
 
-template <typename Shape, typename Map>
-__global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_read_kernel(
+template <typename Traits, typename Map>
+__global__ void __launch_bounds__(Traits::kThreads, 1) hadamard_bidirectional_read_kernel(
     const __grid_constant__ Arguments arguments) {
     constexpr int kSteps = kBidirectionalWidth / 16;
     extern __shared__ __align__(1024) uint4 memory[];
-    const Places<Shape> places(memory);
+    const Places<Traits> places(memory);
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
-    if (group == Shape::kGroups) {
-        release_registers<Shape::kProducerRegisters>();
+    if (group == Traits::kGroups) {
+        release_registers<Traits::kProducerRegisters>();
         const int warp = threadIdx.x / 32 % 4;
-        if (lane == 0 && warp == 0) copy_slabs<Shape>(arguments, places);
-        if (lane == 0 && warp > 0 && warp <= Shape::kGroups) copy_own_rows<Shape>(arguments, places, warp - 1);
+        if (lane == 0 && warp == 0) copy_slabs<Traits>(arguments, places);
+        if (lane == 0 && warp > 0 && warp <= Traits::kGroups) copy_own_rows<Traits>(arguments, places, warp - 1);
         return;
     }
-    claim_registers<Shape::kRegisters>();
+    claim_registers<Traits::kRegisters>();
 
     const int quad = lane / 4, pair = lane % 4, own_row = threadIdx.x % 128 / 32 * 16;  // of this warp, in each of two tiles
     const LaneOffsets<kBidirectionalWidth> offsets(lane);
-    const uint32_t own = places.base + group * Shape::kOwnBytes;
+    const uint32_t own = places.base + group * Traits::kOwnBytes;
     // Two outer features, from `outer` on, of a row of tile i, mapped.
-    const char* const rows = reinterpret_cast<const char*>(memory) + group * Shape::kOwnBytes + 128 * (own_row + quad);
+    const char* const rows = reinterpret_cast<const char*>(memory) + group * Traits::kOwnBytes + 128 * (own_row + quad);
     const auto outer_word = [&](int i, int r, int outer) {
         const char* const at = rows + 128 * (64 * i + 8 * r) + 16 * (outer / 8 ^ quad) + 2 * (outer % 8);
         return map_word<Map>(*reinterpret_cast<const uint32_t*>(at));
@@ -187,14 +187,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
         places.rows.wait_full(group, nth);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            load_rows<kBidirectionalWidth>(inner[i], own + Shape::kFactorBytes + 128 * (64 * i + own_row), offsets);
+            load_rows<kBidirectionalWidth>(inner[i], own + Traits::kFactorBytes + 128 * (64 * i + own_row), offsets);
 #pragma unroll
             for (int k = 0; k < 4 * kSteps; ++k) inner[i][k / 4][k % 4] = map_word<Map>(inner[i][k / 4][k % 4]);
         }
 
         if (arguments.inverse != nullptr) {
 #pragma unroll
-            for (int slot = 0; slot < Shape::kNormSlots; ++slot) places.slabs.wait_full(step + slot);
+            for (int slot = 0; slot < Traits::kNormSlots; ++slot) places.slabs.wait_full(step + slot);
             float products[2][kBidirectionalWidth / 2] = {};
             wait_for_products<0>(products);  // of which there are none: the zeros are to be there before the first product
             begin_products();
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
             for (int i = 0; i < 2; ++i) {
 #pragma unroll
                 for (int k = 0; k < 2 * kSteps; ++k) {  // both panels follow each other, in one slot or in two
-                    const uint32_t panels = places.slab(step + k / kSteps / Shape::kPanels);
-                    const uint32_t panel = panels + k / kSteps % Shape::kPanels * Shape::kPanel;
-                    start_product_of_rows<Number, kBidirectionalWidth>(products[i], inner[i][k % kSteps],
-                                                                  rows_operand(panel + k % kSteps * 16 * 128, Shape::kPanel));
+                    const uint32_t panels = places.slab(step + k / kSteps / Traits::kPanels);
+                    const uint32_t panel = panels + k / kSteps % Traits::kPanels * Traits::kPanel;
+                    const auto rows = rows_operand(panel + k % kSteps * 16 * 128, Traits::kPanel);
+                    start_product_of_rows<Number, kBidirectionalWidth>(products[i], inner[i][k % kSteps], rows);
                 }
             }
             commit_products();
@@ -217,10 +217,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
                 norm[tile][r] += x.x * products[tile][at] + x.y * products[tile][at + 1];
             }
 #pragma unroll
-            for (int slot = 0; slot < Shape::kNormSlots; ++slot) places.slabs.leave(step++);
+            for (int slot = 0; slot < Traits::kNormSlots; ++slot) places.slabs.release(step++);
         }
 
-        float acc[2][1][Shape::kWidth / 2] = {};
+        float acc[2][1][Traits::kWidth / 2] = {};
         const int first_step = step;
 #pragma unroll 1
         for (int outer = 0; outer < kBidirectionalWidth; outer += 2) {
@@ -235,23 +235,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
                     for (int r = 0; r < 2; ++r) twice[r] = odd ? upper_twice(word[i][r]) : lower_twice(word[i][r]);
                     scale_fragments(features[i], inner[i], [&](int, int k) { return twice[k % 2]; });
                     begin_products();
-                    start_weighted_sum<Number, Shape::kWidth, kBidirectionalWidth>(acc[i][0], features[i], places.slab(step),
-                                                                              Shape::kPanel);
+                    start_weighted_sum<Number, Traits::kWidth, kBidirectionalWidth>(acc[i][0], features[i], places.slab(step),
+                                                                              Traits::kPanel);
                 };
                 places.slabs.wait_full(step);
                 start(0);
                 wait_for_products<1>(acc[1]);
-                if (step > first_step) places.slabs.leave(step - 1);
+                if (step > first_step) places.slabs.release(step - 1);
                 start(1);
                 wait_for_products<1>(acc[0]);
             }
         }
         wait_for_products<0>(acc[1]);
-        places.slabs.leave(step - 1);
-        places.rows.leave(group);
+        places.slabs.release(step - 1);
+        places.rows.release(group);
 
-        const Span<Shape> span(arguments, number);
-        const int first_row = span.first_row + group * Shape::kGroupRows + own_row;
+        const Span<Traits> span(arguments, number);
+        const int first_row = span.first_row + group * Traits::kGroupRows + own_row;
         const int64_t first_number = static_cast<int64_t>(span.index) * arguments.num_tokens;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -262,11 +262,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
                     const float sum = quad_sum(norm[i][r]) + arguments.eps, factor = inverse_of(sum);
                     if (pair == 0 && quad + 8 * r < rows_left) arguments.inverse[first_number + row + quad + 8 * r] = factor;
 #pragma unroll
-                    for (int k = 0; k < Shape::kWidth / 4; ++k) acc[i][0][k / 2 * 4 + 2 * r + k % 2] *= factor;
+                    for (int k = 0; k < Traits::kWidth / 4; ++k) acc[i][0][k / 2 * 4 + 2 * r + k % 2] *= factor;
                 }
             }
-            store_rows<Number, Shape::kWidth>(tiles_of(acc[i][0]), 1.0f, lane, rows_left, arguments.out.row,
-                                              arguments.out.at(span.batch, span.head) + row * arguments.out.row);
+            store_rows<Number, Traits::kWidth>(tiles_of(acc[i][0]), 1.0f, lane, rows_left, arguments.out.row,
+                                               arguments.out.at(span.batch, span.head) + row * arguments.out.row);
         }
         number = places.next.wait(nth);
     }
@@ -274,11 +274,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hadamard_bidirectional_rea
 
 template <int Width, typename Map>
 void launch(const HadamardBidirectionalRead& call, cudaStream_t stream) {
-    using Shape = Shape<Width>;
+    using Traits = Traits<Width>;
     const int64_t group = call.heads / call.state_heads, state = kBidirectionalWidth * kBidirectionalWidth;
     const auto factor = [&](const void* data, const std::array<int64_t, 3>& strides) {
         const std::array<int64_t, 4> sizes{call.batches, call.heads, call.num_tokens, kBidirectionalWidth};
-        return Rows{data, sizes, strides}.map<Number>(Shape::kGroupRows);
+        return Rows{data, sizes, strides}.map<Number>(Traits::kGroupRows);
     };
     const std::array<int64_t, 3> state_strides{call.state_heads * state * Width, state * Width, Width};
     auto* norm_tiles = static_cast<Number*>(call.norm_tiles);
@@ -294,10 +294,10 @@ void launch(const HadamardBidirectionalRead& call, cudaStream_t stream) {
         factor(call.outer, call.outer_strides), factor(call.inner, call.inner_strides),
         Rows{call.states, {call.batches, call.state_heads, state, Width}, state_strides}.map<Number>(kBidirectionalWidth),
         norm_tiles, output_tensor<Number>(call.out, call.out_strides), call.inverse, call.counter,
-        make_spans(call.num_tokens, Shape::kRows, call.batches * call.heads, group, 2 * state * Width),
+        make_spans(call.num_tokens, Traits::kRows, call.batches * call.heads, group, 2 * state * Width),
         static_cast<int>(call.heads), static_cast<int>(group), static_cast<int>(call.num_tokens),
         static_cast<float>(call.eps)};
-    launch_spans<hadamard_bidirectional_read_kernel<Shape, Map>, Shape>(arguments, stream,
+    launch_spans<hadamard_bidirectional_read_kernel<Traits, Map>, Traits>(arguments, stream,
                                                                            "hadamard_bidirectional_read launch");
 }
 

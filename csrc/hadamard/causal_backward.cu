@@ -10,17 +10,18 @@
 namespace nearfar {
 namespace {
 
-using Geometry = HadamardWalk<2>;
+using BackwardWalk = HadamardWalk<2>;
 
-// Bytes from the start of shared memory: the ring, the states behind this chunk and behind the next, and numbers for tokens.
-struct Layout {
-    static constexpr int kQueries = 0, kKeys = Geometry::kFactorsBytes, kValues = 2 * Geometry::kFactorsBytes;
-    static constexpr int kGrads = kValues + Geometry::kValuesBytes;
-    static constexpr int kSlotBytes = kGrads + Geometry::kValuesBytes;
-    static constexpr int kStates = Geometry::kStages * kSlotBytes;
-    static constexpr int kNumbers = kStates + 2 * Geometry::kStateBytes;
-    static constexpr int kBytes = kNumbers + 2 * Geometry::kChunk * 4;
-    __device__ static int state(int chunk) { return kStates + chunk % 2 * Geometry::kStateBytes; }
+// Bytes from the start of shared memory: the pipeline, the states behind this chunk and behind the next, and numbers for
+// tokens.
+struct Memory {
+    static constexpr int kQueries = 0, kKeys = BackwardWalk::kFactorsBytes, kValues = 2 * BackwardWalk::kFactorsBytes;
+    static constexpr int kGrads = kValues + BackwardWalk::kValuesBytes;
+    static constexpr int kSlotBytes = kGrads + BackwardWalk::kValuesBytes;
+    static constexpr int kStates = BackwardWalk::kStages * kSlotBytes;
+    static constexpr int kNumbers = kStates + 2 * BackwardWalk::kStateBytes;
+    static constexpr int kBytes = kNumbers + 2 * BackwardWalk::kChunk * 4;
+    __device__ static int state(int chunk) { return kStates + chunk % 2 * BackwardWalk::kStateBytes; }
 };
 
 // Rounds the gradients of both factors of 16 rows, times `factor` and phi'.
@@ -50,7 +51,7 @@ struct QueryArguments {
 };
 
 template <typename Map>
-__global__ void __launch_bounds__(Geometry::kThreads, 1)
+__global__ void __launch_bounds__(BackwardWalk::kThreads, 1)
 hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -58,11 +59,11 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
 
     const Piece piece(arguments);
     if (piece.empty()) return;
-    const int num_chunks = piece.chunks(Geometry::kChunk);
+    const int num_chunks = piece.chunks(BackwardWalk::kChunk);
     const int kv_head = piece.head / arguments.group;
-    const Role<Geometry> role(threadIdx.x);
+    const Role<BackwardWalk> role(threadIdx.x);
     const TileOffsets offsets(role.lane);
-    const int own_factors = role.block * Geometry::kFactorsBlock, own_values = role.block * Geometry::kValuesBlock;
+    const int own_factors = role.block * BackwardWalk::kFactorsBlock, own_values = role.block * BackwardWalk::kValuesBlock;
 
     const Number* const v = arguments.v.at(piece.batch, kv_head);
     const Number* const grad_o = arguments.grad_o.at(piece.batch, piece.head);
@@ -70,32 +71,32 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
 
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
-            const int first = piece.begin + chunk * Geometry::kChunk + role.own;
-            const uint32_t slot = base + chunk % Geometry::kStages * Layout::kSlotBytes;
+            const int first = piece.begin + chunk * BackwardWalk::kChunk + role.own;
+            const uint32_t slot = base + chunk % BackwardWalk::kStages * Memory::kSlotBytes;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kValueWidth, 16, 32>(slot + tile + own_values, x, stride, first, piece.end, role.lane);
             };
-            arguments.k.copy_own_rows(slot + Layout::kKeys + own_factors, piece.batch, kv_head, first, piece.end, role.lane);
-            rows(Layout::kGrads, grad_o, arguments.grad_o.row);
-            rows(Layout::kValues, v, arguments.v.row);
-            arguments.q.copy_own_rows(slot + Layout::kQueries + own_factors, piece.batch, piece.head, first, piece.end,
+            arguments.k.copy_own_rows(slot + Memory::kKeys + own_factors, piece.batch, kv_head, first, piece.end, role.lane);
+            rows(Memory::kGrads, grad_o, arguments.grad_o.row);
+            rows(Memory::kValues, v, arguments.v.row);
+            arguments.q.copy_own_rows(slot + Memory::kQueries + own_factors, piece.batch, piece.head, first, piece.end,
                                       role.lane);
         }
         commit_copies();
     };
-    for (int chunk = 0; chunk < Geometry::kStages - 1; ++chunk) fetch(chunk);
+    for (int chunk = 0; chunk < BackwardWalk::kStages - 1; ++chunk) fetch(chunk);
 
     HadamardState state(role);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * (arguments.heads / arguments.group) + kv_head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
     }
-    state.store(bytes + Layout::state(0));
+    state.store(bytes + Memory::state(0));
 
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        const int first_row = piece.begin + chunk * Geometry::kChunk + 16 * role.block, rows_left = piece.end - first_row;
-        const int slot = chunk % Geometry::kStages * Layout::kSlotBytes;
+        const int first_row = piece.begin + chunk * BackwardWalk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
+        const int slot = chunk % BackwardWalk::kStages * Memory::kSlotBytes;
         uint32_t query[2][4], grad[kValueWidth / 16][4];
         float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
         if (arguments.inverse != nullptr) {
@@ -104,27 +105,28 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
                 factor[r] = row < rows_left ? arguments.inverse[row_offset + first_row + row] : 0.0f;
             }
         }
-        wait_for_groups<Geometry::kStages - 2>();
-        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Layout::kKeys + own_factors, role.lane,
+        wait_for_groups<BackwardWalk::kStages - 2>();
+        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Memory::kKeys + own_factors, role.lane,
                                               [](uint32_t word, int) { return map_word<Map>(word); });
         __syncwarp();
-        load_features<Map>(query, base + slot + Layout::kQueries + own_factors, offsets.factors);
-        load_rows<kValueWidth>(grad, base + slot + Layout::kGrads + own_values, offsets.values);
+        load_features<Map>(query, base + slot + Memory::kQueries + own_factors, offsets.factors);
+        load_rows<kValueWidth>(grad, base + slot + Memory::kGrads + own_values, offsets.values);
         __syncthreads();
-        fetch(chunk + Geometry::kStages - 1);
+        fetch(chunk + BackwardWalk::kStages - 1);
 
-        const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
-        const uint32_t before = base + Layout::state(chunk);
+        const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
+        const uint32_t before = base + Memory::state(chunk);
         // Sums over j <= i: u^r_i of (dO_i . v_j) (x^s_i . y^s_j) y^r_j, and z^r_i of the same without dO_i . v_j.
         float u1[2][4] = {}, u2[2][4] = {}, z1[2][4] = {}, z2[2][4] = {};
         spread_state(u1, u2, query, grad, before, offsets.values, role.lane);
-        add_first_norms(z1, query, before + Geometry::kStateNorms, offsets.factors);
-        add_second_norms(z2, query, before + Geometry::kStateNorms, offsets.factors);
+        add_first_norms(z1, query, before + BackwardWalk::kStateNorms, offsets.factors);
+        add_second_norms(z2, query, before + BackwardWalk::kStateNorms, offsets.factors);
         const auto add_pairs = [&](int block, bool diagonal) {
-            const uint32_t others = keys + block * Geometry::kFactorsBlock;
+            const uint32_t others = keys + block * BackwardWalk::kFactorsBlock;
             float slope[2][4] = {}, weights[2][2][4], of_pair[2][4];
             similarities(weights, query, others, offsets.factors);
-            multiply_transposed<Number, kValueWidth>(slope, grad, values + block * Geometry::kValuesBlock, 0, offsets.values);
+            multiply_transposed<Number, kValueWidth>(slope, grad, values + block * BackwardWalk::kValuesBlock, 0,
+                                                     offsets.values);
             if (diagonal) {
                 mask_diagonal<false>(weights[0], role.quad, role.pair);
                 mask_diagonal<false>(weights[1], role.quad, role.pair);
@@ -159,7 +161,7 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
             const int row = role.quad + 8 * r;
             if (role.pair == 0 && row < rows_left) arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
         }
-        store_factor_grads<Map>(u1, u2, factor, base + slot + Layout::kQueries + own_factors, arguments.dq1, arguments.dq2,
+        store_factor_grads<Map>(u1, u2, factor, base + slot + Memory::kQueries + own_factors, arguments.dq1, arguments.dq2,
                                 piece, first_row, role.lane);
 
         if (chunk + 1 < num_chunks) {
@@ -167,7 +169,7 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
                 const uint32_t one = role.quad == 0 ? pack<Number>(1.0f, 1.0f) : 0;
                 return uint2{one, one};
             });
-            state.store(bytes + Layout::state(chunk + 1));
+            state.store(bytes + Memory::state(chunk + 1));
         }
     }
 }
@@ -184,7 +186,7 @@ struct KeyArguments {
 };
 
 template <typename Map>
-__global__ void __launch_bounds__(Geometry::kThreads, 1)
+__global__ void __launch_bounds__(BackwardWalk::kThreads, 1)
 hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -192,42 +194,42 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
 
     const Piece piece(arguments);
     if (piece.empty()) return;
-    const int group = arguments.group, num_chunks = piece.chunks(Geometry::kChunk);
-    const Role<Geometry> role(threadIdx.x);
+    const int group = arguments.group, num_chunks = piece.chunks(BackwardWalk::kChunk);
+    const Role<BackwardWalk> role(threadIdx.x);
     const TileOffsets offsets(role.lane);
-    const int own_factors = role.block * Geometry::kFactorsBlock, own_values = role.block * Geometry::kValuesBlock;
+    const int own_factors = role.block * BackwardWalk::kFactorsBlock, own_values = role.block * BackwardWalk::kValuesBlock;
 
     const Number* const v = arguments.v.at(piece.batch, piece.head);
     Number* const dv = arguments.dv.at(piece.batch, piece.head);
 
-    // A step of the ring is a chunk, the last one first, with one query head of the group.
+    // A step of the pipeline is a chunk, the last one first, with one query head of the group.
     struct Step {
         int first, head;
     };
     const auto step_at = [&](int step) {
-        return Step{piece.begin + (num_chunks - 1 - step / group) * Geometry::kChunk, piece.head * group + step % group};
+        return Step{piece.begin + (num_chunks - 1 - step / group) * BackwardWalk::kChunk, piece.head * group + step % group};
     };
     const int num_steps = num_chunks * group;
     const auto fetch = [&](int index) {
         if (index < num_steps) {
             const Step step = step_at(index);
-            const uint32_t slot = base + index % Geometry::kStages * Layout::kSlotBytes;
+            const uint32_t slot = base + index % BackwardWalk::kStages * Memory::kSlotBytes;
             const int first = step.first + role.own;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kValueWidth, 16, 32>(slot + tile + own_values, x, stride, first, piece.end, role.lane);
             };
-            arguments.q.copy_own_rows(slot + Layout::kQueries + own_factors, piece.batch, step.head, first, piece.end,
+            arguments.q.copy_own_rows(slot + Memory::kQueries + own_factors, piece.batch, step.head, first, piece.end,
                                       role.lane);
-            rows(Layout::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
-            arguments.k.copy_own_rows(slot + Layout::kKeys + own_factors, piece.batch, piece.head, first, piece.end, role.lane);
-            rows(Layout::kValues, v, arguments.v.row);
+            rows(Memory::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
+            arguments.k.copy_own_rows(slot + Memory::kKeys + own_factors, piece.batch, piece.head, first, piece.end, role.lane);
+            rows(Memory::kValues, v, arguments.v.row);
         }
         commit_copies();
     };
     // In lane i, of the warp's own query i.
     float next_factor = 1, next_weight = 0;
     const auto fetch_numbers = [&](int index) {
-        if (index >= num_steps || role.lane >= Geometry::kOwnRows) return;
+        if (index >= num_steps || role.lane >= BackwardWalk::kOwnRows) return;
         const Step step = step_at(index);
         const int row = step.first + role.own + role.lane;
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head;
@@ -236,60 +238,61 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
     };
     fetch_numbers(0);
-    for (int step = 0; step < Geometry::kStages - 1; ++step) fetch(step);
+    for (int step = 0; step < BackwardWalk::kStages - 1; ++step) fetch(step);
 
     HadamardState state(role);
-    float* const numbers = reinterpret_cast<float*>(bytes + Layout::kNumbers);
+    float* const numbers = reinterpret_cast<float*>(bytes + Memory::kNumbers);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads + piece.head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
     }
-    state.store(bytes + Layout::state(0));
+    state.store(bytes + Memory::state(0));
 
     uint32_t key[2][4], value[kValueWidth / 16][4];
     float dk1[2][4], dk2[2][4], dv_acc[kValueWidth / 8][4];
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
-        const int slot = index % Geometry::kStages * Layout::kSlotBytes;
+        const int slot = index % BackwardWalk::kStages * Memory::kSlotBytes;
         const int chunk = index / group, member = index - chunk * group;
-        wait_for_groups<Geometry::kStages - 2>();
-        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Layout::kQueries + own_factors, role.lane,
+        wait_for_groups<BackwardWalk::kStages - 2>();
+        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Memory::kQueries + own_factors, role.lane,
                                               [](uint32_t word, int) { return map_word<Map>(word); });
         if (arguments.inverse != nullptr) {
             using Own = OwnTile<kValueWidth>;
             float factor[Own::kPasses];
             for (int pass = 0; pass < Own::kPasses; ++pass)
                 factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Own>(role.lane, pass));
-            change_own_rows<Own>(bytes + slot + Layout::kGrads + own_values, role.lane, [&](uint32_t word, int pass) {
+            change_own_rows<Own>(bytes + slot + Memory::kGrads + own_values, role.lane, [&](uint32_t word, int pass) {
                 const float2 x = unpack<Number>(word);
                 return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
             });
         }
-        float* const weights = numbers + index % 2 * Geometry::kChunk;
-        if (role.lane < Geometry::kOwnRows) weights[role.own + role.lane] = next_weight;
+        float* const weights = numbers + index % 2 * BackwardWalk::kChunk;
+        if (role.lane < BackwardWalk::kOwnRows) weights[role.own + role.lane] = next_weight;
         if (member == 0) {
             __syncwarp();
-            load_features<Map>(key, base + slot + Layout::kKeys + own_factors, offsets.factors);
-            load_rows<kValueWidth>(value, base + slot + Layout::kValues + own_values, offsets.values);
+            load_features<Map>(key, base + slot + Memory::kKeys + own_factors, offsets.factors);
+            load_rows<kValueWidth>(value, base + slot + Memory::kValues + own_values, offsets.values);
         }
         __syncthreads();
-        fetch(index + Geometry::kStages - 1);
+        fetch(index + BackwardWalk::kStages - 1);
         fetch_numbers(index + 1);
 
         if (member == 0) {  // the queries of later chunks
-            const uint32_t after = base + Layout::state(chunk);
+            const uint32_t after = base + Memory::state(chunk);
 #pragma unroll
             for (int i = 0; i < 8; ++i) dk1[i / 4][i % 4] = dk2[i / 4][i % 4] = 0;
 #pragma unroll
             for (int i = 0; i < kValueWidth / 2; ++i) dv_acc[i / 4][i % 4] = 0;
             spread_state(dk1, dk2, key, value, after, offsets.values, role.lane);
-            add_first_norms(dk1, key, after + Geometry::kStateNorms, offsets.factors);
-            add_second_norms(dk2, key, after + Geometry::kStateNorms, offsets.factors);
+            add_first_norms(dk1, key, after + BackwardWalk::kStateNorms, offsets.factors);
+            add_second_norms(dk2, key, after + BackwardWalk::kStateNorms, offsets.factors);
             read_state(dv_acc, key, after, offsets.values, role.lane);
         }
-        const uint32_t queries = base + slot + Layout::kQueries, grads = base + slot + Layout::kGrads;
+        const uint32_t queries = base + slot + Memory::kQueries, grads = base + slot + Memory::kGrads;
         const auto add_pairs = [&](int block, bool diagonal) {
-            const uint32_t others = queries + block * Geometry::kFactorsBlock, values = grads + block * Geometry::kValuesBlock;
+            const uint32_t others = queries + block * BackwardWalk::kFactorsBlock;
+            const uint32_t values = grads + block * BackwardWalk::kValuesBlock;
             const float* const weight = weights + 16 * block + 2 * role.pair;
             float slope[2][4], pairs[2][2][4], of_pair[2][4];
             uint32_t a[4];
@@ -314,12 +317,12 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         };
         add_pairs(role.block, true);
 #pragma unroll 1
-        for (int block = role.block + 1; block < Geometry::kBlocks; ++block) add_pairs(block, false);
+        for (int block = role.block + 1; block < BackwardWalk::kBlocks; ++block) add_pairs(block, false);
 
         if (member == group - 1) {
             const int first_row = step_at(index).first + 16 * role.block;
             const float one[2] = {1.0f, 1.0f};
-            store_factor_grads<Map>(dk1, dk2, one, base + slot + Layout::kKeys + own_factors, arguments.dk1, arguments.dk2,
+            store_factor_grads<Map>(dk1, dk2, one, base + slot + Memory::kKeys + own_factors, arguments.dk1, arguments.dk2,
                                     piece, first_row, role.lane);
             store_rows<Number, kValueWidth>(dv_acc, 1.0f, role.lane, piece.end - first_row, arguments.dv.row,
                                             dv + first_row * arguments.dv.row);
@@ -329,14 +332,14 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
                 const float2* const pair = reinterpret_cast<const float2*>(weights + 16 * block + 2 * role.pair);
                 return uint2{as_sums(pair[0], role.quad), as_sums(pair[4], role.quad)};
             });
-            if (member == group - 1) state.store(bytes + Layout::state(chunk + 1));
+            if (member == group - 1) state.store(bytes + Memory::state(chunk + 1));
         }
     }
 }
 
 }  // namespace
 
-int64_t hadamard_causal_backward_shared_bytes() { return Layout::kBytes; }
+int64_t hadamard_causal_backward_shared_bytes() { return Memory::kBytes; }
 
 void hadamard_causal_grad_queries(const HadamardCausalGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
     const auto input = input_tensor<Number>;
@@ -351,7 +354,7 @@ void hadamard_causal_grad_queries(const HadamardCausalGradQueries& call, const s
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = hadamard_causal_grad_queries_kernel<decltype(map)>;
-        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, BackwardWalk::kThreads, Memory::kBytes,
                              stream, "hadamard_causal_grad_queries launch");
     });
 }
@@ -369,7 +372,7 @@ void hadamard_causal_grad_keys(const HadamardCausalGradKeys& call, const std::st
         static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = hadamard_causal_grad_keys_kernel<decltype(map)>;
-        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, BackwardWalk::kThreads, Memory::kBytes,
                              stream, "hadamard_causal_grad_keys launch");
     });
 }

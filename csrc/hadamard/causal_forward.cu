@@ -22,18 +22,18 @@ struct Arguments {
     float eps;
 };
 
-using Geometry = HadamardWalk<3>;
+using ForwardWalk = HadamardWalk<3>;
 
-// Bytes from the start of shared memory: the ring, and the states before this chunk and before the next.
-struct Layout {
-    static constexpr int kQueries = 0, kKeys = Geometry::kFactorsBytes, kValues = 2 * Geometry::kFactorsBytes;
-    static constexpr int kSlotBytes = kValues + Geometry::kValuesBytes;
-    static constexpr int kStates = Geometry::kStages * kSlotBytes;
-    static constexpr int kBytes = kStates + 2 * Geometry::kStateBytes;
+// Bytes from the start of shared memory: the pipeline, and the states before this chunk and before the next.
+struct Memory {
+    static constexpr int kQueries = 0, kKeys = ForwardWalk::kFactorsBytes, kValues = 2 * ForwardWalk::kFactorsBytes;
+    static constexpr int kSlotBytes = kValues + ForwardWalk::kValuesBytes;
+    static constexpr int kStates = ForwardWalk::kStages * kSlotBytes;
+    static constexpr int kBytes = kStates + 2 * ForwardWalk::kStateBytes;
 };
 
 template <typename Map>
-__global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_causal_forward_kernel(
+__global__ void __launch_bounds__(ForwardWalk::kThreads, 1) hadamard_causal_forward_kernel(
     const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_causal_forward
 
     const Piece piece(arguments);
     if (piece.empty()) return;
-    const int num_chunks = piece.chunks(Geometry::kChunk);
+    const int num_chunks = piece.chunks(ForwardWalk::kChunk);
     const int kv_head = piece.head / arguments.group;
-    const Role<Geometry> role(threadIdx.x);
+    const Role<ForwardWalk> role(threadIdx.x);
     const TileOffsets offsets(role.lane);
-    const int own_factors = role.block * Geometry::kFactorsBlock, own_values = role.block * Geometry::kValuesBlock;
+    const int own_factors = role.block * ForwardWalk::kFactorsBlock, own_values = role.block * ForwardWalk::kValuesBlock;
 
     const Number* const v = arguments.v.at(piece.batch, kv_head);
     Number* const o = arguments.o.at(piece.batch, piece.head);
@@ -54,20 +54,20 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_causal_forward
 
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
-            const int first = piece.begin + chunk * Geometry::kChunk + role.own;
-            const uint32_t slot = base + chunk % Geometry::kStages * Layout::kSlotBytes;
-            arguments.k.copy_own_rows(slot + Layout::kKeys + own_factors, piece.batch, kv_head, first, piece.end, role.lane);
-            arguments.q.copy_own_rows(slot + Layout::kQueries + own_factors, piece.batch, piece.head, first, piece.end,
+            const int first = piece.begin + chunk * ForwardWalk::kChunk + role.own;
+            const uint32_t slot = base + chunk % ForwardWalk::kStages * Memory::kSlotBytes;
+            arguments.k.copy_own_rows(slot + Memory::kKeys + own_factors, piece.batch, kv_head, first, piece.end, role.lane);
+            arguments.q.copy_own_rows(slot + Memory::kQueries + own_factors, piece.batch, piece.head, first, piece.end,
                                       role.lane);
-            copy_rows<kValueWidth, 16, 32>(slot + Layout::kValues + own_values, v, arguments.v.row, first, piece.end,
+            copy_rows<kValueWidth, 16, 32>(slot + Memory::kValues + own_values, v, arguments.v.row, first, piece.end,
                                            role.lane);
         }
         commit_copies();
     };
-    for (int chunk = 0; chunk < Geometry::kStages - 1; ++chunk) fetch(chunk);
+    for (int chunk = 0; chunk < ForwardWalk::kStages - 1; ++chunk) fetch(chunk);
 
     HadamardState state(role);
-    const auto state_at = [&](int chunk) { return Layout::kStates + chunk % 2 * Geometry::kStateBytes; };
+    const auto state_at = [&](int chunk) { return Memory::kStates + chunk % 2 * ForwardWalk::kStateBytes; };
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * (arguments.heads / arguments.group) + kv_head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
@@ -77,37 +77,37 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_causal_forward
 
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        const int slot = chunk % Geometry::kStages * Layout::kSlotBytes;
+        const int slot = chunk % ForwardWalk::kStages * Memory::kSlotBytes;
         uint32_t query[2][4];
-        wait_for_groups<Geometry::kStages - 2>();
-        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Layout::kKeys + own_factors, role.lane,
+        wait_for_groups<ForwardWalk::kStages - 2>();
+        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Memory::kKeys + own_factors, role.lane,
                                               [](uint32_t word, int) { return map_word<Map>(word); });
         __syncwarp();
-        load_features<Map>(query, base + slot + Layout::kQueries + own_factors, offsets.factors);
+        load_features<Map>(query, base + slot + Memory::kQueries + own_factors, offsets.factors);
         __syncthreads();
-        fetch(chunk + Geometry::kStages - 1);
+        fetch(chunk + ForwardWalk::kStages - 1);
 
-        const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
+        const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + state_at(chunk);
         float acc[kValueWidth / 8][4] = {}, norm[4] = {};  // norm: in the first two columns, to be added up
         float at_first[2][4] = {};                         // sum_b x^2[b] z[a, b]
         read_state(acc, query, before, offsets.values, role.lane);
-        add_first_norms(at_first, query, before + Geometry::kStateNorms, offsets.factors);
+        add_first_norms(at_first, query, before + ForwardWalk::kStateNorms, offsets.factors);
         const auto add_pairs = [&](int block, bool diagonal) {
             float weights[2][2][4], weight[2][4];
             uint32_t a[4];
-            similarities(weights, query, keys + block * Geometry::kFactorsBlock, offsets.factors);
+            similarities(weights, query, keys + block * ForwardWalk::kFactorsBlock, offsets.factors);
             multiply_elements(weight, weights[0], weights[1]);
             if (diagonal) mask_diagonal<false>(weight, role.quad, role.pair);
             round_to_fragment<Number>(a, weight);
-            multiply<Number, kValueWidth>(acc, a, values + block * Geometry::kValuesBlock, 0, offsets.values);
+            multiply<Number, kValueWidth>(acc, a, values + block * ForwardWalk::kValuesBlock, 0, offsets.values);
             mma<Number>(norm, a, one, one);
         };
 #pragma unroll 2
         for (int block = 0; block < role.block; ++block) add_pairs(block, false);
         add_pairs(role.block, true);
 
-        const int first_row = piece.begin + chunk * Geometry::kChunk + 16 * role.block, rows_left = piece.end - first_row;
+        const int first_row = piece.begin + chunk * ForwardWalk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
         if (inverse != nullptr) {
             float sum[2];
 #pragma unroll
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) hadamard_causal_forward
 
 }  // namespace
 
-int64_t hadamard_causal_forward_shared_bytes() { return Layout::kBytes; }
+int64_t hadamard_causal_forward_shared_bytes() { return Memory::kBytes; }
 
 void hadamard_causal_forward(const HadamardCausalForward& call, const std::string& feature_map, cudaStream_t stream) {
     const auto input = input_tensor<Number>;
@@ -152,8 +152,8 @@ void hadamard_causal_forward(const HadamardCausalForward& call, const std::strin
                         static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = hadamard_causal_forward_kernel<decltype(map)>;
-        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes, stream,
-                             "hadamard_causal_forward launch");
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, ForwardWalk::kThreads, Memory::kBytes,
+                             stream, "hadamard_causal_forward launch");
     });
 }
 

@@ -20,7 +20,7 @@ template <int kStages_>
 struct HadamardWalk {
     static constexpr int kChunk = 128;  // tokens
     static constexpr int kWarps = 8, kThreads = 32 * kWarps, kBlocks = kChunk / 16;
-    static constexpr int kStages = kStages_;  // slots of the ring
+    static constexpr int kStages = kStages_;  // of the pipeline
     static constexpr int kParts = 1, kSteps = kWarps, kOwnRows = 16;  // for Role: a warp fetches the rows of its block
     static constexpr int kFactorsBlock = 16 * Tile<2 * kFactor>::kRowBytes, kValuesBlock = 16 * Tile<kValueWidth>::kRowBytes;
     static constexpr int kFactorsBytes = kBlocks * kFactorsBlock, kValuesBytes = kBlocks * kValuesBlock;

@@ -63,12 +63,12 @@ struct Ring {
 // -|x|^2 / 2 of 16 rows of a tile: half the diagonal of their products with themselves.
 template <typename T, int Width>
 __device__ __forceinline__ void half_squares(uint32_t rows, int lane, float* squares) {
-    using Layout = Tile<Width>;
+    using Tile = Tile<Width>;
     float first[4] = {}, last[4] = {};  // rows 0-7 by rows 0-7; rows 8-15 by rows 8-15, in its lower half
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step) {
         uint32_t x[4];
-        load_matrices(x, rows + Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
+        load_matrices(x, rows + Tile::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
         const uint32_t a[4] = {x[0], x[2], x[1], x[3]};
         mma<T>(first, a, x[0], x[1]);
         mma<T>(last, a, x[2], x[3]);
@@ -85,12 +85,12 @@ __device__ __forceinline__ void half_squares(uint32_t rows, int lane, float* squ
 template <typename T, int Width, int Blocks>
 __device__ __forceinline__ void score_keys(uint32_t queries, uint32_t keys, const float* squares, int first, int lane,
                                            float (&score)[2 * Blocks][4]) {
-    using Layout = Tile<Width>;
+    using Tile = Tile<Width>;
     using Ring = Ring<Width, Blocks>;
     uint32_t query[Width / 16][4];
 #pragma unroll
     for (int step = 0; step < Width / 16; ++step)
-        load_matrices(query[step], queries + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+        load_matrices(query[step], queries + Tile::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
         float(&left)[4] = score[2 * block], (&right)[4] = score[2 * block + 1];
@@ -101,7 +101,7 @@ __device__ __forceinline__ void score_keys(uint32_t queries, uint32_t keys, cons
 #pragma unroll
         for (int step = 0; step < Width / 16; ++step) {
             uint32_t key[4];
-            load_matrices(key, from + Layout::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
+            load_matrices(key, from + Tile::offset(LaneAcross::row(lane), 2 * step + LaneAcross::chunk(lane)));
             mma<T>(left, query[step], key[0], key[1]);
             mma<T>(right, query[step], key[2], key[3]);
         }
@@ -148,7 +148,7 @@ template <typename T, int Width, int Blocks>
 __device__ __forceinline__ void add_values(const float (&score)[2 * Blocks][4], float scale, const float (&shift)[2],
                                            uint32_t values, int first, int lane, float (&total)[2],
                                            float (&acc)[Width / 8][4]) {
-    using Layout = Tile<Width>;
+    using Tile = Tile<Width>;
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
         uint32_t weight[4];
@@ -166,7 +166,7 @@ __device__ __forceinline__ void add_values(const float (&score)[2 * Blocks][4], 
         for (int step = 0; step < Width / 16; ++step) {
             uint32_t value[4];
             load_matrices_transposed(
-                value, from + Layout::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
+                value, from + Tile::offset(LaneNormal::row(lane), 2 * step + LaneNormal::chunk(lane)));
             mma<T>(acc[2 * step], weight, value[0], value[1]);
             mma<T>(acc[2 * step + 1], weight, value[2], value[3]);
         }
@@ -223,12 +223,12 @@ template <typename T, int Width, int Blocks, bool Select>
 __global__ void __launch_bounds__(kThreads, Ring<Width, Blocks>::kBlocksPerMultiprocessor)
 krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
     using Ring = Ring<Width, Blocks>;
-    using Layout = Tile<Width>;
+    using Tile = Tile<Width>;
     extern __shared__ uint4 memory[];
     uint4* const key_rows = memory;
-    uint4* const value_rows = key_rows + Ring::kRingRows * Layout::kChunks;
-    uint4* const query_rows = value_rows + Ring::kRingRows * Layout::kChunks;
-    float* const squares = reinterpret_cast<float*>(query_rows + kTileRows * Layout::kChunks);
+    uint4* const value_rows = key_rows + Ring::kRingRows * Tile::kChunks;
+    uint4* const query_rows = value_rows + Ring::kRingRows * Tile::kChunks;
+    float* const squares = reinterpret_cast<float*>(query_rows + kTileRows * Tile::kChunks);
 
     const Window& window = arguments.window;
     const bool packed = window.token_bounds != nullptr;
@@ -252,10 +252,10 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
 
     // A warp copies the same 16 rows of every tile, and computes their squares without waiting for the others.
     const uint32_t keys = shared_address(key_rows), values = shared_address(value_rows);
-    const uint32_t queries = shared_address(query_rows) + warp * kRows * Layout::kRowBytes;
+    const uint32_t queries = shared_address(query_rows) + warp * kRows * Tile::kRowBytes;
     const auto fetch_keys = [&](int tile, int ring_row) {  // those that query tile `tile` is the first to reach
         const int first = tile * kTileRows + warp * kRows + window.offset - window.back;
-        const uint32_t offset = (ring_row + warp * kRows) * Layout::kRowBytes;
+        const uint32_t offset = (ring_row + warp * kRows) * Tile::kRowBytes;
         copy_rows<Width, kRows, 32>(keys + offset, k, arguments.k_strides.row, first, window.num_keys, lane);
         copy_rows<Width, kRows, 32>(values + offset, v, arguments.v_strides.row, first, window.num_keys, lane);
     };
@@ -265,10 +265,10 @@ krause_forward_kernel(const __grid_constant__ Arguments<T> arguments) {
     };
     const auto square_keys = [&](int ring_row) {
         const int row = ring_row + warp * kRows;
-        half_squares<T, Width>(keys + row * Layout::kRowBytes, lane, squares + row);
+        half_squares<T, Width>(keys + row * Tile::kRowBytes, lane, squares + row);
         if (packed) {  // a key whose value is not finite makes the scores NaN that see it
             __syncwarp();
-            clean_rows<T, Width>(value_rows + row * Layout::kChunks, lane, squares + row);
+            clean_rows<T, Width>(value_rows + row * Tile::kChunks, lane, squares + row);
         }
     };
 

@@ -38,8 +38,8 @@ struct Arguments {
     int kv_heads, group, window, top_k;
 };
 
-// Where the keys of a sequence lie in the ring.
-struct Ring {
+// Where the keys of a sequence lie in its cache.
+struct CacheSlots {
     int window, count, oldest;
 
     // The slot of the key whose position is the rank-th smallest.
@@ -109,7 +109,7 @@ __device__ __forceinline__ int key_of(float score) { return score == score ? ord
 
 // Fills scores[h * window + slot] with the key of q_h . k - |k|^2 / 2. It is scaled later, so that equal distances stay equal.
 template <typename T, int Width, int Heads>
-__device__ __forceinline__ void score_keys(const T* q, int64_t q_stride, int members, const T* keys, const Ring& ring,
+__device__ __forceinline__ void score_keys(const T* q, int64_t q_stride, int members, const T* keys, const CacheSlots& slots,
                                            int* scores) {
     constexpr int kLanes = Width / 8;
     const int lane = threadIdx.x % kLanes;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void score_keys(const T* q, int64_t q_stride, int mem
 #pragma unroll
     for (int h = 0; h < Heads; ++h)
         unpack_eight<T>(*reinterpret_cast<const uint4*>(q + min(h, members - 1) * q_stride + 8 * lane), query[h]);
-    walk<T, Width>(keys, ring.count, [&](int slot, const float(&key)[8]) {
+    walk<T, Width>(keys, slots.count, [&](int slot, const float(&key)[8]) {
         float score[Heads] = {};
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -126,9 +126,10 @@ __device__ __forceinline__ void score_keys(const T* q, int64_t q_stride, int mem
         }
         const int first = scatter_sums<kLanes>(score, lane);
         constexpr int kSame = kLanes > Heads ? kLanes / Heads : 1;  // lanes that hold the same total
-        if (slot < ring.count && lane % kSame == 0) {
+        if (slot < slots.count && lane % kSame == 0) {
 #pragma unroll
-            for (int i = 0; i < (Heads + kLanes - 1) / kLanes; ++i) scores[(first + i) * ring.window + slot] = key_of(score[i]);
+            for (int i = 0; i < (Heads + kLanes - 1) / kLanes; ++i)
+                scores[(first + i) * slots.window + slot] = key_of(score[i]);
         }
     });
 }
@@ -141,22 +142,22 @@ __device__ __forceinline__ int over_warp(int value, Combine&& combine) {
 }
 
 // Turns the keys of a query head's scores into weights, as bits, 0 for what is not selected; returns their sum. A warp's work.
-__device__ __forceinline__ float weigh(int* scores, const Ring& ring, int top_k, float scale) {
+__device__ __forceinline__ float weigh(int* scores, const CacheSlots& slots, int top_k, float scale) {
     const int lane = threadIdx.x % 32;
     const auto count_above = [&](int cut) {
         int above = 0;
-        for (int slot = lane; slot < ring.count; slot += 32) above += scores[slot] > cut;
+        for (int slot = lane; slot < slots.count; slot += 32) above += scores[slot] > cut;
         return over_warp(above, [](int x, int y) { return x + y; });
     };
     int lowest = INT_MAX, highest = INT_MIN;
-    for (int slot = lane; slot < ring.count; slot += 32) {
+    for (int slot = lane; slot < slots.count; slot += 32) {
         lowest = min(lowest, scores[slot]), highest = max(highest, scores[slot]);
     }
     lowest = over_warp(lowest, [](int x, int y) { return min(x, y); });
     highest = over_warp(highest, [](int x, int y) { return max(x, y); });
 
     // At least top_k keys exceed low, fewer exceed high; what lies in between is kept up to the number that is needed.
-    int low = lowest - 1, high = highest, above = ring.count, above_high = 0;
+    int low = lowest - 1, high = highest, above = slots.count, above_high = 0;
     if (top_k > 0) {
         while (above > top_k && static_cast<unsigned>(high) - static_cast<unsigned>(low) > 1) {
             const int middle = low + static_cast<int>((static_cast<unsigned>(high) - static_cast<unsigned>(low)) / 2);
@@ -170,9 +171,9 @@ __device__ __forceinline__ float weigh(int* scores, const Ring& ring, int top_k,
     const float shift = unordered(highest);
     float sum = 0.0f;
     int seen = 0;
-    for (int first = 0; first < ring.count; first += 32) {
-        const bool inside = first + lane < ring.count;
-        const int slot = inside ? ring.slot(first + lane) : 0;
+    for (int first = 0; first < slots.count; first += 32) {
+        const bool inside = first + lane < slots.count;
+        const int slot = inside ? slots.slot(first + lane) : 0;
         const int key = inside ? scores[slot] : 0;
         const bool between = inside && key > low && key <= high;
         const unsigned others = __ballot_sync(kWholeWarp, between);
@@ -187,15 +188,15 @@ __device__ __forceinline__ float weigh(int* scores, const Ring& ring, int top_k,
 
 // Adds up weights, given as bits, times values and stores the means of `members` query heads. Weights are overwritten.
 template <typename T, int Width, int Heads>
-__device__ __forceinline__ void average_values(const T* values, const Ring& ring, int* weights, const float* totals,
+__device__ __forceinline__ void average_values(const T* values, const CacheSlots& slots, int* weights, const float* totals,
                                                int members, T* o, int64_t o_stride) {
     constexpr int kLanes = Width / 8;
     float sum[Heads][8] = {};
-    walk<T, Width>(values, ring.count, [&](int slot, const float(&value)[8]) {
-        if (slot >= ring.count) return;
+    walk<T, Width>(values, slots.count, [&](int slot, const float(&value)[8]) {
+        if (slot >= slots.count) return;
 #pragma unroll
         for (int h = 0; h < Heads; ++h) {
-            const float weight = __int_as_float(weights[h * ring.window + slot]);
+            const float weight = __int_as_float(weights[h * slots.window + slot]);
 #pragma unroll
             for (int e = 0; e < 8; ++e) sum[h][e] = fmaf(weight, value[e], sum[h][e]);
         }
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) krause_step_kernel(const Arguments<T
     const int64_t batch = blockIdx.x / arguments.kv_heads, ring_start = static_cast<int64_t>(blockIdx.x) * window * Width;
     const int position = max(arguments.length[batch], 0), slot = position % window;
     const bool full = position >= window - 1;
-    const Ring ring{window, full ? window : position + 1, full && slot + 1 < window ? slot + 1 : 0};
+    const CacheSlots slots{window, full ? window : position + 1, full && slot + 1 < window ? slot + 1 : 0};
     T *keys = arguments.cached_k + ring_start, *values = arguments.cached_v + ring_start;
 
     constexpr int kChunks = Width / 8;
@@ -255,16 +256,16 @@ __global__ void __launch_bounds__(kThreads) krause_step_kernel(const Arguments<T
     for (int first = 0; first < arguments.group; first += Heads) {
         const int members = min(Heads, arguments.group - first), query_head = head * arguments.group + first;
         score_keys<T, Width, Heads>(arguments.q + batch * arguments.q_strides.batch + query_head * arguments.q_strides.head,
-                                    arguments.q_strides.head, members, keys, ring, scores);
+                                    arguments.q_strides.head, members, keys, slots, scores);
         __syncthreads();
         for (int h = warp; h < members; h += kWarps) {
             const float sigma = arguments.sigma[(query_head + h) * arguments.sigma_stride];
             const float scale = sigma > 0.0f ? kLog2E / (sigma * sigma) : NAN;  // not checked on the host: poison the head
-            const float total = weigh(scores + h * window, ring, arguments.top_k, scale);
+            const float total = weigh(scores + h * window, slots, arguments.top_k, scale);
             if (threadIdx.x % 32 == 0) totals[h] = total;
         }
         __syncthreads();
-        average_values<T, Width, Heads>(values, ring, scores, totals, members,
+        average_values<T, Width, Heads>(values, slots, scores, totals, members,
                                         arguments.o + batch * arguments.o_strides.batch + query_head * arguments.o_strides.head,
                                         arguments.o_strides.head);
         __syncthreads();  // the next heads' scores take the place of the sums

@@ -57,14 +57,14 @@ __device__ __forceinline__ int64_t state_index(const Piece& piece, int head, int
 // A state (D, D), float32, rounded, as a tile in shared memory. All threads of the block, and a barrier after it.
 template <typename Walk>
 __device__ __forceinline__ void copy_state(char* tile, const float* state) {
-    using Layout = Tile<Walk::kWidth>;
+    using Tile = Tile<Walk::kWidth>;
 #pragma unroll
-    for (int i = threadIdx.x; i < Walk::kWidth * Layout::kChunks; i += Walk::kThreads) {
-        const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
+    for (int i = threadIdx.x; i < Walk::kWidth * Tile::kChunks; i += Walk::kThreads) {
+        const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
         const float4* const from = reinterpret_cast<const float4*>(state + row * Walk::kWidth + 8 * chunk);
         const float4 x = from[0], y = from[1];
-        *reinterpret_cast<uint4*>(tile + Layout::offset(row, chunk)) = {pack<Number>(x.x, x.y), pack<Number>(x.z, x.w),
-                                                                        pack<Number>(y.x, y.y), pack<Number>(y.z, y.w)};
+        *reinterpret_cast<uint4*>(tile + Tile::offset(row, chunk)) = {pack<Number>(x.x, x.y), pack<Number>(x.z, x.w),
+                                                                      pack<Number>(y.x, y.y), pack<Number>(y.z, y.w)};
     }
 }
 

@@ -24,10 +24,10 @@ struct QueryArguments {
     int heads, group, num_tokens, num_pieces, piece_length, num_states;  // heads: of keys
 };
 
-// Bytes from the start of shared memory: the ring, the state and its norms, and reciprocals of the rows of this chunk and of
-// the next. Sums of norms by blocks of rows take the place of the ring in the end.
+// Bytes from the start of shared memory: the pipeline, the state and its norms, and reciprocals of the rows of this chunk and
+// of the next. Sums of norms by blocks of rows take the place of the pipeline in the end.
 template <typename Walk>
-struct QueryLayout {
+struct QueryMemory {
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes;
     static constexpr int kSlotBytes = 2 * Walk::kTileBytes;
     static constexpr int kState = Walk::kStages * kSlotBytes;
@@ -40,7 +40,7 @@ template <typename Walk, int kResident, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, kResident)
 grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = QueryLayout<Walk>;
+    using Memory = QueryMemory<Walk>;
     static_assert(Walk::kParts == 1, "a warp has all columns of its rows");
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -53,7 +53,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     const LaneOffsets<kWidth> whole(role.lane);
     const bool normalised = arguments.inverse != nullptr;
 
-    // A step of the ring is a chunk of one query head of the group.
+    // A step of the pipeline is a chunk of one query head of the group.
     struct Step {
         int head, first;
     };
@@ -65,10 +65,10 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     const auto fetch = [&](int index) {
         if (index < num_steps) {
             const Step step = step_at(index);
-            const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes;
-            copy_chunk<Walk>(slot + Layout::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row,
+            const uint32_t slot = base + index % Walk::kStages * Memory::kSlotBytes;
+            copy_chunk<Walk>(slot + Memory::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row,
                              step.first, piece.end);
-            copy_chunk<Walk>(slot + Layout::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row, step.first,
+            copy_chunk<Walk>(slot + Memory::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row, step.first,
                              piece.end);
         }
         commit_copies();
@@ -84,10 +84,10 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     fetch_factor(0);
     for (int step = 0; step < Walk::kStages - 1; ++step) fetch(step);
 
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
     const int64_t state =
         state_index(piece, piece.head, arguments.heads, arguments.pieces, arguments.num_pieces, arguments.num_states);
-    copy_state<Walk>(bytes + Layout::kState, arguments.states + state * kWidth * kWidth);
+    copy_state<Walk>(bytes + Memory::kState, arguments.states + state * kWidth * kWidth);
     if (threadIdx.x < kWidth) norms[threadIdx.x] = arguments.norms[state * kWidth + threadIdx.x];
 
     Sums<Walk> sums(role);
@@ -96,8 +96,8 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
         const Step step = step_at(index);
-        const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes, rows = slot + role.warp * kBlockBytes;
-        float* const factors = reinterpret_cast<float*>(bytes + Layout::kFactors) + index % 2 * Walk::kChunk;
+        const uint32_t slot = base + index % Walk::kStages * Memory::kSlotBytes, rows = slot + role.warp * kBlockBytes;
+        float* const factors = reinterpret_cast<float*>(bytes + Memory::kFactors) + index % 2 * Walk::kChunk;
         wait_for_groups<Walk::kStages - 2>();
         if (threadIdx.x < Walk::kChunk) factors[threadIdx.x] = next_factor;
         __syncthreads();
@@ -106,7 +106,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 
         const auto add_sums = [&] {
             const float* const block_factors = factors + 2 * role.pair;
-            sums.add(slot + Layout::kQueries, slot + Layout::kGrads, [&](uint32_t(&a)[4], int block) {
+            sums.add(slot + Memory::kQueries, slot + Memory::kGrads, [&](uint32_t(&a)[4], int block) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {  // word i has tokens 2 pair and 2 pair + 1 of the first or the last 8
                     const float2 x = unpack<Number>(a[i]);
@@ -121,15 +121,15 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
 #pragma unroll
             for (int column = 0; column < Walk::kSteps; ++column) {
                 uint32_t grad[4];
-                load_matrices(grad, whole.normal_at(rows + Layout::kGrads, column));
-                multiply_transposed_step<Number, kWidth>(u, grad, base + Layout::kState, column, whole);
+                load_matrices(grad, whole.normal_at(rows + Memory::kGrads, column));
+                multiply_transposed_step<Number, kWidth>(u, grad, base + Memory::kState, column, whole);
             }
             // use(x, u, r, column): neighbours in row quad + 8 r of q and of u, from `column` on of the lane's columns.
             const auto for_queries = [&](const auto& use) {
 #pragma unroll
                 for (int block = 0; block < kWidth / 16; ++block) {
                     uint32_t raw[4];
-                    load_matrices(raw, whole.normal_at(rows + Layout::kQueries, block));
+                    load_matrices(raw, whole.normal_at(rows + Memory::kQueries, block));
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
                         use(unpack<Number>(raw[i]), &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
@@ -193,9 +193,9 @@ struct KeyArguments {
     int heads, num_tokens, num_pieces, piece_length, num_states;  // heads: of keys
 };
 
-// Bytes from the start of shared memory: the ring, the state and its norms.
+// Bytes from the start of shared memory: the pipeline, the state and its norms.
 template <typename Walk>
-struct KeyLayout {
+struct KeyMemory {
     static constexpr int kKeys = 0, kValues = Walk::kTileBytes;
     static constexpr int kSlotBytes = 2 * Walk::kTileBytes;
     static constexpr int kState = Walk::kStages * kSlotBytes;
@@ -206,7 +206,7 @@ struct KeyLayout {
 template <typename Walk, int kResident, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = KeyLayout<Walk>;
+    using Memory = KeyMemory<Walk>;
     static_assert(Walk::kParts == 1, "a warp has its rows to itself");
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -224,22 +224,22 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
     Number* const dv = arguments.dv.at(piece.batch, piece.head);
 
     const auto slot_of = [&](int chunk) {
-        return base + chunk % Walk::kStages * Layout::kSlotBytes + role.warp * kBlockBytes;
+        return base + chunk % Walk::kStages * Memory::kSlotBytes + role.warp * kBlockBytes;
     };
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int row = first + chunk * Walk::kChunk;
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kValues, v, arguments.v.row, row, piece.end, role.lane);
-            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Layout::kKeys, k, arguments.k.row, row, piece.end, role.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Memory::kValues, v, arguments.v.row, row, piece.end, role.lane);
+            copy_rows<kWidth, 16, 32>(slot_of(chunk) + Memory::kKeys, k, arguments.k.row, row, piece.end, role.lane);
         }
         commit_copies();
     };
     for (int chunk = 0; chunk < Walk::kStages - 1; ++chunk) fetch(chunk);
 
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
     const int64_t state =
         state_index(piece, piece.head, arguments.heads, arguments.pieces, arguments.num_pieces, arguments.num_states);
-    copy_state<Walk>(bytes + Layout::kState, arguments.states + state * kWidth * kWidth);
+    copy_state<Walk>(bytes + Memory::kState, arguments.states + state * kWidth * kWidth);
     if (threadIdx.x < kWidth) norms[threadIdx.x] = arguments.norms[state * kWidth + threadIdx.x];
     __syncthreads();
 
@@ -260,11 +260,11 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
 #pragma unroll
         for (int step = 0; step < Walk::kSteps; ++step) {
             uint32_t value[4];
-            load_matrices(value, whole.normal_at(rows + Layout::kValues, step));
-            multiply_transposed_step<Number, kWidth>(acc, value, base + Layout::kState, step, whole);
+            load_matrices(value, whole.normal_at(rows + Memory::kValues, step));
+            multiply_transposed_step<Number, kWidth>(acc, value, base + Memory::kState, step, whole);
         }
         const float one[2] = {1.0f, 1.0f};
-        multiply_by_slopes<Map>(acc, one, rows + Layout::kKeys, whole);
+        multiply_by_slopes<Map>(acc, one, rows + Memory::kKeys, whole);
         store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dk.row, dk + first_row * arguments.dk.row);
 
 #pragma unroll
@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) grad_keys_kernel(co
 #pragma unroll
         for (int step = 0; step < Walk::kSteps; ++step) {
             uint32_t key[4];
-            load_matrices(key, whole.normal_at(rows + Layout::kKeys, step));
+            load_matrices(key, whole.normal_at(rows + Memory::kKeys, step));
 #pragma unroll
             for (int i = 0; i < 4; ++i) key[i] = map_word<Map>(key[i]);
-            multiply<Number, kWidth>(acc, key, base + Layout::kState + step * kBlockBytes, 0, whole);
+            multiply<Number, kWidth>(acc, key, base + Memory::kState + step * kBlockBytes, 0, whole);
         }
         store_rows<Number, kWidth>(acc, 1.0f, role.lane, rows_left, arguments.dv.row, dv + first_row * arguments.dv.row);
     }
@@ -286,8 +286,8 @@ struct Config {
     static constexpr int kResident = Width == 64 ? 3 : 1;  // blocks on a multiprocessor
     using QueryWalk = Walk<Width, Width, Width / 16, 2>;
     using KeyWalk = Walk<Width, Width, Width / 16, Width == 64 ? 2 : 3>;
-    using Query = QueryLayout<QueryWalk>;
-    using Key = KeyLayout<KeyWalk>;
+    using Query = QueryMemory<QueryWalk>;
+    using Key = KeyMemory<KeyWalk>;
 };
 
 }  // namespace

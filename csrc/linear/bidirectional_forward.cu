@@ -1,6 +1,6 @@
 // Bidirectional linear attention with one factor: sums over the keys of a piece, and queries that read those of all keys.
 //
-// Both stream rows through a ring of slots in shared memory. For the sums, each warp of a block has 16 features, takes them
+// Both pass rows through a pipeline in shared memory. For the sums, each warp of a block has 16 features, takes them
 // from all rows of a chunk, and maps each once; there is one barrier a chunk. Queries meet nothing but the state of their
 // sequence, which lies in shared memory, so each warp has 16 rows of a chunk to itself, and needs no other warp.
 #include "linear/bidirectional_forward.h"
@@ -24,7 +24,7 @@ struct SumArguments {
 };
 
 template <typename Walk>
-struct SumLayout {  // bytes from the start of shared memory: the ring
+struct SumMemory {  // bytes from the start of shared memory: the pipeline
     static constexpr int kKeys = 0, kValues = Walk::kTileBytes;
     static constexpr int kSlotBytes = 2 * Walk::kTileBytes;
     static constexpr int kBytes = Walk::kStages * kSlotBytes;
@@ -32,7 +32,7 @@ struct SumLayout {  // bytes from the start of shared memory: the ring
 
 template <typename Walk, int kResident, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const __grid_constant__ SumArguments arguments) {
-    using Layout = SumLayout<Walk>;
+    using Memory = SumMemory<Walk>;
     extern __shared__ __align__(128) uint4 memory[];
     const uint32_t base = shared_address(memory);
 
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int first = piece.begin + chunk * Walk::kChunk;
-            const uint32_t slot = base + chunk % Walk::kStages * Layout::kSlotBytes;
-            copy_chunk<Walk>(slot + Layout::kKeys, k, arguments.k.row, first, piece.end);
-            copy_chunk<Walk>(slot + Layout::kValues, v, arguments.v.row, first, piece.end);
+            const uint32_t slot = base + chunk % Walk::kStages * Memory::kSlotBytes;
+            copy_chunk<Walk>(slot + Memory::kKeys, k, arguments.k.row, first, piece.end);
+            copy_chunk<Walk>(slot + Memory::kValues, v, arguments.v.row, first, piece.end);
         }
         commit_copies();
     };
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) sums_kernel(const _
         __syncthreads();
         fetch(chunk + Walk::kStages - 1);
 
-        const uint32_t slot = base + chunk % Walk::kStages * Layout::kSlotBytes;
+        const uint32_t slot = base + chunk % Walk::kStages * Memory::kSlotBytes;
         const int rows_left = piece.end - (piece.begin + chunk * Walk::kChunk);
         float chunk_norm[4] = {};  // in the first column
-        sums.add(slot + Layout::kKeys, slot + Layout::kValues, [&](uint32_t(&a)[4], int block) {
+        sums.add(slot + Memory::kKeys, slot + Memory::kValues, [&](uint32_t(&a)[4], int block) {
             // Values beyond the end are zero, features are not: so is what they are multiplied by for the norms.
             const int row = 16 * block + 2 * role.pair, count = role.quad == 0 ? rows_left : 0;
             const auto ones = [&](int i) { return pack<Number>(i < count ? 1.0f : 0.0f, i + 1 < count ? 1.0f : 0.0f); };
@@ -96,10 +96,10 @@ struct ReadArguments {
     float eps;
 };
 
-// Bytes from the start of shared memory: the ring, the state, and its norms as tiles of 8 columns, each norm as the sum of two
-// numbers.
+// Bytes from the start of shared memory: the pipeline, the state, and its norms as tiles of 8 columns, each norm as the sum of
+// two numbers.
 template <typename Walk>
-struct ReadLayout {
+struct ReadMemory {
     static constexpr int kSlotBytes = Walk::kTileBytes;
     static constexpr int kState = Walk::kStages * kSlotBytes;
     static constexpr int kNorms = kState + Walk::kStateBytes;
@@ -109,7 +109,7 @@ struct ReadLayout {
 template <typename Walk, int kResident, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const __grid_constant__ ReadArguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = ReadLayout<Walk>;
+    using Memory = ReadMemory<Walk>;
     static_assert(Walk::kParts == 1, "a warp has its rows to itself");
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
         (static_cast<int64_t>(piece.batch) * arguments.heads + piece.head) * arguments.num_tokens;
 
     const auto slot_of = [&](int chunk) {
-        return base + chunk % Walk::kStages * Layout::kSlotBytes + role.warp * kBlockBytes;
+        return base + chunk % Walk::kStages * Memory::kSlotBytes + role.warp * kBlockBytes;
     };
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks)
@@ -138,10 +138,10 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
 
     const int64_t state = state_index(piece, piece.head / arguments.group, arguments.heads / arguments.group, arguments.pieces,
                                       arguments.num_pieces, arguments.num_states);
-    copy_state<Walk>(bytes + Layout::kState, arguments.states + state * kWidth * kWidth);
+    copy_state<Walk>(bytes + Memory::kState, arguments.states + state * kWidth * kWidth);
     if (threadIdx.x < kWidth) {
         const uint32_t norm = as_two(arguments.norms[state * kWidth + threadIdx.x]);
-        *reinterpret_cast<uint4*>(bytes + Layout::kNorms + 16 * threadIdx.x) = {norm, 0, 0, 0};
+        *reinterpret_cast<uint4*>(bytes + Memory::kNorms + 16 * threadIdx.x) = {norm, 0, 0, 0};
     }
     __syncthreads();
 
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
         __syncwarp();
         fetch(chunk + Walk::kStages - 1);
 
-        const uint32_t rows = slot_of(chunk), norms = base + Layout::kNorms + 16 * role.lane;
+        const uint32_t rows = slot_of(chunk), norms = base + Memory::kNorms + 16 * role.lane;
         float acc[kWidth / 8][4] = {}, norm[4] = {};  // norm: in the first two columns, to be added up
         uint32_t z[4];
 #pragma unroll
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(Walk::kThreads, kResident) read_kernel(const _
             load_matrices(query, whole.normal_at(rows, step));
 #pragma unroll
             for (int i = 0; i < 4; ++i) query[i] = map_word<Map>(query[i]);
-            multiply<Number, kWidth>(acc, query, base + Layout::kState + step * kBlockBytes, 0, whole);
+            multiply<Number, kWidth>(acc, query, base + Memory::kState + step * kBlockBytes, 0, whole);
             if (step % 2 == 0) load_matrices_transposed(z, norms + step * 16 * 16);
             mma<Number>(norm, query, z[step % 2 * 2], z[step % 2 * 2 + 1]);
         }
@@ -180,8 +180,8 @@ struct Config {
     static constexpr int kResident = Width == 64 ? 4 : 1;  // blocks on a multiprocessor
     using SumWalk = Walk<Width, 64, Width / 16, 3>;
     using ReadWalk = Walk<Width, Width, Width / 16, Width == 64 ? 4 : 3>;
-    using Sum = SumLayout<SumWalk>;
-    using Read = ReadLayout<ReadWalk>;
+    using Sum = SumMemory<SumWalk>;
+    using Read = ReadMemory<ReadWalk>;
 };
 
 }  // namespace

@@ -13,10 +13,10 @@
 namespace nearfar {
 namespace {
 
-// Bytes from the start of shared memory: the ring, the states behind this chunk and behind the next, their norms, and some
+// Bytes from the start of shared memory: the pipeline, the states behind this chunk and behind the next, their norms, and some
 // numbers for tokens.
 template <typename Walk, int Tiles, int Numbers>
-struct Layout {
+struct Memory {
     static constexpr int kSlotBytes = Tiles * Walk::kTileBytes;
     static constexpr int kStates = Walk::kStages * kSlotBytes;
     static constexpr int kNorms = kStates + 2 * Walk::kStateBytes;
@@ -39,7 +39,7 @@ __device__ __forceinline__ float (&two_tiles(float (&c)[Tiles][4], int first))[2
 // ------------------------------------------------------------------------------------------------------------ queries
 
 template <typename Walk>
-struct QueryLayout : Layout<Walk, 4, Walk::kParts * Walk::kChunk> {  // the numbers: what each part has of dO . o
+struct QueryMemory : Memory<Walk, 4, Walk::kParts * Walk::kChunk> {  // the numbers: what each part has of dO . o
     static constexpr int kKeys = 0, kValues = Walk::kTileBytes, kGrads = 2 * Walk::kTileBytes, kQueries = 3 * Walk::kTileBytes;
 };
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ void ones_fragment(uint32_t (&a)[4], bool triangle, i
 template <typename Walk, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = QueryLayout<Walk>;
+    using Memory = QueryMemory<Walk>;
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
@@ -81,36 +81,36 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int first = piece.begin + chunk * Walk::kChunk + role.own;
-            const uint32_t slot = base + chunk % Walk::kStages * Layout::kSlotBytes + own_rows;
+            const uint32_t slot = base + chunk % Walk::kStages * Memory::kSlotBytes + own_rows;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kWidth, Walk::kOwnRows, 32>(slot + tile, x, stride, first, piece.end, role.lane);
             };
-            rows(Layout::kKeys, k, arguments.k.row);
-            rows(Layout::kGrads, grad_o, arguments.grad_o.row);
-            rows(Layout::kValues, v, arguments.v.row);
-            rows(Layout::kQueries, q, arguments.q.row);
+            rows(Memory::kKeys, k, arguments.k.row);
+            rows(Memory::kGrads, grad_o, arguments.grad_o.row);
+            rows(Memory::kValues, v, arguments.v.row);
+            rows(Memory::kQueries, q, arguments.q.row);
         }
         commit_copies();
     };
     for (int chunk = 0; chunk < Walk::kStages - 1; ++chunk) fetch(chunk);
 
     State<Walk> state(role);
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
-    float* const deltas = reinterpret_cast<float*>(bytes + Layout::kNumbers);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
+    float* const deltas = reinterpret_cast<float*>(bytes + Memory::kNumbers);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * (arguments.heads / arguments.group) + kv_head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
     }
-    store_state(state, bytes + Layout::kStates, norms);
+    store_state(state, bytes + Memory::kStates, norms);
 
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
         const int first_row = piece.begin + chunk * Walk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
-        const int slot = chunk % Walk::kStages * Layout::kSlotBytes;
+        const int slot = chunk % Walk::kStages * Memory::kSlotBytes;
         const uint32_t rows = base + slot + my_rows;
         uint32_t grad[Walk::kSteps][4];
         float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
-        const auto load_grads = [&] { load_rows<kWidth>(grad, rows + Layout::kGrads, whole); };
+        const auto load_grads = [&] { load_rows<kWidth>(grad, rows + Memory::kGrads, whole); };
         if (normalised) {
             for (int r = 0; r < 2; ++r) {
                 const int row = role.quad + 8 * r;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
             }
         }
         wait_for_groups<Walk::kStages - 2>();
-        change_own_rows<Walk>(bytes + slot + Layout::kKeys + own_rows, role.lane,
+        change_own_rows<Walk>(bytes + slot + Memory::kKeys + own_rows, role.lane,
                               [](uint32_t word, int) { return map_word<Map>(word); });
         if (Walk::kParts == 1) {  // nobody else has fetched any of them
             __syncwarp();
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         fetch(chunk + Walk::kStages - 1);
         if (Walk::kParts > 1) load_grads();
 
-        const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
-        const uint32_t before = base + Layout::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
+        const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
+        const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
         // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
         float u[Walk::kColumns / 8][4] = {}, z[Walk::kColumns / 8][4];
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 #pragma unroll
             for (int step = 0; step < Walk::kColumns / 16; ++step) {
                 uint32_t raw[4];
-                load_matrices(raw, mine.normal_at(rows + Layout::kQueries, step));
+                load_matrices(raw, mine.normal_at(rows + Memory::kQueries, step));
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float2 x = unpack<Number>(raw[i]);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
             if (role.part == 0 && role.pair == 0 && row < rows_left)
                 arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
         }
-        multiply_by_slopes<Map>(u, factor, rows + Layout::kQueries, mine);
+        multiply_by_slopes<Map>(u, factor, rows + Memory::kQueries, mine);
         store_rows<Number, Walk::kColumns>(u, 1.0f, role.lane, rows_left, arguments.dq.row, dq + first_row * arguments.dq.row);
 
         if (chunk + 1 < num_chunks) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
                 return uint2{one, one};
             });
             const int next = (chunk + 1) % 2;
-            store_state(state, bytes + Layout::kStates + next * Walk::kStateBytes, norms + next * kWidth);
+            store_state(state, bytes + Memory::kStates + next * Walk::kStateBytes, norms + next * kWidth);
         }
     }
 }
@@ -212,14 +212,14 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 // --------------------------------------------------------------------------------------------------- keys and values
 
 template <typename Walk>
-struct KeyLayout : Layout<Walk, 4, 2 * Walk::kChunk> {  // the numbers: weights of this chunk and of the next
+struct KeyMemory : Memory<Walk, 4, 2 * Walk::kChunk> {  // the numbers: weights of this chunk and of the next
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes, kKeys = 2 * Walk::kTileBytes, kValues = 3 * Walk::kTileBytes;
 };
 
 template <typename Walk, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = KeyLayout<Walk>;
+    using Memory = KeyMemory<Walk>;
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
     Number* const dk = arguments.dk.at(piece.batch, piece.head) + role.part * Walk::kColumns;
     Number* const dv = arguments.dv.at(piece.batch, piece.head) + role.part * Walk::kColumns;
 
-    // A step of the ring is a chunk, the last one first, with one query head of the group.
+    // A step of the pipeline is a chunk, the last one first, with one query head of the group.
     struct Step {
         int first, head;
     };
@@ -248,14 +248,14 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
     const auto fetch = [&](int index) {
         if (index < num_steps) {
             const Step step = step_at(index);
-            const uint32_t slot = base + index % Walk::kStages * Layout::kSlotBytes + own_rows;
+            const uint32_t slot = base + index % Walk::kStages * Memory::kSlotBytes + own_rows;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kWidth, Walk::kOwnRows, 32>(slot + tile, x, stride, step.first + role.own, piece.end, role.lane);
             };
-            rows(Layout::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row);
-            rows(Layout::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
-            rows(Layout::kKeys, k, arguments.k.row);
-            rows(Layout::kValues, v, arguments.v.row);
+            rows(Memory::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row);
+            rows(Memory::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
+            rows(Memory::kKeys, k, arguments.k.row);
+            rows(Memory::kValues, v, arguments.v.row);
         }
         commit_copies();
     };
@@ -274,35 +274,35 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
     for (int step = 0; step < Walk::kStages - 1; ++step) fetch(step);
 
     State<Walk> state(role);
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
-    float* const numbers = reinterpret_cast<float*>(bytes + Layout::kNumbers);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
+    float* const numbers = reinterpret_cast<float*>(bytes + Memory::kNumbers);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads + piece.head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
     }
-    store_state(state, bytes + Layout::kStates, norms);
+    store_state(state, bytes + Memory::kStates, norms);
 
     uint32_t key[Walk::kSteps][4], value[Walk::kSteps][4];
     float dk_acc[Walk::kColumns / 8][4], dv_acc[Walk::kColumns / 8][4];
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
-        const int slot = index % Walk::kStages * Layout::kSlotBytes;
+        const int slot = index % Walk::kStages * Memory::kSlotBytes;
         const int chunk = index / group, member = index - chunk * group;
         const uint32_t rows = base + slot + my_rows;
         const auto load_keys = [&] {
-            load_rows<kWidth>(key, rows + Layout::kKeys, whole);
-            load_rows<kWidth>(value, rows + Layout::kValues, whole);
+            load_rows<kWidth>(key, rows + Memory::kKeys, whole);
+            load_rows<kWidth>(value, rows + Memory::kValues, whole);
 #pragma unroll
             for (int i = 0; i < 4 * Walk::kSteps; ++i) key[i / 4][i % 4] = map_word<Map>(key[i / 4][i % 4]);
         };
         wait_for_groups<Walk::kStages - 2>();
-        change_own_rows<Walk>(bytes + slot + Layout::kQueries + own_rows, role.lane,
+        change_own_rows<Walk>(bytes + slot + Memory::kQueries + own_rows, role.lane,
                               [](uint32_t word, int) { return map_word<Map>(word); });
         if (arguments.inverse != nullptr) {
             float factor[Walk::kPasses];
             for (int pass = 0; pass < Walk::kPasses; ++pass)
                 factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Walk>(role.lane, pass));
-            change_own_rows<Walk>(bytes + slot + Layout::kGrads + own_rows, role.lane, [&](uint32_t word, int pass) {
+            change_own_rows<Walk>(bytes + slot + Memory::kGrads + own_rows, role.lane, [&](uint32_t word, int pass) {
                 const float2 x = unpack<Number>(word);
                 return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
             });
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         if (Walk::kParts > 1 && member == 0) load_keys();
 
         if (member == 0) {  // the queries of later chunks
-            const uint32_t after = base + Layout::kStates + chunk % 2 * Walk::kStateBytes;
+            const uint32_t after = base + Memory::kStates + chunk % 2 * Walk::kStateBytes;
             const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
 #pragma unroll
             for (int tile = 0; tile < Walk::kColumns / 8; ++tile) {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             for (int step = 0; step < Walk::kSteps; ++step)
                 multiply<Number, kWidth>(dv_acc, key[step], after + step * kBlockBytes, 0, mine);
         }
-        const uint32_t queries = base + slot + Layout::kQueries, grads = base + slot + Layout::kGrads;
+        const uint32_t queries = base + slot + Memory::kQueries, grads = base + slot + Memory::kGrads;
         const auto add_pairs = [&](int block, bool diagonal) {
             const float* const weight = weights + 16 * block + 2 * role.pair;
             float slope[2][4], pairs[2][4] = {};
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         if (member == group - 1) {
             const int first_row = step_at(index).first + 16 * role.block, rows_left = piece.end - first_row;
             const float one[2] = {1.0f, 1.0f};
-            multiply_by_slopes<Map>(dk_acc, one, rows + Layout::kKeys, mine);
+            multiply_by_slopes<Map>(dk_acc, one, rows + Memory::kKeys, mine);
             const auto store = [&](auto& acc, Number* to, int64_t stride) {
                 store_rows<Number, Walk::kColumns>(acc, 1.0f, role.lane, rows_left, stride, to + first_row * stride);
             };
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             });
             if (member == group - 1) {
                 const int next = (chunk + 1) % 2;
-                store_state(state, bytes + Layout::kStates + next * Walk::kStateBytes, norms + next * kWidth);
+                store_state(state, bytes + Memory::kStates + next * Walk::kStateBytes, norms + next * kWidth);
             }
         }
     }
@@ -389,23 +389,23 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
 template <int Width>
 using WalkOf = Walk<Width, Width == 64 ? 128 : 64, 8, 2>;  // three slots are no faster (docs/linear.md)
 
-template <auto kKernel, typename Walk, typename Layout, typename Arguments>
+template <auto kKernel, typename Walk, typename Memory, typename Arguments>
 void launch(const Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    launch_walk<kKernel>(arguments, heads * arguments.num_pieces, Walk::kThreads, Layout::kBytes, stream, name);
+    launch_walk<kKernel>(arguments, heads * arguments.num_pieces, Walk::kThreads, Memory::kBytes, stream, name);
 }
 
 }  // namespace
 
 int64_t linear_causal_backward_shared_bytes(int64_t width) {
-    return width == 64 ? std::max(QueryLayout<WalkOf<64>>::kBytes, KeyLayout<WalkOf<64>>::kBytes)
-                       : std::max(QueryLayout<WalkOf<128>>::kBytes, KeyLayout<WalkOf<128>>::kBytes);
+    return width == 64 ? std::max(QueryMemory<WalkOf<64>>::kBytes, KeyMemory<WalkOf<64>>::kBytes)
+                       : std::max(QueryMemory<WalkOf<128>>::kBytes, KeyMemory<WalkOf<128>>::kBytes);
 }
 
 void linear_causal_grad_queries(const LinearCausalGradQueries& call, const std::string& feature_map, cudaStream_t stream) {
     const QueryArguments arguments = query_arguments(call);
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = WalkOf<width>;
-        launch<grad_queries_kernel<Walk, decltype(map)>, Walk, QueryLayout<Walk>>(arguments, call.batches * call.heads, stream,
+        launch<grad_queries_kernel<Walk, decltype(map)>, Walk, QueryMemory<Walk>>(arguments, call.batches * call.heads, stream,
                                                                                   "linear_causal_grad_queries launch");
     });
 }
@@ -414,7 +414,7 @@ void linear_causal_grad_keys(const LinearCausalGradKeys& call, const std::string
     const KeyArguments arguments = key_arguments(call);
     dispatch_walk(feature_map, call.width, [&](auto map, auto width) {
         using Walk = WalkOf<width>;
-        launch<grad_keys_kernel<Walk, decltype(map)>, Walk, KeyLayout<Walk>>(arguments, call.batches * call.kv_heads, stream,
+        launch<grad_keys_kernel<Walk, decltype(map)>, Walk, KeyMemory<Walk>>(arguments, call.batches * call.kv_heads, stream,
                                                                             "linear_causal_grad_keys launch");
     });
 }

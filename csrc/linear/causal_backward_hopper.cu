@@ -7,7 +7,7 @@
 #include <string>
 
 #include "common/hopper.cuh"
-#include "common/stream.cuh"
+#include "common/pairs.cuh"
 #include "common/walk.cuh"
 #include "linear/causal_backward.cuh"
 
@@ -15,20 +15,20 @@ namespace nearfar {
 namespace {
 
 constexpr int kWidth = 64, kHalf = 64;  // features; tokens of half a chunk, as many as a group has rows
-using Geometry = Walk<kWidth, 2 * kHalf, 8, 2>;
-constexpr int kHalfBytes = kHalf * Geometry::kRowBytes;
+using HopperWalk = Walk<kWidth, 2 * kHalf, 8, 2>;
+constexpr int kHalfBytes = kHalf * HopperWalk::kRowBytes;
 using Products = float[kHalf / 2];  // of 64 rows with 64 columns
 
-// Bytes from the start of shared memory, a multiple of 1,024: the ring, mapped keys beside the raw ones, the states behind
+// Bytes from the start of shared memory, a multiple of 1,024: the pipeline, mapped keys beside the raw ones, the states behind
 // this chunk and behind the next, their norms, and numbers of the tokens of this chunk and of the next.
-struct Layout {
-    static constexpr int kQueries = 0, kGrads = Geometry::kTileBytes, kKeys = 2 * Geometry::kTileBytes;
-    static constexpr int kValues = 3 * Geometry::kTileBytes, kSlotBytes = 4 * Geometry::kTileBytes;
-    static constexpr int kMapped = Geometry::kStages * kSlotBytes;
-    static constexpr int kStates = kMapped + Geometry::kTileBytes;
-    static constexpr int kNorms = kStates + 2 * Geometry::kStateBytes;
+struct Memory {
+    static constexpr int kQueries = 0, kGrads = HopperWalk::kTileBytes, kKeys = 2 * HopperWalk::kTileBytes;
+    static constexpr int kValues = 3 * HopperWalk::kTileBytes, kSlotBytes = 4 * HopperWalk::kTileBytes;
+    static constexpr int kMapped = HopperWalk::kStages * kSlotBytes;
+    static constexpr int kStates = kMapped + HopperWalk::kTileBytes;
+    static constexpr int kNorms = kStates + 2 * HopperWalk::kStateBytes;
     static constexpr int kNumbers = kNorms + 2 * kWidth * 4;
-    static constexpr int kBytes = kNumbers + 2 * Geometry::kChunk * 4;
+    static constexpr int kBytes = kNumbers + 2 * HopperWalk::kChunk * 4;
 };
 
 // sum (+)= x y^T for 64 rows x and 64 rows y of tiles, and sum += weights y, as parts of a group.
@@ -84,7 +84,7 @@ class HopperState {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int block = 4 * half + i;
-                load_matrices_transposed(rows[i], offsets.across_at(x + block * Geometry::kBlockBytes, part_.state_warp));
+                load_matrices_transposed(rows[i], offsets.across_at(x + block * HopperWalk::kBlockBytes, part_.state_warp));
                 const uint2 b = weights(block);
                 mma<Number>(norm, rows[i], b.x, b.y);
             }
@@ -123,18 +123,19 @@ __device__ __forceinline__ void ones_fragments(uint32_t (&a)[4][4], bool diagona
 }
 
 template <typename Map>
-__global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
+__global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
+    const __grid_constant__ QueryArguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
     const Piece piece(arguments);
     if (piece.empty()) return;
-    const int num_chunks = piece.chunks(Geometry::kChunk);
+    const int num_chunks = piece.chunks(HopperWalk::kChunk);
     const int kv_head = piece.head / arguments.group;
     const Part part;
     const LaneOffsets<kWidth> offsets(part.lane);
-    const int own_rows = part.own * Geometry::kRowBytes, my_half = part.half * kHalfBytes;
+    const int own_rows = part.own * HopperWalk::kRowBytes, my_half = part.half * kHalfBytes;
     const bool normalised = arguments.inverse != nullptr, keeps_state = part.half == 0;
 
     const Number* const q = arguments.q.at(piece.batch, piece.head);
@@ -146,24 +147,24 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
 
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
-            const int first = piece.begin + chunk * Geometry::kChunk + part.own;
-            const uint32_t slot = base + chunk % Geometry::kStages * Layout::kSlotBytes + own_rows;
+            const int first = piece.begin + chunk * HopperWalk::kChunk + part.own;
+            const uint32_t slot = base + chunk % HopperWalk::kStages * Memory::kSlotBytes + own_rows;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kWidth, 16, 32>(slot + tile, x, stride, first, piece.end, part.lane);
             };
-            rows(Layout::kKeys, k, arguments.k.row);
-            rows(Layout::kGrads, grad_o, arguments.grad_o.row);
-            rows(Layout::kValues, v, arguments.v.row);
-            rows(Layout::kQueries, q, arguments.q.row);
+            rows(Memory::kKeys, k, arguments.k.row);
+            rows(Memory::kGrads, grad_o, arguments.grad_o.row);
+            rows(Memory::kValues, v, arguments.v.row);
+            rows(Memory::kQueries, q, arguments.q.row);
         }
         commit_copies();
     };
-    for (int chunk = 0; chunk < Geometry::kStages - 1; ++chunk) fetch(chunk);
+    for (int chunk = 0; chunk < HopperWalk::kStages - 1; ++chunk) fetch(chunk);
 
     HopperState state(part);
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
     const auto store_state = [&](int chunk) {
-        state.store(bytes + Layout::kStates + chunk % 2 * Geometry::kStateBytes, norms + chunk % 2 * kWidth);
+        state.store(bytes + Memory::kStates + chunk % 2 * HopperWalk::kStateBytes, norms + chunk % 2 * kWidth);
     };
     if (keeps_state) {
         if (arguments.states != nullptr) {
@@ -175,8 +176,8 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
 
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        const int first_row = piece.begin + chunk * Geometry::kChunk + part.own, rows_left = piece.end - first_row;
-        const int slot = chunk % Geometry::kStages * Layout::kSlotBytes;
+        const int first_row = piece.begin + chunk * HopperWalk::kChunk + part.own, rows_left = piece.end - first_row;
+        const int slot = chunk % HopperWalk::kStages * Memory::kSlotBytes;
         float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
         if (normalised) {
             for (int r = 0; r < 2; ++r) {
@@ -184,15 +185,15 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
                 factor[r] = row < rows_left ? arguments.inverse[row_offset + first_row + row] : 0.0f;
             }
         }
-        wait_for_groups<Geometry::kStages - 2>();
-        change_own_rows<Geometry>(bytes + slot + Layout::kKeys + own_rows, part.lane,
-                                  [](uint32_t word, int) { return map_word<Map>(word); });
+        wait_for_groups<HopperWalk::kStages - 2>();
+        change_own_rows<HopperWalk>(bytes + slot + Memory::kKeys + own_rows, part.lane,
+                                    [](uint32_t word, int) { return map_word<Map>(word); });
         publish_to_products();
         __syncthreads();
-        fetch(chunk + Geometry::kStages - 1);
+        fetch(chunk + HopperWalk::kStages - 1);
 
-        const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
-        const uint32_t grads = base + slot + Layout::kGrads + my_half;
+        const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
+        const uint32_t grads = base + slot + Memory::kGrads + my_half;
         const float* const norm = norms + chunk % 2 * kWidth;
         // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
         float sums[2][kHalf / 2];
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
             wait_for_products<0>(sums);
         };
         start_slopes(part.half);
-        put_rows_product(sums[0], grads, base + Layout::kStates + chunk % 2 * Geometry::kStateBytes, false);
+        put_rows_product(sums[0], grads, base + Memory::kStates + chunk % 2 * HopperWalk::kStateBytes, false);
         commit_products();
         wait_for_products<1>(slopes);
 #pragma unroll
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
         }
 
         float(&u)[kWidth / 8][4] = tiles_of(sums[0]);
-        const uint32_t rows = base + slot + Layout::kQueries + own_rows;
+        const uint32_t rows = base + slot + Memory::kQueries + own_rows;
         if (normalised) {  // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = phi(q_i) . u_i inverse_i, without reading o
 #pragma unroll
             for (int step = 0; step < kWidth / 16; ++step) {
@@ -268,17 +269,17 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_queries_kernel(con
 // --------------------------------------------------------------------------------------------------- keys and values
 
 template <typename Map>
-__global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
+__global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(const __grid_constant__ KeyArguments arguments) {
     extern __shared__ __align__(1024) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
 
     const Piece piece(arguments);
     if (piece.empty()) return;
-    const int group = arguments.group, num_chunks = piece.chunks(Geometry::kChunk);
+    const int group = arguments.group, num_chunks = piece.chunks(HopperWalk::kChunk);
     const Part part;
     const LaneOffsets<kWidth> offsets(part.lane);
-    const int own_rows = part.own * Geometry::kRowBytes, my_half = part.half * kHalfBytes;
+    const int own_rows = part.own * HopperWalk::kRowBytes, my_half = part.half * kHalfBytes;
     const bool keeps_state = part.half == 1;
 
     const Number* const k = arguments.k.at(piece.batch, piece.head);
@@ -286,25 +287,25 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
     Number* const dk = arguments.dk.at(piece.batch, piece.head);
     Number* const dv = arguments.dv.at(piece.batch, piece.head);
 
-    // A step of the ring is a chunk, the last one first, with one query head of the group.
+    // A step of the pipeline is a chunk, the last one first, with one query head of the group.
     struct Step {
         int first, head;
     };
     const auto step_at = [&](int step) {
-        return Step{piece.begin + (num_chunks - 1 - step / group) * Geometry::kChunk, piece.head * group + step % group};
+        return Step{piece.begin + (num_chunks - 1 - step / group) * HopperWalk::kChunk, piece.head * group + step % group};
     };
     const int num_steps = num_chunks * group;
     const auto fetch = [&](int index) {
         if (index < num_steps) {
             const Step step = step_at(index);
-            const uint32_t slot = base + index % Geometry::kStages * Layout::kSlotBytes + own_rows;
+            const uint32_t slot = base + index % HopperWalk::kStages * Memory::kSlotBytes + own_rows;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kWidth, 16, 32>(slot + tile, x, stride, step.first + part.own, piece.end, part.lane);
             };
-            rows(Layout::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row);
-            rows(Layout::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
-            rows(Layout::kKeys, k, arguments.k.row);
-            rows(Layout::kValues, v, arguments.v.row);
+            rows(Memory::kQueries, arguments.q.at(piece.batch, step.head), arguments.q.row);
+            rows(Memory::kGrads, arguments.grad_o.at(piece.batch, step.head), arguments.grad_o.row);
+            rows(Memory::kKeys, k, arguments.k.row);
+            rows(Memory::kValues, v, arguments.v.row);
         }
         commit_copies();
     };
@@ -320,13 +321,13 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
     };
     fetch_numbers(0);
-    for (int step = 0; step < Geometry::kStages - 1; ++step) fetch(step);
+    for (int step = 0; step < HopperWalk::kStages - 1; ++step) fetch(step);
 
     HopperState state(part);
-    float* const norms = reinterpret_cast<float*>(bytes + Layout::kNorms);
-    float* const numbers = reinterpret_cast<float*>(bytes + Layout::kNumbers);
+    float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
+    float* const numbers = reinterpret_cast<float*>(bytes + Memory::kNumbers);
     const auto store_state = [&](int chunk) {
-        state.store(bytes + Layout::kStates + chunk % 2 * Geometry::kStateBytes, norms + chunk % 2 * kWidth);
+        state.store(bytes + Memory::kStates + chunk % 2 * HopperWalk::kStateBytes, norms + chunk % 2 * kWidth);
     };
     if (keeps_state) {
         if (arguments.states != nullptr) {
@@ -339,32 +340,33 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
     float sums[2][kHalf / 2];  // of dk and of dv
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
-        const int slot = index % Geometry::kStages * Layout::kSlotBytes;
+        const int slot = index % HopperWalk::kStages * Memory::kSlotBytes;
         const int chunk = index / group, member = index - chunk * group;
         const auto map = [](uint32_t word, int) { return map_word<Map>(word); };
-        wait_for_groups<Geometry::kStages - 2>();
+        wait_for_groups<HopperWalk::kStages - 2>();
         __syncwarp();  // all lanes have read the keys that were mapped before
-        change_own_rows<Geometry>(bytes + slot + Layout::kQueries + own_rows, part.lane, map);
+        change_own_rows<HopperWalk>(bytes + slot + Memory::kQueries + own_rows, part.lane, map);
         if (member == 0)
-            map_own_rows<Geometry>(bytes + Layout::kMapped + own_rows, bytes + slot + Layout::kKeys + own_rows, part.lane, map);
+            map_own_rows<HopperWalk>(bytes + Memory::kMapped + own_rows, bytes + slot + Memory::kKeys + own_rows, part.lane,
+                                     map);
         if (arguments.inverse != nullptr) {
-            float factor[Geometry::kPasses];
-            for (int pass = 0; pass < Geometry::kPasses; ++pass)
-                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Geometry>(part.lane, pass));
-            change_own_rows<Geometry>(bytes + slot + Layout::kGrads + own_rows, part.lane, [&](uint32_t word, int pass) {
+            float factor[HopperWalk::kPasses];
+            for (int pass = 0; pass < HopperWalk::kPasses; ++pass)
+                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<HopperWalk>(part.lane, pass));
+            change_own_rows<HopperWalk>(bytes + slot + Memory::kGrads + own_rows, part.lane, [&](uint32_t word, int pass) {
                 const float2 x = unpack<Number>(word);
                 return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
             });
         }
-        float* const weights = numbers + index % 2 * Geometry::kChunk;
+        float* const weights = numbers + index % 2 * HopperWalk::kChunk;
         if (part.lane < 16) weights[part.own + part.lane] = next_weight;
         publish_to_products();
         __syncthreads();
-        fetch(index + Geometry::kStages - 1);
+        fetch(index + HopperWalk::kStages - 1);
         fetch_numbers(index + 1);
 
-        const uint32_t queries = base + slot + Layout::kQueries, grads = base + slot + Layout::kGrads;
-        const uint32_t keys = base + Layout::kMapped + my_half, values = base + slot + Layout::kValues + my_half;
+        const uint32_t queries = base + slot + Memory::kQueries, grads = base + slot + Memory::kGrads;
+        const uint32_t keys = base + Memory::kMapped + my_half, values = base + slot + Memory::kValues + my_half;
         float products[2][kHalf / 2];  // dA, and weights of pairs
         const auto start_pairs = [&](int block) {
             const float* const weight = weights + kHalf * block;
@@ -387,10 +389,10 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         };
         start_pairs(part.half);
         if (member == 0) {  // the queries of later chunks
-            const uint32_t after = base + Layout::kStates + chunk % 2 * Geometry::kStateBytes;
+            const uint32_t after = base + Memory::kStates + chunk % 2 * HopperWalk::kStateBytes;
             const float* const z = norms + chunk % 2 * kWidth;
             uint32_t key[4][4];
-            load_rows<kWidth>(key, base + Layout::kMapped + own_rows, offsets);
+            load_rows<kWidth>(key, base + Memory::kMapped + own_rows, offsets);
 #pragma unroll
             for (int i = 0; i < kHalf / 2; ++i) sums[0][i] = z[part.column(i)], sums[1][i] = 0;
             begin_products();
@@ -418,7 +420,7 @@ __global__ void __launch_bounds__(Geometry::kThreads, 1) grad_keys_kernel(const 
         if (member == group - 1) {
             const int first_row = step_at(index).first + part.own, rows_left = piece.end - first_row;
             const float one[2] = {1.0f, 1.0f};
-            multiply_by_slopes<Map>(tiles_of(sums[0]), one, base + slot + Layout::kKeys + own_rows, offsets);
+            multiply_by_slopes<Map>(tiles_of(sums[0]), one, base + slot + Memory::kKeys + own_rows, offsets);
             const auto store = [&](Products& sum, Number* to, int64_t stride) {
                 store_rows<Number, kWidth>(tiles_of(sum), 1.0f, part.lane, rows_left, stride, to + first_row * stride);
             };
@@ -442,7 +444,7 @@ void linear_causal_grad_queries_hopper(const LinearCausalGradQueries& call, cons
     const QueryArguments arguments = query_arguments(call);
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = grad_queries_kernel<decltype(map)>;
-        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+        launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, HopperWalk::kThreads, Memory::kBytes,
                              stream, "linear_causal_grad_queries launch");
     });
 }
@@ -451,7 +453,7 @@ void linear_causal_grad_keys_hopper(const LinearCausalGradKeys& call, const std:
     const KeyArguments arguments = key_arguments(call);
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = grad_keys_kernel<decltype(map)>;
-        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, Geometry::kThreads, Layout::kBytes,
+        launch_walk<kKernel>(arguments, call.batches * call.kv_heads * call.num_pieces, HopperWalk::kThreads, Memory::kBytes,
                              stream, "linear_causal_grad_keys launch");
     });
 }

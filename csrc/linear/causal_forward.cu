@@ -24,10 +24,10 @@ struct Arguments {
     float eps;
 };
 
-// Bytes from the start of shared memory: the ring, the states before this chunk and before the next, and their norms as tiles
-// of 8 columns, each norm as the sum of two numbers.
+// Bytes from the start of shared memory: the pipeline, the states before this chunk and before the next, and their norms as
+// tiles of 8 columns, each norm as the sum of two numbers.
 template <typename Walk>
-struct Layout {
+struct Memory {
     static constexpr int kQueries = 0, kKeys = Walk::kTileBytes, kValues = 2 * Walk::kTileBytes;
     static constexpr int kSlotBytes = 3 * Walk::kTileBytes;
     static constexpr int kStates = Walk::kStages * kSlotBytes;
@@ -39,7 +39,7 @@ struct Layout {
 template <typename Walk, typename Map>
 __global__ void __launch_bounds__(Walk::kThreads, 1) linear_causal_forward_kernel(const __grid_constant__ Arguments arguments) {
     constexpr int kWidth = Walk::kWidth, kBlockBytes = Walk::kBlockBytes;
-    using Layout = Layout<Walk>;
+    using Memory = Memory<Walk>;
     extern __shared__ __align__(128) uint4 memory[];
     char* const bytes = reinterpret_cast<char*>(memory);
     const uint32_t base = shared_address(memory);
@@ -62,13 +62,13 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_causal_forward_kerne
     const auto fetch = [&](int chunk) {
         if (chunk < num_chunks) {
             const int first = piece.begin + chunk * Walk::kChunk + role.own;
-            const uint32_t slot = base + chunk % Walk::kStages * Layout::kSlotBytes + own_rows;
+            const uint32_t slot = base + chunk % Walk::kStages * Memory::kSlotBytes + own_rows;
             const auto rows = [&](int tile, const Number* x, int64_t stride) {
                 copy_rows<kWidth, Walk::kOwnRows, 32>(slot + tile, x, stride, first, piece.end, role.lane);
             };
-            rows(Layout::kKeys, k, arguments.k.row);
-            rows(Layout::kQueries, q, arguments.q.row);
-            rows(Layout::kValues, v, arguments.v.row);
+            rows(Memory::kKeys, k, arguments.k.row);
+            rows(Memory::kQueries, q, arguments.q.row);
+            rows(Memory::kValues, v, arguments.v.row);
         }
         commit_copies();
     };
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_causal_forward_kerne
 
     State<Walk> state(role);
     const auto store_state = [&](int parity) {
-        state.store(bytes + Layout::kStates + parity * Walk::kStateBytes);
+        state.store(bytes + Memory::kStates + parity * Walk::kStateBytes);
         state.store_norms([&](int row, float norm) {
-            char* const to = bytes + Layout::kNorms + parity * Layout::kNormBytes + 16 * row;
+            char* const to = bytes + Memory::kNorms + parity * Memory::kNormBytes + 16 * row;
             *reinterpret_cast<uint4*>(to) = {as_two(norm), 0, 0, 0};
         });
     };
@@ -91,15 +91,15 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_causal_forward_kerne
 
 #pragma unroll 1
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        const int slot = chunk % Walk::kStages * Layout::kSlotBytes;
+        const int slot = chunk % Walk::kStages * Memory::kSlotBytes;
         uint32_t query[Walk::kSteps][4];
         const auto load_queries = [&] {
-            load_rows<kWidth>(query, base + slot + Layout::kQueries + my_rows, whole);
+            load_rows<kWidth>(query, base + slot + Memory::kQueries + my_rows, whole);
 #pragma unroll
             for (int i = 0; i < 4 * Walk::kSteps; ++i) query[i / 4][i % 4] = map_word<Map>(query[i / 4][i % 4]);
         };
         wait_for_groups<Walk::kStages - 2>();
-        change_own_rows<Walk>(bytes + slot + Layout::kKeys + own_rows, role.lane,
+        change_own_rows<Walk>(bytes + slot + Memory::kKeys + own_rows, role.lane,
                               [](uint32_t word, int) { return map_word<Map>(word); });
         if (Walk::kParts == 1) {  // nobody else has fetched any of them
             __syncwarp();
@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) linear_causal_forward_kerne
         fetch(chunk + Walk::kStages - 1);
         if (Walk::kParts > 1) load_queries();
 
-        const uint32_t keys = base + slot + Layout::kKeys, values = base + slot + Layout::kValues;
-        const uint32_t before = base + Layout::kStates + chunk % 2 * Walk::kStateBytes;
-        const uint32_t norms = base + Layout::kNorms + chunk % 2 * Layout::kNormBytes + 16 * role.lane;
+        const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
+        const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes;
+        const uint32_t norms = base + Memory::kNorms + chunk % 2 * Memory::kNormBytes + 16 * role.lane;
         float acc[Walk::kColumns / 8][4] = {}, norm[4] = {};  // norm: in the first two columns, to be added up
 #pragma unroll
         for (int step = 0; step < Walk::kSteps; ++step)
@@ -158,7 +158,7 @@ template <int Width, typename Map>
 void launch(const LinearCausalForward& call, cudaStream_t stream) {
     using Walk = WalkOf<Width>;
     constexpr auto kKernel = linear_causal_forward_kernel<Walk, Map>;
-    constexpr int kBytes = Layout<Walk>::kBytes;
+    constexpr int kBytes = Memory<Walk>::kBytes;
     Arguments arguments{input_tensor<Number>(call.q, call.q_strides), input_tensor<Number>(call.k, call.k_strides),
                         input_tensor<Number>(call.v, call.v_strides), output_tensor<Number>(call.o, call.o_strides),
                         call.states, call.norms, call.inverse, call.pieces,
@@ -172,7 +172,7 @@ void launch(const LinearCausalForward& call, cudaStream_t stream) {
 }  // namespace
 
 int64_t linear_causal_forward_shared_bytes(int64_t width) {
-    return width == 64 ? Layout<WalkOf<64>>::kBytes : Layout<WalkOf<128>>::kBytes;
+    return width == 64 ? Memory<WalkOf<64>>::kBytes : Memory<WalkOf<128>>::kBytes;
 }
 
 void linear_causal_forward(const LinearCausalForward& call, const std::string& feature_map, cudaStream_t stream) {

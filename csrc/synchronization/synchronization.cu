@@ -2,7 +2,7 @@
 //
 // Warp groups have 64 rows each. While the weights of one cell are multiplied with its values, a group turns the products of
 // the next one into weights; several groups share the tensor cores and the special functions. Warps of a further group copy
-// what they meet, in the order of the lists, into a ring of slots; a group passes by the cells that only others meet. Blocks
+// what they meet, in the order of the lists, into a pipeline; a group passes by the cells that only others meet. Blocks
 // take one tile after the other (spans.cuh).
 //
 // log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. Nothing bounds it: the margin J^2 - c d^2 is saturated
@@ -14,29 +14,29 @@
 
 #include "common/fragments.cuh"
 #include "common/spans_launch.cuh"
-#include "common/stream_launch.cuh"
+#include "common/pairs_launch.cuh"
 #include "synchronization/walk.cuh"
 
 namespace nearfar {
 namespace {
 
 // What a warp group knows and does in either direction, in the block's nth span.
-template <typename Shape, typename Tokens>
+template <typename Traits, typename Tokens>
 struct Group {
-    const Block<Shape, Tokens>& block;
+    const Block<Traits, Tokens>& block;
     Span span;
     int nth, group, lane;
 
     // Once its rows have come.
-    __device__ Group(const Block<Shape, Tokens>& block, int nth, int number)
+    __device__ Group(const Block<Traits, Tokens>& block, int nth, int number)
         : block(block), span(block.tokens, number), nth(nth), group(__shfl_sync(kWholeWarp, threadIdx.x / 128, 0)),
           lane(threadIdx.x % 32) {
-        block.own_ring.wait_full(nth);
+        block.own_pipeline.wait_full(nth);
     }
 
     // The first of this lane's two rows in the tile; the other one is 8 further.
     __device__ int local_row() const { return threadIdx.x / 32 * 16 + lane / 4; }
-    __device__ int row() const { return span.tile * Shape::kRows + local_row(); }
+    __device__ int row() const { return span.tile * Traits::kRows + local_row(); }
 
     // A number of this lane's rows.
     __device__ void own_numbers(int which, float (&mine)[2]) const {
@@ -49,7 +49,7 @@ struct Group {
         const uint64_t columns = panel_operand(block.others(step, others), 0);
 #pragma unroll
         for (int i = 0; i < kWidth / 16; ++i)
-            start_product<typename Shape::Number, kCell>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
+            start_product<typename Traits::Number, kCell>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
     }
 
     // sum += weights of the others of a step times their rows in one tensor.
@@ -58,13 +58,13 @@ struct Group {
         const uint64_t rows = rows_operand(block.others(step, others), kPanel);
 #pragma unroll
         for (int i = 0; i < kCell / 16; ++i)
-            start_product_of_rows<typename Shape::Number, kWidth>(sum, weight[i], further(rows, 16 * 128 * i));
+            start_product_of_rows<typename Traits::Number, kWidth>(sum, weight[i], further(rows, 16 * 128 * i));
     }
 
     // Whether some of the group's rows may lock with the cell of a step, and how far its first token is behind the first row.
     __device__ bool meets(int step) const { return block.entry(step) >> (kSynchronizationMembers + group) & 1; }
     __device__ int behind(int step) const {
-        return (cell_of(block.entry(step)) - span.tile * Shape::kGroups - group) * kCell;
+        return (cell_of(block.entry(step)) - span.tile * Traits::kGroups - group) * kCell;
     }
 
     // The group's way through the steps of its span. Pairs are products of its rows with one cell; weigh makes weights of them,
@@ -80,15 +80,15 @@ struct Group {
             begin_products();
             start_sums(last);
             wait_for_products<0>(sum);
-            block.ring.leave(last);
+            block.pipeline.release(last);
             last = kNone;
         };
 #pragma unroll 1
         for (; step < end; ++step) {
-            block.ring.wait_full(step);
+            block.pipeline.wait_full(step);
             if (!meets(step)) {
-                if (last != kNone) finish();  // lest it go all around the ring with a slot that it has not left
-                block.ring.leave(step);
+                if (last != kNone) finish();  // lest it go all around the pipeline with a stage that it has not left
+                block.pipeline.release(step);
                 continue;
             }
             begin_products();
@@ -102,7 +102,7 @@ struct Group {
             }
             weigh(step);
             wait_for_products<0>(sum);
-            if (last != kNone) block.ring.leave(last);
+            if (last != kNone) block.pipeline.release(last);
             round();
             last = step;
         }
@@ -110,17 +110,17 @@ struct Group {
     }
 
     // Leaves its rows and what came with them, and returns the number of the next span.
-    __device__ int leave() const {
+    __device__ int release() const {
         const int number = block.next.wait(nth);
-        block.own_ring.leave(nth);
+        block.own_pipeline.release(nth);
         return number;
     }
 
     // Stores this lane's share of the group's rows.
-    __device__ void store(const float (&sum)[kWidth / 2], const Tensor<typename Shape::Number>& to) const {
+    __device__ void store(const float (&sum)[kWidth / 2], const Tensor<typename Traits::Number>& to) const {
         const int first = row() - lane / 4;
-        store_rows<typename Shape::Number, kWidth>(tiles_of(sum), 1.0f, lane, block.tokens.num_tokens - first, to.row,
-                                                   to.at(span.batch, span.head) + first * to.row);
+        store_rows<typename Traits::Number, kWidth>(tiles_of(sum), 1.0f, lane, block.tokens.num_tokens - first, to.row,
+                                                    to.at(span.batch, span.head) + first * to.row);
     }
 
     // Calls body(r, at) for the lane's rows, those that there are, in one lane of each; at: its place among rows of all heads.
@@ -135,27 +135,27 @@ struct Group {
 // A product of which log2 J^2 is 1e30, beside any squares.
 __device__ __forceinline__ float product_of_far(float factor) { return fminf(-kNever / factor, 1e38f); }
 
-template <typename Shape>
-struct ForwardArguments : Tokens<Shape::kOthers, Shape::kOwnNumbers> {
-    Tensor<typename Shape::Number> o;
+template <typename Traits>
+struct ForwardArguments : Tokens<Traits::kOthers, Traits::kOwnNumbers> {
+    Tensor<typename Traits::Number> o;
     float* total;
     bool causal;
 };
 
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_kernel(
-    const __grid_constant__ ForwardArguments<Shape> arguments) {
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_forward_kernel(
+    const __grid_constant__ ForwardArguments<Traits> arguments) {
     enum { kOmega, kValues };
     enum { kSquares, kC };
     extern __shared__ __align__(1024) uint4 memory[];
-    const Block<Shape, ForwardArguments<Shape>> block(arguments, memory);
-    block.make_barriers();
-    if (threadIdx.x / 128 == Shape::kGroups) {
-        release_registers<Shape::kCopyingRegisters>();
+    const Block<Traits, ForwardArguments<Traits>> block(arguments, memory);
+    block.init_barriers();
+    if (threadIdx.x / 128 == Traits::kGroups) {
+        release_registers<Traits::kCopyingRegisters>();
         copy(block);
         return;
     }
-    claim_registers<Shape::kRegisters>();
+    claim_registers<Traits::kRegisters>();
 
     int step = 0, number = blockIdx.x;
 #pragma unroll 1
@@ -206,10 +206,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_forward_ke
             // By cells, so that those without a weight change no bit.
             for (int r = 0; r < 2; ++r) total[r] += (sum[r][0] + sum[r][1]) + 0.0f * squares[product_column(lane, 0)];
         };
-        const auto round = [&] { round_products<typename Shape::Number>(weight, score[0]); };
+        const auto round = [&] { round_products<typename Traits::Number>(weight, score[0]); };
         group.walk(step, step + common.count, score, acc, start_scores, start_values, weigh, round);
         step += common.count;
-        number = group.leave();
+        number = group.release();
 
         for (int r = 0; r < 2; ++r) total[r] = quad_sum(total[r]);
 #pragma unroll
@@ -227,28 +227,28 @@ struct Rates {
         : decay(common.decay), two_alpha(-kLn2 * decay), c(common.c), unit(two_alpha + c) {}
 };
 
-template <typename Shape>
-struct BackwardArguments : Tokens<Shape::kOthers, Shape::kOwnNumbers> {
-    Tensor<typename Shape::Number> dw, dv;
+template <typename Traits>
+struct BackwardArguments : Tokens<Traits::kOthers, Traits::kOwnNumbers> {
+    Tensor<typename Traits::Number> dw, dv;
     float *dalpha, *dradius;
     float steepest;
 };
 
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_kernel(
-    const __grid_constant__ BackwardArguments<Shape> arguments) {
-    using Number = typename Shape::Number;
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_backward_kernel(
+    const __grid_constant__ BackwardArguments<Traits> arguments) {
+    using Number = typename Traits::Number;
     enum { kOmega, kValues, kGradO };
     enum { kSquares, kInverse, kShift };
     extern __shared__ __align__(1024) uint4 memory[];
-    const Block<Shape, BackwardArguments<Shape>> block(arguments, memory);
-    block.make_barriers();
-    if (threadIdx.x / 128 == Shape::kGroups) {
-        release_registers<Shape::kCopyingRegisters>();
+    const Block<Traits, BackwardArguments<Traits>> block(arguments, memory);
+    block.init_barriers();
+    if (threadIdx.x / 128 == Traits::kGroups) {
+        release_registers<Traits::kCopyingRegisters>();
         copy(block);
         return;
     }
-    claim_registers<Shape::kRegisters>();
+    claim_registers<Traits::kRegisters>();
 
     int step = 0, number = blockIdx.x;
 #pragma unroll 1
@@ -321,8 +321,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         // The weights of w_j and the sum of them, the weight of w_i, are sums of the same rounded numbers: only so do they
         // cancel for tokens whose frequencies nearly agree.
         const auto round = [&] {
-            round_products<typename Shape::Number>(weight, pair[0]);
-            round_products<typename Shape::Number>(pull, pair[1]);
+            round_products<typename Traits::Number>(weight, pair[0]);
+            round_products<typename Traits::Number>(pull, pair[1]);
             const uint32_t ones = pack<Number>(1.0f, 1.0f);
 #pragma unroll
             for (int i = 0; i < kCell / 16; ++i) mma<Number>(pulls, pull[i], ones, ones);
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
         };
         own_rows(kOmega, [&](int i, int r, float w) { acc[0][i] = (acc[0][i] - pulls[2 * r] * w) * again.unit; });
         own_rows(kGradO, [&](int i, int r, float g) { acc[1][i] = fmaf(inverse[r], g, acc[1][i]); });
-        number = group.leave();
+        number = group.release();
         group.store(acc[0], arguments.dw);
         group.store(acc[1], arguments.dv);
         // Every pair counts in the rows of both of its tokens, and so does the error of each one's shift. A c at its bound
@@ -367,62 +367,62 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) synchronization_backward_k
 }
 
 template <typename Number>
-using Forward = Shape<Number, 1, 2, 2, 1, kSynchronizationRows / kCell, 8>;
+using Forward = Traits<Number, 1, 2, 2, 1, kSynchronizationRows / kCell, 8>;
 template <typename Number>
-using Backward = Shape<Number, 3, 3, 3, 3, kSynchronizationGradRows / kCell, 4>;
+using Backward = Traits<Number, 3, 3, 3, 3, kSynchronizationGradRows / kCell, 4>;
 
 // data, strides: of omega, v and, in the backward, grad_o; numbers: squares and c or, in the backward, inverse and shift.
-template <typename Shape, typename Call>
-Tokens<Shape::kOthers, Shape::kOwnNumbers> tokens_of(const Call& call, const std::array<const void*, Shape::kOthers>& data,
-                                                     const std::array<std::array<int64_t, 3>, Shape::kOthers>& strides,
-                                                     const std::array<const float*, Shape::kOwnNumbers>& numbers) {
-    Tokens<Shape::kOthers, Shape::kOwnNumbers> tokens{};
-    for (int i = 0; i < Shape::kOthers; ++i)
+template <typename Traits, typename Call>
+Tokens<Traits::kOthers, Traits::kOwnNumbers> tokens_of(const Call& call, const std::array<const void*, Traits::kOthers>& data,
+                                                       const std::array<std::array<int64_t, 3>, Traits::kOthers>& strides,
+                                                       const std::array<const float*, Traits::kOwnNumbers>& numbers) {
+    Tokens<Traits::kOthers, Traits::kOwnNumbers> tokens{};
+    for (int i = 0; i < Traits::kOthers; ++i)
         tokens.tensor[i] = Rows{data[i], {call.batches, call.heads, call.num_tokens, kWidth}, strides[i]}
-                               .template map<typename Shape::Number>(kCell);
+                               .template map<typename Traits::Number>(kCell);
     std::copy(numbers.begin(), numbers.end(), tokens.number);
     tokens.c = call.c, tokens.bandwidth = call.bandwidth, tokens.lists = call.lists, tokens.counts = call.counts;
     tokens.counter = call.counter;
-    tokens.spans = make_spans(call.num_tokens, Shape::kRows, call.batches * call.heads, 1,
-                              Shape::kOthers * 2 * kWidth * call.num_tokens);
+    tokens.spans = make_spans(call.num_tokens, Traits::kRows, call.batches * call.heads, 1,
+                              Traits::kOthers * 2 * kWidth * call.num_tokens);
     tokens.heads = static_cast<int>(call.heads), tokens.num_tokens = static_cast<int>(call.num_tokens);
     tokens.cells = static_cast<int>((call.num_tokens + kCell - 1) / kCell);
     tokens.bandwidth_stride = static_cast<int>(call.bandwidth_stride);
     return tokens;
 }
 
-template <auto kKernel, typename Shape, typename Arguments>
+template <auto kKernel, typename Traits, typename Arguments>
 void launch(Arguments& arguments, cudaStream_t stream, const char* name) {
     NEARFAR_CHECK(cudaMemsetAsync(arguments.counter, 0, sizeof(int), stream));
-    launch_spans<kKernel, Shape>(arguments, stream, name);
+    launch_spans<kKernel, Traits>(arguments, stream, name);
 }
 
 }  // namespace
 
 void synchronization_forward(const SynchronizationForward& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, kWidth, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, kWidth, [&](auto* type, auto width) {
         if constexpr (width == kWidth) {
-            using Shape = Forward<std::remove_pointer_t<decltype(type)>>;
-            ForwardArguments<Shape> arguments{
-                tokens_of<Shape>(call, {call.omega, call.v}, {call.omega_strides, call.v_strides}, {call.squares, call.c}),
-                output_tensor<typename Shape::Number>(call.o, call.o_strides), call.total, call.causal != 0};
-            launch<synchronization_forward_kernel<Shape>, Shape>(arguments, stream, "synchronization_forward launch");
+            using Traits = Forward<std::remove_pointer_t<decltype(type)>>;
+            ForwardArguments<Traits> arguments{
+                tokens_of<Traits>(call, {call.omega, call.v}, {call.omega_strides, call.v_strides}, {call.squares, call.c}),
+                output_tensor<typename Traits::Number>(call.o, call.o_strides), call.total, call.causal != 0};
+            launch<synchronization_forward_kernel<Traits>, Traits>(arguments, stream, "synchronization_forward launch");
         }
     });
 }
 
 void synchronization_backward(const SynchronizationBackward& call, DType dtype, cudaStream_t stream) {
-    dispatch_stream(dtype, kWidth, [&](auto* type, auto width) {
+    dispatch_hopper(dtype, kWidth, [&](auto* type, auto width) {
         if constexpr (width == kWidth) {
-            using Shape = Backward<std::remove_pointer_t<decltype(type)>>;
-            using Number = typename Shape::Number;
-            BackwardArguments<Shape> arguments{
-                tokens_of<Shape>(call, {call.omega, call.v, call.grad_o},
-                                 {call.omega_strides, call.v_strides, call.grad_o_strides},
-                                 {call.squares, call.inverse, call.shift}),
+            using Traits = Backward<std::remove_pointer_t<decltype(type)>>;
+            using Number = typename Traits::Number;
+            BackwardArguments<Traits> arguments{
+                tokens_of<Traits>(call, {call.omega, call.v, call.grad_o},
+                                  {call.omega_strides, call.v_strides, call.grad_o_strides},
+                                  {call.squares, call.inverse, call.shift}),
                 output_tensor<Number>(call.dw, call.dw_strides), output_tensor<Number>(call.dv, call.dv_strides),
                 call.dalpha, call.dradius, static_cast<float>(1.0 / call.grad_floor)};
-            launch<synchronization_backward_kernel<Shape>, Shape>(arguments, stream, "synchronization_backward launch");
+            launch<synchronization_backward_kernel<Traits>, Traits>(arguments, stream, "synchronization_backward launch");
         }
     });
 }

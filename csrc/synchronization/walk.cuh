@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "common/ring.cuh"
+#include "common/pipeline.cuh"
 #include "common/spans.cuh"
-#include "common/stream.cuh"
+#include "common/pairs.cuh"
 #include "common/tensor.cuh"
 #include "synchronization/synchronization.h"
 
@@ -21,7 +21,7 @@ constexpr float kRounding = 0x1p-20f;  // squared distances and sums of pulls ar
 
 // kOwn, kOthers: tensors that a block has its rows of, and the cells it meets; kOwnNumbers, kNumbers: of each token in them.
 template <typename Number_, int kOwn_, int kOthers_, int kOwnNumbers_, int kNumbers_, int kGroups_, int kStages_>
-struct Shape {
+struct Traits {
     using Number = Number_;
     static constexpr int kOwn = kOwn_, kOthers = kOthers_, kOwnNumbers = kOwnNumbers_, kNumbers = kNumbers_;
     static constexpr int kGroups = kGroups_, kStages = kStages_, kRows = kCell * kGroups, kThreads = 128 * (kGroups + 1);
@@ -33,7 +33,7 @@ struct Shape {
     static constexpr int kSlotBytes = kOthers * kPanel, kNumberBytes = 4 * (kNumbers * kCell + 2);
     static constexpr int kSlots = 2 * kOwnBytes, kOwnNumbersAt = kSlots + kStages * kSlotBytes;
     static constexpr int kNumbersAt = kOwnNumbersAt + 2 * kOwnNumberBytes, kBarriers = kNumbersAt + kStages * kNumberBytes;
-    static constexpr int kOwnBarriers = kBarriers + Ring<kStages>::kBytes, kNext = kOwnBarriers + Ring<2>::kBytes;
+    static constexpr int kOwnBarriers = kBarriers + Pipeline<kStages>::kBytes, kNext = kOwnBarriers + Pipeline<2>::kBytes;
     static constexpr int kBytes = kNext + NextSpan::kBytes;
     static_assert((kGroups == 2 || kGroups == 3) && kStages % kCopying == 0 && kBytes <= 227 * 1024);
 };
@@ -69,45 +69,45 @@ struct Common {
 };
 
 // Places in shared memory. Steps of all of a block's spans use the slots in turn, and spans the two places of own rows.
-template <typename Shape, typename Tokens>
+template <typename Traits, typename Tokens>
 struct Block {
     const Tokens& tokens;
     uint32_t base;
     char* memory;
-    Ring<Shape::kStages> ring;
-    Ring<2> own_ring;
+    Pipeline<Traits::kStages> pipeline;
+    Pipeline<2> own_pipeline;
     NextSpan next;
 
     __device__ Block(const Tokens& tokens, void* shared)
-        : tokens(tokens), base(shared_address(shared)), memory(static_cast<char*>(shared)), ring{base + Shape::kBarriers},
-          own_ring{base + Shape::kOwnBarriers}, next(shared, Shape::kNext) {}
+        : tokens(tokens), base(shared_address(shared)), memory(static_cast<char*>(shared)), pipeline{base + Traits::kBarriers},
+          own_pipeline{base + Traits::kOwnBarriers}, next(shared, Traits::kNext) {}
 
-    __device__ void make_barriers() const {
+    __device__ void init_barriers() const {
         if (threadIdx.x == 0) {
-            ring.make(4 * Shape::kGroups, 2);
-            own_ring.make(4 * Shape::kGroups + Shape::kCopying, 2);
-            next.make();
+            pipeline.init(4 * Traits::kGroups, 2);
+            own_pipeline.init(4 * Traits::kGroups + Traits::kCopying, 2);
+            next.init();
             publish_barriers();
         }
         __syncthreads();
     }
 
     __device__ uint32_t own(int nth, int tensor, int group) const {
-        return base + nth % 2 * Shape::kOwnBytes + (tensor * Shape::kGroups + group) * kPanel;
+        return base + nth % 2 * Traits::kOwnBytes + (tensor * Traits::kGroups + group) * kPanel;
     }
     __device__ float* own_numbers(int nth, int which) const {
-        return reinterpret_cast<float*>(memory + Shape::kOwnNumbersAt + nth % 2 * Shape::kOwnNumberBytes) +
-               which * Shape::kRows;
+        return reinterpret_cast<float*>(memory + Traits::kOwnNumbersAt + nth % 2 * Traits::kOwnNumberBytes) +
+               which * Traits::kRows;
     }
-    __device__ Common& common(int nth) const { return reinterpret_cast<Common&>(*own_numbers(nth, Shape::kOwnNumbers)); }
+    __device__ Common& common(int nth) const { return reinterpret_cast<Common&>(*own_numbers(nth, Traits::kOwnNumbers)); }
     __device__ uint32_t others(int step, int tensor) const {
-        return base + Shape::kSlots + step % Shape::kStages * Shape::kSlotBytes + tensor * kPanel;
+        return base + Traits::kSlots + step % Traits::kStages * Traits::kSlotBytes + tensor * kPanel;
     }
     __device__ float* numbers(int step, int which) const {
-        return reinterpret_cast<float*>(memory + Shape::kNumbersAt + step % Shape::kStages * Shape::kNumberBytes) +
+        return reinterpret_cast<float*>(memory + Traits::kNumbersAt + step % Traits::kStages * Traits::kNumberBytes) +
                which * kCell;
     }
-    __device__ int& entry(int step) const { return reinterpret_cast<int&>(*numbers(step, Shape::kNumbers)); }
+    __device__ int& entry(int step) const { return reinterpret_cast<int&>(*numbers(step, Traits::kNumbers)); }
 
     __device__ float load_decay(const Span& span) const {
         return -2.0f * kLog2E * tokens.bandwidth[span.head * tokens.bandwidth_stride];
@@ -130,30 +130,30 @@ __device__ __forceinline__ int cell_of(int entry) { return entry & ((1 << kSynch
 
 // What one warp does for the others: it takes spans, up to two ahead of the groups, and copies their rows with the numbers of
 // each and what they have in common.
-template <typename Shape, typename Tokens>
-__device__ void copy_rows(const Block<Shape, Tokens>& block) {
+template <typename Traits, typename Tokens>
+__device__ void copy_rows(const Block<Traits, Tokens>& block) {
     const Tokens& tokens = block.tokens;
     const int lane = threadIdx.x % 32;
     int number = blockIdx.x;
     for (int nth = 0; number < tokens.spans.count(); ++nth) {
         const Span span(tokens, number);
-        const uint32_t full = block.own_ring.full(nth);
-        block.own_ring.wait_empty(nth);
+        const uint32_t full = block.own_pipeline.full(nth);
+        block.own_pipeline.wait_empty(nth);
         if (lane == 0) {
-            arrive_expecting(full, Shape::kOwnBytes);
+            arrive_expecting(full, Traits::kOwnBytes);
 #pragma unroll 1
-            for (int i = 0; i < Shape::kOwn * Shape::kGroups; ++i)
-                copy_box(block.own(nth, 0, i), tokens.tensor[i / Shape::kGroups], 0,
-                         span.tile * Shape::kRows + i % Shape::kGroups * kCell, span.head, span.batch, full);
+            for (int i = 0; i < Traits::kOwn * Traits::kGroups; ++i)
+                copy_box(block.own(nth, 0, i), tokens.tensor[i / Traits::kGroups], 0,
+                         span.tile * Traits::kRows + i % Traits::kGroups * kCell, span.head, span.batch, full);
             number = block.next.take(nth, tokens.counter);
         }
         number = __shfl_sync(kWholeWarp, number, 0);
         const float decay = block.load_decay(span);
 #pragma unroll
-        for (int which = 0; which < Shape::kOwnNumbers; ++which)
+        for (int which = 0; which < Traits::kOwnNumbers; ++which)
 #pragma unroll 2
-            for (int row = lane; row < Shape::kRows; row += 32)
-                block.own_numbers(nth, which)[row] = block.load_number(span, decay, which, span.tile * Shape::kRows + row);
+            for (int row = lane; row < Traits::kRows; row += 32)
+                block.own_numbers(nth, which)[row] = block.load_number(span, decay, which, span.tile * Traits::kRows + row);
         if (lane == 0)
             block.common(nth) = {decay, block.of_head(tokens.c, span)[0], tokens.counts[block.place(span)]};
         __syncwarp();
@@ -165,8 +165,8 @@ __device__ void copy_rows(const Block<Shape, Tokens>& block) {
 // that loads for two cells are under way at once. A slot is always filled by the same warp: a barrier tells the last phase
 // from the one before, but not from one that another warp, less far, has yet to begin. The squares of a cell with one that is
 // not finite become NaN, all of them, so that a look at one of them tells.
-template <typename Shape, typename Tokens>
-__device__ void copy_cells(const Block<Shape, Tokens>& block, int warp) {
+template <typename Traits, typename Tokens>
+__device__ void copy_cells(const Block<Traits, Tokens>& block, int warp) {
     const Tokens& tokens = block.tokens;
     const int lane = threadIdx.x % 32;
     int first_step = 0, number = blockIdx.x;
@@ -176,41 +176,42 @@ __device__ void copy_cells(const Block<Shape, Tokens>& block, int warp) {
         const int count = tokens.counts[block.place(span)];
         const float decay = block.load_decay(span);
         int entries = 0;  // of this warp's next turns, one in each lane
-        for (int turn = 0, place = (first_step + warp) % Shape::kCopying; place < count; ++turn, place += Shape::kCopying) {
+        for (int turn = 0, place = (first_step + warp) % Traits::kCopying; place < count; ++turn, place += Traits::kCopying) {
             const int step = first_step + place;
-            const int mine = place + lane * Shape::kCopying;
+            const int mine = place + lane * Traits::kCopying;
             if (turn % 32 == 0) entries = mine < count ? list[mine] : 0;
             const int entry = __shfl_sync(kWholeWarp, entries, turn % 32), first = cell_of(entry) * kCell;
-            float number[Shape::kNumbers][2];
+            float number[Traits::kNumbers][2];
 #pragma unroll
-            for (int i = 0; i < 2 * Shape::kNumbers; ++i)
+            for (int i = 0; i < 2 * Traits::kNumbers; ++i)
                 number[i / 2][i % 2] = block.load_number(span, decay, i / 2, first + i % 2 * 32 + lane);
-            block.ring.wait_empty(step);
+            block.pipeline.wait_empty(step);
             if (lane == 0) {
-                arrive_expecting(block.ring.full(step), Shape::kSlotBytes);
+                arrive_expecting(block.pipeline.full(step), Traits::kSlotBytes);
 #pragma unroll
-                for (int i = 0; i < Shape::kOthers; ++i)
-                    copy_box(block.others(step, i), tokens.tensor[i], 0, first, span.head, span.batch, block.ring.full(step));
+                for (int i = 0; i < Traits::kOthers; ++i)
+                    copy_box(block.others(step, i), tokens.tensor[i], 0, first, span.head, span.batch,
+                             block.pipeline.full(step));
                 block.entry(step) = entry;
             }
             const float sum = number[0][0] + number[0][1];
             if (__any_sync(kWholeWarp, !(fabsf(sum) < kInfinity))) number[0][0] = number[0][1] = NAN;
 #pragma unroll
-            for (int i = 0; i < 2 * Shape::kNumbers; ++i) block.numbers(step, i / 2)[i % 2 * 32 + lane] = number[i / 2][i % 2];
+            for (int i = 0; i < 2 * Traits::kNumbers; ++i) block.numbers(step, i / 2)[i % 2 * 32 + lane] = number[i / 2][i % 2];
             __syncwarp();
-            if (lane == 0) arrive(block.ring.full(step));
+            if (lane == 0) arrive(block.pipeline.full(step));
         }
         first_step += count;
         number = block.next.wait(nth);
-        block.own_ring.leave(nth);
+        block.own_pipeline.release(nth);
     }
 }
 
-template <typename Shape, typename Tokens>
-__device__ void copy(const Block<Shape, Tokens>& block) {
+template <typename Traits, typename Tokens>
+__device__ void copy(const Block<Traits, Tokens>& block) {
     const int warp = __shfl_sync(kWholeWarp, threadIdx.x % 128 / 32, 0);
-    if (warp < Shape::kCopying) copy_cells(block, warp);
-    else if (warp == Shape::kCopying) copy_rows(block);
+    if (warp < Traits::kCopying) copy_cells(block, warp);
+    else if (warp == Traits::kCopying) copy_rows(block);
 }
 
 }  // namespace

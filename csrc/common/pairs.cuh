@@ -1,8 +1,8 @@
-// Every pair of a block's own rows with a stream of others: what kernels share that score pairs and keep little of them.
+// Every pair of a block's own rows with a sequence of others: what kernels share that score pairs and keep little of them.
 //
-// One thread starts copies of the stream's tiles into a ring of slots. Warp groups, each with 64 of the block's rows, multiply
+// One thread starts copies of their tiles into a pipeline. Warp groups, each with 64 of the block's rows, multiply
 // them with one tile after the other at their own pace: while some compute with their products, those of others run. So the
-// stream is read once for all groups.
+// others are read once for all groups.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@
 #include "constants.cuh"
 #include "hopper.cuh"
 #include "mma.cuh"
-#include "ring.cuh"
+#include "pipeline.cuh"
 
 namespace nearfar {
 
 // Products of `kProducts` pairs of tensors at once: of rows x_i with others y_i, all of them `kWidth` wide.
 template <typename Number_, int kWidth_, int kProducts_, int kGroups_, int kTile_, int kStages_>
-struct Stream {
+struct PairTraits {
     using Number = Number_;
     static constexpr int kWidth = kWidth_, kProducts = kProducts_, kGroups = kGroups_, kStages = kStages_;
     static constexpr int kTile = kTile_;          // others at once
@@ -33,7 +33,7 @@ struct Stream {
     static constexpr int kSlots = kPanels * kOwnPanel;
     static constexpr int kVectors = kSlots + kStages * kSlotBytes;
     static constexpr int kBarriers = kVectors + kStages * kVectorBytes;
-    static constexpr int kBytes = kBarriers + Ring<kStages>::kBytes + 8;
+    static constexpr int kBytes = kBarriers + Pipeline<kStages>::kBytes + 8;
     static_assert(kWidth % 64 == 0 && (kGroups == 3 || kGroups == 4));
     using Products = float[kProducts][kTile / 2];
 };
@@ -46,7 +46,7 @@ struct Band {
     __device__ int end(int row) const { return min(num_others, min(row, num_rows - 1) + offset + ahead + 1); }
 };
 
-// Where a block's rows are, and the head of the stream.
+// Where a block's rows are, and the head of the others.
 struct Place {
     int tile, batch, head, other_head;
 };
@@ -97,58 +97,58 @@ __device__ __forceinline__ void start_weighted_sum(float (&sum)[Width / 2], cons
 __device__ constexpr int product_column(int lane, int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; }
 
 // The first of the two rows of this thread, the other one is 8 further; beyond all rows in the warps that have none.
-template <typename Stream>
+template <typename Traits>
 __device__ int own_row(const Place& place) {
-    return place.tile * Stream::kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    return place.tile * Traits::kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
 // Calls body.add<Edges>(products, first, vector) for each tile of others that some row of the block reaches; the products are
 // those with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows of the group
 // reach all of them.
 // vectors: numbers of the head's others in global memory, padded to whole tiles, or null. True to the threads that have rows.
-template <typename Stream, typename Arguments, typename Body>
+template <typename Traits, typename Arguments, typename Body>
 __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors,
                                               char* memory, Body& body) {
-    constexpr int kTile = Stream::kTile, kGroups = Stream::kGroups, kStages = Stream::kStages;
-    constexpr int kPanelsEach = Stream::kPanels / Stream::kProducts;
+    constexpr int kTile = Traits::kTile, kGroups = Traits::kGroups, kStages = Traits::kStages;
+    constexpr int kPanelsEach = Traits::kPanels / Traits::kProducts;
     const Band& band = arguments.band;
     const uint32_t base = shared_address(memory);
-    const Ring<kStages> ring{base + Stream::kBarriers};
-    const uint32_t loaded = ring.barriers + ring.kBytes;
+    const Pipeline<kStages> pipeline{base + Traits::kBarriers};
+    const uint32_t loaded = pipeline.barriers + pipeline.kBytes;
     if (threadIdx.x == 0) {
-        make_barrier(loaded, 1);
-        ring.make(4 * kGroups);
+        init_barrier(loaded, 1);
+        pipeline.init(4 * kGroups);
         publish_barriers();
     }
     __syncthreads();
 
     const int group = __shfl_sync(kWholeWarp, threadIdx.x / 128, 0);
-    const int first_row = place.tile * Stream::kRows;
-    const int begin = band.begin(first_row) / kTile, end = (band.end(first_row + Stream::kRows - 1) + kTile - 1) / kTile;
+    const int first_row = place.tile * Traits::kRows;
+    const int begin = band.begin(first_row) / kTile, end = (band.end(first_row + Traits::kRows - 1) + kTile - 1) / kTile;
     if (group == kGroups) {
-        release_registers<Stream::kProducerRegisters>();
+        release_registers<Traits::kProducerRegisters>();
         if (threadIdx.x % 128 > 0) return false;
-        arrive_expecting(loaded, Stream::kSlots);
+        arrive_expecting(loaded, Traits::kSlots);
 #pragma unroll
-        for (int i = 0; i < Stream::kPanels; ++i)
-            copy_box(base + i * Stream::kOwnPanel, arguments.own[i / kPanelsEach], i % kPanelsEach * 64, first_row, place.head,
+        for (int i = 0; i < Traits::kPanels; ++i)
+            copy_box(base + i * Traits::kOwnPanel, arguments.own[i / kPanelsEach], i % kPanelsEach * 64, first_row, place.head,
                      place.batch, loaded);
         for (int tile = begin; tile < end; ++tile) {
             const int step = tile - begin, slot = step % kStages;
-            ring.wait_empty(step);
-            arrive_expecting(ring.full(step), Stream::kSlotBytes + (vectors == nullptr ? 0 : Stream::kVectorBytes));
+            pipeline.wait_empty(step);
+            arrive_expecting(pipeline.full(step), Traits::kSlotBytes + (vectors == nullptr ? 0 : Traits::kVectorBytes));
 #pragma unroll
-            for (int i = 0; i < Stream::kPanels; ++i)
-                copy_box(base + Stream::kSlots + slot * Stream::kSlotBytes + i * Stream::kPanel,
+            for (int i = 0; i < Traits::kPanels; ++i)
+                copy_box(base + Traits::kSlots + slot * Traits::kSlotBytes + i * Traits::kPanel,
                          arguments.others[i / kPanelsEach], i % kPanelsEach * 64, tile * kTile, place.other_head, place.batch,
-                         ring.full(step));
+                         pipeline.full(step));
             if (vectors != nullptr)
-                copy_bytes(base + Stream::kVectors + slot * Stream::kVectorBytes, vectors + tile * kTile, Stream::kVectorBytes,
-                           ring.full(step));
+                copy_bytes(base + Traits::kVectors + slot * Traits::kVectorBytes, vectors + tile * kTile, Traits::kVectorBytes,
+                           pipeline.full(step));
         }
         return false;
     }
-    claim_registers<Stream::kRegisters>();
+    claim_registers<Traits::kRegisters>();
 
     const int top = first_row + 64 * group, bottom = top + 63;
     const int all_begin = band.begin(bottom), all_end = band.end(top);
@@ -156,21 +156,21 @@ __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const 
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
         const int step = tile - begin, slot = step % kStages, first = tile * kTile;
-        const uint32_t rows = base + 64 * 128 * group, others = base + Stream::kSlots + slot * Stream::kSlotBytes;
-        typename Stream::Products products;
-        ring.wait_full(step);
+        const uint32_t rows = base + 64 * 128 * group, others = base + Traits::kSlots + slot * Traits::kSlotBytes;
+        typename Traits::Products products;
+        pipeline.wait_full(step);
         begin_products();
 #pragma unroll
-        for (int i = 0; i < 4 * Stream::kPanels; ++i)
-            start_product<typename Stream::Number, kTile>(
-                products[i / 4 / kPanelsEach], panel_operand(rows + i / 4 * Stream::kOwnPanel, i % 4 * 32),
-                panel_operand(others + i / 4 * Stream::kPanel, i % 4 * 32), i % (4 * kPanelsEach) > 0);
+        for (int i = 0; i < 4 * Traits::kPanels; ++i)
+            start_product<typename Traits::Number, kTile>(
+                products[i / 4 / kPanelsEach], panel_operand(rows + i / 4 * Traits::kOwnPanel, i % 4 * 32),
+                panel_operand(others + i / 4 * Traits::kPanel, i % 4 * 32), i % (4 * kPanelsEach) > 0);
         commit_products();
         wait_for_products<0>(products);
-        const auto* const vector = reinterpret_cast<const float*>(memory + Stream::kVectors) + slot * kTile;
+        const auto* const vector = reinterpret_cast<const float*>(memory + Traits::kVectors) + slot * kTile;
         if (first >= all_begin && first + kTile <= all_end) body.template add<false>(products, first, vector);
         else body.template add<true>(products, first, vector);
-        ring.leave(step);
+        pipeline.release(step);
     }
     return true;
 }

@@ -1,4 +1,4 @@
-// What launches a kernel of stream.cuh takes, and how blocks find their rows.
+// What a launch of a kernel of pairs.cuh takes, and how blocks find their rows.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include "check.h"
 #include "dtype.h"
 #include "occupancy.h"
-#include "stream.cuh"
+#include "pairs.cuh"
 #include "tensor_map.h"
 
 namespace nearfar {
@@ -51,7 +51,7 @@ inline int64_t whole_tiles(int64_t rows, int tile) { return (rows + tile - 1) / 
 
 // heads: of queries, in groups of `group` for each head of keys. Blocks have the tiles of rows of one head after the other.
 template <int kProducts>
-struct StreamArguments {
+struct PairArguments {
     CUtensorMap own[kProducts], others[kProducts];
     Band band;
     int heads, group, tiles;
@@ -69,37 +69,37 @@ struct StreamArguments {
 };
 
 // own and others: of each product, a tensor of rows and one that they meet.
-template <typename Stream>
-StreamArguments<Stream::kProducts> stream_arguments(const std::array<Rows, Stream::kProducts>& own,
-                                                    const std::array<Rows, Stream::kProducts>& others, const Band& band,
-                                                    int64_t heads, int64_t kv_heads) {
-    using Number = typename Stream::Number;
-    StreamArguments<Stream::kProducts> arguments{};
-    for (int i = 0; i < Stream::kProducts; ++i) {
-        arguments.own[i] = own[i].template map<Number>(Stream::kRows);
-        arguments.others[i] = others[i].template map<Number>(Stream::kTile);
+template <typename Traits>
+PairArguments<Traits::kProducts> pair_arguments(const std::array<Rows, Traits::kProducts>& own,
+                                                const std::array<Rows, Traits::kProducts>& others, const Band& band,
+                                                int64_t heads, int64_t kv_heads) {
+    using Number = typename Traits::Number;
+    PairArguments<Traits::kProducts> arguments{};
+    for (int i = 0; i < Traits::kProducts; ++i) {
+        arguments.own[i] = own[i].template map<Number>(Traits::kRows);
+        arguments.others[i] = others[i].template map<Number>(Traits::kTile);
     }
     arguments.band = band;
     arguments.heads = static_cast<int>(heads), arguments.group = static_cast<int>(heads / kv_heads);
-    arguments.tiles = static_cast<int>((own[0].sizes[2] + Stream::kRows - 1) / Stream::kRows);
+    arguments.tiles = static_cast<int>((own[0].sizes[2] + Traits::kRows - 1) / Traits::kRows);
     return arguments;
 }
 
 // Calls `body` with a null `Number*` and the width as an integral constant.
 template <typename Body>
-void dispatch_stream(DType dtype, int64_t width, const Body& body) {
+void dispatch_hopper(DType dtype, int64_t width, const Body& body) {
     dispatch_half_and_width(dtype, width, [&](auto* type, auto width) {
         if constexpr (width == 32) throw std::invalid_argument("width must be 64 or 128");
         else body(type, width);
     });
 }
 
-template <auto kKernel, typename Stream, typename Arguments>
-void launch_stream(Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {
-    resident_blocks<kKernel>(Stream::kThreads, Stream::kBytes);
+template <auto kKernel, typename Traits, typename Arguments>
+void launch_pairs(Arguments& arguments, int64_t heads, cudaStream_t stream, const char* name) {
+    resident_blocks<kKernel>(Traits::kThreads, Traits::kBytes);
     void* parameters[] = {&arguments};
-    const auto blocks = static_cast<unsigned>(heads * arguments.stream.tiles);
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Stream::kThreads), parameters, Stream::kBytes, stream), name);
+    const auto blocks = static_cast<unsigned>(heads * arguments.pairs.tiles);
+    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Traits::kThreads), parameters, Traits::kBytes, stream), name);
 }
 
 }  // namespace nearfar
