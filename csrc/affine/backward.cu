@@ -14,8 +14,8 @@
 #include "affine/backward_walk.cuh"
 #include "affine/forward.h"
 #include "common/fragments.cuh"
-#include "common/spans_launch.cuh"
 #include "common/pairs_launch.cuh"
+#include "common/spans_launch.cuh"
 
 namespace nearfar {
 namespace {

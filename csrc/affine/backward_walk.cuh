@@ -1,12 +1,12 @@
-// What the two walks of affine/backward.cu share: shapes, arguments, shared memory, and the thread that fills it.
+// What the two walks of affine/backward.cu share: traits, arguments, shared memory, and the thread that fills it.
 #pragma once
 
 #include <cstdint>
 
 #include "affine/backward.h"
+#include "common/pairs.cuh"
 #include "common/pipeline.cuh"
 #include "common/spans.cuh"
-#include "common/pairs.cuh"
 #include "common/tensor.cuh"
 
 namespace nearfar {

@@ -8,10 +8,10 @@
 #include <cstdint>
 
 #include "common/fragments.cuh"
-#include "common/pipeline.cuh"
-#include "common/spans_launch.cuh"
 #include "common/pairs.cuh"
 #include "common/pairs_launch.cuh"
+#include "common/pipeline.cuh"
+#include "common/spans_launch.cuh"
 #include "common/tensor.cuh"
 
 namespace nearfar {

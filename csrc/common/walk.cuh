@@ -1,4 +1,4 @@
-// What the walks of causal linear attention share: their geometry, and the state that goes along.
+// What the walks of causal linear attention share: their traits, and the state that goes along.
 //
 // A block walks through a piece of a sequence in chunks of tokens. Tensors of a chunk lie as tiles in a stage of a pipeline in
 // shared memory. Sixteen rows of a result belong to one warp, or each of kParts warps has some of its columns.

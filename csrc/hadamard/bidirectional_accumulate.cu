@@ -7,11 +7,11 @@
 #include <cstdint>
 
 #include "common/fragments.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 #include "common/pipeline.cuh"
 #include "common/scaled.cuh"
 #include "common/spans_launch.cuh"
-#include "common/pairs.cuh"
-#include "common/pairs_launch.cuh"
 #include "hadamard/bidirectional.h"
 
 namespace nearfar {

@@ -10,11 +10,11 @@
 #include "common/features.cuh"
 #include "common/fragments.cuh"
 #include "common/halves.cuh"
+#include "common/pairs.cuh"
+#include "common/pairs_launch.cuh"
 #include "common/pipeline.cuh"
 #include "common/scaled.cuh"
 #include "common/spans_launch.cuh"
-#include "common/pairs.cuh"
-#include "common/pairs_launch.cuh"
 #include "common/tensor.cuh"
 #include "hadamard/bidirectional.h"
 

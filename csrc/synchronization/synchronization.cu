@@ -13,8 +13,8 @@
 #include <cstdint>
 
 #include "common/fragments.cuh"
-#include "common/spans_launch.cuh"
 #include "common/pairs_launch.cuh"
+#include "common/spans_launch.cuh"
 #include "synchronization/walk.cuh"
 
 namespace nearfar {

@@ -1,12 +1,11 @@
-// What both directions of synchronization/synchronization.cu share: shapes, arguments, shared memory, and the warps that fill
-// it.
+// What both directions of synchronization/synchronization.cu share: traits, arguments, shared memory, and the copying warps.
 #pragma once
 
 #include <cstdint>
 
+#include "common/pairs.cuh"
 #include "common/pipeline.cuh"
 #include "common/spans.cuh"
-#include "common/pairs.cuh"
 #include "common/tensor.cuh"
 #include "synchronization/synchronization.h"
 
