@@ -8,7 +8,7 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-BUILD_INPUTS := Makefile setup.py pyproject.toml python/nearfar/version.py $(wildcard csrc/* csrc/common/*)
+BUILD_INPUTS := Makefile setup.py pyproject.toml python/nearfar/version.py $(wildcard csrc/* csrc/*/*)
 
 # Build isolation fetches the build requirements; where they are at hand, it is left out to work offline.
 ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' \

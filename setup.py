@@ -39,7 +39,7 @@ def cuda_extensions() -> list[Extension]:
     if wanted not in ("", "0", "1"):
         sys.exit(f"nearfar: NEARFAR_CUDA must be 0, 1 or unset, not {wanted!r}")
     if wanted != "0" and find_nvcc():
-        sources = [*sorted(Path("csrc").glob("*.cu")), Path("csrc/bindings.cpp")]
+        sources = [*sorted(Path("csrc").rglob("*.cu")), *sorted(Path("csrc").rglob("*.cpp"))]
         return [Extension("nearfar._C", [source.as_posix() for source in sources])]
     # Only a command that would have compiled reports: build front ends run this file for metadata, too.
     if {"build", "build_ext", "bdist_wheel", "editable_wheel"} & set(sys.argv):
@@ -63,7 +63,7 @@ class NinjaBuild(build_ext):
 
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         archs = [arch for arch in os.environ.get("NEARFAR_CUDA_ARCHS", "80;90a").split(";") if arch]
-        common = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-cudart", "static"]
+        common = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-cudart", "static"]
         device = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         device += ["-lineinfo", f"--threads={min(jobs, len(archs))}"]
         # These paths differ from one isolated build to the next: kept from the kernels, which then need no recompiling.
@@ -86,7 +86,7 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         for source in map(Path, ext.sources):
-            objects.append(f"{(BUILD / source.name).as_posix()}.o")
+            objects.append(f"{(BUILD / source.relative_to('csrc')).as_posix()}.o")
             lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'host'} {source.as_posix()}")
         library = BUILD / "_C.so"
         lines.append(f"build {library.as_posix()}: link {' '.join(objects)}")

@@ -4,6 +4,7 @@ What the emulation checks besides the results, and what it cannot see, is in CON
 """
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -18,14 +19,6 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/emulation"
 
 
-def strides(*names, dimensions=3):
-    return [(f"{name}_strides", dimensions * ctypes.c_int64) for name in names]
-
-
-def fields(kind, names):
-    return [(name, kind) for name in names.split()]
-
-
 def find_nvcc():
     """As setup.py does."""
     home = os.environ.get("CUDA_HOME")
@@ -37,8 +30,27 @@ OPTIONS = """-fPIC -fvisibility=hidden -fno-strict-aliasing -fno-extern-tls-init
              -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-parentheses""".split()
 
 
-def build(folder, **functions):
-    """Functions of the emulated kernels by name, for each source in tests/emulation the names of its functions."""
+class Kernel(NamedTuple):
+    """A launcher, and its arguments as csrc/ declares them."""
+
+    launch: object
+    arguments: type[ctypes.Structure]
+
+
+KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
+
+
+def structure(description):
+    """The structure that device.h describes, of a line "name kind offset size" for each member."""
+    lines = [line.split() for line in description.splitlines()]
+    members = [(name, KINDS.get(kind, int(size) // 8 * ctypes.c_int64), int(offset)) for name, kind, offset, size in lines]
+    found = type("Arguments", (ctypes.Structure,), {"_fields_": [member[:2] for member in members]})
+    assert all(getattr(found, name).offset == offset for name, _, offset in members)
+    return found
+
+
+def build(folder, **launchers):
+    """The emulated kernels by name. launchers: of each source in csrc/, `operator__file`, the names of its launchers."""
     if find_nvcc() is None:
         pytest.skip("no nvcc in CUDA_HOME or on PATH, beside which CUDA's headers are")
     if shutil.which("g++") is None:
@@ -49,12 +61,22 @@ def build(folder, **functions):
     # nvcc hands C++ to g++, with the path of its headers.
     command = [find_nvcc(), "-x", "c++", "-std=c++17", "-O1", "-shared", "-cudart", "none", f"-Xcompiler={','.join(OPTIONS)}"]
     command += [f"-I{sources}", f"-I{EMULATION}"]
-    compilers = [subprocess.Popen([*command, f"{EMULATION}/{name}.cpp", "-o", f"{folder}/{name}.so"]) for name in functions]
+    compilers = []
+    for source, names in launchers.items():
+        lines = "device.h", f"{source.replace('__', '/')}.cu"
+        text = [f'#include "{line}"' for line in lines] + [f"EMULATED({name})" for name in names]
+        (folder / f"{source}.cpp").write_text("\n".join(text) + "\n")
+        compilers.append(subprocess.Popen([*command, folder / f"{source}.cpp", "-o", folder / f"{source}.so"]))
     assert not any([compiler.wait() for compiler in compilers])
-    found = {name: getattr(ctypes.CDLL(f"{folder}/{source}.so"), name) for source in functions for name in functions[source]}
-    for function in found.values():
-        function.restype = ctypes.c_char_p
-    return found
+    return {
+        name: load(ctypes.CDLL(f"{folder}/{source}.so"), name) for source, names in launchers.items() for name in names
+    }
+
+
+def load(library, name):
+    launcher, arguments = library[name], library[f"{name}_arguments"]
+    launcher.restype = arguments.restype = ctypes.c_char_p
+    return Kernel(launcher, structure(arguments().decode()))
 
 
 class Conditions(NamedTuple):
@@ -92,29 +114,45 @@ class Guarded:
                 assert torch.equal(buffer[margin].view(torch.uint8), before[margin].view(torch.uint8))
 
 
-def launch(kernel, structure, kind, tensors, conditions, **numbers):
-    """kind: what the launcher takes beside the structure, the dtype or the feature map."""
-    call = structure(**numbers)
-    for name, field in structure._fields_:
-        tensor = tensors.get(name.removesuffix("_strides"))
-        if tensor is not None:
-            setattr(call, name, field(*tensor.stride()[: field._length_]) if name.endswith("_strides") else tensor.data_ptr())
-    _run(kernel, call, kind, conditions)
+def launch(kernel, variant, tensors, conditions, **others):
+    """variant: the dtype or the feature map. tensors and others: by name; tensors that the kernel does not take are ignored."""
+    for name, kind in kernel.arguments._fields_:
+        if name.endswith("_strides") and (tensor := tensors.get(name.removesuffix("_strides"))) is not None:
+            others[name] = tensor.stride()[: kind._length_]
+        elif kind is ctypes.c_void_p and tensors.get(name) is not None:
+            others[name] = tensors[name].data_ptr()
+    _run(kernel, variant, others, conditions)
 
 
-def launch_at(kernel, structure, kind, addresses, steps, conditions, **numbers):
-    """The same from addresses and from strides, both in the order of the structure's fields."""
-    names = [name for name, field in structure._fields_ if field is ctypes.c_void_p]
-    call = structure(**dict(zip(names, addresses, strict=True)), **numbers)
-    arrays = [name for name, _ in structure._fields_ if name.endswith("_strides")]
-    for array, step in zip(arrays, steps, strict=True):
-        setattr(call, array, (3 * ctypes.c_int64)(*step))
-    _run(kernel, call, kind, conditions)
-
-
-def _run(kernel, call, kind, conditions):
-    error = kernel(ctypes.byref(call), kind.encode(), *conditions)
+def _run(kernel, variant, values, conditions):
+    kinds = dict(kernel.arguments._fields_)
+    assert values.keys() <= kinds.keys()
+    call = kernel.arguments(**{name: kinds[name](*x) if isinstance(x, tuple) else x for name, x in values.items()})
+    error = kernel.launch(ctypes.byref(call), variant.encode(), *conditions)
     assert error is None, error.decode()
+
+
+class Extension:
+    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU. launched: the names of those that ran."""
+
+    def __init__(self, kernels, **constants):
+        self._kernels, self.launched = kernels, []
+        self.__dict__.update(constants)
+
+    def __getattr__(self, name):
+        return functools.partial(self._plan, name)
+
+    def _plan(self, name, variant, tensors, **others):
+        """A launch, as the binding (csrc/common/binding.h) makes it of arguments by name, of which none may lack."""
+        kernel = self._kernels[name]
+        assert {*tensors, *others} == {argument for argument, _ in kernel.arguments._fields_}
+
+        def run(addresses, _device, _stream):
+            given = dict(zip(tensors, addresses, strict=True))
+            _run(kernel, variant, {**others, **given}, Conditions())
+            self.launched.append(name)
+
+        return run
 
 
 def through_the_operator(operator, op_arguments, sample, layout, backends):

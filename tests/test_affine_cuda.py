@@ -11,7 +11,6 @@ from harness import (
     gpu,
     leaves,
     like,
-    needs_extension,
     pretend_measured,
     randn,
     run,
@@ -61,17 +60,6 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
         _, backends = operator._checked.__wrapped__((q, q, q), -1, 1.0, False)
         found = tuple(order[0] for order in backends.orders)
         assert backends.cuda is None and found == (firsts if hopper else ("triton", "triton"))
-
-
-@needs_extension
-def test_errors_of_the_extension_raise():
-    sizes, step = (1, 1, 1, 1, 1, 64), (64, 64, 64)
-    for function, tensors, strides in (("softmax_forward", 11, [step] * 4), ("softmax_backward", 16, [step] * 8)):
-        launch = getattr(_cuda.extension, function)("bfloat16", sizes, strides, -1, 1.0)
-        with pytest.raises(RuntimeError, match="cudaError"):
-            launch([0] * tensors, 4096, 0)
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernel

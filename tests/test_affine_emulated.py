@@ -1,12 +1,10 @@
 """Softmax and affine-scaled attention in CUDA C++ without a GPU, in the emulation."""
 
-import ctypes
-import functools
 import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
+from emulated import Conditions, Extension, Guarded, build, launch, through_the_operator
 from harness import Sample, accumulation, assert_accurate, randn, takes_delta_of_stored_o
 from samples import affine as oracle
 
@@ -14,31 +12,13 @@ from nearfar import _cuda
 
 stored = takes_delta_of_stored_o("alpha", "sink")
 
-CHUNK = 128  # kSoftmaxChunk, and kSoftmaxTerms
-
-
-class SoftmaxForward(ctypes.Structure):  # as in csrc/softmax_forward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v alpha beta sink sums o u lse counter"),
-        *strides(*"qkvo"),
-        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width right"),
-        *fields(ctypes.c_double, "scale"),
-    ]
-
-
-class SoftmaxBackward(ctypes.Structure):  # as in csrc/softmax_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v u do alpha beta sums lse dq dk dv m dbeta terms counters"),
-        *strides("q", "k", "v", "u", "do", "dq", "dk", "dv"),
-        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width right"),
-        *fields(ctypes.c_double, "scale"),
-    ]
+CHUNK = 128  # kAffineChunk, and kAffineTerms
 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    functions = {name: [name] for name in ("softmax_forward", "softmax_backward")}
-    return build(tmp_path_factory.mktemp("emulated"), **functions)
+    launchers = {f"affine__{name}": [f"affine_{name}"] for name in ("forward", "backward")}
+    return build(tmp_path_factory.mktemp("emulated"), **launchers)
 
 
 # Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
@@ -99,7 +79,7 @@ def forward(kernels, sample, conditions):
         found["u"] = guarded.empty(q.shape, q.dtype)
     tensors = given | found | dict(counter=guarded.empty((1,), torch.int32))
     kind = str(q.dtype).removeprefix("torch.")
-    launch(kernels["softmax_forward"], SoftmaxForward, kind, tensors, conditions, **numbers(q, k, sample))
+    launch(kernels["affine_forward"], kind, tensors, conditions, **numbers(q, k, sample))
     guarded.assert_intact()
     return found
 
@@ -110,7 +90,7 @@ def backward(kernels, sample, do, found, conditions):
     given = guard(guarded, sample)
     q, k, v = (given[name] for name in "qkv")
     rows, padded = q.shape[:3], -(-q.shape[2] // CHUNK) * CHUNK
-    given |= dict(do=guarded.copy(do), lse=found["lse"], u=guarded.copy(found.get("u", found["o"])))
+    given |= dict(grad_o=guarded.copy(do), lse=found["lse"], u=guarded.copy(found.get("u", found["o"])))
     gradients = {f"d{name}": guarded.copy(torch.full_like(x, math.nan)) for name, x in dict(q=q, k=k, v=v).items()}
     gradients["m"] = guarded.empty(rows, torch.float32)
     if "beta" in given:
@@ -120,7 +100,7 @@ def backward(kernels, sample, do, found, conditions):
     )
     kind = str(q.dtype).removeprefix("torch.")
     tensors = given | gradients | spaces
-    launch(kernels["softmax_backward"], SoftmaxBackward, kind, tensors, conditions, **numbers(q, k, sample))
+    launch(kernels["affine_backward"], kind, tensors, conditions, **numbers(q, k, sample))
     guarded.assert_intact()
     m = gradients.pop("m")
     return gradients | (dict(dalpha=m) if "alpha" in given else {})
@@ -186,27 +166,6 @@ def test_what_a_query_cannot_see_changes_no_bit(kernels):
         assert torch.equal(x[:, :, :130], after[name][:, :, :130]), name
 
 
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    SOFTMAX_CHUNK = SOFTMAX_TERMS = CHUNK
-
-    def __init__(self, kernels):
-        self._kernels = kernels
-
-    def _launch(self, name, structure, fixed, addresses, _device, _stream):
-        dtype, sizes, steps, right, scale = fixed
-        numbers = dict(zip("batches heads kv_heads num_queries num_keys width".split(), sizes, strict=True))
-        kernel, options = self._kernels[name], dict(right=right, scale=scale)
-        launch_at(kernel, structure, dtype, addresses, steps, Conditions(), **numbers, **options)
-
-    def softmax_forward(self, *fixed):
-        return functools.partial(self._launch, "softmax_forward", SoftmaxForward, fixed)
-
-    def softmax_backward(self, *fixed):
-        return functools.partial(self._launch, "softmax_backward", SoftmaxBackward, fixed)
-
-
 @pytest.mark.parametrize(
     ("affine", "layout", "backends"),
     [
@@ -221,7 +180,7 @@ class Extension:
 )
 def test_through_the_operator(affine, layout, backends, kernels, monkeypatch):
     """Arguments arrive where they belong, and either backward takes what either forward saves."""
-    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels, AFFINE_CHUNK=CHUNK, AFFINE_TERMS=CHUNK))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(torch.float16, heads=(2, 1), batch=2, length=150, keys=170, causal=True, affine=affine, sink=True)
     operator = torch.ops.nearfar.affine_attention

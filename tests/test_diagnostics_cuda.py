@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, needs_extension, pretend_measured, randn, run
+from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, pretend_measured, randn, run
 from samples import diagnostics as oracle
 from test_diagnostics import check_constants, check_geometry, geometry, random_sample, statistics
 from test_krause_cuda import tensor
@@ -67,15 +67,6 @@ def test_distances_and_scales_that_are_not_positive_are_not_served():
         with pytest.raises(ValueError, match="backend='cuda' cannot serve this call") as error:
             nf.attention_statistics(q, q, **options, backend="cuda")
         assert DEVICE == "cpu" or reason in str(error.value)
-
-
-@needs_extension
-def test_errors_of_the_extension_raise():
-    sizes, strides = (1, 1, 1, 1, 1, 64), [(64, 64, 64)] * 3
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.statistics([0] * 8, "bfloat16", sizes, strides[:2], -1, -1, 1.0, 4096, 0)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.geometry_select([0] * 8, "bfloat16", (*sizes, 1), strides, -1, -1, 1.0, 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

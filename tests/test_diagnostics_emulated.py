@@ -1,11 +1,10 @@
 """The CUDA kernels of the streamed diagnostics without a GPU, in the emulation."""
 
-import ctypes
 import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, strides
+from emulated import Conditions, Guarded, build, launch
 from harness import Sample, assert_accurate, randn
 from samples import diagnostics as oracle
 from test_diagnostics import check_constants, check_geometry
@@ -17,30 +16,13 @@ TILE = 128  # kDiagnosticsTile
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
-class Statistics(ctypes.Structure):  # as in csrc/statistics.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k lse entropy max_weight max_key mass levels"),
-        *strides(*"qk"),
-        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width left right"),
-        *fields(ctypes.c_double, "scale"),
-    ]
-
-
-class Geometry(ctypes.Structure):  # as in csrc/geometry.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v"),
-        *strides(*"qkv"),
-        *fields(ctypes.c_int64, "batches heads kv_heads num_queries num_keys width left right top_n"),
-        *fields(ctypes.c_double, "scale"),
-        *fields(ctypes.c_void_p, "scores chosen s shift farthest excess squares precision recall f_score"),
-    ]
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     """The functions statistics, geometry_select and geometry_separate, by name."""
     return build(
-        tmp_path_factory.mktemp("emulated"), statistics=["statistics"], geometry=["geometry_select", "geometry_separate"]
+        tmp_path_factory.mktemp("emulated"),
+        diagnostics__statistics=["statistics"],
+        diagnostics__geometry=["geometry_select", "geometry_separate"],
     )
 
 
@@ -95,7 +77,7 @@ def statistics(kernels, sample, conditions, view=lambda x: x):
     outputs["mass"] = guarded.empty((*rows[:2], k.shape[2]), torch.float32)
     levels = guarded.empty((*rows[:2], whole_tiles(rows[2])), torch.float32)
     tensors = dict(q=q, k=k, levels=levels) | outputs
-    launch(kernels["statistics"], Statistics, dtype_of(sample), tensors, conditions, **numbers_of(sample))
+    launch(kernels["statistics"], dtype_of(sample), tensors, conditions, **numbers_of(sample))
     guarded.assert_intact()
     return AttentionStatistics(*outputs.values())
 
@@ -151,7 +133,7 @@ def test_the_largest_weight_is_of_the_first_key(dtype, kernels):
 
 
 def centre(v, scores, chosen, scale):
-    """s in the dtype of v, shift, farthest and excess, as `separate` takes them: csrc/geometry.h says what they are."""
+    """s in the dtype of v, shift, farthest and excess, as `separate` takes them: see csrc/diagnostics/geometry.h."""
     exponents = scores.double() * scale / math.log(2)
     shift = torch.logsumexp(exponents * math.log(2), -1, keepdim=True) / math.log(2)
     weights = (exponents - shift).exp2()
@@ -173,16 +155,14 @@ def geometry(kernels, sample, top_n, conditions, change=lambda tensors: None):
         "scores": guarded.empty((*rows, top_n), torch.float32), "chosen": guarded.empty((*rows, top_n), torch.int32)
     }  # fmt: skip
     numbers = numbers_of(sample) | {"top_n": top_n}
-    launch(kernels["geometry_select"], Geometry, dtype_of(sample), tensors | selected, conditions, **numbers)
+    launch(kernels["geometry_select"], dtype_of(sample), tensors | selected, conditions, **numbers)
     for name, x in zip(("s", "shift", "farthest", "excess"), centre(v, **selected, scale=numbers["scale"]), strict=True):
         tensors[name] = guarded.empty(x.shape, x.dtype).copy_(x)
     tensors["squares"] = guarded.empty((*v.shape[:2], whole_tiles(v.shape[2])), torch.float32)
     tensors["squares"][..., : v.shape[2]] = v.float().square().sum(-1)
     change(tensors)
     outputs = {name: guarded.empty(rows, torch.float32) for name in SelectionGeometry._fields}
-    launch(
-        kernels["geometry_separate"], Geometry, dtype_of(sample), tensors | selected | outputs, conditions, **numbers
-    )  # fmt: skip
+    launch(kernels["geometry_separate"], dtype_of(sample), tensors | selected | outputs, conditions, **numbers)
     guarded.assert_intact()
     return tuple(selected.values()), SelectionGeometry(*outputs.values())
 
@@ -288,4 +268,4 @@ def test_errors_are_reported(kernels):
     shifted = torch.zeros(9 * 64 + 1, dtype=torch.float16)[1:].view(1, 1, 9, 64)
     with pytest.raises(AssertionError, match="cuTensorMapEncodeTiled: error 1"):
         tensors = dict(q=shifted, k=sample.tensors["k"])
-        launch(kernels["statistics"], Statistics, "float16", tensors, Conditions(), **numbers_of(sample))
+        launch(kernels["statistics"], "float16", tensors, Conditions(), **numbers_of(sample))

@@ -12,7 +12,6 @@ from harness import (
     gpu,
     leaves,
     like,
-    needs_extension,
     pretend_measured,
     run,
 )
@@ -77,18 +76,6 @@ def test_auto_asks_first_what_was_measured_faster(monkeypatch):
     monkeypatch.setattr(_cuda, "linear_reason", lambda *arguments: None)
     pretend_measured(monkeypatch, ({"causal": False, "factors": 2, "value_width": 128}, (1.0, 2.0), (3.0, 2.0)))
     assert checked(4096).orders == (first, second) and checked(4096, causal=True).orders == (second, second)
-
-
-@needs_extension
-def test_errors_of_the_extension_raise():
-    steps = [(64, 64, 64)] * 3
-    accumulate = _cuda.extension.factored_accumulate("elu", (1, 1, 1, 64, 64, 1, 256), steps)
-    read = _cuda.extension.factored_read("elu", (1, 1, 1, 64, 64), steps, 0.0)
-    for launch, tensors in ((accumulate, 11), (read, 8)):
-        with pytest.raises(RuntimeError, match="cudaError"):
-            launch([0] * tensors, 4096, 0)
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -1,48 +1,20 @@
 """The CUDA kernels of bidirectional Hadamard linear attention with two factors without a GPU, in the emulation."""
 
-import ctypes
-
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from emulated import Conditions, Extension, Guarded, Kernel, build, launch
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
 from samples.linear import MAPS, check, op_arguments, random_tensors
 
 from nearfar import _cuda
 
 WIDTH, CHUNK = 64, 64
-SIZES = "batches heads state_heads num_tokens width num_pieces piece_length"
-
-
-class FactoredFeatures(ctypes.Structure):  # as in csrc/factored.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "outer inner factors weights outer_tiles weighted_tiles inner_tiles"),
-        *strides("outer", "inner"),
-        *fields(ctypes.c_int64, "batches heads num_tokens"),
-    ]
-
-
-class FactoredAccumulate(ctypes.Structure):  # as in csrc/factored.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "outer_tiles weighted_tiles inner_tiles y partials partial_norms counter"),
-        *strides("y"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
-
-class FactoredRead(ctypes.Structure):  # as in csrc/factored.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "outer inner states norms out inverse counter norm_tiles"),
-        *strides("outer", "inner", "out"),
-        *fields(ctypes.c_int64, "batches heads state_heads num_tokens width"),
-        *fields(ctypes.c_double, "eps"),
-    ]
-
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    names = "factored_features", "factored_accumulate", "factored_read"
-    return build(tmp_path_factory.mktemp("emulated"), **{name: [name] for name in names})
+    names = "features", "accumulate", "read"
+    launchers = {f"hadamard__bidirectional_{name}": [f"hadamard_bidirectional_{name}"] for name in names}
+    return build(tmp_path_factory.mktemp("emulated"), **launchers)
 
 
 def random(*shape, seed):
@@ -98,8 +70,14 @@ def test_accumulate(name, late_copies, kernels):
     tiles = [guarded.empty((batch, heads, chunks, 64, 64), torch.bfloat16) for _ in range(3 if with_factors else 2)]
     given = dict(outer=outer, inner=inner, factors=factors, weights=weights)
     filled = dict(outer_tiles=tiles[0], inner_tiles=tiles[1], weighted_tiles=tiles[2] if with_factors else None)
-    numbers = dict(batches=batch, heads=heads, num_tokens=tokens)
-    launch(kernels["factored_features"], FactoredFeatures, feature_map, given | filled, conditions, **numbers)
+    partials = guarded.empty((batch, state_heads, pieces, 64, 64, width), torch.float32)
+    partial_norms = guarded.empty((batch, state_heads, pieces, 64, 64), torch.float32)
+    sums = dict(y=y, partials=partials, partial_norms=partial_norms, counter=guarded.empty((1,), torch.int32))
+    numbers = dict(
+        batches=batch, heads=heads, state_heads=state_heads, num_tokens=tokens, width=width, num_pieces=pieces,
+        piece_length=piece_length,
+    )  # fmt: skip
+    launch(kernels["hadamard_bidirectional_features"], feature_map, given | filled | sums, conditions, **numbers)
 
     scaled, mapped = rounded_features(outer, inner, feature_map, factors)
     weighted, _ = rounded_features(outer, inner, feature_map, weights)
@@ -111,16 +89,10 @@ def test_accumulate(name, late_copies, kernels):
     if with_factors:
         torch.testing.assert_close(unpermuted(tiles[2]).double(), pad(weighted).mT, **close)
 
-    partials = guarded.empty((batch, state_heads, pieces, 64, 64, width), torch.float32)
-    partial_norms = guarded.empty((batch, state_heads, pieces, 64, 64), torch.float32)
-    counter = guarded.empty((1,), torch.int32)
-    tensors = filled | dict(y=y, partials=partials, partial_norms=partial_norms, counter=counter)
-    tensors["weighted_tiles"] = tiles[-1 if with_factors else 0]
-    numbers |= dict(state_heads=state_heads, width=width, num_pieces=pieces, piece_length=piece_length)
-    launch(kernels["factored_accumulate"], FactoredAccumulate, "", tensors, conditions, **numbers)
+    launch(kernels["hadamard_bidirectional_accumulate"], "", given | filled | sums, conditions, **numbers)
     guarded.assert_intact()
     scaled, mapped = unpermuted(tiles[0]).mT.flatten(2, 3).double(), unpermuted(tiles[1]).flatten(2, 3).double()
-    weighted = unpermuted(tensors["weighted_tiles"]).mT.flatten(2, 3).double()
+    weighted = unpermuted(tiles[-1 if with_factors else 0]).mT.flatten(2, 3).double()
     for piece in range(pieces):
         span = slice(piece * piece_length, min(tokens, (piece + 1) * piece_length))
         expected = accumulated(scaled[:, :, span], mapped[:, :, span], y[:, :, span], state_heads)
@@ -157,7 +129,7 @@ def test_read(name, late_copies, kernels):
         counter=guarded.empty((1,), torch.int32), norm_tiles=guarded.empty((batch, state_heads, 2, 64, 64), torch.bfloat16),
     )  # fmt: skip
     numbers = dict(batches=batch, heads=heads, state_heads=state_heads, num_tokens=rows, width=width, eps=0.25)
-    launch(kernels["factored_read"], FactoredRead, feature_map, tensors, conditions, **numbers)
+    launch(kernels["hadamard_bidirectional_read"], feature_map, tensors, conditions, **numbers)
     guarded.assert_intact()
     x1, x2 = rounded_features(outer, inner, feature_map, None)
     group = heads // state_heads
@@ -176,37 +148,11 @@ def test_read(name, late_copies, kernels):
     assert (out.double() - expected).norm() <= 2**-7 * expected.norm()
 
 
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    FACTORED_CHUNK, FACTORED_WIDTH = CHUNK, WIDTH
-
-    def __init__(self, kernels):
-        self._kernels, self.launched = kernels, []
-
-    def factored_accumulate(self, feature_map, sizes, steps):
-        numbers = dict(zip(SIZES.split(), sizes, strict=True))
-
-        def run(tensors, device, stream):
-            outer, inner, y, factors, weights, partials, norms, outer_tiles, inner_tiles, weighted_tiles, counter = tensors
-            given = outer, inner, factors, weights, outer_tiles, weighted_tiles, inner_tiles
-            some = {name: numbers[name] for name in ("batches", "heads", "num_tokens")}
-            launch_at(self._kernels["factored_features"], FactoredFeatures, feature_map, given, steps[:2], Conditions(), **some)
-            given = outer_tiles, weighted_tiles or outer_tiles, inner_tiles, y, partials, norms, counter
-            launch_at(self._kernels["factored_accumulate"], FactoredAccumulate, "", given, steps[2:], Conditions(), **numbers)
-            self.launched.append("accumulate")
-
-        return run
-
-    def factored_read(self, feature_map, sizes, steps, eps):
-        numbers = dict(zip("batches heads state_heads num_tokens width".split(), sizes, strict=True))
-
-        def run(tensors, device, stream):
-            kernel = self._kernels["factored_read"]
-            launch_at(kernel, FactoredRead, feature_map, tensors, steps, Conditions(), eps=eps, **numbers)
-            self.launched.append("read")
-
-        return run
+def both(kernels):
+    """The kernels, with that of features ahead of accumulate, as the binding launches them."""
+    features, accumulate = (kernels[f"hadamard_bidirectional_{name}"] for name in ("features", "accumulate"))
+    run = lambda *call: features.launch(*call) or accumulate.launch(*call)  # noqa: E731
+    return kernels | {"hadamard_bidirectional_accumulate": Kernel(run, accumulate.arguments)}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +165,8 @@ def test_through_the_operator(options, layout, kernels, monkeypatch):
 
     Of the backward, dv needs nothing of Triton's products, which its interpreter gets wrong in bfloat16.
     """
-    extension = Extension(kernels)
+    constants = dict(HADAMARD_BIDIRECTIONAL_CHUNK=CHUNK, HADAMARD_BIDIRECTIONAL_WIDTH=WIDTH)
+    extension = Extension(both(kernels), **constants)
     monkeypatch.setattr(_cuda, "extension", extension)
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     tensors = random_tensors((64, 64), 64, (1, 2, 100), (1, 1, 100), torch.bfloat16, "cpu")
@@ -231,5 +178,5 @@ def test_through_the_operator(options, layout, kernels, monkeypatch):
     do = GRADIENTS["width before rows"](random(*o.shape, seed=11))
     dstate = torch.zeros_like(state)
     (dv,) = torch.autograd.grad((o, state), [tensors["v"]], (do, dstate))
-    assert extension.launched == ["accumulate", "read"] * 2
+    assert extension.launched == [f"hadamard_bidirectional_{name}" for name in ("accumulate", "read")] * 2
     check(sample, (do, dstate), (o.detach(), state.detach()), {"v": dv}, names=["v"])

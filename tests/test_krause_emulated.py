@@ -1,10 +1,8 @@
 """The CUDA kernels of Krause attention without a GPU, in the emulation."""
 
-import ctypes
-
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from emulated import Conditions, Extension, Guarded, build, launch
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
 from samples.krause import best, check, decode, dense, keys_like, op_arguments, visible
 
@@ -17,35 +15,11 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], i
 # ------------------------------------------------------------------------------------------------------ the emulated kernels
 
 
-class KrauseForward(ctypes.Structure):  # as in csrc/krause_forward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v sigma token_bounds o lse bits"),
-        *strides(*"qkvo"),
-        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads num_queries num_keys width back ahead top_k"),
-    ]
-
-
-class KrauseBackward(ctypes.Structure):  # as in csrc/krause_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v o grad_o sigma lse bits token_bounds dq dk dv dsigma partials"),
-        *strides("q", "k", "v", "o", "grad_o", "dq", "dk", "dv"),
-        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads num_queries num_keys width back ahead"),
-    ]
-
-
-class KrauseStep(ctypes.Structure):  # as in csrc/krause_step.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v cached_k cached_v length sigma o"),
-        *strides(*"qkvo", dimensions=2),
-        *fields(ctypes.c_int64, "sigma_stride batches heads kv_heads window width top_k"),
-    ]
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     """The functions krause_forward, krause_backward and krause_step, by name."""
-    names = ("krause_forward", "krause_backward", "krause_step")
-    return build(tmp_path_factory.mktemp("emulated"), **{name: [name] for name in names})
+    names = ("forward", "backward", "step")
+    return build(tmp_path_factory.mktemp("emulated"), **{f"krause__{name}": [f"krause_{name}"] for name in names})
 
 
 FEW_STRIPS = Conditions()
@@ -68,12 +42,12 @@ def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
     words = 2 if back + ahead + 1 <= 64 else 4
     saved = dict(o=guarded.empty(q.shape, q.dtype), lse=guarded.empty(q.shape[:3], torch.float32))
     saved["bits"] = guarded.empty((*q.shape[:3], words), torch.int32) if top_k else None
-    launch(kernels["krause_forward"], KrauseForward, dtype_of(inputs), inputs | saved, conditions, **numbers, top_k=top_k or 0)
+    launch(kernels["krause_forward"], dtype_of(inputs), inputs | saved, conditions, **numbers, top_k=top_k or 0)
     gradients = {name: guarded.empty(inputs[name].shape, inputs[name].dtype) for name in ("q", "k", "v", "sigma")}
     if backward:
         partials = guarded.empty((*q.shape[:2], -(-max(q.shape[2], k.shape[2]) // 64)), torch.float32)
         filled = {f"d{name}": gradient for name, gradient in gradients.items()} | {"partials": partials}
-        launch(kernels["krause_backward"], KrauseBackward, dtype_of(inputs), inputs | saved | filled, conditions, **numbers)
+        launch(kernels["krause_backward"], dtype_of(inputs), inputs | saved | filled, conditions, **numbers)
     guarded.assert_intact()
     return tuple(saved.values()), gradients
 
@@ -185,31 +159,11 @@ def test_nan_stays_in_its_sequence(top_k, name, dtype, kernels):
         assert (name, gradient) == ("v", "v") or gradients_then[gradient][:, :, 40:75].isnan().any(), gradient
 
 
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    KRAUSE_WINDOW, KRAUSE_TILE = 128, 64
-
-    def __init__(self, kernels):
-        self._kernels = kernels
-
-    def _launch(self, name, structure, addresses, dtype, sizes, steps, *numbers):
-        names = "batches heads kv_heads num_queries num_keys width sigma_stride back ahead top_k".split()
-        numbers = dict(zip(names[: 6 + len(numbers)], (*sizes, *numbers), strict=True))
-        launch_at(self._kernels[name], structure, dtype, addresses, steps, FEW_STRIPS, **numbers)
-
-    def krause_forward(self, *fixed):
-        return lambda addresses, *_: self._launch("krause_forward", KrauseForward, addresses, *fixed)
-
-    def krause_backward(self, *fixed):
-        return lambda addresses, *_: self._launch("krause_backward", KrauseBackward, addresses, *fixed)
-
-
 @pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])
 @pytest.mark.parametrize("top_k", [None, 30])
 def test_through_the_operator(layout, top_k, kernels, monkeypatch):
     """Arguments arrive where they belong, forward and backward, and what does not start at 16 bytes is copied."""
-    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels, KRAUSE_WINDOW=128, KRAUSE_TILE=64))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(torch.float16, heads=(4, 2), batch=2, length=150, keys=170, locality=nf.SlidingWindow(99, 3), top_k=top_k)
     change = {**LAYOUTS, **MISALIGNED}[layout]
@@ -235,7 +189,7 @@ def test_errors_are_reported(kernels):
     tensors = dict(q=shifted, k=k, v=v, sigma=sample.tensors["sigma"], o=torch.empty_like(q), lse=torch.empty(1, 1, 200))
     with pytest.raises(AssertionError, match="cp.async: global address not a multiple of 16"):
         launch(
-            kernels["krause_forward"], KrauseForward, dtype_of(tensors), tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
+            kernels["krause_forward"], dtype_of(tensors), tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
             num_queries=200, num_keys=200, width=32, back=127, ahead=0,
         )  # fmt: skip
 
@@ -266,7 +220,7 @@ def test_decoding(width, heads, window, top_k, dtype, kernels):
         numbers = dict(
             sigma_stride=1, batches=3, heads=heads[0], kv_heads=heads[1], window=window, width=width, top_k=top_k or 0
         )
-        launch(kernels["krause_step"], KrauseStep, dtype_of(tensors), tensors, Conditions(seed=seed), **numbers)
+        launch(kernels["krause_step"], dtype_of(tensors), tensors, Conditions(seed=seed), **numbers)
         guarded.assert_intact()
         error = (tensors["o"].double() - expected).abs().max()
         assert error <= 2 * torch.finfo(dtype).eps * expected.abs().max()

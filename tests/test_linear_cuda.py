@@ -114,15 +114,6 @@ def test_shared_memory_fits():
     assert 2 * 256 * 64 * 2 <= _cuda.extension.hadamard_shared_bytes() <= 227 * 1024
 
 
-@needs_extension
-def test_errors_of_the_extension_raise():
-    sizes, strides = (1, 1, 1, 1, 64, 1, 1), [(64, 64, 64)] * 6
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.linear_forward("elu", sizes, strides[:4], 0.0)([0] * 8, 4096, 0)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        _cuda.extension.linear_grad_keys("elu", sizes, strides)([0] * 8, 0, 0)
-
-
 @pytest.mark.parametrize(
     "heads, length, width, blocks", [(32, 16384, 64, 256), (16, 65536, 128, 128), (70, 8192, 128, 350), (2, 777, 64, 56)]
 )

@@ -1,10 +1,8 @@
 """The CUDA kernels of causal linear and Hadamard attention without a GPU, in the emulation."""
 
-import ctypes
-
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from emulated import Conditions, Extension, Guarded, build, launch
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn, takes_delta_of_stored_o
 from samples.linear import check, features, op_arguments, random_state, random_tensors, spans, with_ones
 
@@ -12,72 +10,18 @@ from nearfar import _cuda
 
 stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
 
-SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length"
-
-
-class LinearForward(ctypes.Structure):  # as in csrc/linear_forward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v states norms o inverse pieces"),
-        *strides(*"qkvo"),
-        *fields(ctypes.c_int64, SIZES),
-        *fields(ctypes.c_double, "eps"),
-    ]
-
-
-class LinearGradQueries(ctypes.Structure):  # as in csrc/linear_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q k v grad_o inverse states norms dq weights pieces"),
-        *strides("q", "k", "v", "grad_o", "dq"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
-
-class LinearGradKeys(ctypes.Structure):  # as in csrc/linear_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "k v q grad_o inverse weights states norms dk dv pieces"),
-        *strides("k", "v", "q", "grad_o", "dk", "dv"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
-
-def of_two_factors(structure):
-    """The structure of Hadamard attention that corresponds to one of linear attention, as in csrc/hadamard_*.h."""
-
-    class Structure(ctypes.Structure):
-        _fields_ = [
-            field
-            for name, kind in structure._fields_
-            if name != "width"
-            for field in ([(name, kind)] if name.removesuffix("_strides")[-1] not in "qk" else numbered(name, kind))
-        ]
-
-    return Structure
-
-
-def numbered(name, kind):
-    stem = name.removesuffix("_strides")
-    return [(f"{stem}{number}{name[len(stem) :]}", kind) for number in "12"]
-
-
-STRUCTURES = {
-    "linear_forward": LinearForward,
-    "linear_grad_queries": LinearGradQueries,
-    "linear_grad_keys": LinearGradKeys,
-}
-STRUCTURES |= {name.replace("linear", "hadamard"): of_two_factors(structure) for name, structure in STRUCTURES.items()}
-STRUCTURES |= {"linear_grad_queries_hopper": LinearGradQueries, "linear_grad_keys_hopper": LinearGradKeys}
-
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The functions of STRUCTURES, by name."""
+    """The launchers of causal attention with one factor and with two, by name."""
+    grads = ["grad_queries", "grad_keys"]
     return build(
         tmp_path_factory.mktemp("emulated"),
-        linear_forward=["linear_forward"],
-        linear_backward=["linear_grad_queries", "linear_grad_keys"],
-        linear_backward_hopper=["linear_grad_queries_hopper", "linear_grad_keys_hopper"],
-        hadamard_forward=["hadamard_forward"],
-        hadamard_backward=["hadamard_grad_queries", "hadamard_grad_keys"],
+        linear__causal_forward=["linear_causal_forward"],
+        linear__causal_backward=[f"linear_causal_{name}" for name in grads],
+        linear__causal_backward_hopper=[f"linear_causal_{name}_hopper" for name in grads],
+        hadamard__causal_forward=["hadamard_causal_forward"],
+        hadamard__causal_backward=[f"hadamard_causal_{name}" for name in grads],
     )
 
 
@@ -157,8 +101,7 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY, hopper=False):
     before = with_states(ys, with_ones(tensors["v"]), tensors.get("initial_state"), True)
 
     def run_one(which, tensors, **more):
-        name = f"{operator}_{which}"
-        launch(kernels[name], STRUCTURES[name], feature_map, tensors, conditions, **numbers, **more)
+        launch(kernels[f"{operator}_causal_{which}"], feature_map, tensors, conditions, **numbers, **more)
 
     run_one("forward", before | inputs | saved, eps=options.get("eps", 1e-6))
     everything = inputs | saved | filled
@@ -209,11 +152,13 @@ SAMPLES = {
     "two factors": (dict(width=TWO_FACTORS, length=257), None),
     "two factors, one chunk": (dict(width=TWO_FACTORS, length=50, feature_map="exp"), None),
     "two factors, heads share keys, pieces": (
-        dict(width=TWO_FACTORS, heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5), 128
+        dict(width=TWO_FACTORS, heads=(3, 1), batch=2, length=300, feature_map="relu", eps=0.5),
+        128,
     ),
     "two factors, a state comes in": (dict(width=TWO_FACTORS, length=300, state=True, feature_map="softplus"), 256),
     "two factors, not normalised": (
-        dict(width=TWO_FACTORS, heads=(2, 2), length=300, normalize=False, feature_map="identity"), None
+        dict(width=TWO_FACTORS, heads=(2, 2), length=300, normalize=False, feature_map="identity"),
+        None,
     ),
     "two factors, packed": (dict(width=TWO_FACTORS, heads=(2, 1), cu_seqlens=[0, 0, 5, 200, 201, 420], length=420), 256),
 }
@@ -259,23 +204,6 @@ def test_norms_are_as_exact_as_float32(width, chunk, kernels):
     y = face_split([factor.bfloat16() for factor in ys]).double()  # those of keys are rounded
     expected = 1 / ((x[:, :, -1:] * y).sum((-1, -2)) + 1e-6)
     torch.testing.assert_close(inverse[:, :, -1].double(), expected, rtol=3e-5, atol=0)
-
-
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    def __init__(self, kernels):
-        self._kernels = kernels
-
-    def __getattr__(self, name):
-        sizes_of = [size for size in SIZES.split() if size != "width" or name.startswith("linear")]
-
-        def make(feature_map, sizes, strides, *eps):
-            numbers = dict(zip(sizes_of, sizes, strict=True)) | dict(zip(["eps"], eps, strict=False))
-            given = self._kernels[name], STRUCTURES[name], feature_map
-            return lambda tensors, *_: launch_at(*given, tensors, strides, ANY, **numbers)
-
-        return make
 
 
 @pytest.mark.parametrize("layout", ["tokens before heads", "off by eight bytes"])

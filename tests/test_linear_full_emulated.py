@@ -1,10 +1,8 @@
 """The CUDA kernels of bidirectional linear attention without a GPU, in the emulation."""
 
-import ctypes
-
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides
+from emulated import Conditions, Extension, Guarded, build, launch
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn, takes_delta_of_stored_o
 from samples.linear import check, features, op_arguments, random_state, spans
 
@@ -12,49 +10,14 @@ from nearfar import _cuda
 
 stored = takes_delta_of_stored_o("q", "k")
 
-SIZES = "batches heads kv_heads num_tokens width num_pieces piece_length num_states"
-
-
-class LinearFullSums(ctypes.Structure):  # as in csrc/linear_full_forward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "k v partials partial_norms pieces"),
-        *strides(*"kv"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
-
-class LinearFullRead(ctypes.Structure):  # as in csrc/linear_full_forward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q states norms o inverse pieces"),
-        *strides(*"qo"),
-        *fields(ctypes.c_int64, SIZES),
-        *fields(ctypes.c_double, "eps"),
-    ]
-
-
-class LinearFullGradQueries(ctypes.Structure):  # as in csrc/linear_full_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "q grad_o inverse states norms dq partials partial_norms pieces"),
-        *strides("q", "grad_o", "dq"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
-
-class LinearFullGradKeys(ctypes.Structure):  # as in csrc/linear_full_backward.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "k v states norms dk dv pieces"),
-        *strides("k", "v", "dk", "dv"),
-        *fields(ctypes.c_int64, SIZES),
-    ]
-
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """The functions linear_full_sums, linear_full_read, linear_full_grad_queries and linear_full_grad_keys, by name."""
+    """The four functions, by name."""
     return build(
         tmp_path_factory.mktemp("emulated"),
-        linear_full_forward=["linear_full_sums", "linear_full_read"],
-        linear_full_backward=["linear_full_grad_queries", "linear_full_grad_keys"],
+        linear__bidirectional_forward=["linear_bidirectional_sums", "linear_bidirectional_read"],
+        linear__bidirectional_backward=["linear_bidirectional_grad_queries", "linear_bidirectional_grad_keys"],
     )
 
 
@@ -114,23 +77,21 @@ def run(kernels, sample, do, piece_length, conditions=ANY):
         return {name: fill(x) for name, x in zip(("states", "norms"), found, strict=True)}
 
     inputs = dict(q=q, k=k, v=v, grad_o=do)
-    saved = dict(
-        o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None
-    )
+    saved = dict(o=guarded.empty(q.shape, q.dtype), inverse=guarded.empty(q.shape[:3], torch.float32) if normalize else None)
     gradients = {name: guarded.empty(inputs[name].shape, q.dtype) for name in "qkv"}
     everything = inputs | saved | {f"d{name}": gradient for name, gradient in gradients.items()}
 
-    def call(name, structure, given, numbers, **rest):
-        launch(kernels[name], structure, feature_map, everything | given, conditions, **numbers, **rest)
+    def call(name, given, numbers, **rest):
+        launch(kernels[f"linear_bidirectional_{name}"], feature_map, everything | given, conditions, **numbers, **rest)
 
     of_keys, key_partials, key_pieces, key_sequences = sizes(k.shape[2])
     of_queries, query_partials, query_pieces, query_sequences = sizes(q.shape[2])
-    call("linear_full_sums", LinearFullSums, key_partials | key_pieces, of_keys)
+    call("sums", key_partials | key_pieces, of_keys)
     state = state_of(key_partials, key_sequences, initial)
-    call("linear_full_read", LinearFullRead, state | query_pieces, of_queries, eps=options.get("eps", 1e-6))
-    call("linear_full_grad_queries", LinearFullGradQueries, state | query_partials | query_pieces, of_queries)
+    call("read", state | query_pieces, of_queries, eps=options.get("eps", 1e-6))
+    call("grad_queries", state | query_partials | query_pieces, of_queries)
     grad_state = state_of(query_partials, query_sequences, None if initial is None else torch.zeros_like(initial))
-    call("linear_full_grad_keys", LinearFullGradKeys, grad_state | key_pieces, of_keys)
+    call("grad_keys", grad_state | key_pieces, of_keys)
     guarded.assert_intact()
     if initial is not None:
         whole = torch.cat((grad_state["states"], grad_state["norms"][..., None]), -1)
@@ -192,23 +153,6 @@ def test_norms_are_as_exact_as_float32(width, kernels):
     (x,), (y,) = features({name: tensor.float() for name, tensor in sample.tensors.items()}, sample.options)
     weights = x.bfloat16().double() @ y.bfloat16().double().mT
     torch.testing.assert_close(inverse.double(), 1 / (weights.sum(-1) + 1e-6), rtol=3e-5, atol=0)
-
-
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    def __init__(self, kernels):
-        def function(name, structure):
-            def make(feature_map, sizes, strides, *eps):
-                numbers = dict(zip(SIZES.split(), sizes, strict=True)) | dict(zip(["eps"], eps, strict=False))
-                return lambda tensors, *_: launch_at(kernels[name], structure, feature_map, tensors, strides, ANY, **numbers)
-
-            return make
-
-        self.linear_full_sums = function("linear_full_sums", LinearFullSums)
-        self.linear_full_read = function("linear_full_read", LinearFullRead)
-        self.linear_full_grad_queries = function("linear_full_grad_queries", LinearFullGradQueries)
-        self.linear_full_grad_keys = function("linear_full_grad_keys", LinearFullGradKeys)
 
 
 OPTIONS = {

@@ -106,11 +106,37 @@ def test_extension_loads_without_a_gpu():
         assert device["shared_memory_per_block_optin"] >= 48 * 1024
 
 
+def plan(kernel, **changed):
+    """A launch of a kernel of the extension, and the number of its tensors. changed: arguments; Ellipsis leaves one out."""
+    values = {**_cuda.extension.ARGUMENTS[kernel], **changed}
+    tensors = [name for name, value in values.items() if value is None]
+    others = {name: value for name, value in values.items() if value is not None and value is not ...}
+    variant = "elu" if kernel.startswith(("linear", "hadamard")) else "bfloat16"
+    return getattr(_cuda.extension, kernel)(variant, tensors, **others), len(tensors)
+
+
 @needs_extension
-def test_cuda_errors_raise():
-    """Without a GPU the runtime has no device to make current, with one it has no device 4096."""
-    with pytest.raises(RuntimeError, match="cudaError"):
-        _cuda.extension.row_sumsq(0, 0, "float32", (1, 1, 1, 16), (16, 16, 16), 4096, 0)
+def test_every_kernel_takes_its_arguments_by_name():
+    """And raises CUDA's errors: without a GPU the runtime has no device to make current, with one it has no device 4096."""
+    assert len(_cuda.extension.ARGUMENTS) > 15
+    for kernel, arguments in _cuda.extension.ARGUMENTS.items():
+        launch, tensors = plan(kernel)
+        with pytest.raises(RuntimeError, match="cudaError"):
+            launch([0] * tensors, 4096, 0)
+        with pytest.raises(TypeError, match=f"{tensors} addresses are needed, not {tensors - 1}"):
+            launch([0] * (tensors - 1), 0, 0)
+        for name, value in arguments.items():
+            if value is not None:
+                with pytest.raises(TypeError, match=f"{kernel} needs {name} once"):
+                    plan(kernel, **{name: ...})
+                with pytest.raises(TypeError, match=f"{kernel}: {name} cannot be 'many'"):
+                    plan(kernel, **{name: "many"})
+    with pytest.raises(TypeError, match="krause_forward takes no argument windows, but q_strides, .* top_k"):
+        plan("krause_forward", windows=3)
+    with pytest.raises(TypeError, match="krause_forward takes no tensor dq, but q, k, v, sigma, token_bounds, o, lse, bits"):
+        plan("krause_forward", dq=None)
+    with pytest.raises(TypeError, match="krause_forward: q_strides cannot be"):
+        plan("krause_forward", q_strides=(1, 2))
 
 
 @needs_extension

@@ -373,18 +373,18 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     """Its own kernels need no compiler, and are not launched for meta tensors."""
     forget_plans()
     ahead, walked = Ahead(monkeypatch), []
-    names = "linear_forward", "linear_grad_queries", "linear_grad_keys"
-    extension = SimpleNamespace(**{name: lambda *_, name=name: lambda *_: walked.append(name) for name in names})
+    names = "linear_causal_forward", "linear_causal_grad_queries", "linear_causal_grad_keys"
+    extension = SimpleNamespace(**{name: lambda *_, name=name, **_others: lambda *_: walked.append(name) for name in names})
     monkeypatch.setattr(_cuda, "extension", extension)
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
     state = torch.zeros(1, 2, 64, 65, device=DEVICE)
     options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
     o, _ = factored.attend(None, interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
-    assert walked == ["linear_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
+    assert walked == ["linear_causal_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
-    assert walked[1:] == ["linear_grad_queries", "linear_grad_keys"] and ahead.launched == ahead.compiled
+    assert walked[1:] == ["linear_causal_grad_queries", "linear_causal_grad_keys"] and ahead.launched == ahead.compiled
     forget_plans()
 
 
@@ -403,10 +403,11 @@ def test_a_backward_of_its_own_backend_is_compiled_ahead(operator, backends, mon
     """What is Triton's of it, beside a kernel in CUDA C++ or without one."""
     forget_plans()
     ahead, launched = Ahead(monkeypatch), []
-    names = f"{operator}_forward", f"{operator}_backward"
-    numbers = dict(SOFTMAX_CHUNK=128, SOFTMAX_TERMS=128, SYNCHRONIZATION_ROWS=192)
+    kernel = {"softmax": "affine"}.get(operator, operator)
+    names = f"{kernel}_forward", f"{kernel}_backward"
+    numbers = dict(AFFINE_CHUNK=128, AFFINE_TERMS=128, SYNCHRONIZATION_ROWS=192)
     numbers |= dict(SYNCHRONIZATION_GRAD_ROWS=128, SYNCHRONIZATION_MEMBERS=24)
-    made = {name: lambda *_, name=name: lambda *_: launched.append(name) for name in names}
+    made = {name: lambda *_, name=name, **_others: lambda *_: launched.append(name) for name in names}
     monkeypatch.setattr(_cuda, "extension", SimpleNamespace(**numbers, **made))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))

@@ -13,7 +13,6 @@ from harness import (
     assert_same_by_other_ways,
     gpu,
     like,
-    needs_extension,
     pretend_measured,
     randn,
     run,
@@ -66,18 +65,6 @@ def test_gradients_of_orders_by_token_are_tritons(monkeypatch):
     for rows, first in (((1, 2), "cuda"), ((1, 2, 9), "triton")):
         orders = operator.prepare(**sample.tensors | {"order": torch.full(rows, 0.5)}).backends.orders
         assert [order[0] for order in orders] == ["cuda", first]
-
-
-@needs_extension
-def test_errors_of_the_extension_raise():
-    sizes, row = (1, 1, 1), (64, 64, 64)
-    forward = _cuda.extension.synchronization_forward("bfloat16", sizes, [row] * 3, 0, False)
-    backward = _cuda.extension.synchronization_backward("bfloat16", sizes, [row] * 5, 0, 1e-3)
-    for launch, tensors in ((forward, 10), (backward, 15)):
-        with pytest.raises(RuntimeError, match="cudaError"):
-            launch([0] * tensors, 4096, 0)
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            launch([0] * (tensors - 1), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -1,12 +1,10 @@
 """Selective synchronization attention in CUDA C++ without a GPU, in the emulation."""
 
-import ctypes
-import functools
 import math
 
 import pytest
 import torch
-from emulated import Conditions, Guarded, build, fields, launch, launch_at, strides, through_the_operator
+from emulated import Conditions, Extension, Guarded, build, launch, through_the_operator
 from harness import Sample, randn
 from samples.synchronization import check, differences, evaluate, op_arguments, parameters
 
@@ -18,27 +16,10 @@ ROWS, GRAD_ROWS, MEMBERS = 192, 128, 24  # kSynchronizationRows, kSynchronizatio
 FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
 
 
-class Forward(ctypes.Structure):  # as in csrc/synchronization.h
-    _fields_ = [
-        *fields(ctypes.c_void_p, "omega v squares c bandwidth o total lists counts counter"),
-        *strides("omega", "v", "o"),
-        *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride causal"),
-    ]
-
-
-class Backward(ctypes.Structure):
-    _fields_ = [
-        *fields(ctypes.c_void_p, "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts counter"),
-        *strides("omega", "v", "grad_o", "dw", "dv"),
-        *fields(ctypes.c_int64, "batches heads num_tokens bandwidth_stride"),
-        *fields(ctypes.c_double, "grad_floor"),
-    ]
-
-
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
     names = ["synchronization_forward", "synchronization_backward"]
-    return build(tmp_path_factory.mktemp("emulated"), synchronization=names)
+    return build(tmp_path_factory.mktemp("emulated"), synchronization__synchronization=names)
 
 
 # Copies that land at once, with products that read late, and the other way round; each in another order of lanes.
@@ -122,7 +103,7 @@ def forward(kernels, sample, conditions, everything=False):
     found = dict(o=guarded.copy(torch.full_like(omega, math.nan)), total=guarded.empty(omega.shape[:3], torch.float32))
     tensors |= cells_of(sample, ROWS, everything)
     kernel = kernels["synchronization_forward"]
-    launch(kernel, Forward, dtype_of(sample), tensors | found, conditions, causal=causal, **sizes(omega))
+    launch(kernel, dtype_of(sample), tensors | found, conditions, causal=causal, **sizes(omega))
     guarded.assert_intact()
     return found
 
@@ -139,7 +120,7 @@ def backward(kernels, sample, do, o, total, conditions, everything=False):
     tensors |= cells_of(sample, GRAD_ROWS, everything)
     floor = sample.options["grad_floor"]
     launch(
-        kernels["synchronization_backward"], Backward, dtype_of(sample), tensors | found, conditions,
+        kernels["synchronization_backward"], dtype_of(sample), tensors | found, conditions,
         grad_floor=floor, **sizes(omega),
     )  # fmt: skip
     guarded.assert_intact()
@@ -246,27 +227,6 @@ def test_parameters_do_not_take_what_o_lost_by_rounding(kernels, dtype):
         assert error < 1e-4, f"the gradient of {name} is off by {error:.1e}"
 
 
-class Extension:
-    """Stands for nearfar._C with the emulated kernels, for tensors on the CPU."""
-
-    SYNCHRONIZATION_ROWS, SYNCHRONIZATION_GRAD_ROWS, SYNCHRONIZATION_MEMBERS = ROWS, GRAD_ROWS, MEMBERS
-
-    def __init__(self, kernels):
-        self._kernels = kernels
-
-    def _launch(self, name, structure, fixed, addresses, _device, _stream):
-        dtype, (batches, heads, num_tokens), steps, bandwidth_stride, last = fixed
-        numbers = dict(batches=batches, heads=heads, num_tokens=num_tokens, bandwidth_stride=bandwidth_stride)
-        numbers[structure._fields_[-1][0]] = last
-        launch_at(self._kernels[name], structure, dtype, addresses, steps, Conditions(), **numbers)
-
-    def synchronization_forward(self, *fixed):
-        return functools.partial(self._launch, "synchronization_forward", Forward, fixed)
-
-    def synchronization_backward(self, *fixed):
-        return functools.partial(self._launch, "synchronization_backward", Backward, fixed)
-
-
 @pytest.mark.parametrize(
     ("causal", "layout", "backends"),
     [
@@ -279,7 +239,8 @@ class Extension:
 )
 def test_through_the_operator(causal, layout, backends, kernels, monkeypatch):
     """Arguments arrive where they belong, and either backward takes what either forward saves."""
-    monkeypatch.setattr(_cuda, "extension", Extension(kernels))
+    constants = dict(SYNCHRONIZATION_ROWS=ROWS, SYNCHRONIZATION_GRAD_ROWS=GRAD_ROWS, SYNCHRONIZATION_MEMBERS=MEMBERS)
+    monkeypatch.setattr(_cuda, "extension", Extension(kernels, **constants))
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     sample = make(torch.float16, length=150, batch=2, **(dict(causal=True) if causal else {}))
     operator = torch.ops.nearfar.synchronization_attention

@@ -23,7 +23,7 @@ namespace nearfar {
 
 // ---- barriers in shared memory, which count arrivals and bytes
 
-__device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
     NEARFAR_HOPPER(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory"));
 }
 

@@ -31,9 +31,9 @@ struct NextSpan {
     __device__ NextSpan(void* memory, int offset)
         : barriers(shared_address(memory) + offset), numbers(reinterpret_cast<int*>(static_cast<char*>(memory) + offset) + 4) {}
     __device__ uint32_t barrier(int nth) const { return barriers + 8 * (nth % 2); }
-    __device__ void make() const {
-        make_barrier(barrier(0), 1);
-        make_barrier(barrier(1), 1);
+    __device__ void init() const {
+        init_barrier(barrier(0), 1);
+        init_barrier(barrier(1), 1);
     }
     // counter: in global memory, of the spans that were taken beside the first of each block; 0 at launch.
     __device__ int take(int nth, int* counter) const {
@@ -56,10 +56,10 @@ struct OwnRows {
 
     __device__ uint32_t full(int group) const { return barriers + 8 * group; }
     __device__ uint32_t empty(int group) const { return barriers + 8 * (kGroups + group); }
-    __device__ void make() const {
+    __device__ void init() const {
         for (int group = 0; group < kGroups; ++group) {
-            make_barrier(full(group), 1);
-            make_barrier(empty(group), 4);
+            init_barrier(full(group), 1);
+            init_barrier(empty(group), 4);
         }
     }
     // Of the nth span of a block.
@@ -67,7 +67,7 @@ struct OwnRows {
         if (nth > 0) wait_for_barrier(empty(group), (nth - 1) % 2);
     }
     __device__ void wait_full(int group, int nth) const { wait_for_barrier(full(group), nth % 2); }
-    __device__ void leave(int group) const {
+    __device__ void release(int group) const {
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(empty(group));
     }

@@ -18,13 +18,13 @@ inline Spans make_spans(int64_t rows, int rows_at_once, int64_t heads, int64_t u
             static_cast<int>(heads)};
 }
 
-template <auto kKernel, typename Shape, typename Arguments>
+template <auto kKernel, typename Traits, typename Arguments>
 void launch_spans(Arguments& arguments, cudaStream_t stream, const char* name) {
-    const int resident = resident_blocks<kKernel>(Shape::kThreads, Shape::kBytes);
+    const int resident = resident_blocks<kKernel>(Traits::kThreads, Traits::kBytes);
     const int64_t spans = static_cast<int64_t>(arguments.spans.tiles) * arguments.spans.heads;
     void* parameters[] = {&arguments};
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(resident, spans));
-    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Shape::kThreads), parameters, Shape::kBytes, stream), name);
+    check(cudaLaunchKernel(kKernel, dim3(blocks), dim3(Traits::kThreads), parameters, Traits::kBytes, stream), name);
 }
 
 }  // namespace nearfar

@@ -47,16 +47,16 @@ struct LaneAcross {
 // thread `thread` has chunk thread % kChunks of rows thread / kChunks, and so on in steps of Threads / kChunks rows.
 template <int Width, int Rows, int Threads, typename T>
 __device__ __forceinline__ void copy_rows(uint32_t to, const T* matrix, int64_t stride, int first, int num_rows, int thread) {
-    using Layout = Tile<Width>;
-    constexpr int kRowsAtOnce = Threads / Layout::kChunks;
+    using Tile = Tile<Width>;
+    constexpr int kRowsAtOnce = Threads / Tile::kChunks;
     static_assert(Rows % kRowsAtOnce == 0 && kRowsAtOnce % 2 == 0, "every thread copies the same number of chunks");
-    const int row = thread / Layout::kChunks, chunk = thread % Layout::kChunks;
+    const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
     const T* source = matrix + static_cast<int64_t>(first + row) * stride + chunk * 8;
 #pragma unroll
     for (int pass = 0; pass < Rows / kRowsAtOnce; ++pass, source += kRowsAtOnce * stride) {
         const int ahead = pass * kRowsAtOnce;
         const bool inside = static_cast<unsigned>(first + row + ahead) < static_cast<unsigned>(num_rows);
-        copy_async(to + Layout::offset(row + ahead, chunk), source, inside);
+        copy_async(to + Tile::offset(row + ahead, chunk), source, inside);
     }
 }
 

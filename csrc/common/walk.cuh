@@ -1,6 +1,6 @@
-// What the walks of causal linear attention share: their geometry, and the state that goes along.
+// What the walks of causal linear attention share: their traits, and the state that goes along.
 //
-// A block walks through a piece of a sequence in chunks of tokens. Tensors of a chunk lie as tiles in a slot of a ring in
+// A block walks through a piece of a sequence in chunks of tokens. Tensors of a chunk lie as tiles in a stage of a pipeline in
 // shared memory. Sixteen rows of a result belong to one warp, or each of kParts warps has some of its columns.
 //
 // The state, sum_j x_j y_j^T over the chunks behind, is kept in float32 in the registers of all warps, as c fragments of
@@ -30,7 +30,7 @@ struct Walk {
     static constexpr int kWidth = kWidth_;    // of keys and of values
     static constexpr int kChunk = kChunk_;    // tokens
     static constexpr int kWarps = kWarps_;
-    static constexpr int kStages = kStages_;  // slots of the ring
+    static constexpr int kStages = kStages_;  // of the pipeline
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kSteps = kWidth / 16;  // of a product whose inner dimension is the width
     static constexpr int kRowBytes = Tile<kWidth>::kRowBytes;
@@ -115,9 +115,9 @@ __device__ __forceinline__ int own_row(int lane, int pass) {
 
 template <typename Walk, typename Change>
 __device__ __forceinline__ void map_own_rows(char* to, char* from, int lane, const Change& change) {
-    using Layout = Tile<Walk::kWidth>;
+    using Tile = Tile<Walk::kWidth>;
     const auto at = [&](int pass, char* rows) {
-        return reinterpret_cast<uint4*>(rows + Layout::offset(own_row<Walk>(lane, pass), lane % Layout::kChunks));
+        return reinterpret_cast<uint4*>(rows + Tile::offset(own_row<Walk>(lane, pass), lane % Tile::kChunks));
     };
     uint4 x[Walk::kPasses];
 #pragma unroll

@@ -1,6 +1,7 @@
 """The CUDA extension ``nearfar._C``, where it was built, behind functions that take tensors."""
 
 import functools
+import re
 
 import torch
 
@@ -56,8 +57,26 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cuda":
         raise ValueError(f"x must be on a CUDA device, not on {x.device}")
     out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    extension.row_sumsq(x.data_ptr(), out.data_ptr(), _DTYPES[x.dtype], x.shape, strides, x.device.index, stream_of(x))
+    RowSumsq(x).launch([x.data_ptr(), out.data_ptr()], x.device.index, stream_of(x))
     return out
+
+
+def plan_launch(kernel, variant, tensors, strides, **others):
+    """A launch (addresses, device, stream) of a kernel of the extension, for any number of calls.
+
+    Args:
+        kernel: its name; csrc/ declares its arguments in the header of that operator.
+        variant: the dtype or the feature map that it is compiled for.
+        tensors: the names of the addresses, in their order.
+        strides: {name: strides} of those tensors whose strides it takes.
+        others: its numbers.
+    """
+    strided = {f"{name}_strides": tuple(steps[:3]) for name, steps in strides.items()}
+    return getattr(extension, kernel)(variant, tensors.split(), **strided, **others)
+
+
+def _steps(**tensors):
+    return {name: x.stride() for name, x in tensors.items()}
 
 
 def _by_head(parameter):
@@ -178,28 +197,30 @@ def _where(tensors):
 class BuiltLaunch:
     """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors.
 
-    `_launch` takes `arguments` of their addresses, and the device and the stream that they are on.
+    `launch` is from `plan_launch`, and takes `addresses` of what the launch is given.
     """
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
-        self._launch(self.arguments([address or 0 for address in surveyed[0]]), *_where(tensors))
+        self.launch(self.addresses([address or 0 for address in surveyed[0]]), *_where(tensors))
 
     def bound(self, device, _kinds):
         """A function (addresses, stream); an address of nothing is 0."""
-        launch, arguments = self._launch, self.arguments
-        return lambda addresses, stream: launch(arguments(addresses), device, stream)
+        launch, order = self.launch, self.addresses
+        return lambda addresses, stream: launch(order(addresses), device, stream)
 
-    def arguments(self, addresses):
-        """Those that the kernel takes of the addresses of what it is given."""
-        return addresses
+    def addresses(self, given):
+        """Those of the tensors, tuples of tensors among them, as `plan_launch` names them."""
+        return given
 
 
 def _pair_sizes(q, k):
-    """B, Hq, Hkv, N, M, D."""
-    return *q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:]
+    batches, heads, num_queries, width = q.shape
+    return dict(
+        batches=batches, heads=heads, kv_heads=k.shape[1], num_queries=num_queries, num_keys=k.shape[2], width=width
+    )  # fmt: skip
 
 
 class KrauseForward(BuiltLaunch):
@@ -210,9 +231,10 @@ class KrauseForward(BuiltLaunch):
     """
 
     def __init__(self, q, k, v, sigma, left, right, top_k, o):
-        self._launch = extension.krause_forward(
-            _DTYPES[q.dtype], _pair_sizes(q, k), [x.stride()[:3] for x in (q, k, v, o)], _by_head(sigma), left, right,
-            0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
+        self.launch = plan_launch(
+            "krause_forward", _DTYPES[q.dtype], "q k v sigma token_bounds o lse bits", _steps(q=q, k=k, v=v, o=o),
+            **_pair_sizes(q, k), sigma_stride=_by_head(sigma), back=left, ahead=right,
+            top_k=0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
         )  # fmt: skip
 
 
@@ -224,10 +246,12 @@ class KrauseBackward(BuiltLaunch):
     """
 
     def __init__(self, q, k, v, o, do, sigma, left, right, dq, dk, dv):
-        strides = [x.stride()[:3] for x in (q, k, v, o, do, dq, dk, dv)]
-        self._launch = extension.krause_backward(
-            _DTYPES[q.dtype], _pair_sizes(q, k), strides, _by_head(sigma), left, right
-        )
+        self.launch = plan_launch(
+            "krause_backward", _DTYPES[q.dtype],
+            "q k v o grad_o sigma lse bits token_bounds dq dk dv dsigma partials",
+            _steps(q=q, k=k, v=v, o=o, grad_o=do, dq=dq, dk=dk, dv=dv),
+            **_pair_sizes(q, k), sigma_stride=_by_head(sigma), back=left, ahead=right,
+        )  # fmt: skip
 
     @staticmethod
     def partials_shape(q, k):
@@ -239,8 +263,9 @@ class RowSumsq(BuiltLaunch):
     """A launch of row_sumsq. It is given x and out (B, H, N), float32, which it fills."""
 
     def __init__(self, x):
-        fixed = _DTYPES[x.dtype], tuple(x.shape), x.stride()[:3]
-        self._launch = lambda addresses, device, stream: extension.row_sumsq(*addresses, *fixed, device, stream)
+        batches, heads, num_rows, width = x.shape
+        sizes = dict(batches=batches, heads=heads, num_rows=num_rows, width=width)
+        self.launch = plan_launch("row_sumsq", _DTYPES[x.dtype], "x out", _steps(x=x), **sizes)
 
 
 def krause_step_reason(q, k, v, cache, addressed=True):
@@ -264,12 +289,17 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
     q, k, v = aligned_starts(q, k, v)
     if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:  # compiled code learns of it here
         raise ValueError(ROWS_REASON.format("cache.k or cache.v"))
-    addressed = (q, k, v, *cache, sigma, out)
-    extension.krause_step(
-        [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
-        (*q.shape[:2], *cache.k.shape[1:]), [tensor.stride()[:2] for tensor in (q, k, v, out)],
-        _by_head(sigma), 0 if top_k is None else top_k,
-        q.get_device(), stream_of(q),
+    steps = tuple([tensor.stride()[:2] for tensor in (q, k, v, out)])
+    launch = _krause_step(q.dtype, q.shape[:2], cache.k.shape[1:], steps, _by_head(sigma), 0 if top_k is None else top_k)
+    launch([tensor.data_ptr() for tensor in (q, k, v, *cache, sigma, out)], q.get_device(), stream_of(q))
+
+
+@functools.lru_cache(64)  # decoding makes the same call for each token
+def _krause_step(dtype, rows, cached, steps, sigma_stride, top_k):
+    (batches, heads), (kv_heads, window, width) = rows, cached
+    return plan_launch(
+        "krause_step", _DTYPES[dtype], "q k v cached_k cached_v length sigma o", dict(zip("qkvo", steps, strict=True)),
+        batches=batches, heads=heads, kv_heads=kv_heads, window=window, width=width, sigma_stride=sigma_stride, top_k=top_k,
     )  # fmt: skip
 
 
@@ -329,15 +359,38 @@ class Walk(BuiltLaunch):
     16 bytes.
     """
 
-    _FUNCTIONS = {"walk_read": "forward", "walk_grad_queries": "grad_queries", "walk_grad_keys": "grad_keys"}
+    # By Triton's name: the kernel's, its tensors, and those with strides. With two factors each q and k is two.
+    _KERNELS = {
+        "walk_read": ("forward", "q k v states norms o inverse pieces", "q k v o"),
+        "walk_grad_queries": (
+            "grad_queries", "q k v grad_o inverse states norms dq weights pieces", "q k v grad_o dq"
+        ),
+        "walk_grad_keys": (
+            "grad_keys", "k v q grad_o inverse weights states norms dk dv pieces", "k v q grad_o dk dv"
+        ),
+    }  # fmt: skip
 
     def __init__(self, problem, kernel, strides, eps=()):
         """Arguments as for factored_launch.plan_walk."""
-        one = len(problem.widths) == 1
-        width = problem.widths if one else ()
-        sizes = problem.batch, problem.query_heads, problem.key_heads, problem.num_queries, *width, *problem.spans
-        make = getattr(extension, f"{'linear' if one else 'hadamard'}_{self._FUNCTIONS[kernel]}")
-        self._launch = make(problem.feature_map, sizes, [stride[:3] for stride in strides], *eps)
+        name, tensors, strided = self._KERNELS[kernel]
+        width = dict(width=problem.widths[0])
+        if len(problem.widths) > 1:
+            tensors, strided = (re.sub(r"\b(d?[qk])\b", r"\g<1>1 \g<1>2", names) for names in (tensors, strided))
+            width = {}
+        num_pieces, piece_length = problem.spans
+        self.launch = plan_launch(
+            f"{'hadamard' if len(problem.widths) > 1 else 'linear'}_causal_{name}", problem.feature_map, tensors,
+            dict(zip(strided.split(), strides, strict=True)), **_group(problem), **width,
+            num_tokens=problem.num_queries, num_pieces=num_pieces, piece_length=piece_length, **_eps(eps),
+        )  # fmt: skip
+
+
+def _group(problem):
+    return dict(batches=problem.batch, heads=problem.query_heads, kv_heads=problem.key_heads)
+
+
+def _eps(eps):
+    return dict(zip(("eps",), eps, strict=False))
 
 
 def _tokens(problem, of_queries):
@@ -346,24 +399,38 @@ def _tokens(problem, of_queries):
 
 
 class FullLaunch(BuiltLaunch):
-    """A launch of a linear_full_ kernel, of bidirectional attention.
+    """A launch of a linear_bidirectional_ kernel, of bidirectional attention.
 
-    It is given the tensors that its binding lists; q, k, v and do start at multiples of 16 bytes.
+    It is given the tensors of _KERNELS; q, k, v and do start at multiples of 16 bytes.
     """
 
+    _KERNELS = {  # tensors, and those with strides
+        "sums": ("k v partials partial_norms pieces", "k v"),
+        "read": ("q states norms o inverse pieces", "q o"),
+        "grad_queries": ("q grad_o inverse states norms dq partials partial_norms pieces", "q grad_o dq"),
+        "grad_keys": ("k v states norms dk dv pieces", "k v dk dv"),
+    }
+
     def __init__(self, problem, kernel, strides, eps=()):
-        """kernel: sums, read, grad_queries or grad_keys. strides: as its binding lists them. eps: (eps,) for read."""
+        """kernel: sums, read, grad_queries or grad_keys. strides: as _KERNELS lists them. eps: (eps,) for read."""
+        tensors, strided = self._KERNELS[kernel]
         tokens, _ = _tokens(problem, kernel in ("read", "grad_queries"))
-        sizes = (
-            problem.batch, problem.query_heads, problem.key_heads, tokens, problem.widths[0],
-            problem.num_pieces(tokens), problem.piece_length, problem.num_states,
+        self.launch = plan_launch(
+            f"linear_bidirectional_{kernel}", problem.feature_map, tensors, dict(zip(strided.split(), strides, strict=True)),
+            **_group(problem), num_tokens=tokens, width=problem.widths[0], num_pieces=problem.num_pieces(tokens),
+            piece_length=problem.piece_length, num_states=problem.num_states, **_eps(eps),
         )  # fmt: skip
-        make = getattr(extension, f"linear_full_{kernel}")
-        self._launch = make(problem.feature_map, sizes, [stride[:3] for stride in strides], *eps)
+
+
+def _state_sizes(problem, of_queries):
+    tokens, heads = _tokens(problem, of_queries)
+    return dict(
+        batches=problem.batch, heads=heads, state_heads=problem.key_heads, num_tokens=tokens, width=problem.value_width
+    )  # fmt: skip
 
 
 class FactoredAccumulate(BuiltLaunch):
-    """A launch of factored_accumulate in the place of `accumulate`.
+    """A launch of hadamard_bidirectional_accumulate in the place of `accumulate`.
 
     It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
     16 bytes.
@@ -371,38 +438,42 @@ class FactoredAccumulate(BuiltLaunch):
 
     def __init__(self, problem, of_queries, x_strides, y_strides):
         """Arguments as for factored_launch.plan_accumulate."""
-        length, heads = _tokens(problem, of_queries)
-        pieces = problem.num_pieces(length), problem.piece_length
-        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width, *pieces
-        strides = [x[:3] for x in (*x_strides, y_strides)]
-        self._launch = extension.factored_accumulate(problem.feature_map, sizes, strides)
+        length, _ = _tokens(problem, of_queries)
+        self.launch = plan_launch(
+            "hadamard_bidirectional_accumulate", problem.feature_map,
+            "outer inner y factors weights partials partial_norms outer_tiles inner_tiles weighted_tiles counter",
+            dict(zip(("outer", "inner", "y"), (*x_strides, y_strides), strict=True)),
+            **_state_sizes(problem, of_queries), num_pieces=problem.num_pieces(length), piece_length=problem.piece_length,
+        )  # fmt: skip
 
     @staticmethod
     def workspaces(problem, of_queries, y):
         """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which FactoredRead takes."""
         length, heads = _tokens(problem, of_queries)
-        shape = problem.batch, heads, -(-length // extension.FACTORED_CHUNK), extension.FACTORED_CHUNK, extension.FACTORED_WIDTH
+        chunk = extension.HADAMARD_BIDIRECTIONAL_CHUNK
+        shape = problem.batch, heads, -(-length // chunk), chunk, extension.HADAMARD_BIDIRECTIONAL_WIDTH
         weighted = y.new_empty(shape) if of_queries else None
         norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
         return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
 
-    def arguments(self, addresses):
-        xs, *others, _, _ = addresses
+    def addresses(self, given):
+        xs, *others, _, _ = given
         return *xs, *others
 
 
 class FactoredRead(BuiltLaunch):
-    """A launch of factored_read in the place of `read` without pairs, likewise."""
+    """A launch of hadamard_bidirectional_read in the place of `read` without pairs, likewise."""
 
     def __init__(self, problem, of_keys, x_strides, out_strides, eps):
         """Arguments as for factored_launch.plan_read."""
-        length, heads = _tokens(problem, not of_keys)
-        sizes = problem.batch, heads, problem.key_heads, length, problem.value_width
-        strides = [x[:3] for x in (*x_strides, out_strides)]
-        self._launch = extension.factored_read(problem.feature_map, sizes, strides, eps)
+        self.launch = plan_launch(
+            "hadamard_bidirectional_read", problem.feature_map, "outer inner states norms out inverse counter norm_tiles",
+            dict(zip(("outer", "inner", "out"), (*x_strides, out_strides), strict=True)),
+            **_state_sizes(problem, not of_keys), eps=eps,
+        )  # fmt: skip
 
-    def arguments(self, addresses):
-        xs, _, _, _, *others, _ = addresses
+    def addresses(self, given):
+        xs, _, _, _, *others, _ = given
         return *xs, *others
 
 
@@ -451,11 +522,12 @@ def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass
     """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
     q, k = aligned_starts(q, k)
     levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2], extension.DIAGNOSTICS_TILE))
-    extension.statistics(
-        [tensor.data_ptr() for tensor in (q, k, lse, entropy, max_weight, max_key, mass, levels)], _DTYPES[q.dtype],
-        _pair_sizes(q, k), [tensor.stride()[:3] for tensor in (q, k)], left, right, scale,
-        q.get_device(), stream_of(q),
+    launch = plan_launch(
+        "statistics", _DTYPES[q.dtype], "q k lse entropy max_weight max_key mass levels", _steps(q=q, k=k),
+        **_pair_sizes(q, k), left=left, right=right, scale=scale,
     )  # fmt: skip
+    given = q, k, lse, entropy, max_weight, max_key, mass, levels
+    launch([tensor.data_ptr() for tensor in given], q.get_device(), stream_of(q))
 
 
 def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest, precision, recall, f_score, centre):
@@ -466,15 +538,15 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
     q, k, v = aligned_starts(q, k, v)
     length = v.shape[2]
     squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(length, extension.DIAGNOSTICS_TILE) - length))
-    addressed = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
-    call = (
-        [tensor.data_ptr() for tensor in addressed], _DTYPES[q.dtype],
-        (*_pair_sizes(q, k), scores.shape[3]), [tensor.stride()[:3] for tensor in (q, k, v)],
-        left, right, scale, q.get_device(), stream_of(q),
-    )  # fmt: skip
-    extension.geometry_select(*call)
+    names = "q k v scores chosen s shift farthest excess squares precision recall f_score"
+    sizes = _pair_sizes(q, k) | dict(top_n=scores.shape[3], left=left, right=right, scale=scale)
+    call = _DTYPES[q.dtype], names, _steps(q=q, k=k, v=v)
+    select, separate = (plan_launch(f"geometry_{name}", *call, **sizes) for name in ("select", "separate"))
+    given = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
+    where = [tensor.data_ptr() for tensor in given], q.get_device(), stream_of(q)
+    select(*where)
     centre()
-    extension.geometry_separate(*call)
+    separate(*where)
 
 
 def softmax_reason(q, k, v, left, packed):
@@ -485,21 +557,36 @@ def softmax_reason(q, k, v, left, packed):
 
 
 def softmax_terms_shape(q):
-    """Of a workspace of softmax_backward, float32."""
-    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.SOFTMAX_TERMS)
+    """Of a workspace of affine_backward, float32."""
+    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.AFFINE_TERMS)
 
 
-class Softmax(BuiltLaunch):
-    """A launch of softmax_forward or softmax_backward.
+class AffineForward(BuiltLaunch):
+    """A launch of affine_forward, for tensors without a softmax_reason that start at multiples of 16 bytes.
 
-    It is given their tensors (csrc/bindings.cpp); q, k, v, u and do start at multiples of 16 bytes. strided: those whose
-    strides they take, the first two q and k.
+    It is given q, k, v, alpha, beta, sink, sums, o, u, lse, a counter and fills o, u and lse.
     """
 
-    def __init__(self, function, strided, right, scale):
-        q, k, *_ = strided
-        strides = [x.stride()[:3] for x in strided]
-        self._launch = getattr(extension, function)(_DTYPES[q.dtype], _pair_sizes(q, k), strides, right, scale)
+    def __init__(self, q, k, v, o, right, scale):
+        self.launch = plan_launch(
+            "affine_forward", _DTYPES[q.dtype], "q k v alpha beta sink sums o u lse counter", _steps(q=q, k=k, v=v, o=o),
+            **_pair_sizes(q, k), right=right, scale=scale,
+        )  # fmt: skip
+
+
+class AffineBackward(BuiltLaunch):
+    """A launch of affine_backward, likewise.
+
+    It is given q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters and fills those from dq to dbeta.
+    """
+
+    def __init__(self, q, k, v, u, do, dq, dk, dv, right, scale):
+        self.launch = plan_launch(
+            "affine_backward", _DTYPES[q.dtype],
+            "q k v u grad_o alpha beta sums lse dq dk dv m dbeta terms counters",
+            _steps(q=q, k=k, v=v, u=u, grad_o=do, dq=dq, dk=dk, dv=dv),
+            **_pair_sizes(q, k), right=right, scale=scale,
+        )  # fmt: skip
 
 
 SYNCHRONIZATION_WIDTH = 64
@@ -515,6 +602,11 @@ def synchronization_reason(omega, v, separate, top_k):
     return reason
 
 
+def _token_sizes(omega):
+    batches, heads, num_tokens, _ = omega.shape
+    return dict(batches=batches, heads=heads, num_tokens=num_tokens)
+
+
 class SynchronizationForward(BuiltLaunch):
     """A launch of synchronization_forward.
 
@@ -524,13 +616,13 @@ class SynchronizationForward(BuiltLaunch):
 
     def __init__(self, omega, v, bandwidth, o, causal):
         self.rows, self.members = extension.SYNCHRONIZATION_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides = [x.stride()[:3] for x in (omega, v, o)]
-        self._launch = extension.synchronization_forward(
-            _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), causal
-        )
+        self.launch = plan_launch(
+            "synchronization_forward", _DTYPES[omega.dtype], "omega v squares c bandwidth o total lists counts counter",
+            _steps(omega=omega, v=v, o=o), **_token_sizes(omega), bandwidth_stride=_by_head(bandwidth), causal=causal,
+        )  # fmt: skip
 
-    def arguments(self, addresses):
-        omega, _, v, squares, _, *others = addresses  # without those of the keys, which are the queries
+    def addresses(self, given):
+        omega, _, v, squares, _, *others = given  # without those of the keys, which are the queries
         return omega, v, squares, *others
 
 
@@ -539,7 +631,9 @@ class SynchronizationBackward(BuiltLaunch):
 
     def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
         self.rows, self.members = extension.SYNCHRONIZATION_GRAD_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        strides = [x.stride()[:3] for x in (omega, v, do, dw, dv)]
-        self._launch = extension.synchronization_backward(
-            _DTYPES[omega.dtype], omega.shape[:3], strides, _by_head(bandwidth), grad_floor
-        )
+        self.launch = plan_launch(
+            "synchronization_backward", _DTYPES[omega.dtype],
+            "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts counter",
+            _steps(omega=omega, v=v, grad_o=do, dw=dw, dv=dv),
+            **_token_sizes(omega), bandwidth_stride=_by_head(bandwidth), grad_floor=grad_floor,
+        )  # fmt: skip

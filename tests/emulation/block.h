@@ -143,7 +143,7 @@ inline void barrier() {
 
 constexpr uint64_t kBarrierMark = 0x6261727269657221;  // in its memory
 
-inline void make_barrier(uint32_t address, int arrivals) {
+inline void init_barrier(uint32_t address, int arrivals) {
     check_shared(address, "mbarrier", 8, 8);
     if (!block.barriers.insert({address, {arrivals, arrivals, 0, 0, false, {}, {}}}).second) fail("mbarrier: made twice");
     std::memcpy(shared.begin + address, &kBarrierMark, sizeof kBarrierMark);

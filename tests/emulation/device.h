@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "block.h"
+#include "common/arguments.h"
 
 #undef __forceinline__
 #undef __grid_constant__
@@ -196,6 +197,36 @@ const char* run(const Launcher& launcher, int device, bool late_copies, unsigned
     }
 }
 
+template <typename Call, typename Variant>
+void launch(void (*launcher)(const Call&, Variant, cudaStream_t), const void* call, const char* variant) {
+    launcher(*static_cast<const Call*>(call), nearfar::parse_variant<std::decay_t<Variant>>(variant), nullptr);
+}
+template <typename Call>
+void launch(void (*launcher)(const Call&, cudaStream_t), const void* call, const char*) {
+    launcher(*static_cast<const Call*>(call), nullptr);
+}
+
+// The members of a launcher's arguments, each as "name kind offset size", a line each.
+template <typename Call, typename... Others>
+std::string describe(void (*)(const Call&, Others...)) {
+    std::string text;
+    for (const auto& argument : Call{}.arguments())
+        text += argument.name + ' ' + static_cast<char>(argument.kind) + ' ' + std::to_string(argument.offset) + ' ' +
+                std::to_string(argument.size) + '\n';
+    return text;
+}
+
 }  // namespace emulation
 
-#define EMULATED extern "C" __attribute__((visibility("default"))) const char*
+#define EXPORTED extern "C" __attribute__((visibility("default"))) const char*
+
+// Lets Python call a launcher and learn its arguments: functions `name` and `name_arguments`.
+#define EMULATED(name)                                                                                         \
+    EXPORTED name(const void* call, const char* variant, int device, bool late_copies, unsigned seed) {        \
+        const auto launcher = [&] { emulation::launch(&nearfar::name, call, variant); };                       \
+        return emulation::run(launcher, device, late_copies, seed);                                            \
+    }                                                                                                          \
+    EXPORTED name##_arguments() {                                                                              \
+        static const std::string text = emulation::describe(&nearfar::name);                                   \
+        return text.c_str();                                                                                   \
+    }

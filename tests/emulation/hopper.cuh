@@ -60,7 +60,7 @@ namespace nearfar {
 
 // ---------------------------------------------------------------------------------------------------------------- barriers
 
-inline void make_barrier(uint32_t barrier, int arrivals) { emulation::make_barrier(barrier, arrivals); }
+inline void init_barrier(uint32_t barrier, int arrivals) { emulation::init_barrier(barrier, arrivals); }
 
 inline void publish_barriers() {
     for (auto& entry : emulation::block.barriers) entry.second.published = true;

@@ -107,7 +107,7 @@ def _plan_forward(
     last = token_bounds
     if backend == "cuda":
         last = q.new_empty(1, dtype=torch.int32)  # its counter, as it takes no token_bounds
-        attend, chunk = _cuda.Softmax("softmax_forward", (q, k, v, o), right, scale), _cuda.extension.SOFTMAX_CHUNK
+        attend, chunk = _cuda.AffineForward(q, k, v, o, right, scale), _cuda.extension.AFFINE_CHUNK
     else:
         attend, chunk = launch.plan_attend(call, o.stride(), scale), launch.chunk(call, "softmax_attend")
     sums, sum_values = _plan_sums(launch, call, v, chunk) if shifted else (None, ())
@@ -150,8 +150,8 @@ def _plan_backward(do, q, k, v, u, shifted, exact, packed, left, right, scale, b
     if backend == "cuda":
         terms = m.new_empty(_cuda.softmax_terms_shape(q))
         counters = q.new_empty(2, dtype=torch.int32)
-        launches = (_cuda.Softmax("softmax_backward", (q, k, v, u, do, *gradients), right, scale),)
-        chunk = _cuda.extension.SOFTMAX_CHUNK
+        launches = (_cuda.AffineBackward(q, k, v, u, do, *gradients, right, scale),)
+        chunk = _cuda.extension.AFFINE_CHUNK
     else:
         queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
         launches = queries, launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)

@@ -1,7 +1,0 @@
-#include "device.h"
-#include "krause_forward.cu"
-
-EMULATED krause_forward(const nearfar::KrauseForward* call, const char* dtype, int device, bool late_copies, unsigned seed) {
-    const auto launch = [&] { nearfar::krause_forward(*call, nearfar::parse_dtype(dtype), nullptr); };
-    return emulation::run(launch, device, late_copies, seed);
-}
