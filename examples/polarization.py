@@ -30,15 +30,16 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend wi
 TOKENS = 10  # and dimensions, of all but the first figure
 NORMALISERS = "softmax", "l1", "square", "relu", "sigmoid"
 TARGET_NORMS = 0.5, 1, 2, 4, 8, 16
-LOGITS = {"logit_mean": 1.0, "logit_std": 0.1}  # as the paper's code draws them: three normalisers cannot start from 0
+LOGITS = {"logit_mean": 1.0, "logit_std": 0.1}  # as the authors' code draws them: three normalisers cannot start from 0
 
-# operators.md, section 6; one draw each.
-PAPER_ENTROPY = {1_000: "2.00", 10_000: "0.67", 100_000: "0.29", 1_000_000: "0.17"}
-PAPER_NORMALISER = {"softmax": "1.2", "l1": "1.0", "square": "1.0", "relu": "1.0", "sigmoid": "10 (n)"}
-PAPER_SQUARE_LOSS = {1: "9.9", 4: "3.3", 16: "1.1"}
+# The authors' notebook (github.com/tml-epfl/softmax), run by us: one draw each, from numpy's seeds 123 (entropies) and 42 (supports).
+# The paper prints no such numbers. The notebook normalises beta: other norms than 1 are ours.
+NOTEBOOK_ENTROPY = {1_000: 1.989, 10_000: 0.606, 100_000: 0.279, 1_000_000: 0.164}
+NOTEBOOK_NORMALISER = {"softmax": 1.178, "l1": 1.0, "square": 1.0, "relu": 1.0, "sigmoid": 9.998}
+NOTEBOOK_SQUARE_LOSS = {1: 9.849}
 
 DIFFERENCES = """\
-The paper's figures are single draws, to be compared with the ranges. Under l1 and relu some draws still
+The figures of the authors' code are single draws, to be compared with the ranges. Under l1 and relu some draws still
 hold two tokens: the gradient that parts them shrinks with the loss, and more steps leave fewer of them. See
 docs/theory.md."""
 
@@ -49,7 +50,7 @@ def flows(models, steps, seed, progress):
 
     def flow(name, initial, last, **options):
         task = progress.add_task(name, total=last)
-        recorded = sorted({*nf.theory.log_spaced(last, 200), *(step for step in PAPER_ENTROPY if step <= last)})
+        recorded = sorted({*nf.theory.log_spaced(last, 200), *(step for step in NOTEBOOK_ENTROPY if step <= last)})
         return nf.theory.value_softmax_flow(
             initial, recorded, on_record=lambda step: progress.update(task, completed=step), **options
         )
@@ -80,21 +81,21 @@ def spread(values):
 
 def tabulate(start, polarisation, normalisers, square, cross_entropy):
     models = len(start.a)
-    table = Table(title=f"Medians and ranges over {models} draws; the paper's figures are single draws")
-    for column, justify in (("experiment", "left"), ("paper", "right"), ("median", "right"), ("range", "right")):
+    table = Table(title=f"Medians and ranges over {models} draws; the authors' code, run by us, is a single draw")
+    for column, justify in (("experiment", "left"), ("authors' code", "right"), ("median", "right"), ("range", "right")):
         table.add_column(column, justify=justify, no_wrap=True)
-    for step, paper in PAPER_ENTROPY.items():
+    for step, notebook in NOTEBOOK_ENTROPY.items():
         row = (polarisation.steps == step).nonzero().flatten()
         if len(row):
-            table.add_row(f"entropy, {step:,} steps (ln 8 = 2.08)", paper, *spread(polarisation.entropy[row[0]]))
+            table.add_row(f"entropy, {step:,} steps (ln 8 = 2.08)", f"{notebook:.3f}", *spread(polarisation.entropy[row[0]]))
     winner = (start.beta[:, None] @ start.v).squeeze(1).argmax(-1)
     hits = (polarisation.weights[-1].argmax(-1) == winner).sum()
-    table.add_row("winner is argmax V_0^T beta", "always", f"{hits} of {models}", "")
+    table.add_row("winner is argmax V_0^T beta (theorem: always)", "", f"{hits} of {models}", "")
     for name, flow in normalisers.items():
-        table.add_row(f"support of 10, logistic, {name}", PAPER_NORMALISER[name], *spread(flow.effective_support[-1]))
+        table.add_row(f"support of 10, logistic, {name}", f"{NOTEBOOK_NORMALISER[name]:.3f}", *spread(flow.effective_support[-1]))
     for norm, flow in square.items():
-        paper = PAPER_SQUARE_LOSS.get(norm, "")
-        table.add_row(f"support of 10, square, beta of norm {norm}", paper, *spread(flow.effective_support[-1]))
+        notebook = f"{NOTEBOOK_SQUARE_LOSS[norm]:.3f}" if norm in NOTEBOOK_SQUARE_LOSS else ""
+        table.add_row(f"support of 10, square, beta of norm {norm}", notebook, *spread(flow.effective_support[-1]))
     table.add_row("support of 10, cross-entropy", "", *spread(cross_entropy.effective_support[-1]))
     return table
 
@@ -116,8 +117,8 @@ def plot_polarisation(start, flow, path):
     weights.legend(fontsize=7, ncols=2, loc="lower left")
     alignments.set(title="the same draw: alignments V$^T$beta", xlabel="step")
     band(entropy, flow.steps, flow.entropy, color="C0", label="median and range of all draws")
-    known = {step: float(value) for step, value in PAPER_ENTROPY.items() if step <= flow.steps[-1]}
-    entropy.plot(known.keys(), known.values(), "kx", label="paper, one draw")
+    known = {step: value for step, value in NOTEBOOK_ENTROPY.items() if step <= flow.steps[-1]}
+    entropy.plot(known.keys(), known.values(), "kx", label="authors' code, one draw")
     entropy.set(title="entropy of s(a), nats", xlabel="step", xscale="log", ylim=(0, None))
     entropy.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -125,18 +125,18 @@ def test_logistic_loss_polarises_to_the_token_known_at_the_start():
     winner = (initial.v * initial.beta[:, :, None]).sum(1).argmax(-1)
     assert torch.equal(flow.weights[-1].argmax(-1), winner)
     assert torch.allclose(flow.entropy[0], torch.tensor(math.log(8), dtype=torch.float64))
-    for row, reference in ((1, 2.00), (2, 0.67)):  # operators.md: one draw of the same distribution
+    for row, reference in ((1, 1.989), (2, 0.606)):  # one draw of the same distribution, by the authors' code
         assert flow.entropy[row].min() < reference < flow.entropy[row].max()
     assert (flow.entropy.diff(dim=0) < 0).all() and (flow.loss.diff(dim=0) < 0).all()
 
 
 def test_entropies_of_the_published_draw():
-    """The draw that the paper's code makes with numpy's seed 123, at the steps of operators.md."""
+    """The authors' notebook, run by us with numpy's seed 123."""
     numbers = numpy.random.RandomState(123)
     v, _, beta = 0.1 * numbers.randn(8, 8), numbers.randn(8), numbers.randn(8)
     initial = (torch.as_tensor(part)[None] for part in (v, numpy.zeros(8), beta / numpy.linalg.norm(beta)))
-    flow = theory.value_softmax_flow(theory.ValueSoftmax(*initial), [1_000, 10_000])
-    assert flow.entropy.flatten().tolist() == pytest.approx([2.00, 0.67], abs=0.07)
+    flow = theory.value_softmax_flow(theory.ValueSoftmax(*initial), [1_000, 10_000, 100_000])
+    assert flow.entropy.flatten().tolist() == pytest.approx([1.989, 0.606, 0.279], abs=1e-3)
 
 
 def test_other_normalisers_end_at_one_token_and_the_sigmoid_at_all():
@@ -152,15 +152,15 @@ def test_other_normalisers_end_at_one_token_and_the_sigmoid_at_all():
     assert fastest == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("norm, support", [(1, 9.9), (4, 3.3), (16, 1.1)])
+@pytest.mark.parametrize("norm, support", [(1, 9.849), (4, 3.32), (16, 1.08)])
 def test_square_loss_polarises_for_large_targets(norm, support):
-    """Effective supports of operators.md, from the draw that the paper's code makes with numpy's seed 42."""
+    """From the draw of the authors' notebook, numpy's seed 42. It has norm 1, run by us; the other norms are ours."""
     numbers = numpy.random.RandomState(42)
     v, a = 0.1 * numbers.randn(10, 10), 1 + 0.1 * numbers.randn(10)
     beta = numpy.random.RandomState(42).randn(10)
     initial = (torch.as_tensor(part)[None] for part in (v, a, norm * beta / numpy.linalg.norm(beta)))
     flow = theory.value_softmax_flow(theory.ValueSoftmax(*initial), [5_000], loss="square")
-    assert flow.effective_support.item() == pytest.approx(support, abs=0.055)
+    assert flow.effective_support.item() == pytest.approx(support, abs=1e-3 if norm == 1 else 0.055)
     assert flow.loss.item() < 1e-20
 
 
