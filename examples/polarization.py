@@ -32,8 +32,8 @@ NORMALISERS = "softmax", "l1", "square", "relu", "sigmoid"
 TARGET_NORMS = 0.5, 1, 2, 4, 8, 16
 LOGITS = {"logit_mean": 1.0, "logit_std": 0.1}  # as the authors' code draws them: three normalisers cannot start from 0
 
-# The authors' notebook (github.com/tml-epfl/softmax), run by us: one draw each, from numpy's seeds 123 (entropies) and 42 (supports).
-# The paper prints no such numbers. The notebook normalises beta: other norms than 1 are ours.
+# The authors' notebook (github.com/tml-epfl/softmax), run by us: one draw each, from numpy's seeds 123 (entropies) and 42
+# (supports). The paper prints no such numbers. The notebook normalises beta: other norms than 1 are ours.
 NOTEBOOK_ENTROPY = {1_000: 1.989, 10_000: 0.606, 100_000: 0.279, 1_000_000: 0.164}
 NOTEBOOK_NORMALISER = {"softmax": 1.178, "l1": 1.0, "square": 1.0, "relu": 1.0, "sigmoid": 9.998}
 NOTEBOOK_SQUARE_LOSS = {1: 9.849}
@@ -92,7 +92,8 @@ def tabulate(start, polarisation, normalisers, square, cross_entropy):
     hits = (polarisation.weights[-1].argmax(-1) == winner).sum()
     table.add_row("winner is argmax V_0^T beta (theorem: always)", "", f"{hits} of {models}", "")
     for name, flow in normalisers.items():
-        table.add_row(f"support of 10, logistic, {name}", f"{NOTEBOOK_NORMALISER[name]:.3f}", *spread(flow.effective_support[-1]))
+        notebook = f"{NOTEBOOK_NORMALISER[name]:.3f}"
+        table.add_row(f"support of 10, logistic, {name}", notebook, *spread(flow.effective_support[-1]))
     for norm, flow in square.items():
         notebook = f"{NOTEBOOK_SQUARE_LOSS[norm]:.3f}" if norm in NOTEBOOK_SQUARE_LOSS else ""
         table.add_row(f"support of 10, square, beta of norm {norm}", notebook, *spread(flow.effective_support[-1]))

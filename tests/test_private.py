@@ -12,7 +12,6 @@ import torch
 import without
 from nearfar.triton_kernels import launch
 
-import nearfar
 from nearfar.runtime import private
 
 NAMES = [*private.NAMES, *[name for name, _ in private.TRITON.values()]]
@@ -109,8 +108,9 @@ def test_a_module_without_its_internals():
 
 # ------------------------------------------------------------------------------------------------------- in no other file
 
-ROOTS = Path(nearfar.__file__).parent, Path(nearfar.__file__).parents[2] / "triton_kernels"
-FILES = sorted(path for root in ROOTS for path in root.rglob("*.py") if path != Path(private.__file__))
+ROOT = Path(__file__).parents[1]
+PACKAGE = [path for folder in ("python/nearfar", "triton_kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [path for path in PACKAGE if path != ROOT / "python/nearfar/runtime/private.py"]
 UNSTABLE = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs")  # Triton has no underscores
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST
+from nearfar.runtime.private import constant_while_traced
 
 TABLE = Path(__file__).with_name("choices.json")
 
@@ -21,12 +22,10 @@ def table():
     return json.loads(TABLE.read_text())
 
 
+@constant_while_traced  # it reads a file
 def rows(operator):
     """Those of an operator."""
     return table()["choices"][operator]
-
-
-rows._dynamo_marked_constant = True  # torch.compile calls it while it traces, and does not trace it: it reads a file
 
 
 def orders(operator, device, **key):
