@@ -156,14 +156,22 @@ def contraction(factors, last, output):
     return ",".join(f"bhn{letter}" for letter in letters) + "," + last.format(letters) + "->" + output.format(letters)
 
 
-def sums(xs, ys, values, state, options, dtype=None):
+def sums(xs, ys, values, state, options, dtype=None, stored=False):
     """sum_j A_ij (v_j, 1) for every query, and the state after the last key of every sequence.
 
-    dtype: products of the features of several factors are rounded to it before they enter a state.
+    dtype: products of the features of several factors are rounded to it before they enter a state. stored: so is dA, before
+    the gradient of the normaliser is added, and the gradient of each factor's kernel.
     """
     mask = visible(options, xs[0].shape[2], values.shape[2], values.device)
-    weights = functools.reduce(torch.mul, [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)])
-    total = weights.masked_fill(~mask, 0) @ to_query_heads(xs[0], values)
+    kernels = [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)]
+    if stored:
+        kernels = [with_gradient_in(kernel, dtype) for kernel in kernels]
+    weights = functools.reduce(torch.mul, kernels)
+    weights, values_of_queries = weights.masked_fill(~mask, 0), to_query_heads(xs[0], values)
+    total = weights @ values_of_queries
+    if stored:
+        rounded = with_gradient_in(weights + 0, dtype) @ values_of_queries[..., :-1]
+        total = torch.cat((rounded, total[..., -1:]), -1)
     if state is not None:
         read = contraction(xs, "bh{}c", "bhnc")
         packed = options.get("cu_seqlens") is not None
@@ -210,10 +218,10 @@ def sums_of_states(xs, ys, values, options, dtype):
 def attend(tensors, options, dtype=None, stored=False):
     """o, or (o, state), by plain torch operations in the dtype of the tensors; dtype: features are rounded to it.
 
-    stored: so is o, before delta = dO . o is taken from it, and so are states.
+    stored: so is o, before delta = dO . o is taken from it, and so are states and dA.
     """
     (xs, ys), values, initial = features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state")
-    total, state = sums(xs, ys, values, initial, options, dtype)
+    total, state = sums(xs, ys, values, initial, options, dtype, stored)
     if stored and initial is None and not options.get("causal"):
         total = sums_of_states(xs, ys, values, options, dtype)
     o = total[..., :-1]
