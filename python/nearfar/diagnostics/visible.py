@@ -97,7 +97,9 @@ def windows(mask: torch.Tensor) -> list[tuple[slice, slice, SlidingWindow | None
     return found
 
 
-def window(rows, first, end, num_queries, num_keys):
+def window(
+    rows: torch.Tensor, first: torch.Tensor, end: torch.Tensor, num_queries: int, num_keys: int
+) -> tuple[slice, slice, SlidingWindow | None] | None:
     """(queries, keys, locality) of the rows of a mask that see the keys from first up to end, or None if that is no window."""
     start, stop, count = int(first.min()), int(end.max()), len(rows)
     queries, keys = slice(int(rows[0]), int(rows[-1]) + 1), slice(start, stop)

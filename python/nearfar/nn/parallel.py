@@ -1,5 +1,6 @@
 """Tensor parallelism of the layers over their heads, in the terms of torch.distributed.tensor.parallel."""
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -44,5 +45,5 @@ class HeadParallel(ParallelStyle):
         return module
 
 
-def _sharded_heads(_, inputs, mesh):
+def _sharded_heads(_: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
     return tuple(DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in inputs)

@@ -1,6 +1,8 @@
 """Launches in order with everything fixed but addresses: what a direction of an operator comes to in a call."""
 
 import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +24,12 @@ class Program:
     because kernels need no more than addresses.
     """
 
-    def __init__(self, inputs, outputs, launches):
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor | None],
+        outputs: Sequence[torch.Tensor | None],
+        launches: Sequence[tuple[Any, Sequence[Any]]],
+    ) -> None:
         self._outputs, self._launches = layouts(*outputs), launches
         values = [*inputs, *outputs, None]
         known = {id(x) for x in values}
@@ -42,7 +49,7 @@ class Program:
         # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
         self._device, self._hooks_are_set, self._steps = None, None, ()
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The outputs."""
         first = inputs[0]
         with device_of(first):
@@ -54,7 +61,7 @@ class Program:
                 self._launch_tensors(inputs, outputs)
         return outputs
 
-    def at_once(self, *inputs):
+    def at_once(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None] | None:
         """The outputs, where it takes no more than to allocate them and to hand addresses over, else None.
 
         It takes more while kernels are not compiled, and always where they are interpreted, where an input does not start at a
@@ -86,7 +93,7 @@ class Program:
             launch(select(addresses), stream)
         return outputs
 
-    def _launch_tensors(self, inputs, outputs):
+    def _launch_tensors(self, inputs: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None]) -> None:
         """The long way, of tensors that are interpreted, not aligned, or on the meta device, as launch_all says."""
         if not self._launches:
             for tensor in outputs:
@@ -100,7 +107,7 @@ class Program:
         launches = zip(self._launches, self._selections, strict=True)
         launch_all(inputs[0], *[(launch, select(values)) for (launch, _), select in launches])
 
-    def _compile(self, first):
+    def _compile(self, first: torch.Tensor) -> None:
         """Compile what is new and prepare the steps, none where kernels are interpreted."""
         device, launches = first.get_device(), [launch for launch, _ in self._launches]
         kinds, hooks_are_set = [None] * len(launches), bool  # bool() is False
@@ -118,7 +125,7 @@ class Program:
         self._steps = [*zip(bound, self._selections, strict=True)]
 
 
-def _selection(places, given):
+def _selection(places: Mapping[int, int], given: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes what is given, tensors in their places, from the values of a call."""
     indices = [places[id(x)] for x in given]
     return operator.itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)
