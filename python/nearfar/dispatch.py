@@ -93,13 +93,13 @@ class Backends:
 
     def __init__(self, cuda: str | None, triton: str | None, orders: Orders = (KERNELS, KERNELS)) -> None:
         self.cuda, self.triton, self.orders = cuda, triton, orders
-        self._known: dict[str, tuple[str, str]] = {}
+        self._known: dict[str, tuple[str, ...]] = {}
 
     def reasons(self, tensor: torch.Tensor) -> dict[str, str | None]:
         """For each backend why it cannot serve a call of this tensor, None where it can."""
         return {"cuda": self.cuda, "triton": triton_device_reason(tensor) or self.triton, "reference": None}
 
-    def served(self, backend: str, tensor: torch.Tensor) -> tuple[str, str]:
+    def served(self, backend: str, tensor: torch.Tensor) -> tuple[str, ...]:
         """Names of the backends that serve the forward and the backward of a call of this tensor; see `choose`."""
         names = self._known.get(backend) if isinstance(backend, str) else None
         if names is None:

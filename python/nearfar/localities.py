@@ -38,7 +38,7 @@ class SlidingWindow:
 
 def within_reach(left: int, right: int) -> tuple[int, int]:
     """The sides of a window as kernels take them: those that reach beyond any tensor are unlimited."""
-    return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])
+    return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])  # type: ignore[return-value]
 
 
 def keys_in_window(left: int, right: int, num_keys: int) -> int:

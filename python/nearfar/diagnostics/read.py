@@ -1,7 +1,7 @@
 """Calls of attention, read exactly: queries, keys and values of each head, and which keys each query sees."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -99,7 +99,7 @@ def multihead(
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     if query.dim() == 2:
         query, key, value = (x[None] for x in (query, key, value))
-    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    weights: Sequence[Any] = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     weights = weights if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
@@ -171,7 +171,7 @@ def transformers_call(
     if isinstance(attention_mask, BlockMask):
         attention_mask = dense(attention_mask, *shape[2:])
     if kind == "flash":
-        parts = parts_of_flash(attention_mask, *shape, is_causal, **options)
+        parts = parts_of_flash(attention_mask, *shape, is_causal, **options)  # type: ignore[call-arg]
     elif attention_mask is not None:
         mask = attention_mask[..., : shape[3]]
         parts = parts_of_mask(expanded(mask, query.shape[:1], *shape[1:]))
@@ -189,7 +189,8 @@ def dense(mask: BlockMask, num_queries: int, num_keys: int) -> torch.Tensor:
     """A BlockMask as bools (B, H, N, M): its function, where its blocks are computed."""
     rows, columns = mask.BLOCK_SIZE
     blocks = mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :num_queries, :num_keys]
-    return blocks & create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)
+    shown = create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)  # type: ignore[call-arg,misc]
+    return blocks & shown
 
 
 def parts_of_flash(
@@ -222,7 +223,7 @@ def parts_of_flash(
     if all(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
         if batch != 1:
             raise Unreadable(f"cu_seq_lens_q counts texts through a batch of {batch}")
-        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), locality)
+        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), locality)  # type: ignore[union-attr]
     if batch == 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == num_queries > 1:
         starts = (position_ids[0] == position_ids.min()).nonzero().flatten().tolist()
         if len(starts) > 1 and num_queries == num_keys:

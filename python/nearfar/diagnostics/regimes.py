@@ -93,16 +93,16 @@ def head_regimes(
         raise TypeError(f"control_queries must be an int, got {type(control_queries).__name__}")
     if control_queries < 1:
         raise ValueError(f"control_queries must be at least 1, got {control_queries}")
-    keywords = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
+    keywords: dict[str, Any] = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
     with torch.no_grad():
         call = prepare_selection_geometry(q, k, v, top_n, **keywords)
         if not call.q.shape[2]:
             raise ValueError("q must have at least one query")
         found = attention_statistics(q, k, **keywords, backend=backend)
-        sink = sink_of(found.key_mass, call.v, call.q.shape[2])
+        sink = sink_of(found.key_mass, call.v, call.q.shape[2])  # type: ignore[arg-type]
         geometry = mean_geometry(q, k, v, top_n, **keywords, backend=backend)
         control = random_control(call, top_n, control_queries, seed)
-        heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)
+        heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)  # type: ignore[call-arg,misc,arg-type]
         return heads._replace(regime=classify(heads, top_n, thresholds))
 
 
@@ -178,7 +178,7 @@ def random_control(call: Call, top_n: int, count: int, seed: int) -> tuple[torch
         a + torch.randperm(b - a, generator=generator, device="cpu")[:top_n]
         for a, b in zip(first.tolist(), end.tolist(), strict=True)
     ]
-    totals = 0
+    totals: Any = 0
     for start in range(0, len(rows), CONTROL_ROWS):
         part = slice(start, start + CONTROL_ROWS)
         key = torch.arange(call.k.shape[2], device="cpu")
@@ -187,7 +187,7 @@ def random_control(call: Call, top_n: int, count: int, seed: int) -> tuple[torch
         for row, keys in zip(selected, drawn[part], strict=True):
             row[keys] = True
         weights = weights_of(call, rows[part].to(call.q.device), visible)
-        values = call.v.to(weights.dtype)[:, :, None]
+        values = call.v.to(weights.dtype)[:, :, None]  # type: ignore[union-attr]
         found = separation(weights, selected.to(call.q.device), visible, values)
         totals = totals + torch.stack([x.sum(-1) for x in found])
     return tuple((totals / len(rows)).flatten(2, 3))

@@ -187,7 +187,8 @@ def leave(module: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
 
 def read_module(entry: Entry, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Report the attention of torch's own modules, which the mode does not see."""
-    module, forward = entry.module, type(entry.module).forward
+    module: Any = entry.module
+    forward = type(module).forward
     for session in sessions:
         session.ran.add(key(module))
     if forward is nn.MultiheadAttention.forward:
@@ -248,5 +249,5 @@ def watched(attend: Callable[..., Any], default: Callable[..., Any]) -> Callable
         report(lambda: read.transformers_call(kind, result, *arguments, **keywords))
         return result
 
-    watched_attend.watches = getattr(attend, "watches", attend)
+    watched_attend.watches = getattr(attend, "watches", attend)  # type: ignore[attr-defined]
     return watched_attend

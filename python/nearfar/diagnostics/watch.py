@@ -103,7 +103,7 @@ class Watch:
     def regimes(self) -> dict[str, torch.Tensor]:
         """{layer: (Hq,) int64 index into nearfar.diagnostics.REGIMES}, of the means."""
         heads = {
-            layer: HeadRegimes(**{name: means[name] for name in AVERAGED}, sink_key=None, regime=None)
+            layer: HeadRegimes(**{name: means[name] for name in AVERAGED}, sink_key=None, regime=None)  # type: ignore[arg-type]
             for layer, means in self.layers.items()
         }
         return {layer: classify(found, self.top_n, self.thresholds) for layer, found in heads.items()}

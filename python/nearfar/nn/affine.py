@@ -1,7 +1,7 @@
 """Affine-scaled attention (arXiv 2602.23057) as a self-attention layer that decodes from a cache."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,8 @@ class AffineScaledAttention(SelfAttention):
     """
 
     per_head = ("sink", "alpha_average")
+    sink: nn.Parameter | None
+    alpha_average: torch.Tensor
 
     def __init__(
         self,
@@ -178,7 +180,14 @@ class AffineScaledAttention(SelfAttention):
         return Cache(k.new_zeros(shape), v.new_zeros(shape), total)
 
     @torch.no_grad()
-    def step(self, x: torch.Tensor, cache: Cache, *, length: int | None = None, rotary: Rotary | None = None) -> torch.Tensor:
+    def step(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        *,
+        length: int | torch.Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> torch.Tensor:
         """Decode T tokens after those of the cache, one at a time or a prompt at once.
 
         Without a left side of the window the bias term costs O(1) a token, from the running sum of v. a_ma is not updated.
@@ -215,7 +224,9 @@ class AffineScaledAttention(SelfAttention):
         left = self.window_size[0]
         first = 0 if left < 0 else max(before - left, 0)
         k, v = cache.k[:, :, first:after], cache.v[:, :, first:after]
-        options = {"causal": True, "window_size": self.window_size, "sink": self._sink(q), "backend": self.backend}
+        options: dict[str, Any] = {
+            "causal": True, "window_size": self.window_size, "sink": self._sink(q), "backend": self.backend
+        }
         new = cache.v[:, :, before:after].to(cache.total.dtype).cumsum(2)
         if left < 0:
             o = softmax_attention(q, k, v, **options)
@@ -259,7 +270,8 @@ class AffineScaledAttention(SelfAttention):
         """a_ma after the tokens of alpha have entered it."""
         heads = alpha.shape[1]
         self.own("alpha_average", heads)  # refuses other heads
-        average, first = self.alpha_average, 0
+        average: Any = self.alpha_average
+        first = 0
         if hasattr(average, "to_local"):
             first, average = average.device_mesh.get_local_rank() * heads, average.to_local()
         elif heads != self.num_heads and not self.group_name and dist.is_available() and dist.is_initialized():

@@ -49,7 +49,7 @@ class Layer(nn.Module):
         return super()._apply(lambda tensor: _widened(fn(tensor), tensor), recurse=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        every = dict(recurse=False, remove_duplicate=False)
+        every: Any = dict(recurse=False, remove_duplicate=False)
         for name, own in (*self.named_parameters(**every), *self.named_buffers(**every)):
             given = state_dict.get(prefix + name)
             if not isinstance(given, torch.Tensor):

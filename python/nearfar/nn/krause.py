@@ -141,7 +141,7 @@ class KrauseAttention(SelfAttention):
         """How many keys a query sees, for decoding."""
         limited = isinstance(self.locality, SlidingWindow) and self.locality.right == 0 and self.locality.left >= 0
         require(limited, f"decoding needs locality=SlidingWindow(left, 0) with left >= 0; this layer has {self.locality}")
-        return self.locality.left + 1
+        return self.locality.left + 1  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
         return (

@@ -139,8 +139,8 @@ class _StatefulAttention(SelfAttention):
             sizes = torch.tensor([[1.0], [3.0]], device=k.device)
             pair = sizes * torch.arange(2 * width, device=k.device).view(2, width).sin()
             pair = pair.to(k.dtype).expand(1, heads, 2, width)
-            together = self.feature_map(pair)
-            alone = torch.cat([self.feature_map(token) for token in pair.split(1, 2)], 2)
+            together = self.feature_map(pair)  # type: ignore[operator]
+            alone = torch.cat([self.feature_map(token) for token in pair.split(1, 2)], 2)  # type: ignore[operator]
             difference = (together - alone).abs().max() / together.abs().max()
             if difference > 0.05:  # more than rounding, in 16 bits or of a quantized map
                 raise ValueError(

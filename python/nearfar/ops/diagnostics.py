@@ -172,7 +172,7 @@ def selection_geometry(
     served, _ = call.backends.served(backend, call.q)
     if served == "reference":
         return SelectionGeometry(*_reference_geometry(*call[:4], top_n, *options))
-    tensors = (unit_stride(x).detach() for x in call[:3])
+    tensors = (unit_stride(x).detach() for x in call[:3])  # type: ignore[arg-type]
     sigma = None if sigma is None else sigma.detach()
     return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options, served))
 
@@ -233,7 +233,7 @@ def _prepare(
         scale = checks.default_scale(q.shape[3]) if scale is None else checks.finite_scale(scale)
         scale_reason = _cuda.scale_reason(scale)
     backends = dispatch.Backends(cuda_reason or scale_reason, kernel_reason, orders)
-    return Call(q, k, values[0] if values else None, sigma, left, right, scale, backends)
+    return Call(q, k, values[0] if values else None, sigma, left, right, scale, backends)  # type: ignore[arg-type]
 
 
 @checks.once
@@ -243,7 +243,7 @@ def _checked(metas: list[Layout], limited: bool, name: str) -> tuple[str | None,
     limited: whether causality or a locality limits what a query sees.
     """
     q, k, *values = metas
-    checks.check_qkv(q, k, *(values or [k]))
+    checks.check_qkv(q, k, *(values or [k]))  # type: ignore[arg-type]
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries and not num_keys:
         raise ValueError("k must have at least one key: statistics of no weights are undefined")

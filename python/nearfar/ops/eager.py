@@ -6,12 +6,13 @@ made of, tells.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nearfar.checks import is_plain
+from nearfar.ops.program import Program
 from nearfar.ops.torch_operator import Layouts, forgotten_with_plans
 from nearfar.runtime.private import TensorGuards, autocast_enabled, direct_apply, dispatch_modes, in_forward_ad
 
@@ -52,6 +53,9 @@ class Plan:
     """
 
     num_visible = 1  # outputs that the caller gets
+    program_of: Callable[..., Program]
+    forward_of: Callable[..., Sequence[Any]]
+    backward: Callable[..., Sequence[Any]]
 
     def __init__(self, rows: Layouts, options: tuple[Any, ...], tensors: Sequence[torch.Tensor | None]) -> None:
         self.rows, self.options = rows, options
@@ -59,7 +63,7 @@ class Plan:
         self.ahead = rows[0][3] if self.tracked else None
         self.program = self.program_of(rows, tensors, *options, self.ahead)
 
-    def __call__(self, *tensors: torch.Tensor | None) -> Any:
+    def __call__(self, *tensors: Any) -> Any:
         """What the caller gets."""
         return _apply(self, *tensors) if self.tracked else self.visible(self.outputs(*tensors))
 
@@ -99,7 +103,7 @@ class Repeats:
     def __init__(self) -> None:
         self._kept: list[tuple[Any, tuple[Any, ...], Plan]] = []
 
-    def find(self, *tensors: torch.Tensor) -> Plan | None:
+    def find(self, *tensors: Any) -> Plan | None:
         """The Plan of a call whose tensors were like these, or None. Options have to tell which of them there are."""
         state = _state()
         for guards, kept_state, plan in self._kept:
@@ -107,14 +111,14 @@ class Repeats:
                 return plan
         return None
 
-    def keep(self, plan: Plan, *tensors: torch.Tensor | None) -> None:
+    def keep(self, plan: Plan, *tensors: Any) -> None:
         """Remember the plan of a call by the tensors that it was made for; None, what is absent, is no part of a look.
 
         They may be others than the call came with: casts and copies leave alone what they have made, so that a call with such
         tensors has the same plan. For calls of which that is not so there are no Repeats. Where one tensor is given twice,
         nothing is found.
         """
-        tensors = [x for x in tensors if x is not None]
+        tensors = tuple([x for x in tensors if x is not None])
         if can_repeat(tensors[0]) and self.find(*tensors) is None:
             guards = _guards(tensors)
             if guards.check(*tensors):

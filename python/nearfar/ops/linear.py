@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -89,6 +89,27 @@ class Call(NamedTuple):
         return self.qs[0]
 
 
+@overload
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -138,6 +159,27 @@ def linear_attention(
     )
 
 
+@overload
+def hadamard_attention(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def hadamard_attention(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def hadamard_attention(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 def hadamard_attention(
     qs: Sequence[torch.Tensor],
     ks: Sequence[torch.Tensor],
@@ -374,7 +416,7 @@ def _prepare(
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    qs, ks, feature_map = _map_outside(qs, ks, feature_map, listed)
+    qs, ks, name_of_map = _map_outside(qs, ks, feature_map, listed)
     *factors, v = checks.autocast(*qs, *ks, v)
     qs, ks = tuple(factors[: len(qs)]), tuple(factors[len(qs) :])
     tensors = *qs, *ks, v
@@ -391,7 +433,7 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, backends, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts)
 
 
 def _map_outside(

@@ -47,11 +47,13 @@ class Program:
         self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # what empty_cuda takes
         self._offsets = [offset for offset, *_ in self._workspaces]
         # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
-        self._device, self._hooks_are_set, self._steps = None, None, ()
+        self._device: Any = None
+        self._hooks_are_set: Any = None
+        self._steps: Sequence[Any] = ()
 
     def __call__(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The outputs."""
-        first = inputs[0]
+        first: Any = inputs[0]
         with device_of(first):
             if first.is_cuda and not self._steps:
                 self._compile(first)
@@ -69,7 +71,8 @@ class Program:
         """
         if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
             return None
-        addresses, low_bits = [], 0
+        addresses: list[Any] = []
+        low_bits = 0
         for tensor in inputs:
             address = 0 if tensor is None else tensor.data_ptr()
             addresses.append(address)
@@ -93,15 +96,15 @@ class Program:
             launch(select(addresses), stream)
         return outputs
 
-    def _launch_tensors(self, inputs: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None]) -> None:
+    def _launch_tensors(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> None:
         """The long way, of tensors that are interpreted, not aligned, or on the meta device, as launch_all says."""
         if not self._launches:
             for tensor in outputs:
                 if tensor is not None:
                     tensor.zero_()
             return
-        values = [*inputs, *outputs, None]
-        workspace = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
+        values: list[Any] = [*inputs, *outputs, None]
+        workspace: Any = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
         values += [workspace[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in self._workspaces]
         values += [select(values) for select in self._tuples]
         launches = zip(self._launches, self._selections, strict=True)
@@ -110,7 +113,8 @@ class Program:
     def _compile(self, first: torch.Tensor) -> None:
         """Compile what is new and prepare the steps, none where kernels are interpreted."""
         device, launches = first.get_device(), [launch for launch, _ in self._launches]
-        kinds, hooks_are_set = [None] * len(launches), bool  # bool() is False
+        kinds: list[Any] = [None] * len(launches)
+        hooks_are_set: Callable[[], bool] = bool  # bool() is False
         if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # else Triton is not needed
             launcher, surveyed = _launch(), []
             if launcher.knobs.runtime.interpret:

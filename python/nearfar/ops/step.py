@@ -155,7 +155,7 @@ def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _is_sum(target: int, ranges: Sequence[tuple[int, int]]) -> bool:
     """Whether target is a sum of stride * n with 0 <= n < size, over (stride, size) of the ranges."""
-    merged = {}
+    merged: dict[int, int] = {}
     for stride, size in ranges:
         if stride:
             merged[stride] = merged.get(stride, 1) + size - 1

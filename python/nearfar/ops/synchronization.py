@@ -1,7 +1,7 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -154,6 +154,7 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
+    tensors: list[Any]
     *tensors, backends, rows = call
     forward, backward = backends.served(backend, call.q)
     if sort:
@@ -247,7 +248,7 @@ def _checked(metas: list[Layout], top_k: int | None, symmetric: bool) -> dispatc
     return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
 
 
-def _check_grad_floor(grad_floor: object) -> None:
+def _check_grad_floor(grad_floor: float) -> None:
     if not checks.is_number(grad_floor) or isinstance(grad_floor, bool):
         raise TypeError(f"grad_floor must be a number, got {type(grad_floor).__name__}")
     if not 0 < grad_floor < math.inf:

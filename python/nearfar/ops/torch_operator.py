@@ -94,7 +94,7 @@ class _Library(torch.library.Library):
         super().__init__("nearfar", "FRAGMENT")
         self._serves = serves
 
-    def impl(self, name: str, kernel: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+    def impl(self, name: str, kernel: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:  # type: ignore[override]
         if dispatch_key != "Autograd":
             return super().impl(name, kernel, dispatch_key, **options)
 
@@ -148,7 +148,8 @@ def _autograd_kernel(
         if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
             return below_autograd(operator, keyset, *arguments)
         arguments = (*arguments, *map(literal_eval, defaults[len(arguments) :]))  # which the dispatcher leaves out
-        (leaves, spec), made = tree_flatten(arguments), []
+        made: list[Any] = []
+        leaves, spec = tree_flatten(arguments)
         with single_level_function():
             outputs = apply(keyset, spec, made, *leaves)
         return tree_unflatten(outputs, made[0])

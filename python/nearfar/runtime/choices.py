@@ -28,7 +28,8 @@ def rows(operator: str) -> list[dict[str, Any]]:
     return table()["choices"][operator]
 
 
-rows._dynamo_marked_constant = True  # torch.compile calls it while it traces, and does not trace it: it reads a file
+# torch.compile calls it while it traces, and does not trace it: it reads a file
+rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def orders(operator: str, device: torch.device, **key: Any) -> Orders:

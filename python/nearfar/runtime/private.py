@@ -19,7 +19,7 @@ import importlib
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar
@@ -125,7 +125,7 @@ def constant_while_traced(function: Function) -> Function:
 
     Fallback: none is needed, as nothing is looked up; a torch that knows another mark traces the function.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -134,7 +134,7 @@ def constant_while_traced(function: Function) -> Function:
 # Whether a tensor among arguments, or in lists of them, requires a gradient. Fallback: the same in Python.
 any_requires_grad = _look_up(
     "torch._C:_any_requires_grad",
-    lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),
+    lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),  # type: ignore[has-type]
 )
 
 
@@ -150,7 +150,7 @@ _HAS_FUNCTION = _look_up(_FUNCTION, None) is not None
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """C++'s apply of an autograd.Function. Fallback: torch's, slower; under torch.func gradients of kernels are lost."""
     if _HAS_FUNCTION:
-        return super(torch.autograd.Function, function).apply
+        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*arguments: Any) -> Any:
         _refuse_transforms(_FUNCTION)
@@ -215,27 +215,32 @@ def autograd_inside() -> Iterator[None]:
 class _Trees:
     """What the package uses of torch.utils._pytree: leaves are all but tuples and lists."""
 
-    def tree_flatten(tree):
+    @staticmethod
+    def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
         if type(tree) not in (tuple, list):
             return [tree], None
         parts = [_Trees.tree_flatten(part) for part in tree]
         return [leaf for leaves, _ in parts for leaf in leaves], (type(tree), [(len(leaves), spec) for leaves, spec in parts])
 
-    def tree_unflatten(leaves, spec):
+    @staticmethod
+    def tree_unflatten(leaves: Iterable[Any], spec: Any) -> Any:
         if spec is None:
             (leaf,) = leaves
             return leaf
         leaves, (kind, parts) = iter(leaves), spec
         return kind([_Trees.tree_unflatten([next(leaves) for _ in range(count)], part) for count, part in parts])
 
-    def tree_leaves(tree):
+    @staticmethod
+    def tree_leaves(tree: Any) -> list[Any]:
         return _Trees.tree_flatten(tree)[0]
 
-    def tree_map(function, tree, *others):
+    @staticmethod
+    def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         leaves, spec = _Trees.tree_flatten(tree)
         return _Trees.tree_unflatten(map(function, leaves, *map(_Trees.tree_leaves, others)), spec)
 
-    def register_dataclass(kind, *, serialized_type_name):
+    @staticmethod
+    def register_dataclass(kind: type, *, serialized_type_name: str) -> None:
         pass
 
 
@@ -293,7 +298,7 @@ def _without_knobs() -> SimpleNamespace:
 
 
 def _shared_memory(device: int) -> dict[str, int]:
-    return {"max_shared_mem": torch.cuda.get_device_properties(device).shared_memory_per_block_optin}
+    return {"max_shared_mem": torch.cuda.get_device_properties(device).shared_memory_per_block_optin}  # type: ignore[attr-defined]
 
 
 def _without_driver() -> SimpleNamespace:

@@ -124,7 +124,7 @@ def perturb(
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Spearman's rank correlation along the last dimension, of values without ties."""
     ranks = (values.argsort(-1).argsort(-1).to(first.dtype) for values in (first, second))
-    return F.cosine_similarity(*(rank - rank.mean(-1, keepdim=True) for rank in ranks), dim=-1)
+    return F.cosine_similarity(*(rank - rank.mean(-1, keepdim=True) for rank in ranks), dim=-1)  # type: ignore[misc,arg-type]
 
 
 def spectral_amplification(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def draw_value_softmax(
     Returns a ValueSoftmax. The normalisers "l1", "square" and "relu" cannot start from a = 0: the paper's code takes
     logit_mean = 1 and logit_std = 0.1 there. "cross_entropy" wants a distribution for beta.
     """
-    options = {"generator": generator, "dtype": dtype, "device": generator.device if generator else "cpu"}
+    options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": generator.device if generator else "cpu"}
     v = value_std * torch.randn(models, d, n, **options)
     a = logit_mean + logit_std * torch.randn(models, n, **options)
     if beta is None:
