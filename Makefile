@@ -63,8 +63,9 @@ wheels: $(VENV)/.with-build  ## build a wheel with the CUDA extension for each o
 docs: $(VENV)/.with-docs  ## build the site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: $(VENV)/.with-ruff  ## check the Python sources
+lint: $(VENV)/.with-lint  ## check the Python sources and their types
 	$(PY) -m ruff check
+	$(PY) -m mypy
 
 # A .pth that adds the package folders of the Python that runs this. Not --system-site-packages, which in a venv made
 # from a venv shows the packages of the Python below both.
@@ -97,8 +98,9 @@ $(VENV)/.with-interpreter: $(VENV)/.with-test
 	    $(PY) -m pip install 'numpy<2.4'
 	touch $@
 
-$(VENV)/.with-ruff: $(VENV)/.created
-	$(PY) -m pip install ruff
+# mypy reads torch's annotations.
+$(VENV)/.with-lint: $(VENV)/.with-torch
+	$(PY) -m pip install mypy ruff
 	touch $@
 
 $(VENV)/.with-build: $(VENV)/.created

@@ -110,7 +110,7 @@ setup(
         "nearfar.triton_kernels",
         *(f"nearfar.triton_kernels.{name}" for name in find_packages("triton_kernels")),
     ],
-    package_data={"nearfar.runtime": ["*.json"], "nearfar.triton_kernels": ["*.json"]},
+    package_data={"nearfar": ["py.typed"], "nearfar.runtime": ["*.json"], "nearfar.triton_kernels": ["*.json"]},
     ext_modules=cuda_extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,8 +1,11 @@
-"""Localities, dispatch, explain and what importing the package does."""
+"""Localities, dispatch, explain, annotations and what importing the package does."""
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -129,6 +132,65 @@ def test_explain_runs_the_checks():
 def test_explain_of_an_unknown_operator(op):
     with pytest.raises(ValueError, match="^op must be an operator of nearfar.*krause_attention"):
         nf.explain(op, *qkv(), 2.0)
+
+
+SPECIAL = ("__init__", "__call__")
+# What `nearfar.__all__` does not lead to: modules whose names users or other modules import.
+OTHER_MODULES = (
+    *("checks", "diagnostics.read", "diagnostics.regimes", "diagnostics.visible", "dispatch", "localities", "registry"),
+    *("nn.base", "nn.parallel", "ops.eager", "ops.packing", "ops.program", "ops.step", "ops.torch_operator"),
+    *("runtime.choices", "runtime.private"),
+    *(f"ops.{operator.room}" for operator in OPERATORS),
+)
+
+
+def functions_of(values):
+    """{qualified name: function} of the functions of nearfar among these values, and in modules and classes among them."""
+    found = {}
+    for value in values:
+        if isinstance(value, ModuleType):
+            found |= functions_of(getattr(value, name) for name in value.__all__)
+            continue
+        if isinstance(value, property | staticmethod | classmethod):
+            value = value.fget if isinstance(value, property) else value.__func__
+        value = inspect.unwrap(value) if callable(value) else value
+        if not str(getattr(value, "__module__", "")).startswith("nearfar"):
+            continue
+        if inspect.isclass(value):
+            for base in value.__mro__:
+                if base.__module__.startswith("nearfar"):
+                    found |= functions_of(x for name, x in vars(base).items() if name in SPECIAL or name[0] != "_")
+        elif inspect.isfunction(value) and value.__name__ != "<lambda>":
+            found[f"{value.__module__}.{value.__qualname__}"] = value
+    return found
+
+
+def public_functions():
+    found = functions_of([nf])
+    for name in OTHER_MODULES:
+        module = importlib.import_module(f"nearfar.{name}")
+        own = [x for name, x in vars(module).items() if name[0] != "_" and getattr(x, "__module__", None) == module.__name__]
+        found |= functions_of(own)
+    return found
+
+
+def annotations_of(name, function):
+    """{name: whether annotated} of the parameters and the result of a function."""
+    signature = inspect.signature(function)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name not in ("self", "cls")]
+    found = {f"{name}({parameter.name})": parameter.annotation is not parameter.empty for parameter in parameters}
+    return {**found, f"{name} ->": signature.return_annotation is not signature.empty}
+
+
+def test_every_public_function_is_annotated():
+    functions = public_functions()
+    assert {"nearfar.nn.linear._StatefulAttention.step", "nearfar.ops.krause_step.KrauseCache.empty"} <= functions.keys()
+    assert {f"{op.function.__module__}.{op.function.__name__}" for op in OPERATORS} <= functions.keys()
+    annotated = {}
+    for name, function in functions.items():
+        annotated |= annotations_of(name, function)
+    assert len(annotated) > 800
+    assert not [name for name, is_annotated in annotated.items() if not is_annotated]
 
 
 def test_operators_are_listed_once():

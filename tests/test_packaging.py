@@ -77,7 +77,8 @@ def test_wheel_without_cuda(tmp_path):
     for folder, installed in (("python/nearfar", "nearfar"), ("triton_kernels", "nearfar/triton_kernels")):
         expected = {f"{installed}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
         assert expected and expected <= names
-    assert {"nearfar/triton_kernels/launch_parameters_probe.json", "nearfar/runtime/choices.json"} <= names
+    others = ("py.typed", "runtime/choices.json", "triton_kernels/launch_parameters_probe.json")
+    assert {f"nearfar/{name}" for name in others} <= names
 
 
 def test_either_an_extension_or_a_reason():

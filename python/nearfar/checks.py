@@ -3,13 +3,15 @@
 import functools
 import math
 import numbers
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch.amp import is_autocast_available
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nearfar.ops.torch_operator import Layout, interned, layouts, stream_of
+from nearfar.ops.torch_operator import Layout, Layouts, interned, layouts, stream_of
 from nearfar.runtime.private import (
     autocast_enabled,
     dispatch_modes,
@@ -27,34 +29,37 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CAST = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
 
 
-def require(condition, message, error=ValueError):
+Result = TypeVar("Result")
+
+
+def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
     """Raise error(message) unless the condition holds; not for the hot path, where building the message would cost."""
     if not condition:
         raise error(message)
 
 
-def check_tensor(name, tensor):
+def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
-def same_shape(first, second):
+def same_shape(first: Sequence[int], second: Sequence[int]) -> bool:
     """Whether two shapes are equal: number by number, because Dynamo finds equal tuples unequal where they hold symbols."""
     return len(first) == len(second) and all([a == b for a, b in zip(first, second, strict=True)])
 
 
-def meta(name, tensor):
+def meta(name: str, tensor: torch.Tensor) -> Layout:
     """What a check may look at of a tensor, its Layout."""
     check_tensor(name, tensor)
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def plain_layouts(*tensors):
+def plain_layouts(*tensors: torch.Tensor) -> Layouts | None:
     """The Layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
     return interned(layouts(*tensors)) if is_plain(*tensors) else None
 
 
-def once(check):
+def once(check: Callable[..., Result]) -> Callable[..., Result]:
     """`check(metas, *options)` as a function (layouts, names, tensors, *options), made once for each signature of plain calls.
 
     layouts: `plain_layouts` of the tensors. Options must be hashable and of types that were checked: 1, 1.0 and True are one
@@ -62,11 +67,11 @@ def once(check):
     """
 
     @functools.lru_cache(maxsize=1024)
-    def look_up(layouts, *options):
+    def look_up(layouts: Layouts, *options: Any) -> Result:
         return check([Layout(*layout) for layout in layouts], *options)
 
     @functools.wraps(check)
-    def checked(layouts, names, tensors, *options):
+    def checked(layouts: Layouts | None, names: Sequence[str], tensors: Sequence[torch.Tensor], *options: Any) -> Result:
         if layouts is None:
             return check(list(map(meta, names, tensors)), *options)
         return look_up(layouts, *options)
@@ -74,7 +79,7 @@ def once(check):
     return checked
 
 
-def check_qkv(q, k, v, names=("q", "k", "v")):
+def check_qkv(q: Layout, k: Layout, v: Layout, names: Sequence[str] = ("q", "k", "v")) -> None:
     """Metas of q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv): one dtype, one device, Hq a multiple of Hkv."""
     q_name, k_name, v_name = names
     for name, tensor in zip(names, (q, k, v), strict=True):
@@ -99,7 +104,7 @@ def check_qkv(q, k, v, names=("q", "k", "v")):
         raise ValueError(f"{q_name} must have a multiple of the {k.shape[1]} heads of {k_name} and v, got {q.shape[1]}")
 
 
-def check_like(name, tensor, other_name, other):
+def check_like(name: str, tensor: Layout, other_name: str, other: Layout) -> None:
     """Metas that differ in their last dimension only."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
@@ -112,7 +117,7 @@ def check_like(name, tensor, other_name, other):
         )
 
 
-def check_exactly(name, tensor, shape, dtype, device):
+def check_exactly(name: str, tensor: Layout, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """A Meta of this shape, dtype and device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
@@ -122,7 +127,7 @@ def check_exactly(name, tensor, shape, dtype, device):
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
-def is_plain(*tensors):
+def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms, subclasses or lazily negates it."""
     if is_compiling() or dispatch_modes() or transform_level() or in_forward_ad():
         return False
@@ -132,37 +137,37 @@ def is_plain(*tensors):
     return True
 
 
-def has_values(tensor):
+def has_values(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not while they are traced, nor one for all slices of vmap."""
     if is_compiling() or type(tensor) not in PLAIN:
         return False
     return not is_functorch_wrapped_tensor(tensor) and not is_legacy_batchedtensor(tensor)
 
 
-def autocast(*tensors):
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast what torch's attention casts under autocast: float64 and integers stay as they are, for the checks to meet."""
     if not autocast_enabled():
         return tensors
     return tuple([_cast(tensor) for tensor in tensors])
 
 
-def _cast(tensor):
+def _cast(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in CAST or not _autocasts(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _autocasts(device):
+def _autocasts(device: str) -> bool:
     return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def no_autocast(tensor):
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which the float32 of a reference stays float32."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if autocast_enabled() and _autocasts(device) else nullcontext()
 
 
-def positive_per_head(name, value, like, num_heads):
+def positive_per_head(name: str, value: float | torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
     """A float, 0-d or (num_heads,) tensor of positive numbers as a float32 tensor of shape (1,) or (num_heads,).
 
     float64 inputs keep float64. Numbers and CPU tensors are checked here; reading a CUDA tensor back would stall its stream,
@@ -188,7 +193,7 @@ def positive_per_head(name, value, like, num_heads):
     return in_dtype(value if len(shape) else value.reshape(1), dtype).contiguous().resolve_neg()
 
 
-def parameter(value, like):
+def parameter(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
     """A number as the tensor (1,) that positive_per_head makes of it: a positive float beside a CUDA tensor, a 0-d tensor.
 
     Anything else as it is. So calls with numbers are found by their tensors, too.
@@ -200,12 +205,12 @@ def parameter(value, like):
     return value
 
 
-def in_dtype(tensor, dtype):
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """tensor.to(dtype), which takes a microsecond to do nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _constant(value, dtype, like):
+def _constant(value: float, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """The number as a tensor (1,) on the device of `like`, filled once where the fill is known to come first."""
     if not is_plain(like):
         return torch.full((1,), float(value), dtype=dtype, device=like.device)
@@ -217,17 +222,17 @@ def _constant(value, dtype, like):
 
 
 @functools.lru_cache(maxsize=256)
-def _filled(value, dtype, device, stream):
+def _filled(value: float, dtype: torch.dtype, device: torch.device, stream: int | None) -> torch.Tensor:
     """stream: the current one; another may not wait for this fill."""
     with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a backward
         return torch.full((1,), value, dtype=dtype, device=device)
 
 
 # cu_seqlens tensors whose values were found in order, by identity, with the version that was read and the length it fits.
-_checked_seqlens = WeakTensorKeyDictionary()
+_checked_seqlens: Any = WeakTensorKeyDictionary()
 
 
-def check_cu_seqlens(cu_seqlens, q, k):
+def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
     """cu_seqlens: int32 (S + 1,) from 0 to N without a decrease, for one packed batch of equally long q and k.
 
     The values of a tensor are read back once, on first sight (a CUDA tensor is synchronised then), and not at all while a
@@ -258,11 +263,11 @@ def check_cu_seqlens(cu_seqlens, q, k):
         _checked_seqlens[cu_seqlens] = seen
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
     return type(value) is float or isinstance(value, numbers.Real)  # which takes longer to say
 
 
-def check_top_k(top_k):
+def check_top_k(top_k: int | None) -> None:
     if top_k is None:
         return
     if not isinstance(top_k, int) or isinstance(top_k, bool):
@@ -271,19 +276,19 @@ def check_top_k(top_k):
         raise ValueError(f"top_k must be at least 1, got {top_k}")
 
 
-def kernel_width_reason(name, width, smallest=16):
+def kernel_width_reason(name: str, width: int, smallest: int = 16) -> str | None:
     """Why the kernels do not serve this head width, or None."""
     if width % 8 == 0 and smallest <= width <= 256:
         return None
     return f"{name} is {width} wide; kernels take multiples of 8 from {smallest} to 256"
 
 
-def default_scale(width):
+def default_scale(width: int) -> float:
     """The scale of dot products, width^-0.5."""
     return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
 
 
-def finite_scale(scale):
+def finite_scale(scale: float | None) -> float | None:
     """A scale as a float; None, for the default, stays None."""
     if scale is None:
         return None

@@ -7,11 +7,16 @@ unless NEARFAR_ALLOW_REFERENCE=1.
 
 import functools
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
 from nearfar.ops.torch_operator import kernels
 from nearfar.runtime.private import constant_while_traced
+
+Backend = Literal["auto", "cuda", "triton", "reference"]  # as users name them
+Orders = tuple[Sequence[str], Sequence[str]]  # in which "auto" asks the kernels, in the forward and in the backward
 
 BACKENDS = ("cuda", "triton", "reference")
 KERNELS = CUDA_FIRST = ("cuda", "triton")
@@ -19,7 +24,7 @@ TRITON_FIRST = ("triton", "cuda")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def triton_device_reason(tensor):
+def triton_device_reason(tensor: torch.Tensor) -> str | None:
     """Why Triton cannot run on the device and dtype of this tensor, or None."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"q has dtype {tensor.dtype}; kernels take float16, bfloat16 and float32"
@@ -36,7 +41,7 @@ _interpreter = kernels("interpreter")
 
 
 @constant_while_traced
-def _interpreter_reason():
+def _interpreter_reason() -> str | None:
     """Why bfloat16 cannot be interpreted, or None."""
     if _interpreter().multiplies_bfloat16():
         return None
@@ -44,12 +49,12 @@ def _interpreter_reason():
 
 
 @functools.cache
-def _capability_reason(device_index):
+def _capability_reason(device_index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device_index)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def choose(backend, reasons, device, order=KERNELS):
+def choose(backend: str, reasons: Mapping[str, str | None], device: torch.device, order: Sequence[str] = KERNELS) -> str:
     """Name of the backend that serves a call.
 
     Args:
@@ -86,15 +91,15 @@ class Backends:
     orders: in the forward and in the backward.
     """
 
-    def __init__(self, cuda, triton, orders=(KERNELS, KERNELS)):
+    def __init__(self, cuda: str | None, triton: str | None, orders: Orders = (KERNELS, KERNELS)) -> None:
         self.cuda, self.triton, self.orders = cuda, triton, orders
-        self._known = {}
+        self._known: dict[str, tuple[str, ...]] = {}
 
-    def reasons(self, tensor):
+    def reasons(self, tensor: torch.Tensor) -> dict[str, str | None]:
         """For each backend why it cannot serve a call of this tensor, None where it can."""
         return {"cuda": self.cuda, "triton": triton_device_reason(tensor) or self.triton, "reference": None}
 
-    def served(self, backend, tensor):
+    def served(self, backend: str, tensor: torch.Tensor) -> tuple[str, ...]:
         """Names of the backends that serve the forward and the backward of a call of this tensor; see `choose`."""
         names = self._known.get(backend) if isinstance(backend, str) else None
         if names is None:
@@ -105,7 +110,7 @@ class Backends:
         return names
 
 
-def report(name, backend, call):
+def report(name: str, backend: str, call: Any) -> str:
     """Text of `nearfar.explain`: one line for each backend."""
     try:
         forward, backward = call.backends.served(backend, call.q)

@@ -1,9 +1,13 @@
 """Which backend would serve a call, and why the others would not."""
 
+from collections.abc import Callable
+from typing import Any
+
 from nearfar import dispatch, registry
+from nearfar.dispatch import Backend
 
 
-def explain(op, *args, backend="auto", **kwargs):
+def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> str:
     """Describe how a call would be served, without running it.
 
     Args:

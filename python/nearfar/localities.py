@@ -25,7 +25,7 @@ class SlidingWindow:
     left: int
     right: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for side in ("left", "right"):
             value = getattr(self, side)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -36,11 +36,11 @@ class SlidingWindow:
                 )
 
 
-def within_reach(left, right):
+def within_reach(left: int, right: int) -> tuple[int, int]:
     """The sides of a window as kernels take them: those that reach beyond any tensor are unlimited."""
-    return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])
+    return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])  # type: ignore[return-value]
 
 
-def keys_in_window(left, right, num_keys):
+def keys_in_window(left: int, right: int, num_keys: int) -> int:
     """The most keys that one query can see."""
     return num_keys if left < 0 or right < 0 else min(left + right + 1, num_keys)

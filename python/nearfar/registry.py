@@ -1,7 +1,7 @@
 """The operators and steps of nearfar, listed once: for the generic tests, the benchmark suite and the README's table."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchronization
 
@@ -18,8 +18,8 @@ class Operator(NamedTuple):
     """
 
     room: str
-    function: Callable
-    prepare: Callable
+    function: Callable[..., Any]
+    prepare: Callable[..., Any]
     op: str
     summary: str
     source: str
@@ -103,9 +103,9 @@ class Step(NamedTuple):
     """
 
     room: str
-    function: Callable
+    function: Callable[..., Any]
     memory: str
-    operator: Callable
+    operator: Callable[..., Any]
 
 
 STEPS = (
@@ -119,7 +119,7 @@ class Part(NamedTuple):
     """A public function that feeds an operator: it has samples and keeps the contract, but no module of its own."""
 
     room: str
-    function: Callable
+    function: Callable[..., Any]
     op: str
     differentiable: bool = True
 
@@ -127,7 +127,7 @@ class Part(NamedTuple):
 PARTS = (Part("synchronization", synchronization.order_parameter, "order_parameter"),)
 
 
-def find(op):
+def find(op: Callable[..., Any] | str) -> Operator:
     """The Operator of a public function or of its name."""
     for operator in OPERATORS:
         if op is operator.function or op == operator.function.__name__:

@@ -242,7 +242,7 @@ def choose(entry, key, trials, measure, rounding):
     return fastest, refused
 
 
-def main():
+def main() -> None:
     table = launch.table()
     parser = argparse.ArgumentParser(prog="python -m nearfar.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kernels", nargs="+", choices=list(table), default=list(table))

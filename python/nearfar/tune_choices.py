@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -233,7 +234,7 @@ def commit():
         return "unknown"
 
 
-def main(operators):
+def main(operators: Sequence[str]) -> None:
     """Measure the choices of these operators anew, or of all; the table is written after each."""
     table, run = choices.table(), environment()
     capability, _ = torch.cuda.get_device_capability()

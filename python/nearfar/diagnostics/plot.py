@@ -1,17 +1,26 @@
 """Pictures of what a `Watch` has seen. Needs matplotlib."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nearfar.diagnostics.regimes import REGIMES, UNDEFINED
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from nearfar.diagnostics.watch import Watch
+
 COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # told apart by colour-blind readers, too
 NAMES = ("precision", "recall", "F")
 
 
-def plot(watched, path=None):
+def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
     """Draw entropy by layer, sink mass, precision, recall and F against top_n, and the map of regimes.
 
     Args:
@@ -46,12 +55,12 @@ def plot(watched, path=None):
     return figure
 
 
-def matrix(rows):
+def matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """(layers, heads), NaN where a layer has fewer heads than another."""
     return pad_sequence([heads.double() for heads in rows], batch_first=True, padding_value=math.nan)
 
 
-def draw_by_layer(axes, values):
+def draw_by_layer(axes: "Axes", values: Sequence[torch.Tensor]) -> None:
     """A dot a head, a line through the means of the layers."""
     for layer, heads in enumerate(values):
         axes.plot([layer] * len(heads), heads.tolist(), "o", color="#0072b2", alpha=0.5, markersize=5,
@@ -62,7 +71,7 @@ def draw_by_layer(axes, values):
     axes.legend(frameon=False)
 
 
-def draw_geometry(axes, watched, means):
+def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Medians over all heads with the middle half of them, and the random control where it was made."""
     curves = torch.cat([m["geometry"] for m in means], -1)
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
@@ -81,14 +90,14 @@ def draw_geometry(axes, watched, means):
     axes.legend(frameon=False, ncols=2, fontsize=8)
 
 
-def draw_sinks(figure, axes, rows):
+def draw_sinks(figure: "Figure", axes: "Axes", rows: torch.Tensor) -> None:
     image = axes.imshow(rows.numpy(), vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
     figure.colorbar(image, ax=axes, label="share of the weight")
     label_axes(axes, *rows.shape)
     axes.set(title="mass of the sink")
 
 
-def draw_regimes(axes, rows, top_n):
+def draw_regimes(axes: "Axes", rows: torch.Tensor, top_n: int) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -102,7 +111,7 @@ def draw_regimes(axes, rows, top_n):
     axes.set(title=f"regimes, top_n = {top_n}")
 
 
-def label_axes(axes, layers, heads):
+def label_axes(axes: "Axes", layers: int, heads: int) -> None:
     """Numbers of layers and heads, and lines between them."""
     axes.set(xlabel="head", ylabel="layer", yticks=thinned(layers), xticks=thinned(heads))
     axes.set_xticks([head + 0.5 for head in range(heads - 1)], minor=True)
@@ -111,6 +120,6 @@ def label_axes(axes, layers, heads):
     axes.tick_params(which="minor", length=0)
 
 
-def thinned(count, most=16):
+def thinned(count: int, most: int = 16) -> range:
     """At most so many of 0 to count - 1, evenly apart."""
     return range(0, count, -(-count // most))

@@ -1,7 +1,8 @@
 """Calls of attention, read exactly: queries, keys and values of each head, and which keys each query sees."""
 
 import sys
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class Call(NamedTuple):
     parts: list[Part]
 
 
-def unreadable(reason: str):
+def unreadable(reason: str) -> NoReturn:
     raise Unreadable(reason)
 
 
@@ -42,7 +43,14 @@ def unreadable(reason: str):
 
 
 def scaled_dot_product(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> list[Call]:
     if query.is_nested or key.is_nested:
         raise Unreadable("its tensors are nested")
@@ -70,9 +78,16 @@ def expanded(mask: torch.Tensor, lead: torch.Size, *rest: int) -> torch.Tensor:
 
 
 def multihead(
-    module: nn.MultiheadAttention, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-    average_attn_weights=True, is_causal=False,
-) -> list[Call]:  # fmt: skip
+    module: nn.MultiheadAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> list[Call]:
     if module.bias_k is not None or module.add_zero_attn:
         raise Unreadable("add_bias_kv or add_zero_attn give it keys of its own")
     if query.is_nested:
@@ -84,7 +99,7 @@ def multihead(
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     if query.dim() == 2:
         query, key, value = (x[None] for x in (query, key, value))
-    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    weights: Sequence[Any] = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     weights = weights if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
@@ -107,7 +122,11 @@ def inverted(mask: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_layer(
-    layer: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
+    layer: nn.TransformerEncoderLayer,
+    src: torch.Tensor,
+    src_mask: torch.Tensor | None = None,
+    src_key_padding_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
 ) -> list[Call]:
     x = layer.norm1.forward(src) if layer.norm_first else src
     return multihead(layer.self_attn, x, x, x, src_key_padding_mask, attn_mask=src_mask)
@@ -116,7 +135,7 @@ def encoder_layer(
 # transformers' attention interface
 
 
-def kind_of(attend, default) -> str | None:
+def kind_of(attend: Callable[..., Any], default: Callable[..., Any]) -> str | None:
     """How a function of transformers' attention interface reads its arguments: None if that is not known."""
     if attend is default:
         return "eager"
@@ -129,7 +148,17 @@ def kind_of(attend, default) -> str | None:
 
 
 def transformers_call(
-    kind: str, result, module, query, key, value, attention_mask=None, *more, scaling=None, is_causal=None, **options
+    kind: str,
+    result: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None = None,
+    *more: Any,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
 ) -> list[Call]:
     for name in CHANGES_WEIGHTS:
         if options.get(name) is not None:
@@ -142,7 +171,7 @@ def transformers_call(
     if isinstance(attention_mask, BlockMask):
         attention_mask = dense(attention_mask, *shape[2:])
     if kind == "flash":
-        parts = parts_of_flash(attention_mask, *shape, is_causal, **options)
+        parts = parts_of_flash(attention_mask, *shape, is_causal, **options)  # type: ignore[call-arg]
     elif attention_mask is not None:
         mask = attention_mask[..., : shape[3]]
         parts = parts_of_mask(expanded(mask, query.shape[:1], *shape[1:]))
@@ -160,13 +189,26 @@ def dense(mask: BlockMask, num_queries: int, num_keys: int) -> torch.Tensor:
     """A BlockMask as bools (B, H, N, M): its function, where its blocks are computed."""
     rows, columns = mask.BLOCK_SIZE
     blocks = mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :num_queries, :num_keys]
-    return blocks & create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)
+    shown = create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)  # type: ignore[call-arg,misc]
+    return blocks & shown
 
 
 def parts_of_flash(
-    mask, batch, heads, num_queries, num_keys, is_causal, *, sliding_window=None, position_ids=None, cu_seq_lens_q=None,
-    cu_seq_lens_k=None, max_length_q=None, max_length_k=None, **options,
-) -> list[Part]:  # fmt: skip
+    mask: torch.Tensor | None,
+    batch: int,
+    heads: int,
+    num_queries: int,
+    num_keys: int,
+    is_causal: bool,
+    *,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **options: Any,
+) -> list[Part]:
     """As transformers' flash_attention_forward: from padding, else lengths of texts, else positions that begin again."""
     back = -1 if sliding_window is None or num_keys <= sliding_window else sliding_window - 1
     locality = SlidingWindow(back, 0 if is_causal else back) if is_causal or back >= 0 else None
@@ -181,7 +223,7 @@ def parts_of_flash(
     if all(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
         if batch != 1:
             raise Unreadable(f"cu_seq_lens_q counts texts through a batch of {batch}")
-        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), locality)
+        return packed(cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist(), locality)  # type: ignore[union-attr]
     if batch == 1 and position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == num_queries > 1:
         starts = (position_ids[0] == position_ids.min()).nonzero().flatten().tolist()
         if len(starts) > 1 and num_queries == num_keys:
@@ -191,7 +233,7 @@ def parts_of_flash(
     return [part._replace(locality=locality) for part in everything(num_queries, num_keys)]
 
 
-def check(call: Call, mask: torch.Tensor | None, output: torch.Tensor):
+def check(call: Call, mask: torch.Tensor | None, output: torch.Tensor) -> None:
     """Raise Unreadable if some rows of the output, (B, N, Hq, Dv), are not what softmax makes of the call.
 
     Each model has its own function for "eager", which may do what its arguments do not show.

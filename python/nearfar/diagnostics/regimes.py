@@ -1,11 +1,14 @@
 """Per head: where its attention sinks, how well it tells the keys it selects apart, and the regime that makes (2602.01893)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
+from nearfar.dispatch import Backend
+from nearfar.localities import SlidingWindow
 from nearfar.ops.diagnostics import (
+    Call,
     SelectionGeometry,
     attention_statistics,
     prepare_selection_geometry,
@@ -52,9 +55,20 @@ class HeadRegimes(NamedTuple):
 
 
 def head_regimes(
-    q, k, v, *, top_n=4, causal=False, scale=None, sigma=None, locality=None, thresholds=Thresholds(),  # noqa: B008
-    control_queries=64, seed=0, backend="auto",
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    top_n: int = 4,
+    causal: bool = False,
+    scale: float | None = None,
+    sigma: float | torch.Tensor | None = None,
+    locality: SlidingWindow | None = None,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008
+    control_queries: int = 64,
+    seed: int = 0,
+    backend: Backend = "auto",
+) -> HeadRegimes:
     """What each head does: entropy, sink, geometry of its selection beside a random control, and its regime.
 
     Source: arXiv 2602.01893; thresholds and control are ours. Sinks and geometry come from `nearfar.attention_statistics` and
@@ -79,20 +93,20 @@ def head_regimes(
         raise TypeError(f"control_queries must be an int, got {type(control_queries).__name__}")
     if control_queries < 1:
         raise ValueError(f"control_queries must be at least 1, got {control_queries}")
-    keywords = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
+    keywords: dict[str, Any] = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
     with torch.no_grad():
         call = prepare_selection_geometry(q, k, v, top_n, **keywords)
         if not call.q.shape[2]:
             raise ValueError("q must have at least one query")
         found = attention_statistics(q, k, **keywords, backend=backend)
-        sink = sink_of(found.key_mass, call.v, call.q.shape[2])
+        sink = sink_of(found.key_mass, call.v, call.q.shape[2])  # type: ignore[arg-type]
         geometry = mean_geometry(q, k, v, top_n, **keywords, backend=backend)
         control = random_control(call, top_n, control_queries, seed)
-        heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)
+        heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)  # type: ignore[call-arg,misc,arg-type]
         return heads._replace(regime=classify(heads, top_n, thresholds))
 
 
-def classify(heads, top_n, thresholds):
+def classify(heads: HeadRegimes, top_n: int, thresholds: Thresholds) -> torch.Tensor:
     """Index into REGIMES of each head, from the other fields of a HeadRegimes; -1 where one of them is NaN."""
     sinks = heads.sink_mass >= thresholds.reset_mass
     reset = sinks & (heads.sink_value_norm <= thresholds.reset_norm * heads.value_norm)
@@ -110,11 +124,11 @@ def classify(heads, top_n, thresholds):
     return index.masked_fill(undefined, UNDEFINED)
 
 
-def regime_name(index):
+def regime_name(index: int) -> str:
     return "undefined" if index == UNDEFINED else REGIMES[index]
 
 
-def sink_of(key_mass, v, num_queries):
+def sink_of(key_mass: torch.Tensor, v: torch.Tensor, num_queries: int) -> tuple[torch.Tensor, ...]:
     """(sink_key, sink_mass, sink_value_norm, value_norm, sink_similarity), each (B, Hq)."""
     mass, key = key_mass.max(-1)
     others = max(v.shape[2] - 1, 1)
@@ -130,14 +144,16 @@ def sink_of(key_mass, v, num_queries):
     return key, mass / num_queries, norm, norm_of_others, (direction * of_others).sum(-1)
 
 
-def mean_geometry(q, k, v, top_n, *, backend="auto", **keywords):
+def mean_geometry(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_n: int, *, backend: Backend = "auto", **keywords: Any
+) -> SelectionGeometry:
     """SelectionGeometry of (B, Hq) means over the queries that see more than top_n keys."""
     rows = telling_rows(prepare_selection_geometry(q, k, v, top_n, **keywords), top_n).to(q.device)
     found = selection_geometry(q, k, v, top_n, **keywords, backend=backend)
     return SelectionGeometry(*(part[..., rows].mean(-1) for part in found))
 
 
-def seen(call):
+def seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """(first, last + 1) of the keys that each query sees, both (N,)."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
     position = torch.arange(num_queries, device="cpu") + num_keys - num_queries
@@ -146,14 +162,14 @@ def seen(call):
     return first, end
 
 
-def telling_rows(call, top_n):
+def telling_rows(call: Call, top_n: int) -> torch.Tensor:
     """The queries that see more than top_n keys; all, if none does: to select everything tells nothing."""
     first, end = seen(call)
     rows = (end - first > top_n).nonzero().squeeze(-1)
     return rows if len(rows) else torch.arange(call.q.shape[2], device="cpu")
 
 
-def random_control(call, top_n, count, seed):
+def random_control(call: Call, top_n: int, count: int, seed: int) -> tuple[torch.Tensor, ...]:
     """(precision, recall, f_score) of keys drawn at random, (B, Hq) means over at most `count` of the telling rows."""
     generator, rows = torch.Generator("cpu").manual_seed(seed), telling_rows(call, top_n)
     rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]
@@ -162,7 +178,7 @@ def random_control(call, top_n, count, seed):
         a + torch.randperm(b - a, generator=generator, device="cpu")[:top_n]
         for a, b in zip(first.tolist(), end.tolist(), strict=True)
     ]
-    totals = 0
+    totals: Any = 0
     for start in range(0, len(rows), CONTROL_ROWS):
         part = slice(start, start + CONTROL_ROWS)
         key = torch.arange(call.k.shape[2], device="cpu")
@@ -171,13 +187,13 @@ def random_control(call, top_n, count, seed):
         for row, keys in zip(selected, drawn[part], strict=True):
             row[keys] = True
         weights = weights_of(call, rows[part].to(call.q.device), visible)
-        values = call.v.to(weights.dtype)[:, :, None]
+        values = call.v.to(weights.dtype)[:, :, None]  # type: ignore[union-attr]
         found = separation(weights, selected.to(call.q.device), visible, values)
         totals = totals + torch.stack([x.sum(-1) for x in found])
     return tuple((totals / len(rows)).flatten(2, 3))
 
 
-def weights_of(call, rows, visible):
+def weights_of(call: Call, rows: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """(B, Hkv, group, rows, M) weights of some queries."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
     q = call.q[:, :, rows].to(wide).unflatten(1, (call.k.shape[1], -1))

@@ -8,9 +8,10 @@ models may compute attention without a function of torch.
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +38,14 @@ READ_WHOLE = tuple(module.forward for module in (nn.TransformerEncoder, nn.Trans
 class Entry:
     """A module that runs: was_on is whether the mode was on before, called whether it called another watched module."""
 
-    def __init__(self, module: nn.Module, was_on: bool):
+    def __init__(self, module: nn.Module, was_on: bool) -> None:
         self.module, self.was_on, self.called = module, was_on, False
 
 
 class Thread:
     """Watched modules that run in a thread, the innermost last, and the mode that sees their attention."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.mode = SeeAttention()
 
@@ -65,14 +66,14 @@ class Thread:
         return was_on
 
     @contextmanager
-    def unseen(self):
+    def unseen(self) -> Iterator[None]:
         was_on = self.switch(False)
         try:
             yield
         finally:
             self.switch(was_on)
 
-    def drop(self, depth: int):
+    def drop(self, depth: int) -> None:
         """Forget the modules from a depth on: they have ended."""
         if depth < len(self.entries):
             self.switch(self.entries[depth].was_on)
@@ -86,7 +87,9 @@ class Thread:
 class SeeAttention(TorchFunctionMode):
     """Reports scaled_dot_product_attention, however a module imported it."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if torch.compiler.is_compiling():  # Dynamo traces this
@@ -100,7 +103,7 @@ class SeeAttention(TorchFunctionMode):
 
 local = threading.local()
 lock = threading.RLock()
-sessions: tuple = ()  # the open watches: replaced, never changed
+sessions: tuple[Any, ...] = ()  # the open watches: replaced, never changed
 busy: "weakref.WeakSet[Thread]" = weakref.WeakSet()  # threads in which watched modules run
 installed: list[Callable[[], None]] = []  # what takes hooks and patch away again
 
@@ -117,7 +120,7 @@ def key(module: nn.Module) -> int:
 
 
 @contextmanager
-def opened(session):
+def opened(session: Any) -> Iterator[None]:
     """Let a session hear of attention: it has names {key: name}, sets compiled and ran of keys, and take(name, reader)."""
     global sessions
     thread = this_thread()
@@ -137,7 +140,7 @@ def opened(session):
         uninstall_if_idle()
 
 
-def install():
+def install() -> None:
     installed.append(register_module_forward_pre_hook(enter).remove)
     handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
     installed.append(handle.remove)
@@ -146,7 +149,7 @@ def install():
         installed.append(patch_transformers(transformers.AttentionInterface))
 
 
-def uninstall_if_idle():
+def uninstall_if_idle() -> None:
     """Threads that began under a watch may go on after its end: they take down the rest."""
     with lock:
         if not sessions and not busy:
@@ -154,7 +157,7 @@ def uninstall_if_idle():
                 installed.pop()()
 
 
-def enter(module, arguments):
+def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or not any(key(module) in session.names for session in sessions):
         return
     thread = this_thread()
@@ -167,7 +170,7 @@ def enter(module, arguments):
     thread.entries.append(Entry(module, thread.switch(on)))
 
 
-def leave(module, arguments, *rest):
+def leave(module: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
     """rest: keywords and output, or None alone after an exception, for which torch leaves the keywords out."""
     if torch.compiler.is_compiling():
         return
@@ -182,9 +185,10 @@ def leave(module, arguments, *rest):
         thread.drop(depth)
 
 
-def read_module(entry: Entry, arguments: tuple, keywords: dict):
+def read_module(entry: Entry, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Report the attention of torch's own modules, which the mode does not see."""
-    module, forward = entry.module, type(entry.module).forward
+    module: Any = entry.module
+    forward = type(module).forward
     for session in sessions:
         session.ran.add(key(module))
     if forward is nn.MultiheadAttention.forward:
@@ -193,7 +197,7 @@ def read_module(entry: Entry, arguments: tuple, keywords: dict):
         report(lambda: read.encoder_layer(module, *arguments, **keywords), module.self_attn)
 
 
-def report(reader: Callable[[], list[read.Call]], *inside: nn.Module):
+def report(reader: Callable[[], list[read.Call]], *inside: nn.Module) -> None:
     """Let every watch that knows a running module, or one inside, hear of its attention; reader may raise Unreadable."""
     if tracing_context() is not None or current_graph_task() != -1:
         return  # a compiler tries the call out, or a checkpoint repeats it in the backward
@@ -208,18 +212,18 @@ def report(reader: Callable[[], list[read.Call]], *inside: nn.Module):
                 session.take(name, reader)
 
 
-def patch_transformers(interface) -> Callable[[], None]:
+def patch_transformers(interface: Any) -> Callable[[], None]:
     """Let transformers' models ask a wrapper for their attention function; returns what undoes it."""
     get_interface = interface.get_interface
 
     @wraps(get_interface)
-    def get_watched(*arguments, **keywords):
+    def get_watched(*arguments: Any, **keywords: Any) -> Callable[..., Any]:
         attend = get_interface(*arguments, **keywords)
         if torch.compiler.is_compiling() or not this_thread().is_on():
             return attend
         return watched(attend, keywords.get("default", arguments[-1]))
 
-    def restore():
+    def restore() -> None:
         if interface.get_interface is get_watched:  # else someone wrapped it since: it stays, without effect
             interface.get_interface = get_interface
 
@@ -227,7 +231,7 @@ def patch_transformers(interface) -> Callable[[], None]:
     return restore
 
 
-def watched(attend: Callable, default: Callable) -> Callable:
+def watched(attend: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
     """A function of transformers' attention interface that reports its calls; itself if it is not known how to read them.
 
     The mode sees what scaled_dot_product_attention a function that is not known calls.
@@ -236,7 +240,7 @@ def watched(attend: Callable, default: Callable) -> Callable:
     if kind is None:
         return attend
 
-    def watched_attend(*arguments, **keywords):
+    def watched_attend(*arguments: Any, **keywords: Any) -> Any:
         thread = this_thread()
         if not thread.is_on():
             return attend(*arguments, **keywords)
@@ -245,5 +249,5 @@ def watched(attend: Callable, default: Callable) -> Callable:
         report(lambda: read.transformers_call(kind, result, *arguments, **keywords))
         return result
 
-    watched_attend.watches = getattr(attend, "watches", attend)
+    watched_attend.watches = getattr(attend, "watches", attend)  # type: ignore[attr-defined]
     return watched_attend

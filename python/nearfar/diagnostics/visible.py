@@ -1,6 +1,6 @@
 """What queries see, from masks, lengths of texts and causality, in parts that `nearfar.attention_statistics` can compute."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,18 +86,21 @@ def windows(mask: torch.Tensor) -> list[tuple[slice, slice, SlidingWindow | None
         return [found]
     ahead = end.cummax(0).values  # a text begins where a query sees only keys behind all that were seen so far
     starts = (first[1:] >= ahead[:-1]).nonzero().flatten() + 1
-    found = [
-        window(*text, num_queries, num_keys) for text in zip(*(x.tensor_split(starts) for x in (rows, first, end)), strict=True)
+    parts: list[Any] = [
+        window(*text, num_queries, num_keys)  # type: ignore[call-arg]
+        for text in zip(*(x.tensor_split(starts) for x in (rows, first, end)), strict=True)
     ]
-    if None in found:
+    if None in parts:
         raise Unreadable(
             "attention_mask is no causal or sliding window of each text: watch texts of one length, without padding, or pad a "
             "causal model's on the left"
         )
-    return found
+    return parts
 
 
-def window(rows, first, end, num_queries, num_keys):
+def window(
+    rows: torch.Tensor, first: torch.Tensor, end: torch.Tensor, num_queries: int, num_keys: int
+) -> tuple[slice, slice, SlidingWindow | None] | None:
     """(queries, keys, locality) of the rows of a mask that see the keys from first up to end, or None if that is no window."""
     start, stop, count = int(first.min()), int(end.max()), len(rows)
     queries, keys = slice(int(rows[0]), int(rows[-1]) + 1), slice(start, stop)

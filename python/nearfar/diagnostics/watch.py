@@ -2,8 +2,9 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
@@ -11,6 +12,7 @@ from nearfar.diagnostics import running
 from nearfar.diagnostics.read import Call
 from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
 from nearfar.diagnostics.visible import Unreadable
+from nearfar.dispatch import Backend
 from nearfar.runtime.private import is_compiled
 
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))
@@ -30,13 +32,19 @@ class Watch:
     skipped: {name of the layer: why a call of it was not taken in}, the first reason of each.
     """
 
-    def __init__(self, top_n: int = 4, sweep=(1, 2, 4, 8, 16), thresholds: Thresholds = Thresholds(), backend: str = "auto"):  # noqa: B008
+    def __init__(
+        self,
+        top_n: int = 4,
+        sweep: Sequence[int] = (1, 2, 4, 8, 16),
+        thresholds: Thresholds = Thresholds(),  # noqa: B008
+        backend: Backend = "auto",
+    ) -> None:
         self.top_n, self.sweep, self.thresholds, self.backend = top_n, tuple(sweep), thresholds, backend
         self.layers: dict[str, dict[str, torch.Tensor]] = {}
         self.skipped: dict[str, str] = {}
         self._weights: dict[str, int] = {}
 
-    def record(self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords) -> None:
+    def record(self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> None:
         """Take in one call of attention; `watch` does it, and so may any code that has q, k and v.
 
         A call without queries, or of an empty batch, changes nothing.
@@ -58,7 +66,9 @@ class Watch:
         self._merge(layer, parts)
 
     @torch.no_grad()
-    def _measured(self, q, k, v, **keywords) -> tuple[int, dict[str, torch.Tensor]]:
+    def _measured(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any
+    ) -> tuple[int, dict[str, torch.Tensor]]:
         """(batch times queries, {quantity: mean over the batch})."""
         weight = q.shape[0] * q.shape[2]
         if not weight:
@@ -90,15 +100,15 @@ class Watch:
             layer = f"{module}#{count}"
         return layer
 
-    def regimes(self):
+    def regimes(self) -> dict[str, torch.Tensor]:
         """{layer: (Hq,) int64 index into nearfar.diagnostics.REGIMES}, of the means."""
         heads = {
-            layer: HeadRegimes(**{name: means[name] for name in AVERAGED}, sink_key=None, regime=None)
+            layer: HeadRegimes(**{name: means[name] for name in AVERAGED}, sink_key=None, regime=None)  # type: ignore[arg-type]
             for layer, means in self.layers.items()
         }
         return {layer: classify(found, self.top_n, self.thresholds) for layer, found in heads.items()}
 
-    def table(self):
+    def table(self) -> list[dict[str, Any]]:
         """One dict a head: layer, head, means, effective_support = exp(entropy), sink_norm relative to the others, regime."""
         rows = []
         for (layer, means), regimes in zip(self.layers.items(), self.regimes().values(), strict=True):
@@ -109,7 +119,7 @@ class Watch:
                 rows.append({"layer": layer, "head": head, **own, "regime": regime_name(regime)})
         return rows
 
-    def __str__(self):
+    def __str__(self) -> str:
         columns = (
             "entropy", "effective_support", "sink_mass", "sink_norm", "sink_similarity", "precision", "recall", "f_score",
             "control_f_score",
@@ -126,7 +136,7 @@ class Watch:
 class Session:
     """One `watch` while it is open: what hears of calls of attention (`running.report`)."""
 
-    def __init__(self, model: torch.nn.Module, watched: Watch, on_unsupported: str):
+    def __init__(self, model: torch.nn.Module, watched: Watch, on_unsupported: str) -> None:
         self.modules = [(name or "model", module) for name, module in model.named_modules()]  # held: keys must stay theirs
         self.names = {running.key(module): name for name, module in self.modules}
         # Dynamo cannot trace all of torch under a TorchFunctionMode: what runs compiled modules runs without it
@@ -175,9 +185,14 @@ def is_inside(name: str, other: str) -> bool:
 
 @contextmanager
 def watch(
-    model: torch.nn.Module, *, top_n: int = 4, sweep=(1, 2, 4, 8, 16), thresholds: Thresholds = Thresholds(),  # noqa: B008
-    backend: str = "auto", on_unsupported: str = "skip",
-) -> Iterator[Watch]:  # fmt: skip
+    model: torch.nn.Module,
+    *,
+    top_n: int = 4,
+    sweep: Sequence[int] = (1, 2, 4, 8, 16),
+    thresholds: Thresholds = Thresholds(),  # noqa: B008
+    backend: Backend = "auto",
+    on_unsupported: Literal["skip", "raise"] = "skip",
+) -> Iterator[Watch]:
     """Context manager that yields a `Watch` of every attention that the model computes inside it.
 
         with nearfar.diagnostics.watch(model) as watched:

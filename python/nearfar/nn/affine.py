@@ -1,18 +1,21 @@
 """Affine-scaled attention (arXiv 2602.23057) as a self-attention layer that decodes from a cache."""
 
 import dataclasses
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from nearfar.checks import check_cu_seqlens, require
+from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.packing import token_bounds
 from nearfar.runtime.private import current_graph_task, process_group_of, register_dataclass
 
 PHI = {"clip": lambda logits: (0.1 * logits + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}  # eq. 11, and its ablation
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 REMEMBERED = 256  # forwards of a layer that may lie between one and its recomputation
 
 
@@ -88,24 +91,26 @@ class AffineScaledAttention(SelfAttention):
     """
 
     per_head = ("sink", "alpha_average")
+    sink: nn.Parameter | None
+    alpha_average: torch.Tensor
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        num_kv_heads=None,
-        head_dim=None,
-        causal=True,
-        window_size=(-1, -1),
-        phi="clip",
-        momentum=0.9,
-        output_gate=False,
-        sink=False,
-        bias=False,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+        phi: Literal["clip", "sigmoid"] = "clip",
+        momentum: float = 0.9,
+        output_gate: bool = False,
+        sink: bool = False,
+        bias: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        backend="auto",
-    ):
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, head_dim, head_dim, bias)
         require(phi in PHI, f'phi must be "clip" or "sigmoid", got {phi!r}')
         require(0 <= momentum <= 1, f"momentum must be from 0 to 1, got {momentum}")
@@ -128,7 +133,7 @@ class AffineScaledAttention(SelfAttention):
         if self.sink is not None:
             nn.init.zeros_(self.sink)
 
-    def forward(self, x, *, rotary=None, cu_seqlens=None):
+    def forward(self, x: torch.Tensor, *, rotary: Rotary | None = None, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within x.
 
         Args:
@@ -159,7 +164,9 @@ class AffineScaledAttention(SelfAttention):
         return self._gated_out(o, x)
 
     @torch.no_grad()
-    def init_cache(self, batch: int, max_length: int, *, dtype: torch.dtype | None = None, device=None) -> Cache:
+    def init_cache(
+        self, batch: int, max_length: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Cache:
         """An empty `Cache` of room for max_length tokens, in the dtype of the projections (under autocast, of autocast).
 
         Args:
@@ -173,7 +180,14 @@ class AffineScaledAttention(SelfAttention):
         return Cache(k.new_zeros(shape), v.new_zeros(shape), total)
 
     @torch.no_grad()
-    def step(self, x, cache, *, length=None, rotary=None):
+    def step(
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        *,
+        length: int | torch.Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> torch.Tensor:
         """Decode T tokens after those of the cache, one at a time or a prompt at once.
 
         Without a left side of the window the bias term costs O(1) a token, from the running sum of v. a_ma is not updated.
@@ -210,7 +224,9 @@ class AffineScaledAttention(SelfAttention):
         left = self.window_size[0]
         first = 0 if left < 0 else max(before - left, 0)
         k, v = cache.k[:, :, first:after], cache.v[:, :, first:after]
-        options = {"causal": True, "window_size": self.window_size, "sink": self._sink(q), "backend": self.backend}
+        options: dict[str, Any] = {
+            "causal": True, "window_size": self.window_size, "sink": self._sink(q), "backend": self.backend
+        }
         new = cache.v[:, :, before:after].to(cache.total.dtype).cumsum(2)
         if left < 0:
             o = softmax_attention(q, k, v, **options)
@@ -224,7 +240,7 @@ class AffineScaledAttention(SelfAttention):
         cache.length = cache.summed = after
         return self._gated_out(o, x)
 
-    def _heads(self, x, rotary):
+    def _heads(self, x: torch.Tensor, rotary: Rotary | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of x, with q and k turned by rotary."""
         q, k, v = self.split_heads(x)
         if rotary is None:
@@ -239,22 +255,23 @@ class AffineScaledAttention(SelfAttention):
             require(fits, f"rotary: {name} must broadcast to (B, 1, N, head_dim), {target}, got {tuple(angle.shape)}")
         return rotate(q, *rotary), rotate(k, *rotary), v
 
-    def _alpha(self, x, q):
+    def _alpha(self, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """a of x (B, N, dim): (B, num_heads, N) in float32, or float64 in a float64 layer."""
         logits = self.heads("alpha_proj", x, 1)[..., 0]
         if logits.shape[1] != q.shape[1]:
             raise ValueError(f"alpha_proj gives {logits.shape[1]} heads where q_proj gives {q.shape[1]}: shard them alike")
         return PHI[self.phi](logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    def _sink(self, q):
+    def _sink(self, q: torch.Tensor) -> torch.Tensor | None:
         return None if self.sink is None else self.own("sink", q.shape[1])
 
     @torch.no_grad()
-    def _updated_average(self, alpha):
+    def _updated_average(self, alpha: torch.Tensor) -> torch.Tensor:
         """a_ma after the tokens of alpha have entered it."""
         heads = alpha.shape[1]
         self.own("alpha_average", heads)  # refuses other heads
-        average, first = self.alpha_average, 0
+        average: Any = self.alpha_average
+        first = 0
         if hasattr(average, "to_local"):
             first, average = average.device_mesh.get_local_rank() * heads, average.to_local()
         elif heads != self.num_heads and not self.group_name and dist.is_available() and dist.is_initialized():
@@ -267,23 +284,23 @@ class AffineScaledAttention(SelfAttention):
             history = self._history = _empty_history(heads, alpha.dtype, alpha.device)
         return moving_average(alpha.detach(), average, history, self.momentum, first, self.num_heads, self.group_name)
 
-    def _gated_out(self, o, x):
+    def _gated_out(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is not None:
             o = o * torch.sigmoid(self.heads("gate_proj", x, self.value_dim))
         return self.merge_heads(o)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, causal={self.causal}, "
             f"window_size={self.window_size}, phi={self.phi!r}, momentum={self.momentum}, backend={self.backend!r}"
         )
 
 
-def _beta(alpha, average, length):
+def _beta(alpha: torch.Tensor, average: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
     return (average[:, None] - alpha) / length
 
 
-def _empty_history(heads, dtype, device):
+def _empty_history(heads: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What `moving_average` remembers of the last forwards, none yet: a mean that none has, (REMEMBERED, 2, heads)."""
     with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside
         return torch.full((REMEMBERED, 2, heads), torch.inf, dtype=dtype, device=device)
@@ -326,11 +343,13 @@ def moving_average(
 
 
 @moving_average.register_fake
-def _(alpha, average, history, momentum, first, heads, group):
+def _(
+    alpha: torch.Tensor, average: torch.Tensor, history: torch.Tensor, momentum: float, first: int, heads: int, group: str
+) -> torch.Tensor:
     return alpha.new_empty(alpha.shape[1])
 
 
-def rotate(heads, cos, sin):
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions by halves: heads (B, H, N, D) * cos + (-second half, first half) * sin, in the dtype of heads."""
     first, second = heads.chunk(2, -1)
     return (heads * cos + torch.cat((-second, first), -1) * sin).to(heads.dtype)

@@ -1,6 +1,7 @@
 """What the layers share: tensors of their own in float32, heads of a projection, and grouped-query self-attention."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ class Layer(nn.Module):
     `nn.Module` (FSDP with mixed precision does) may bring any dtype: `own` casts them where they are used.
     """
 
-    per_head = ()  # the names of own tensors with one number a head; the others belong to all heads
+    per_head: tuple[str, ...] = ()  # the names of own tensors with one number a head; the others belong to all heads
 
     def reset_parameters(self) -> None:
         """Initialise the tensors that this module holds itself; projections have a reset_parameters of their own."""
@@ -41,14 +42,14 @@ class Layer(nn.Module):
             )
         return y.unflatten(-1, (-1, width)).transpose(1, 2)
 
-    def _apply(self, fn: Callable, recurse: bool = True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Layer":
         if recurse:
             for child in self.children():
                 child._apply(fn)
         return super()._apply(lambda tensor: _widened(fn(tensor), tensor), recurse=False)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        every = dict(recurse=False, remove_duplicate=False)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        every: Any = dict(recurse=False, remove_duplicate=False)
         for name, own in (*self.named_parameters(**every), *self.named_buffers(**every)):
             given = state_dict.get(prefix + name)
             if not isinstance(given, torch.Tensor):
@@ -59,14 +60,14 @@ class Layer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _widened(result, tensor):
+def _widened(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """What a function made of a tensor, in float32 where it is narrower: from the tensor, if that has the digits."""
     if not result.is_floating_point() or result.dtype.itemsize >= 4:
         return result
     return (result if tensor.dtype.itemsize < 4 else tensor).to(result.device, torch.float32)
 
 
-def local(tensor, partial: bool) -> torch.Tensor:
+def local(tensor: Any, partial: bool) -> torch.Tensor:
     """This rank's part of a DTensor; partial: each rank's gradient is that of its own heads, and their sum the whole."""
     from torch.distributed.tensor import Partial  # takes seconds; with a DTensor here, somebody has imported it
 
@@ -90,7 +91,9 @@ class SelfAttention(Layer):
         ValueError: a width or a number of heads does not fit.
     """
 
-    def __init__(self, dim, num_heads, num_kv_heads, head_dim, value_dim, bias):
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, value_dim: int | None, bias: bool
+    ) -> None:
         super().__init__()
         require(num_heads >= 1, f"num_heads must be at least 1, got {num_heads}")
         if num_kv_heads is None:
@@ -109,7 +112,7 @@ class SelfAttention(Layer):
         self.v_proj = nn.Linear(dim, num_kv_heads * self.value_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias)
 
-    def _width(self, name, width):
+    def _width(self, name: str, width: int | None) -> int:
         if width is None:
             require(
                 self.dim % self.num_heads == 0,
@@ -119,7 +122,7 @@ class SelfAttention(Layer):
         require(width >= 1, f"{name} must be at least 1, got {width}")
         return width
 
-    def split_heads(self, x):
+    def split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, N, dim) -> q (B, num_heads, N, head_dim), k and v (B, num_kv_heads, N, head_dim and value_dim)."""
         # Views: operators read the (B, N, H, D) projections through their strides and write o in the same order.
         q = self.heads("q_proj", x, self.head_dim)
@@ -132,12 +135,14 @@ class SelfAttention(Layer):
             )
         return q, k, v
 
-    def merge_heads(self, o):
+    def merge_heads(self, o: torch.Tensor) -> torch.Tensor:
         """o (B, num_heads, N, value_dim) -> (B, N, dim)."""
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
-    def probe(self, batch: int, dtype: torch.dtype | None, device: torch.device | str | None):
+    def probe(
+        self, batch: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values (batch, H, 1, width) of a token of zeros, to learn their heads, dtype and device from.
 
         dtype, device: of the token; None: those of the first floating tensor of k_proj, else of the layer, else the defaults.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nearfar.checks import require
+from nearfar.dispatch import Backend
 from nearfar.localities import SlidingWindow
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.krause import krause_attention
@@ -41,17 +42,17 @@ class KrauseAttention(SelfAttention):
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        num_kv_heads=None,
-        head_dim=None,
-        locality=None,
-        top_k=None,
-        sigma_init=2.5,
-        bias=False,
-        backend="auto",
-    ):
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        locality: SlidingWindow | None = None,
+        top_k: int | None = None,
+        sigma_init: float = 2.5,
+        bias: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, head_dim, head_dim, bias)
         require(0 < sigma_init < math.inf, f"sigma_init must be positive and finite, got {sigma_init}")
         self.locality = locality
@@ -65,7 +66,7 @@ class KrauseAttention(SelfAttention):
         """Set log_sigma to its initial value; projections have a reset_parameters of their own."""
         nn.init.constant_(self.log_sigma, math.log(self.sigma_init))
 
-    def forward(self, x, cu_seqlens=None):
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within x.
 
         Args:
@@ -83,7 +84,9 @@ class KrauseAttention(SelfAttention):
         return self.merge_heads(o)
 
     @torch.no_grad()
-    def init_cache(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> KrauseCache:
+    def init_cache(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> KrauseCache:
         """An empty `nearfar.KrauseCache` of left + 1 slots, in the dtype of the projections (under autocast, of autocast).
 
         Args:
@@ -98,7 +101,7 @@ class KrauseAttention(SelfAttention):
         return KrauseCache.empty(batch, k.shape[1], window, self.head_dim, self.value_dim, dtype=k.dtype, device=k.device)
 
     @torch.no_grad()
-    def cache_after(self, x):
+    def cache_after(self, x: torch.Tensor) -> KrauseCache:
         """The cache that the tokens x (B, N, dim) leave behind: what `step` goes on from when `forward` has read a prompt.
 
         Raises:
@@ -109,7 +112,7 @@ class KrauseAttention(SelfAttention):
         return KrauseCache.after(k, v, window, length=x.shape[1])
 
     @torch.no_grad()
-    def step(self, x, cache):
+    def step(self, x: torch.Tensor, cache: KrauseCache) -> torch.Tensor:
         """Decode one token of each sequence as the causal forward would, in time and memory that depend on the window alone.
 
         Args:
@@ -131,16 +134,16 @@ class KrauseAttention(SelfAttention):
         o = krause_attention_step(q, k, v, cache, self._sigma(q), top_k=self.top_k, backend=self.backend)
         return self.merge_heads(o)
 
-    def _sigma(self, q):
+    def _sigma(self, q: torch.Tensor) -> torch.Tensor:
         return self.own("log_sigma", q.shape[1]).exp()
 
-    def _causal_window(self):
+    def _causal_window(self) -> int:
         """How many keys a query sees, for decoding."""
         limited = isinstance(self.locality, SlidingWindow) and self.locality.right == 0 and self.locality.left >= 0
         require(limited, f"decoding needs locality=SlidingWindow(left, 0) with left >= 0; this layer has {self.locality}")
-        return self.locality.left + 1
+        return self.locality.left + 1  # type: ignore[union-attr]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"locality={self.locality}, top_k={self.top_k}, backend={self.backend!r}"

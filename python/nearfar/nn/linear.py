@@ -1,10 +1,15 @@
 """Linear and Hadamard linear attention (arXiv 2602.12128) as self-attention layers that decode from a state."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from nearfar.checks import is_plain, require
+from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention
 from nearfar.ops.linear import (
+    FeatureMap,
     hadamard_attention,
     hadamard_attention_step,
     linear_attention,
@@ -15,11 +20,22 @@ from nearfar.ops.linear import (
 class _StatefulAttention(SelfAttention):
     """What the two layers share. They name their operators and say how the factors lie in a projection."""
 
-    operator = step_operator = None
+    operator: Callable[..., Any]
+    step_operator: Callable[..., torch.Tensor]
 
     def __init__(
-        self, dim, num_heads, num_kv_heads, head_dim, value_dim, feature_map, causal, normalize, bias, backend
-    ):  # fmt: skip
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        value_dim: int | None,
+        feature_map: FeatureMap,
+        causal: bool,
+        normalize: bool,
+        bias: bool,
+        backend: Backend,
+    ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, bias)
         self.feature_map = feature_map
         self.causal = causal
@@ -27,11 +43,18 @@ class _StatefulAttention(SelfAttention):
         self.backend = backend
         self._maps_token_by_token = isinstance(feature_map, str)  # functions are tried before the first state
 
-    def factors(self, heads):
+    def factors(self, heads: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """q or k (B, H, N, head_dim) as the operator takes it."""
         return heads
 
-    def forward(self, x, *, cu_seqlens=None, state=None, return_state=False):
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attend within x, and to what `state` holds.
 
         Args:
@@ -57,7 +80,9 @@ class _StatefulAttention(SelfAttention):
         return self.merge_heads(result)
 
     @torch.no_grad()
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> torch.Tensor:
         """The state before the first token: zeros (batch, num_kv_heads, d_1, .., d_R, value_dim + 1) in float32.
 
         d_1, .., d_R are the widths of the features. A float64 layer has float64 states.
@@ -77,7 +102,7 @@ class _StatefulAttention(SelfAttention):
         return v.new_zeros(batch, v.shape[1], *widths, v.shape[-1] + 1, dtype=dtype)
 
     @torch.no_grad()
-    def step(self, x, state):
+    def step(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """Decode one token as the causal forward would, in time and memory that do not depend on the tokens before.
 
         Args:
@@ -100,12 +125,12 @@ class _StatefulAttention(SelfAttention):
         )  # fmt: skip
         return self.merge_heads(o)
 
-    def _factor_list(self, heads):
+    def _factor_list(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         factors = self.factors(heads)
         return factors if isinstance(factors, tuple) else (factors,)
 
     @torch.no_grad()
-    def _check_feature_map(self, k):
+    def _check_feature_map(self, k: torch.Tensor) -> None:
         """Refuse a function that looks across tokens, as no state can stand for it: two tokens at once, and one by one."""
         if self._maps_token_by_token or not is_plain(k) or k.is_meta:
             return
@@ -114,8 +139,8 @@ class _StatefulAttention(SelfAttention):
             sizes = torch.tensor([[1.0], [3.0]], device=k.device)
             pair = sizes * torch.arange(2 * width, device=k.device).view(2, width).sin()
             pair = pair.to(k.dtype).expand(1, heads, 2, width)
-            together = self.feature_map(pair)
-            alone = torch.cat([self.feature_map(token) for token in pair.split(1, 2)], 2)
+            together = self.feature_map(pair)  # type: ignore[operator]
+            alone = torch.cat([self.feature_map(token) for token in pair.split(1, 2)], 2)  # type: ignore[operator]
             difference = (together - alone).abs().max() / together.abs().max()
             if difference > 0.05:  # more than rounding, in 16 bits or of a quantized map
                 raise ValueError(
@@ -124,7 +149,7 @@ class _StatefulAttention(SelfAttention):
                 )
         self._maps_token_by_token = True
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}, "
             f"feature_map={self.feature_map!r}, causal={self.causal}, normalize={self.normalize}, backend={self.backend!r}"
@@ -158,21 +183,21 @@ class LinearAttention(_StatefulAttention):
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        num_kv_heads=None,
-        head_dim=None,
-        value_dim=None,
-        feature_map="elu",
-        causal=False,
-        normalize=True,
-        bias=False,
-        backend="auto",
-    ):
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        feature_map: FeatureMap = "elu",
+        causal: bool = False,
+        normalize: bool = True,
+        bias: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, feature_map, causal, normalize, bias, backend)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, {super().extra_repr()}"
 
 
@@ -201,18 +226,18 @@ class HadamardAttention(_StatefulAttention):
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        factor_widths=(16, 16),
-        num_kv_heads=None,
-        value_dim=None,
-        feature_map="elu",
-        causal=False,
-        normalize=True,
-        bias=False,
-        backend="auto",
-    ):
+        factor_widths: Sequence[int] = (16, 16),
+        num_kv_heads: int | None = None,
+        value_dim: int | None = None,
+        feature_map: FeatureMap = "elu",
+        causal: bool = False,
+        normalize: bool = True,
+        bias: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
         factor_widths = tuple(factor_widths)
         require(
             bool(factor_widths) and min(factor_widths) >= 1,
@@ -223,8 +248,8 @@ class HadamardAttention(_StatefulAttention):
         )
         self.factor_widths = factor_widths
 
-    def factors(self, heads):
+    def factors(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return heads.split(self.factor_widths, -1)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"factor_widths={self.factor_widths}, {super().extra_repr()}"

@@ -1,5 +1,8 @@
 """Tensor parallelism of the layers over their heads, in the terms of torch.distributed.tensor.parallel."""
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -36,13 +39,13 @@ class HeadParallel(ParallelStyle):
                 parallelize_module(child, device_mesh, style)
             else:  # a feature map, which sees (B, H, N, width)
                 distribute_module(child, device_mesh, input_fn=_sharded_heads, output_fn=lambda _, y, mesh: y.to_local())
-        every = dict(recurse=False, remove_duplicate=False)
+        every: Any = dict(recurse=False, remove_duplicate=False)
         for name, tensor in (*module.named_parameters(**every), *module.named_buffers(**every)):
-            placement = Shard(0) if name in module.per_head else Replicate()
+            placement = Shard(0) if name in module.per_head else Replicate()  # type: ignore[operator]
             sharded = distribute_tensor(tensor, device_mesh, [placement])
             setattr(module, name, nn.Parameter(sharded, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else sharded)
         return module
 
 
-def _sharded_heads(_, inputs, mesh):
+def _sharded_heads(_: nn.Module, inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh) -> Any:
     return tuple(DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in inputs)

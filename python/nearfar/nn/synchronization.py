@@ -1,10 +1,13 @@
 """Selective synchronization attention (arXiv 2602.14445) as a self-attention layer, and the OSN block around it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nearfar.checks import require
+from nearfar.dispatch import Backend
 from nearfar.nn.base import Layer, own_dtype
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 
@@ -49,18 +52,18 @@ class SynchronizationAttention(Layer):
 
     def __init__(
         self,
-        dim,
-        num_heads,
+        dim: int,
+        num_heads: int,
         *,
-        head_dim=None,
-        causal=False,
-        top_k=None,
-        frequency_scale=1.0,
-        sort=False,
-        grad_floor=1e-3,
-        bias=True,
-        backend="auto",
-    ):
+        head_dim: int | None = None,
+        causal: bool = False,
+        top_k: int | None = None,
+        frequency_scale: float = 1.0,
+        sort: bool = False,
+        grad_floor: float = 1e-3,
+        bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         require(num_heads >= 1, f"num_heads must be at least 1, got {num_heads}")
         if head_dim is None:
@@ -93,7 +96,7 @@ class SynchronizationAttention(Layer):
         nn.init.constant_(self.raw_coupling, RAW_INIT)
         nn.init.constant_(self.raw_bandwidth, RAW_INIT)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend within x.
 
         Args:
@@ -110,18 +113,18 @@ class SynchronizationAttention(Layer):
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
-    def locked_share(self, x):
+    def locked_share(self, x: torch.Tensor) -> torch.Tensor:
         """(B, num_heads): which share of the pairs of different tokens of x (B, N, dim) locks; `nearfar.locked_share`."""
         return locked_share(*self._oscillators(x), causal=self.causal)
 
-    def _oscillators(self, x):
+    def _oscillators(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """omega, coupling, bandwidth and order of x."""
         omega = self.heads("omega_proj", x, self.head_dim) * self.frequency_scale
         order = order_parameter(self.heads("theta_proj", x, self.head_dim), causal=self.causal, backend=self.backend)
         bandwidth = self.own("raw_bandwidth", omega.shape[1])
         return omega, F.softplus(self.own("raw_coupling")), F.softplus(bandwidth), order
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, causal={self.causal}, top_k={self.top_k}, "
             f"frequency_scale={self.frequency_scale}, sort={self.sort}, grad_floor={self.grad_floor}, backend={self.backend!r}"
@@ -143,7 +146,7 @@ class OSNBlock(Layer):
         ValueError: as `nearfar.nn.SynchronizationAttention`, or hidden_dim is below 1.
     """
 
-    def __init__(self, dim, num_heads, *, hidden_dim=None, **options):
+    def __init__(self, dim: int, num_heads: int, *, hidden_dim: int | None = None, **options: Any) -> None:
         super().__init__()
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         require(hidden_dim >= 1, f"hidden_dim must be at least 1, got {hidden_dim}")
@@ -152,7 +155,7 @@ class OSNBlock(Layer):
         self.ffn_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, N, dim) -> (B, N, dim)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.ffn(self.ffn_norm(x))

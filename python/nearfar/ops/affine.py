@@ -1,14 +1,17 @@
 """Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.localities import UNLIMITED, within_reach
 from nearfar.ops import eager, softmax
 from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
+from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 from nearfar.runtime import choices
 
@@ -35,12 +38,23 @@ class Call(NamedTuple):
     scale: float
     cu_seqlens: torch.Tensor | None
     backends: dispatch.Backends
-    layouts: tuple | None
+    layouts: Layouts | None
 
 
 def affine_attention(
-    q, k, v, alpha, beta, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None, backend="auto"
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    sink: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Softmax attention scaled and shifted by query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
 
     Source: arXiv 2602.23057. Both terms are over the keys j that query i may see; the second is a sum of v that no N x N
@@ -74,7 +88,18 @@ def affine_attention(
     return _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend)
 
 
-def softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None, backend="auto"):
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    sink: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
 
     Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0; what that says of grouped heads,
@@ -97,18 +122,50 @@ def softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None
 
 
 def prepare_affine_attention(
-    q, k, v, alpha, beta, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    sink: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Call:
     """Check the arguments of affine_attention and return its Call."""
     return _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
 
 
-def prepare_softmax_attention(q, k, v, *, causal=False, window_size=(-1, -1), scale=None, sink=None, cu_seqlens=None):
+def prepare_softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    sink: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
     return _prepare(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
 
 
-def _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend):
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    scale: float | None,
+    sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+) -> torch.Tensor:
     given = [x for x in (alpha, beta, sink) if x is not None]
     absent = alpha is None, beta is None, sink is None
     repeats = None if cu_seqlens is not None else eager.repeats(softmax, causal, window_size, scale, absent, backend)
@@ -123,7 +180,18 @@ def _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, 
     return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
 
 
-def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens):
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    scale: float | None,
+    sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> Call:
     q, k, v = checks.autocast(q, k, v)
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
@@ -139,7 +207,7 @@ def _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
 
 
 @checks.once
-def _checked(metas, left, scale, packed):
+def _checked(metas: list[Layout], left: int, scale: float | None, packed: bool) -> tuple[float, dispatch.Backends]:
     """The scale and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
@@ -150,7 +218,7 @@ def _checked(metas, left, scale, packed):
     return scale, dispatch.Backends(cuda_reason, reason, orders)
 
 
-def _window(window_size, causal):
+def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     """(left, right), with the 0 that causal puts on the right."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right) of ints, got {window_size!r}")
@@ -163,14 +231,16 @@ def _window(window_size, causal):
     return within_reach(left, 0 if causal else right)
 
 
-def _check_side(side, value):
+def _check_side(side: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
     if value < UNLIMITED:
         raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
 
 
-def _numbers(name, tensor, shape, meaning, q):
+def _numbers(
+    name: str, tensor: torch.Tensor | None, shape: Sequence[int], meaning: str, q: torch.Tensor
+) -> torch.Tensor | None:
     """A floating tensor of this shape on the device of q, or None, in the dtype of accumulation."""
     if tensor is None:
         return None

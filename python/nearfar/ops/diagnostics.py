@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.localities import UNLIMITED, SlidingWindow, within_reach
 from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
 from nearfar.ops.opaque import opaque
-from nearfar.ops.torch_operator import unit_stride
+from nearfar.ops.torch_operator import Layout, unit_stride
 from nearfar.reference import diagnostics as reference
 from nearfar.runtime import choices
 
@@ -17,11 +18,11 @@ MAX_TOP_N = 256
 DISTANCES_REASON = "the CUDA kernels score by dot products: leave sigma out"
 
 
-def _per_query(q, dtype=None):
+def _per_query(q: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return q.new_empty(q.shape[:3], dtype=dtype or torch.promote_types(q.dtype, torch.float32))
 
 
-def _empty_statistics(q, k, *_):
+def _empty_statistics(q: torch.Tensor, k: torch.Tensor, *_: object) -> tuple[torch.Tensor, ...]:
     lse, entropy, max_weight = (_per_query(q) for _ in range(3))
     return lse, entropy, max_weight, _per_query(q, torch.int64), lse.new_empty((*q.shape[:2], k.shape[2]))
 
@@ -53,7 +54,7 @@ class AttentionStatistics(NamedTuple):
     key_mass: torch.Tensor  # (B, Hq, M) the weight that a key receives from all queries
 
     @property
-    def effective_support(self):
+    def effective_support(self) -> torch.Tensor:
         """exp(entropy), from 1 (one key) to the number of keys that a query sees (all alike), (B, Hq, N)."""
         return self.entropy.exp()
 
@@ -79,7 +80,16 @@ class Call(NamedTuple):
     backends: dispatch.Backends
 
 
-def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
+def attention_statistics(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    sigma: float | torch.Tensor | None = None,
+    locality: SlidingWindow | None = None,
+    backend: Backend = "auto",
+) -> AttentionStatistics:
     """Log-sum-exp, entropy and largest weight of each query's attention, and the weight that each key receives.
 
     Source: arXiv 2603.06248, for the entropy that gradient flow drives down; received mass for attention sinks. The weights are
@@ -117,7 +127,18 @@ def attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality
     return AttentionStatistics(*found)
 
 
-def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None, backend="auto"):
+def selection_geometry(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    top_n: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    sigma: float | torch.Tensor | None = None,
+    locality: SlidingWindow | None = None,
+    backend: Backend = "auto",
+) -> SelectionGeometry:
     """How well the top_n keys of each query stand apart from the others, as precision, recall and F.
 
     Source: arXiv 2602.01893. With weights alpha_ij, y_j = alpha_ij v_j, S the top_n keys by weight (of equal ones the first),
@@ -151,17 +172,35 @@ def selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, 
     served, _ = call.backends.served(backend, call.q)
     if served == "reference":
         return SelectionGeometry(*_reference_geometry(*call[:4], top_n, *options))
-    tensors = (unit_stride(x).detach() for x in call[:3])
+    tensors = (unit_stride(x).detach() for x in call[:3])  # type: ignore[arg-type]
     sigma = None if sigma is None else sigma.detach()
     return SelectionGeometry(*torch.ops.nearfar.selection_geometry(*tensors, sigma, top_n, *options, served))
 
 
-def prepare_attention_statistics(q, k, *, causal=False, scale=None, sigma=None, locality=None):
+def prepare_attention_statistics(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    sigma: float | torch.Tensor | None = None,
+    locality: SlidingWindow | None = None,
+) -> Call:
     """Check the arguments of attention_statistics and return its Call."""
     return _prepare("attention_statistics", q, k, None, causal, scale, sigma, locality)
 
 
-def prepare_selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigma=None, locality=None):
+def prepare_selection_geometry(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    top_n: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    sigma: float | torch.Tensor | None = None,
+    locality: SlidingWindow | None = None,
+) -> Call:
     """Check the arguments of selection_geometry and return its Call."""
     if not isinstance(top_n, int) or isinstance(top_n, bool):
         raise TypeError(f"top_n must be an int, got {type(top_n).__name__}")
@@ -171,7 +210,16 @@ def prepare_selection_geometry(q, k, v, top_n, *, causal=False, scale=None, sigm
     return _prepare("selection_geometry", q, k, v, causal, scale, sigma, locality)
 
 
-def _prepare(name, q, k, v, causal, scale, sigma, locality):
+def _prepare(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+    sigma: float | torch.Tensor | None,
+    locality: SlidingWindow | None,
+) -> Call:
     q, k, *values = checks.autocast(q, k) if v is None else checks.autocast(q, k, v)
     left, right = _window(causal, locality)
     tensors = q, k, *values
@@ -185,17 +233,17 @@ def _prepare(name, q, k, v, causal, scale, sigma, locality):
         scale = checks.default_scale(q.shape[3]) if scale is None else checks.finite_scale(scale)
         scale_reason = _cuda.scale_reason(scale)
     backends = dispatch.Backends(cuda_reason or scale_reason, kernel_reason, orders)
-    return Call(q, k, values[0] if values else None, sigma, left, right, scale, backends)
+    return Call(q, k, values[0] if values else None, sigma, left, right, scale, backends)  # type: ignore[arg-type]
 
 
 @checks.once
-def _checked(metas, limited, name):
+def _checked(metas: list[Layout], limited: bool, name: str) -> tuple[str | None, str | None, dispatch.Orders]:
     """Why no kernel, or none in CUDA C++, can serve these layouts, and the orders in which "auto" asks them.
 
     limited: whether causality or a locality limits what a query sees.
     """
     q, k, *values = metas
-    checks.check_qkv(q, k, *(values or [k]))
+    checks.check_qkv(q, k, *(values or [k]))  # type: ignore[arg-type]
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries and not num_keys:
         raise ValueError("k must have at least one key: statistics of no weights are undefined")
@@ -211,7 +259,7 @@ def _checked(metas, limited, name):
     return reason, cuda_reason, orders
 
 
-def _window(causal, locality):
+def _window(causal: bool, locality: SlidingWindow | None) -> tuple[int, int]:
     """(left, right), with the 0 that causal puts on the right."""
     if not (locality is None or isinstance(locality, SlidingWindow)):
         raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")

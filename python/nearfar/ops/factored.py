@@ -82,7 +82,7 @@ def _step(
         with no_autocast(v):
             out.copy_(reference_step(qs, ks, v, state, feature_map, normalize, eps))
     elif out.numel():
-        qs, ks, v = tuple(map(unit_stride, qs)), tuple(map(unit_stride, ks)), unit_stride(v)
+        qs, ks, v = tuple(map(unit_stride, qs)), tuple(map(unit_stride, ks)), unit_stride(v)  # type: ignore[assignment]
         widths, group = tuple([q.shape[3] for q in qs]), qs[0].shape[1] // v.shape[1]
         strides = _strides(qs), _strides(ks), v.stride(), out.stride()
         with device_of(v):

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
 from nearfar.ops import eager
 from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
+from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 from nearfar.runtime import choices
 
@@ -36,10 +38,20 @@ class Call(NamedTuple):
     left: int
     right: int
     backends: dispatch.Backends
-    rows: tuple | None
+    rows: Layouts | None
 
 
-def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None, backend="auto"):
+def krause_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: SlidingWindow | None = None,
+    *,
+    top_k: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
 
     Source: arXiv 2602.11534. The selection is a constant of the backward pass, as in the authors' code; of equal scores the
@@ -80,7 +92,16 @@ def krause_attention(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=No
     return _op(repeats, rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
 
 
-def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: SlidingWindow | None = None,
+    *,
+    top_k: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Call:
     """Check the arguments of krause_attention and return its Call."""
     q, k, v = checks.autocast(q, k, v)
     checks.check_top_k(top_k)
@@ -95,7 +116,7 @@ def prepare(q, k, v, sigma, locality=None, *, top_k=None, cu_seqlens=None):
 
 
 @checks.once
-def _checked(metas, locality, top_k):
+def _checked(metas: list[Layout], locality: SlidingWindow | None, top_k: int | None) -> tuple[int, int, dispatch.Backends]:
     """left, right, and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
@@ -110,7 +131,7 @@ def _checked(metas, locality, top_k):
     return left, right, dispatch.Backends(reason or _cuda.krause_reason(q, k, v, left, right), reason, orders)
 
 
-def _candidates_reason(left, right, num_keys):
+def _candidates_reason(left: int, right: int, num_keys: int) -> str | None:
     candidates = keys_in_window(left, right, num_keys)
     if candidates > MAX_CANDIDATES:
         return f"top_k over {candidates} candidate keys a query; kernels take at most {MAX_CANDIDATES} (a narrower locality)"

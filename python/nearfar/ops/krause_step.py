@@ -1,14 +1,16 @@
 """Decoding with Krause attention (arXiv 2602.11534): one query a sequence against a rolling cache of the last keys."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.ops.pairwise import MAX_CANDIDATES
 from nearfar.ops.step import check_out, check_writes, define_step
-from nearfar.ops.torch_operator import device_of, kernels, unit_stride
+from nearfar.ops.torch_operator import Layout, device_of, kernels, unit_stride
 from nearfar.reference.krause import krause_attention_step as reference_step
 from nearfar.runtime import choices
 
@@ -30,7 +32,17 @@ class KrauseCache(NamedTuple):
     length: torch.Tensor
 
     @classmethod
-    def empty(cls, batch, heads, window, width, value_width=None, *, dtype=None, device=None):
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        window: int,
+        width: int,
+        value_width: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "KrauseCache":
         """The cache before the first token.
 
         Args:
@@ -48,7 +60,7 @@ class KrauseCache(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def after(cls, k, v, window, length=None):
+    def after(cls, k: torch.Tensor, v: torch.Tensor, window: int, length: int | None = None) -> "KrauseCache":
         """The cache after a prompt, which `nearfar.krause_attention` has read.
 
         Args:
@@ -79,7 +91,17 @@ class KrauseCache(NamedTuple):
 torch.serialization.add_safe_globals([KrauseCache])  # a saved cache is loaded by torch.load as it is by default
 
 
-def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backend="auto"):
+def krause_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KrauseCache,
+    sigma: float | torch.Tensor,
+    *,
+    top_k: int | None = None,
+    out: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Decode one token of each sequence with `nearfar.krause_attention` (arXiv 2602.11534).
 
     The token of a sequence that has had p tokens goes to slot p mod W of the cache; its query then attends to the last
@@ -134,7 +156,7 @@ def krause_attention_step(q, k, v, cache, sigma, *, top_k=None, out=None, backen
 
 
 @checks.once
-def _checked(metas, num_read, selects):
+def _checked(metas: list[Layout], num_read: int, selects: bool) -> tuple[tuple[int, ...], Sequence[str], str | None]:
     """Shape of the output, the order in which "auto" asks the kernels, and why they cannot serve these shapes, or None."""
     q, k, v = metas[:3]
     cached_k, cached_v, length, *outs = metas[num_read:]

@@ -1,28 +1,55 @@
 """Linear attention and Hadamard linear attention (arXiv 2602.12128): linear attention is the case of one factor."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.ops import eager, factored
 from nearfar.ops.opaque import opaque
 from nearfar.ops.step import check_out, check_writes
+from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference import linear as reference
 from nearfar.runtime import choices
+
+FeatureMap = Literal["identity", "elu", "relu", "softplus", "exp"] | Callable[[torch.Tensor], torch.Tensor]
 
 MAX_FACTORS = 3  # of the kernels
 MAX_FEATURES = 2**14  # prod d_r of the kernels
 
 
-def _reference_attention(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def _reference_attention(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    return_state: bool,
+) -> Any:
     return reference.hadamard_attention(
         qs, ks, v, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens
     )  # fmt: skip
 
 
-def _empty_reference(qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, return_state):
+def _empty_reference(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     o = v.new_empty((*qs[0].shape[:3], v.shape[3]))
     if not return_state:
         return o, v.new_empty(0)
@@ -44,28 +71,59 @@ _reference = opaque(
 class Call(NamedTuple):
     """A checked call: what every backend computes with."""
 
-    qs: tuple
-    ks: tuple
+    qs: tuple[torch.Tensor, ...]
+    ks: tuple[torch.Tensor, ...]
     v: torch.Tensor
-    initial_state: Any
-    cu_seqlens: Any
+    initial_state: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
     feature_map: str
     normalize: bool
     causal: bool
     eps: float
     return_state: bool
     backends: dispatch.Backends
-    layouts: tuple | None  # of qs, ks and v in a plain call
+    layouts: Layouts | None  # of qs, ks and v in a plain call
 
     @property
-    def q(self):
+    def q(self) -> torch.Tensor:
         return self.qs[0]
 
 
+@overload
 def linear_attention(
-    q, k, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
-    initial_state=None, return_state=False, cu_seqlens=None, backend="auto",
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention by a kernel of features, in time linear in the length: o_i = sum_j A_ij v_j / (sum_j A_ij + eps).
 
     A_ij = phi(q_i) . phi(k_j), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128, whose Hadamard linear
@@ -101,10 +159,41 @@ def linear_attention(
     )
 
 
+@overload
 def hadamard_attention(
-    qs, ks, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
-    initial_state=None, return_state=False, cu_seqlens=None, backend="auto",
-):  # fmt: skip
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def hadamard_attention(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+@overload
+def hadamard_attention(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
+    feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
+    initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+def hadamard_attention(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention whose weights are a product of R kernels: A_ij = prod_r phi(q^r_i) . phi(k^r_j).
 
     o_i = sum_j A_ij v_j / (sum_j A_ij + eps), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128. It costs
@@ -133,7 +222,18 @@ def hadamard_attention(
     )
 
 
-def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
+def linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Decode one token with `nearfar.linear_attention` (arXiv 2602.12128): add its key to the state, then read the state.
 
     Args:
@@ -154,7 +254,18 @@ def linear_attention_step(q, k, v, state, *, feature_map="elu", normalize=True, 
     return _step((q,), (k,), v, False, state, feature_map, normalize, eps, out, backend)
 
 
-def hadamard_attention_step(qs, ks, v, state, *, feature_map="elu", normalize=True, eps=1e-6, out=None, backend="auto"):
+def hadamard_attention_step(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Decode one token with `nearfar.hadamard_attention` (arXiv 2602.12128): add its keys to the state, then read the state.
 
     Args:
@@ -171,9 +282,18 @@ def hadamard_attention_step(qs, ks, v, state, *, feature_map="elu", normalize=Tr
 
 
 def prepare_linear_attention(
-    q, k, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
-    initial_state=None, return_state=False, cu_seqlens=None,
-):  # fmt: skip
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Call:
     """Check the arguments of linear_attention and return its Call."""
     return _prepare(
         (q,), (k,), v, False, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
@@ -181,9 +301,18 @@ def prepare_linear_attention(
 
 
 def prepare_hadamard_attention(
-    qs, ks, v, *, feature_map="elu", normalize=True, causal=False, eps=1e-6,
-    initial_state=None, return_state=False, cu_seqlens=None,
-):  # fmt: skip
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Call:
     """Check the arguments of hadamard_attention and return its Call."""
     return _prepare(
         qs, ks, v, True, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
@@ -191,8 +320,19 @@ def prepare_hadamard_attention(
 
 
 def _attend(
-    qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
-):
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    listed: bool,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    initial_state: torch.Tensor | None,
+    return_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     repeats = None
     # A function as feature_map makes other tensors of these, for which a call is kept.
     if cu_seqlens is None and type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
@@ -214,7 +354,18 @@ def _attend(
     return (o, state) if call.return_state else o
 
 
-def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
+def _step(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    listed: bool,
+    state: torch.Tensor,
+    feature_map: FeatureMap,
+    normalize: bool,
+    eps: float,
+    out: torch.Tensor | None,
+    backend: Backend,
+) -> torch.Tensor:
     checks.meta("state", state)
     call = _prepare(qs, ks, v, listed, feature_map, normalize, True, eps, state, True, None, "state")
     shape = (*call.q.shape[:3], call.v.shape[3])
@@ -238,14 +389,25 @@ def _step(qs, ks, v, listed, state, feature_map, normalize, eps, out, backend):
 
 
 @checks.once
-def _check_out(metas):
+def _check_out(metas: list[Layout]) -> None:
     q, v, out = metas[0], metas[-3], metas[-1]
     check_out(out, (*q.shape[:3], v.shape[3]), v.dtype, v.device)
 
 
 def _prepare(
-    qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, state_name
-):
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    listed: bool,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    initial_state: torch.Tensor | None,
+    return_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    state_name: str,
+) -> Call:
     """listed: whether q and k came as lists, for messages. state_name: what the caller knows initial_state as."""
     for name, factors in (("qs", qs), ("ks", ks)):
         if not isinstance(factors, (list, tuple)):
@@ -254,7 +416,7 @@ def _prepare(
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    qs, ks, feature_map = _map_outside(qs, ks, feature_map, listed)
+    qs, ks, name_of_map = _map_outside(qs, ks, feature_map, listed)
     *factors, v = checks.autocast(*qs, *ks, v)
     qs, ks = tuple(factors[: len(qs)]), tuple(factors[len(qs) :])
     tensors = *qs, *ks, v
@@ -271,10 +433,12 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, feature_map, *flags, backends, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts)
 
 
-def _map_outside(qs, ks, feature_map, listed):
+def _map_outside(
+    qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], feature_map: FeatureMap, listed: bool
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], str]:
     """qs, ks and the name of the map that is left to the kernels: a callable is applied here."""
     if isinstance(feature_map, str):
         if feature_map not in reference.FEATURE_MAPS:
@@ -289,12 +453,14 @@ def _map_outside(qs, ks, feature_map, listed):
     return tuple(map(feature_map, qs)), tuple(map(feature_map, ks)), "identity"
 
 
-def _names(name, factors, listed):
+def _names(name: str, factors: Sequence[Any], listed: bool) -> list[str]:
     return [f"{name}s[{r}]" for r in range(len(factors))] if listed else [name]
 
 
 @checks.once
-def _checked(metas, num_factors, listed, causal, packed=False):
+def _checked(
+    metas: list[Layout], num_factors: int, listed: bool, causal: bool, packed: bool = False
+) -> tuple[dispatch.Backends, tuple[tuple[int, ...], torch.dtype, torch.device]]:
     """The backends of these layouts, and what a state is: its shape, dtype and device."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
@@ -324,7 +490,7 @@ def _checked(metas, num_factors, listed, causal, packed=False):
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 
 
-def _kernel_reason(names, widths, value_width):
+def _kernel_reason(names: Sequence[str], widths: Sequence[int], value_width: int) -> str | None:
     for name, width in zip(names, widths, strict=True):
         if reason := checks.kernel_width_reason(name, width, smallest=8):
             return reason

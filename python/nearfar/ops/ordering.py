@@ -1,12 +1,14 @@
 """Ordering tokens by where they lie along the direction in which they differ most."""
 
+from typing import Any
+
 import torch
 
 ITERATIONS = 3  # of the power method: any direction of large variance serves
 
 
 @torch.no_grad()
-def by_frequency(omega):
+def by_frequency(omega: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(permutation, inverse), each (B, H, N), that sorts the tokens of omega (B, H, N, D) along their dominant direction."""
     wide = omega.to(torch.promote_types(omega.dtype, torch.float32))
     wide = wide - wide.mean(2, keepdim=True)
@@ -22,7 +24,7 @@ def by_frequency(omega):
     return permutation, permutation.argsort(dim=2)
 
 
-def permute(tensor, permutation, inverse):
+def permute(tensor: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """The rows of tensor (B, H, N, _) in the order of permutation; the gradient takes the inverse and scatters nothing."""
     return _Permute.apply(tensor, permutation, inverse)
 
@@ -31,14 +33,14 @@ class _Permute(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor, permutation, inverse):
+    def forward(tensor: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         return tensor.take_along_dim(permutation[..., None], 2)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         permutation, inverse = ctx.saved_tensors
         return permute(gradient, inverse, permutation), None, None

@@ -3,7 +3,7 @@
 import torch
 
 
-def token_bounds(cu_seqlens, num_tokens):
+def token_bounds(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """(2, num_tokens) int32: first position and end of the sequence of each packed token."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=torch.int32)
     # All of cu_seqlens, not a slice: torch.compile on CUDA searches a slice from its base (pytorch issue 182343).

@@ -1,6 +1,8 @@
 """Launches in order with everything fixed but addresses: what a direction of an operator comes to in a call."""
 
 import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +24,12 @@ class Program:
     because kernels need no more than addresses.
     """
 
-    def __init__(self, inputs, outputs, launches):
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor | None],
+        outputs: Sequence[torch.Tensor | None],
+        launches: Sequence[tuple[Any, Sequence[Any]]],
+    ) -> None:
         self._outputs, self._launches = layouts(*outputs), launches
         values = [*inputs, *outputs, None]
         known = {id(x) for x in values}
@@ -40,11 +47,13 @@ class Program:
         self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # what empty_cuda takes
         self._offsets = [offset for offset, *_ in self._workspaces]
         # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
-        self._device, self._hooks_are_set, self._steps = None, None, ()
+        self._device: Any = None
+        self._hooks_are_set: Any = None
+        self._steps: Sequence[Any] = ()
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The outputs."""
-        first = inputs[0]
+        first: Any = inputs[0]
         with device_of(first):
             if first.is_cuda and not self._steps:
                 self._compile(first)
@@ -54,7 +63,7 @@ class Program:
                 self._launch_tensors(inputs, outputs)
         return outputs
 
-    def at_once(self, *inputs):
+    def at_once(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None] | None:
         """The outputs, where it takes no more than to allocate them and to hand addresses over, else None.
 
         It takes more while kernels are not compiled, and always where they are interpreted, where an input does not start at a
@@ -62,7 +71,8 @@ class Program:
         """
         if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
             return None
-        addresses, low_bits = [], 0
+        addresses: list[Any] = []
+        low_bits = 0
         for tensor in inputs:
             address = 0 if tensor is None else tensor.data_ptr()
             addresses.append(address)
@@ -86,24 +96,25 @@ class Program:
             launch(select(addresses), stream)
         return outputs
 
-    def _launch_tensors(self, inputs, outputs):
+    def _launch_tensors(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> None:
         """The long way, of tensors that are interpreted, not aligned, or on the meta device, as launch_all says."""
         if not self._launches:
             for tensor in outputs:
                 if tensor is not None:
                     tensor.zero_()
             return
-        values = [*inputs, *outputs, None]
-        workspace = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
+        values: list[Any] = [*inputs, *outputs, None]
+        workspace: Any = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
         values += [workspace[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in self._workspaces]
         values += [select(values) for select in self._tuples]
         launches = zip(self._launches, self._selections, strict=True)
         launch_all(inputs[0], *[(launch, select(values)) for (launch, _), select in launches])
 
-    def _compile(self, first):
+    def _compile(self, first: torch.Tensor) -> None:
         """Compile what is new and prepare the steps, none where kernels are interpreted."""
         device, launches = first.get_device(), [launch for launch, _ in self._launches]
-        kinds, hooks_are_set = [None] * len(launches), bool  # bool() is False
+        kinds: list[Any] = [None] * len(launches)
+        hooks_are_set: Callable[[], bool] = bool  # bool() is False
         if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # else Triton is not needed
             launcher, surveyed = _launch(), []
             if launcher.knobs.runtime.interpret:
@@ -118,7 +129,7 @@ class Program:
         self._steps = [*zip(bound, self._selections, strict=True)]
 
 
-def _selection(places, given):
+def _selection(places: Mapping[int, int], given: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes what is given, tensors in their places, from the values of a call."""
     indices = [places[id(x)] for x in given]
     return operator.itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)

@@ -8,13 +8,14 @@ eager call, counts the versions of those tensors itself.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from nearfar import checks
-from nearfar.ops.torch_operator import Layout
+from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.runtime.private import in_forward_ad, tree_leaves, tree_map
 
 
@@ -33,7 +34,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
     written = [names.index(argument) for argument in writes]
 
     @operator.register_vmap
-    def vmap(info, in_dims, *arguments):
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[None, None]:
         """One call for each index of the mapped dimension: what is written to has to be contiguous in each."""
         for index in written:
             if in_dims[index] is None:
@@ -42,7 +43,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
             operator(*tree_map(lambda x, dim, i=i: x if dim is None else x.select(dim, i), arguments, in_dims))
         return None, None
 
-    def run(plain, *arguments):
+    def run(plain: bool, *arguments: Any) -> None:
         if in_forward_ad():
             _refuse_tangents(name, arguments)
         if plain:
@@ -55,7 +56,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
     return run
 
 
-def _refuse_tangents(name, arguments):
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
     for tensor in tree_leaves(arguments):
         if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name} has no derivative, in forward mode neither: pass tensors without a tangent")
@@ -71,7 +72,7 @@ def check_out(out: Layout, shape: Sequence[int], dtype: torch.dtype, device: tor
         raise ValueError(f"out must have a place in memory for each of its elements, got {layout}")
 
 
-def check_writes(layouts: tuple | None, names: Sequence[str], tensors: Sequence[torch.Tensor], num_read: int) -> None:
+def check_writes(layouts: Layouts | None, names: Sequence[str], tensors: Sequence[torch.Tensor], num_read: int) -> None:
     """Refuse to write where torch's own in-place operators would, or beside what is read.
 
     Args:
@@ -98,7 +99,7 @@ def check_writes(layouts: tuple | None, names: Sequence[str], tensors: Sequence[
 
 
 @functools.lru_cache(maxsize=4096)
-def _first_shared(layouts, addresses, num_read):
+def _first_shared(layouts: Layouts, addresses: tuple[int, ...], num_read: int) -> tuple[int, int] | None:
     """Index of a tensor that is written to and of another one that shares memory with it, or None.
 
     A loop meets the same addresses again and again, as an allocator gives back what was freed.
@@ -113,7 +114,7 @@ def _first_shared(layouts, addresses, num_read):
 
 
 @functools.lru_cache(maxsize=1024)
-def _extents(layouts):
+def _extents(layouts: Layouts) -> list[int]:
     """Bytes from the first to the last of each tensor."""
     return [
         0 if 0 in shape else (1 + sum([s * (n - 1) for s, n in zip(strides, shape, strict=True)])) * dtype.itemsize
@@ -121,7 +122,7 @@ def _extents(layouts):
     ]
 
 
-def share_memory(a, a_address, b, b_address):
+def share_memory(a: Any, a_address: int, b: Any, b_address: int) -> bool:
     """Whether two tensors of these layouts have a byte in common."""
     if 0 in a[0] or 0 in b[0]:
         return False
@@ -134,7 +135,7 @@ def share_memory(a, a_address, b, b_address):
     return _is_sum(distance, [*ranges[0], *ranges[1]])
 
 
-def overlaps_itself(shape, strides):
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether two elements of a tensor are in one place."""
     if 0 in shape:
         return False
@@ -152,16 +153,16 @@ def overlaps_itself(shape, strides):
     return False
 
 
-def _is_sum(target, ranges):
+def _is_sum(target: int, ranges: Sequence[tuple[int, int]]) -> bool:
     """Whether target is a sum of stride * n with 0 <= n < size, over (stride, size) of the ranges."""
-    merged = {}
+    merged: dict[int, int] = {}
     for stride, size in ranges:
         if stride:
             merged[stride] = merged.get(stride, 1) + size - 1
     return _search(target, sorted(merged.items(), reverse=True))
 
 
-def _search(target, ranges):
+def _search(target: int, ranges: Sequence[tuple[int, int]]) -> bool:
     if not ranges:
         return target == 0
     (stride, size), *rest = ranges

@@ -1,22 +1,24 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
 from nearfar.ops import eager, kuramoto, phases
 from nearfar.ops.opaque import opaque
 from nearfar.ops.ordering import by_frequency, permute
 from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference import synchronization as reference
 from nearfar.runtime import choices
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 
 
-def _wide(x):
+def _wide(x: torch.Tensor) -> torch.dtype:
     """The dtype that x is computed in."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -52,10 +54,10 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     backends: dispatch.Backends
-    layouts: tuple | None  # of q, v and, where it is given, k in a plain call
+    layouts: Layouts | None  # of q, v and, where it is given, k in a plain call
 
 
-def order_parameter(theta, *, causal=False, backend="auto"):
+def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backend = "auto") -> torch.Tensor:
     """How far oscillators agree in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
 
     Source: arXiv 2602.14445. The gradient of a channel whose mean is 0 is 0.
@@ -86,9 +88,19 @@ def order_parameter(theta, *, causal=False, backend="auto"):
 
 
 def synchronization_attention(
-    omega, v, coupling, bandwidth, order, *, omega_k=None, top_k=None, causal=False, sort=False, grad_floor=1e-3,
-    backend="auto",
-):  # fmt: skip
+    omega: torch.Tensor,
+    v: torch.Tensor,
+    coupling: float | torch.Tensor,
+    bandwidth: float | torch.Tensor,
+    order: torch.Tensor,
+    *,
+    omega_k: torch.Tensor | None = None,
+    top_k: int | None = None,
+    causal: bool = False,
+    sort: bool = False,
+    grad_floor: float = 1e-3,
+    backend: Backend = "auto",
+) -> torch.Tensor:
     """Attention among phase-locked oscillators: o_i = sum_j S_ij v_j / (sum_j S_ij + 1e-8), without a softmax.
 
         S_ij = sqrt(max(0, exp(-2 alpha d_ij^2) - d_ij^2 / (K r_i)^2)),    d_ij = |omega_i - omega_j|
@@ -142,6 +154,7 @@ def synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )  # fmt: skip
+    tensors: list[Any]
     *tensors, backends, rows = call
     forward, backward = backends.served(backend, call.q)
     if sort:
@@ -158,7 +171,15 @@ def synchronization_attention(
     return permute(o, inverse, permutation) if sort else o
 
 
-def locked_share(omega, coupling, bandwidth, order, *, omega_k=None, causal=False):
+def locked_share(
+    omega: torch.Tensor,
+    coupling: float | torch.Tensor,
+    bandwidth: float | torch.Tensor,
+    order: torch.Tensor,
+    *,
+    omega_k: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
     """Which share of the pairs of tokens locks in `nearfar.synchronization_attention` (arXiv 2602.14445).
 
     Of the pairs of different tokens that causality allows, or of all pairs with omega_k. A share near 0 means that the
@@ -181,8 +202,18 @@ def locked_share(omega, coupling, bandwidth, order, *, omega_k=None, causal=Fals
 
 
 def prepare(
-    omega, v, coupling, bandwidth, order, *, omega_k=None, top_k=None, causal=False, sort=False, grad_floor=1e-3
-):  # fmt: skip
+    omega: torch.Tensor,
+    v: torch.Tensor,
+    coupling: float | torch.Tensor,
+    bandwidth: float | torch.Tensor,
+    order: torch.Tensor,
+    *,
+    omega_k: torch.Tensor | None = None,
+    top_k: int | None = None,
+    causal: bool = False,
+    sort: bool = False,
+    grad_floor: float = 1e-3,
+) -> Call:
     """Check the arguments of synchronization_attention and return its Call."""
     if omega_k is None:
         omega, v = checks.autocast(omega, v)
@@ -204,7 +235,7 @@ def prepare(
 
 
 @checks.once
-def _checked(metas, top_k, symmetric):
+def _checked(metas: list[Layout], top_k: int | None, symmetric: bool) -> dispatch.Backends:
     """The backends of these layouts. symmetric: whether S is; else gradients are Triton's."""
     omega, v, separate = metas[0], metas[1], len(metas) > 2
     keys, key_name = (metas[2], "omega_k") if separate else (omega, "omega")
@@ -217,14 +248,14 @@ def _checked(metas, top_k, symmetric):
     return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
 
 
-def _check_grad_floor(grad_floor):
+def _check_grad_floor(grad_floor: float) -> None:
     if not checks.is_number(grad_floor) or isinstance(grad_floor, bool):
         raise TypeError(f"grad_floor must be a number, got {type(grad_floor).__name__}")
     if not 0 < grad_floor < math.inf:
         raise ValueError(f"grad_floor must be positive and finite, got {grad_floor}")
 
 
-def _order(order, omega, causal):
+def _order(order: torch.Tensor, omega: torch.Tensor, causal: bool) -> torch.Tensor:
     """r, a tensor, as a float32 (float64) one (B, Hq) or (B, Hq, N)."""
     rows = omega.shape[:3]
     if order.dtype not in checks.FLOATING:

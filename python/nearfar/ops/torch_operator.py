@@ -3,8 +3,10 @@
 import functools
 import importlib
 from ast import literal_eval
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -28,8 +30,19 @@ from nearfar.runtime.private import (
     tree_unflatten,
 )
 
+Direction = tuple[str, Callable[..., Any], Callable[..., Any]]  # schema, function and fake
+Cached = TypeVar("Cached", bound=Any)
 
-def define(name, schema, function, fake, serves=None, autograd=None, setup_context=None):
+
+def define(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    serves: str | None = None,
+    autograd: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
     """`torch.ops.nearfar.<name>`: an implementation, a fake one, that of shapes, strides and dtypes, and its transforms.
 
     vmap takes the slices one by one. Forward AD is refused.
@@ -53,7 +66,14 @@ def define(name, schema, function, fake, serves=None, autograd=None, setup_conte
     _libraries.append(library)
 
 
-def register(name, forward, backward, autograd, setup_context, serves=None):
+def register(
+    name: str,
+    forward: Direction,
+    backward: Direction,
+    autograd: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None,
+    serves: str | None = None,
+) -> None:
     """An operator and the operator of its backward, which cannot be differentiated again.
 
     Args:
@@ -64,28 +84,28 @@ def register(name, forward, backward, autograd, setup_context, serves=None):
     define(f"{name}_backward", *backward, serves or name, refuse_double_backward)
 
 
-_libraries = []  # registrations last as long as these
+_libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 
 class _Library(torch.library.Library):
     """Registers autograd kernels that refuse forward AD, whose tangents would be lost in silence below them."""
 
-    def __init__(self, serves):
+    def __init__(self, serves: str) -> None:
         super().__init__("nearfar", "FRAGMENT")
         self._serves = serves
 
-    def impl(self, name, kernel, dispatch_key="", **options):
+    def impl(self, name: str, kernel: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:  # type: ignore[override]
         if dispatch_key != "Autograd":
             return super().impl(name, kernel, dispatch_key, **options)
 
-        def refusing(keyset, *arguments, **keywords):
+        def refusing(keyset: Any, *arguments: Any, **keywords: Any) -> Any:
             refuse_forward_ad(self._serves, *arguments, *keywords.values())
             return kernel(keyset, *arguments, **keywords)
 
         return super().impl(name, refusing, dispatch_key, **options)
 
 
-def refuse_forward_ad(serves, *arguments):
+def refuse_forward_ad(serves: str, *arguments: Any) -> None:
     """Raise if a tensor among the arguments, or in lists of them, has a tangent; free outside forward AD."""
     if not in_forward_ad():
         return
@@ -97,7 +117,9 @@ def refuse_forward_ad(serves, *arguments):
             )
 
 
-def _autograd_kernel(operator, defaults, backward, setup_context):
+def _autograd_kernel(
+    operator: Any, defaults: Sequence[str], backward: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> Callable[..., Any]:
     """What torch.library.register_autograd makes, that also works where transforms of torch.func are nested.
 
     There Function.apply asks for rules of its own; an operator has them by its dispatch keys, so that C++'s is called.
@@ -105,7 +127,7 @@ def _autograd_kernel(operator, defaults, backward, setup_context):
 
     class Generated(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keyset, spec, made, *leaves):
+        def forward(ctx: Any, keyset: Any, spec: Any, made: list[Any], *leaves: Any) -> tuple[Any, ...]:
             arguments = tree_unflatten(leaves, spec)
             outputs = below_autograd(operator, keyset, *arguments)
             if setup_context is not None:
@@ -115,18 +137,19 @@ def _autograd_kernel(operator, defaults, backward, setup_context):
             return tuple(flat)
 
         @staticmethod
-        def backward(ctx, *gradients):
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
             gradients = tree_unflatten(gradients, ctx.output_spec)
             found = backward(ctx, *(gradients if isinstance(gradients, (list, tuple)) else (gradients,)))
             return None, None, None, *tree_leaves(found)
 
     apply = direct_apply(Generated)
 
-    def kernel(keyset, *arguments):
+    def kernel(keyset: Any, *arguments: Any) -> Any:
         if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
             return below_autograd(operator, keyset, *arguments)
         arguments = (*arguments, *map(literal_eval, defaults[len(arguments) :]))  # which the dispatcher leaves out
-        (leaves, spec), made = tree_flatten(arguments), []
+        made: list[Any] = []
+        leaves, spec = tree_flatten(arguments)
         with single_level_function():
             outputs = apply(keyset, spec, made, *leaves)
         return tree_unflatten(outputs, made[0])
@@ -134,7 +157,7 @@ def _autograd_kernel(operator, defaults, backward, setup_context):
     return kernel
 
 
-def _map(operator, info, in_dims, *arguments):
+def _map(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """The vmap rule of an operator, as for `torch.library.register_vmap`: a loop over the slices."""
     (leaves, spec), dims = tree_flatten(arguments), tree_leaves(in_dims)
     moved = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(leaves, dims, strict=True)]
@@ -142,7 +165,7 @@ def _map(operator, info, in_dims, *arguments):
     return outputs, tree_map(lambda _: 0, outputs)
 
 
-def map_batched_gradients(operator, *arguments):
+def map_batched_gradients(operator: Any, *arguments: Any) -> Any:
     """The same for the older vmap, which torch.autograd.grad(is_grads_batched=True) still maps the backward with."""
     leaves, spec = tree_flatten(arguments)
     mapped = [isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in leaves]
@@ -152,7 +175,7 @@ def map_batched_gradients(operator, *arguments):
     return tree_map(lambda x: add_batch_dim(x, 0, level), outputs)
 
 
-def _level(batched):
+def _level(batched: torch.Tensor) -> int:
     """The level of a tensor of the older vmap, which the thread of a CUDA backward does not know."""
     for level in range(1, 64):
         if not is_legacy_batchedtensor(remove_batch_dim(batched, level, 1, 0)):
@@ -160,7 +183,7 @@ def _level(batched):
     raise RuntimeError("gradients are batched over several dimensions at once; batch them over one")
 
 
-def _loop(operator, count, leaves, mapped, spec):
+def _loop(operator: Any, count: int, leaves: Sequence[Any], mapped: Sequence[bool], spec: Any) -> Any:
     """The outputs of an operator for each of `count` slices, stacked. mapped: which leaves are cut, along dimension 0."""
     outputs = []
     for index in range(count):
@@ -169,7 +192,7 @@ def _loop(operator, count, leaves, mapped, spec):
     return tree_map(lambda *slices: torch.stack(slices), *outputs)
 
 
-def refuse_double_backward(ctx, *gradients):
+def refuse_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
 
 
@@ -177,17 +200,17 @@ class Layout(NamedTuple):
     """All of a tensor but its values and where they are."""
 
     shape: torch.Size
-    strides: tuple
+    strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def layouts(*tensors):
+def layouts(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """What checks and plans are looked up by: the fields of a Layout for each tensor, None for None."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
-class Layouts(tuple):
+class Layouts(tuple[Any, ...]):
     """The layouts of the tensors of a plain call: equal ones are one object, and found by identity from then on.
 
     What is looked up by them in a call then need not hash and compare the numbers of every tensor again.
@@ -196,7 +219,7 @@ class Layouts(tuple):
     __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
 
     @functools.cached_property
-    def unit_strides(self):
+    def unit_strides(self) -> bool:
         """Whether the last dimension of every tensor is contiguous, as the kernels need."""
         return all([strides[-1] == 1 for _, strides, _, _ in self])
 
@@ -204,16 +227,17 @@ class Layouts(tuple):
 interned = functools.lru_cache(maxsize=1024)(Layouts)
 
 
-_caches, META = [], torch.device("meta")
+_caches: list[Any] = []
+META = torch.device("meta")
 
 
-def forgotten_with_plans(cached):
+def forgotten_with_plans(cached: Cached) -> Cached:
     """A function with a cache, which forget_plans empties."""
     _caches.append(cached)
     return cached
 
 
-def planned(plan):
+def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
     """`plan(*tensors, *options)` as a function (layouts, *options), worked out once for each signature, on meta tensors.
 
     A plan holds what follows from layouts and options, which must be hashable: layouts of outputs and workspaces, and launches.
@@ -221,36 +245,36 @@ def planned(plan):
 
     @forgotten_with_plans
     @functools.lru_cache(maxsize=1024)
-    def look_up(layouts, *options):
+    def look_up(layouts: tuple[Any, ...], *options: Any) -> Any:
         return plan(*allocate(layouts, META), *options)
 
     return look_up
 
 
-def forget_plans():
+def forget_plans() -> None:
     """Everything is planned anew, with what the table of launch parameters says now."""
     for cached in _caches:
         cached.cache_clear()
 
 
-def takes_the_short_way(device):
+def takes_the_short_way(device: torch.device) -> bool:
     """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
     return empty_cuda is not None and device.index == current_device() and not is_deterministic()
 
 
-def allocate(layouts, device):
+def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
     """Tensors of these layouts on this device, not filled; None for None."""
     if device.type == "cuda" and takes_the_short_way(device):
         return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 
 
-def uses_tf32(tensor):
+def uses_tf32(tensor: torch.Tensor) -> bool:
     """Whether the user allowed tf32 in the products of this tensor; plans depend on it (launch.dot_precision)."""
     return tf32_allowed(tensor.dtype)
 
 
-def tf32_allowed(dtype):
+def tf32_allowed(dtype: torch.dtype) -> bool:
     """Whether torch's own products of this dtype may be rounded to tf32.
 
     All switches end in this one, the older ones (allow_tf32, set_float32_matmul_precision) too; where nothing is set here, it
@@ -259,18 +283,18 @@ def tf32_allowed(dtype):
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def device_of(tensor):
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which the device of the tensor is the current one; free when it already is."""
     if not tensor.is_cuda or tensor.get_device() == current_device():  # CUDA is up where there is such a tensor
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
-def stream_of(tensor):
+def stream_of(tensor: torch.Tensor) -> int:
     return current_stream(tensor.get_device())
 
 
-def kernels(name):
+def kernels(name: str) -> Callable[[], ModuleType]:
     """A function that returns `nearfar.triton_kernels.<name>`: Triton comes with the first launch, not with the package."""
     return functools.cache(lambda: importlib.import_module(f"nearfar.triton_kernels.{name}"))
 
@@ -278,7 +302,7 @@ def kernels(name):
 _launch = kernels("launch")
 
 
-def launch_all(tensor, *launches):
+def launch_all(tensor: torch.Tensor, *launches: Any) -> None:
     """Make (launch, tensors) pairs in order on the device of a tensor; on the meta device, see compile_ahead."""
     if tensor.is_meta:
         _launch().build_ahead(*launches)
@@ -287,7 +311,7 @@ def launch_all(tensor, *launches):
         _launch().launch_all(*launches)
 
 
-def compile_ahead(device, backward, *arguments):
+def compile_ahead(device: torch.device | None, backward: Callable[..., object], *arguments: Any) -> None:
     """Start to compile what `backward(*arguments)`, for meta tensors, will launch on this device; None: nothing.
 
     A forward whose result needs gradients calls it while it is planned, that is once for each signature, so that the kernels
@@ -299,12 +323,12 @@ def compile_ahead(device, backward, *arguments):
             backward(*arguments)
 
 
-def unit_stride(tensor):
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
     return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
-def unit_strides(rows, *tensors):
+def unit_strides(rows: Layouts | None, *tensors: torch.Tensor) -> tuple[Layouts | None, tuple[torch.Tensor, ...]]:
     """Layouts of the tensors and they themselves after unit_stride. rows: layouts before it, None where a call is not plain."""
     if rows is not None and rows.unit_strides:
         return rows, tensors
@@ -312,7 +336,7 @@ def unit_strides(rows, *tensors):
     return None if rows is None else interned(layouts(*tensors)), tensors
 
 
-def empty_rows(like, width):
+def empty_rows(like: torch.Tensor, width: int) -> torch.Tensor:
     """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
     batch, heads, length, like_width = like.shape
     if width == like_width:

@@ -2,18 +2,20 @@
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST
+from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST, Orders
 from nearfar.runtime.private import constant_while_traced
 
 TABLE = Path(__file__).with_name("choices.json")
 
 
 @functools.cache
-def table():
+def table() -> dict[str, Any]:
     """{"runs": {name: GPU, versions, commit, date, method and source}, "choices": {operator: rows}}.
 
     Each row has the `key` that a choice depends on, of exact values or of bounds [least, most]; the `case` that was measured;
@@ -23,12 +25,12 @@ def table():
 
 
 @constant_while_traced  # it reads a file
-def rows(operator):
+def rows(operator: str) -> list[dict[str, Any]]:
     """Those of an operator."""
     return table()["choices"][operator]
 
 
-def orders(operator, device, **key):
+def orders(operator: str, device: torch.device, **key: Any) -> Orders:
     """In which order "auto" asks the kernels for the forward and for the backward of a call.
 
     key: what the operator's choice depends on beside the GPU's architecture, named as in its rows. Triton comes first where
@@ -42,7 +44,7 @@ def orders(operator, device, **key):
     return TRITON_FIRST, TRITON_FIRST
 
 
-def _fits(measured, key):
+def _fits(measured: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     for name, value in key.items():
         expected = measured[name]
         if isinstance(expected, list):
@@ -54,12 +56,12 @@ def _fits(measured, key):
     return True
 
 
-def order(row, direction):
+def order(row: Mapping[str, Any], direction: str) -> Sequence[str]:
     """CUDA first where it was faster; a backward that was not measured is asked as the forward."""
     cuda, triton = (row[backend].get(direction, row[backend]["forward"]) for backend in CUDA_FIRST)
     return CUDA_FIRST if cuda < triton else TRITON_FIRST
 
 
-def _capability(index):
+def _capability(index: int | None) -> int:
     """Major compute capability of a GPU."""
     return torch.cuda.get_device_properties(index).major

@@ -19,22 +19,26 @@ import importlib
 import operator
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-NAMES = []  # those looked up in torch, "module:attributes", for the test that removes each
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+NAMES: list[str] = []  # those looked up in torch, "module:attributes", for the test that removes each
 
 
-def _look_up(name, fallback):
+def _look_up(name: str, fallback: Any) -> Any:
     NAMES.append(name)
     return _found(name, fallback)
 
 
-def _found(name, fallback):
+def _found(name: str, fallback: Any) -> Any:
     module, attributes = name.split(":")
     try:
         return operator.attrgetter(attributes)(importlib.import_module(module))
@@ -42,16 +46,16 @@ def _found(name, fallback):
         return fallback
 
 
-def _missing(name, feature):
+def _missing(name: str, feature: str) -> Callable[..., NoReturn]:
     """A fallback that raises."""
 
-    def refuse(*arguments, **keywords):
+    def refuse(*arguments: Any, **keywords: Any) -> NoReturn:
         raise NotImplementedError(f"{feature}: torch {torch.__version__} has no {name.replace(':', '.')}, which it needs")
 
     return refuse
 
 
-def _look_up_or_refuse(name, feature):
+def _look_up_or_refuse(name: str, feature: str) -> Any:
     return _look_up(name, _missing(name, feature))
 
 
@@ -73,7 +77,7 @@ is_functorch_wrapped_tensor = _look_up(
 )
 
 
-def _has_no_storage(tensor):
+def _has_no_storage(tensor: torch.Tensor) -> bool:
     if is_compiling() or is_functorch_wrapped_tensor(tensor):
         return False
     try:
@@ -89,7 +93,7 @@ is_legacy_batchedtensor = _look_up("torch._C._functorch:is_legacy_batchedtensor"
 _HAS_LEVEL = _look_up("torch.autograd.forward_ad:_current_level", None) is not None
 
 
-def _in_forward_ad():
+def _in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
@@ -97,7 +101,7 @@ in_forward_ad = _in_forward_ad if _HAS_LEVEL else lambda: not is_compiling()
 """Whether a level of forward AD is active, torch.func's included."""
 
 
-def _task_of_callback():
+def _task_of_callback() -> int:
     try:
         torch.autograd.Variable._execution_engine.queue_callback(lambda: None)
     except RuntimeError:
@@ -116,12 +120,12 @@ version_of = _look_up("torch:Tensor._version", property(lambda tensor: object())
 TensorGuards = _look_up("torch._C._dynamo.guards:TensorGuards", None)
 
 
-def constant_while_traced(function):
+def constant_while_traced(function: Function) -> Function:
     """Let torch.compile call a function while it traces, as torch.compiler.assume_constant_result, which imports Dynamo.
 
     Fallback: none is needed, as nothing is looked up; a torch that knows another mark traces the function.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -130,11 +134,11 @@ def constant_while_traced(function):
 # Whether a tensor among arguments, or in lists of them, requires a gradient. Fallback: the same in Python.
 any_requires_grad = _look_up(
     "torch._C:_any_requires_grad",
-    lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),
+    lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),  # type: ignore[has-type]
 )
 
 
-def _refuse_transforms(name):
+def _refuse_transforms(name: str) -> None:
     if transform_level() is not None:
         _missing(name, "gradients of kernels under torch.func")()
 
@@ -143,12 +147,12 @@ _FUNCTION = "torch._C:_FunctionBase"
 _HAS_FUNCTION = _look_up(_FUNCTION, None) is not None
 
 
-def direct_apply(function):
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """C++'s apply of an autograd.Function. Fallback: torch's, slower; under torch.func gradients of kernels are lost."""
     if _HAS_FUNCTION:
-        return super(torch.autograd.Function, function).apply
+        return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def apply(*arguments):
+    def apply(*arguments: Any) -> Any:
         _refuse_transforms(_FUNCTION)
         return function.apply(*arguments)
 
@@ -159,12 +163,12 @@ _BelowAutograd = _look_up("torch._C:_AutoDispatchBelowAutograd", None)
 _BELOW_AUTOGRAD = _look_up("torch._C:_after_autograd_keyset", None)
 
 
-def _redispatch_below(operator, keyset, *arguments):
+def _redispatch_below(operator: Any, keyset: Any, *arguments: Any) -> Any:
     with _BelowAutograd():
         return operator.redispatch(keyset & _BELOW_AUTOGRAD, *arguments)
 
 
-def _redispatch_next(operator, keyset, *arguments):
+def _redispatch_next(operator: Any, keyset: Any, *arguments: Any) -> Any:
     with torch.no_grad() if any_requires_grad(*arguments) else nullcontext():
         return operator.redispatch(keyset.remove(keyset.highestPriorityTypeId()), *arguments)
 
@@ -177,7 +181,7 @@ _SINGLE_LEVEL = "torch._functorch.utils:enable_single_level_autograd_function"
 
 
 @contextmanager
-def _outside_transforms():
+def _outside_transforms() -> Iterator[None]:
     _refuse_transforms(_SINGLE_LEVEL)
     yield
 
@@ -200,7 +204,7 @@ _AUTOGRAD = _look_up("torch._C:DispatchKey.AutogradFunctionality", None)
 
 
 @contextmanager
-def autograd_inside():
+def autograd_inside() -> Iterator[None]:
     """What runs below autograd, as operators do, may use it here."""
     if _AUTOGRAD is None:
         _missing("torch._C:DispatchKey.AutogradFunctionality", _COMPILED)()
@@ -211,27 +215,32 @@ def autograd_inside():
 class _Trees:
     """What the package uses of torch.utils._pytree: leaves are all but tuples and lists."""
 
-    def tree_flatten(tree):
+    @staticmethod
+    def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
         if type(tree) not in (tuple, list):
             return [tree], None
         parts = [_Trees.tree_flatten(part) for part in tree]
         return [leaf for leaves, _ in parts for leaf in leaves], (type(tree), [(len(leaves), spec) for leaves, spec in parts])
 
-    def tree_unflatten(leaves, spec):
+    @staticmethod
+    def tree_unflatten(leaves: Iterable[Any], spec: Any) -> Any:
         if spec is None:
             (leaf,) = leaves
             return leaf
         leaves, (kind, parts) = iter(leaves), spec
         return kind([_Trees.tree_unflatten([next(leaves) for _ in range(count)], part) for count, part in parts])
 
-    def tree_leaves(tree):
+    @staticmethod
+    def tree_leaves(tree: Any) -> list[Any]:
         return _Trees.tree_flatten(tree)[0]
 
-    def tree_map(function, tree, *others):
+    @staticmethod
+    def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         leaves, spec = _Trees.tree_flatten(tree)
         return _Trees.tree_unflatten(map(function, leaves, *map(_Trees.tree_leaves, others)), spec)
 
-    def register_dataclass(kind, *, serialized_type_name):
+    @staticmethod
+    def register_dataclass(kind: type, *, serialized_type_name: str) -> None:
         pass
 
 
@@ -267,12 +276,12 @@ process_group_of = _look_up_or_refuse(
 )
 
 
-def hooks_of(module):
+def hooks_of(module: torch.nn.Module) -> Any:
     """The dict of hooks that replicas of nn.DataParallel share. Fallback: the module; `watch` does not know its replicas."""
     return getattr(module, "_forward_hooks", module)
 
 
-def is_compiled(module):
+def is_compiled(module: torch.nn.Module) -> bool:
     """Whether torch.compile made or changed a module. Fallback: no; `watch` says of its calls that they did not run."""
     dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
     made = isinstance(module, getattr(dynamo, "OptimizedModule", ()))
@@ -282,17 +291,17 @@ def is_compiled(module):
 # --------------------------------------------------------------------------------------------------------------- Triton
 
 
-def _without_knobs():
+def _without_knobs() -> SimpleNamespace:
     """A hook may be set: Triton makes each launch."""
     interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     return SimpleNamespace(runtime=SimpleNamespace(interpret=interpret, launch_enter_hook=True, launch_exit_hook=None))
 
 
-def _shared_memory(device):
-    return {"max_shared_mem": torch.cuda.get_device_properties(device).shared_memory_per_block_optin}
+def _shared_memory(device: int) -> dict[str, int]:
+    return {"max_shared_mem": torch.cuda.get_device_properties(device).shared_memory_per_block_optin}  # type: ignore[attr-defined]
 
 
-def _without_driver():
+def _without_driver() -> SimpleNamespace:
     """What torch knows, too; the C stub of a kernel is built when it is loaded, not ahead."""
     active = SimpleNamespace(
         get_current_stream=current_stream,
@@ -309,7 +318,7 @@ TRITON = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in TRITON:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     where, make_fallback = TRITON[name]
@@ -318,7 +327,7 @@ def __getattr__(name):
     return globals()[name]
 
 
-def bound(compiled, grid, scalars):
+def bound(compiled: Any, grid: tuple[int, int, int], scalars: Sequence[Any]) -> Callable[[Sequence[Any], int], object]:
     """The launch of a loaded kernel as a function (addresses, stream), past hooks. Fallback: Triton's, which calls them."""
     try:
         run, handle = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
@@ -328,7 +337,7 @@ def bound(compiled, grid, scalars):
     return lambda addresses, stream: run(*grid, stream, *handle, *addresses, *scalars)
 
 
-def stub_arguments(compiled):
+def stub_arguments(compiled: Any) -> tuple[Any, Any] | None:
     """What the C stub of a kernel is built of, None if it is loaded. Fallback: None; it is built when the kernel is loaded."""
     source = getattr(compiled, "src", None)
     return None if source is None or getattr(compiled, "module", None) is not None else (source, compiled.metadata)

@@ -1,5 +1,6 @@
 """Influence malleability of linearized attention, arXiv 2603.13085: do training points keep their say when points move?"""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class InfluenceMalleability(NamedTuple):
     perturbed_x: torch.Tensor  # (R, N, D)
 
 
-def neural_tangent_kernel(q, x, w):
+def neural_tangent_kernel(q: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Tangent kernel at its initial weights of f(x) = m^-1/2 sum_r a_r relu(w_r . x), a_r = +-1 fixed.
 
     q (.., M, D), x (.., N, D), w (.., m, D) to (.., M, N):
@@ -41,7 +42,9 @@ def neural_tangent_kernel(q, x, w):
     return (active_q @ active_x.mT / w.shape[-2]) * (q @ x.mT)
 
 
-def leave_one_out_influence(kernel, test_kernel, y, y_test, ridge):
+def leave_one_out_influence(
+    kernel: torch.Tensor, test_kernel: torch.Tensor, y: torch.Tensor, y_test: torch.Tensor, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How far training on point i moves the prediction at test point t towards its label, by kernel ridge regression.
 
         P = (K + lambda I)^-1,   alpha = P y,   f(t) - f_-i(t) = (k_t P)_i alpha_i / P_ii,   lambda = ridge * mean(diag K)
@@ -57,16 +60,27 @@ def leave_one_out_influence(kernel, test_kernel, y, y_test, ridge):
     return weights * (y_test @ alpha.mT), test_kernel @ alpha, alpha
 
 
-def most_influential(influence, share):
+def most_influential(influence: torch.Tensor, share: float) -> torch.Tensor:
     """(.., k) indices of the k = round(share N), at least 1, points of largest absolute influence (.., N)."""
     return influence.abs().topk(max(1, round(share * influence.shape[-1])), dim=-1).indices
 
 
-def check_attack(attack):
+def check_attack(attack: str) -> None:
     require(attack in ATTACKS, f"attack must be one of {', '.join(ATTACKS)}, got {attack!r}")
 
 
-def perturb(x, y, predict, attack, *, eps=0.3, moved=None, bounds=(0.0, 1.0), attack_steps=10, generator=None):
+def perturb(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    attack: str,
+    *,
+    eps: float = 0.3,
+    moved: torch.Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    attack_steps: int = 10,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Move x (.., N, D) by at most eps a coordinate to raise the squared error of predict(x) (.., N, C) against y.
 
     attack:   "fgsm"  one step of eps along the sign of the gradient (arXiv 1412.6572)
@@ -85,7 +99,7 @@ def perturb(x, y, predict, attack, *, eps=0.3, moved=None, bounds=(0.0, 1.0), at
     reach = eps if moved is None else eps * moved[..., None].to(x.dtype)
     low, high = (x - reach).clamp(min=bounds[0]), (x + reach).clamp(max=bounds[1])
 
-    def ascent(points):
+    def ascent(points: torch.Tensor) -> torch.Tensor:
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             error = (predict(points) - y).square().sum()
@@ -107,13 +121,13 @@ def perturb(x, y, predict, attack, *, eps=0.3, moved=None, bounds=(0.0, 1.0), at
     return points
 
 
-def rank_correlation(first, second):
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Spearman's rank correlation along the last dimension, of values without ties."""
     ranks = (values.argsort(-1).argsort(-1).to(first.dtype) for values in (first, second))
-    return F.cosine_similarity(*(rank - rank.mean(-1, keepdim=True) for rank in ranks), dim=-1)
+    return F.cosine_similarity(*(rank - rank.mean(-1, keepdim=True) for rank in ranks), dim=-1)  # type: ignore[misc,arg-type]
 
 
-def spectral_amplification(x):
+def spectral_amplification(x: torch.Tensor) -> torch.Tensor:
     """cond(G)^3 of G = X X^T on its range, (.., N, D) to (..): the condition number of the kernel G^3 of f(X) = X X^T X.
 
     The range is the numerical rank of X, as torch.linalg.matrix_rank counts it: with more points than dimensions G is singular.
@@ -127,22 +141,22 @@ def spectral_amplification(x):
 
 @torch.no_grad()
 def influence_malleability(
-    x,
-    y,
-    x_test,
-    y_test,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_test: torch.Tensor,
+    y_test: torch.Tensor,
     *,
-    features="attention",
-    attack="pgd",
-    networks=1,
-    width=1024,
-    ridge=1e-3,
-    eps=0.3,
-    top=0.1,
-    moved=0.1,
-    bounds=(0.0, 1.0),
-    generator=None,
-):
+    features: str = "attention",
+    attack: str = "pgd",
+    networks: int = 1,
+    width: int = 1024,
+    ridge: float = 1e-3,
+    eps: float = 0.3,
+    top: float = 0.1,
+    moved: float = 0.1,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> InfluenceMalleability:
     """Share of the most influential training points whose influence changes sign under an attack, arXiv 2603.13085.
 
     Each of `networks` random networks m^-1/2 sum_r a_r relu(w_r . x~) is trained in the kernel regime on the points, attacked
@@ -175,7 +189,7 @@ def influence_malleability(
     w = torch.randn(networks, width, x.shape[1], generator=generator, dtype=x.dtype, device=x.device)
     feature, x = FEATURES[features], x.expand(networks, *x.shape)
 
-    def influences(points):
+    def influences(points: torch.Tensor) -> tuple[torch.Tensor, ...]:
         trained = feature(points, points)
         kernel, test_kernel = (neural_tangent_kernel(q, trained, w) for q in (trained, feature(x_test, points)))
         return trained, *leave_one_out_influence(kernel, test_kernel, y, y_test, ridge)

@@ -1,8 +1,8 @@
 """Gradient flow of a value matrix times normalised weights, arXiv 2603.06248: V and a of L(V s(a)) trained together."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,14 @@ class ValueSoftmaxFlow(NamedTuple):
     loss: torch.Tensor  # (T, B)
 
     @property
-    def effective_support(self):
+    def effective_support(self) -> torch.Tensor:
         """exp(entropy), from 1 (one token) to n (all alike), (T, B)."""
         return self.entropy.exp()
 
 
 class Differentiable(NamedTuple):
-    value: Callable
-    gradient: Callable  # of a loss: (z, beta) -> dL/dz; of a normaliser: (a, s, dL/ds) -> dL/da
+    value: Callable[..., torch.Tensor]
+    gradient: Callable[..., torch.Tensor]  # of a loss: (z, beta) -> dL/dz; of a normaliser: (a, s, dL/ds) -> dL/da
 
 
 LOSSES = {
@@ -55,7 +55,7 @@ LOSSES = {
 }
 
 
-def centred(s, ds):
+def centred(s: torch.Tensor, ds: torch.Tensor) -> torch.Tensor:
     """dL/ds less its mean under s: what every normaliser with sum(s) = 1 passes on."""
     return ds - (s * ds).sum(-1, keepdim=True)
 
@@ -79,8 +79,17 @@ NORMALISERS = {
 
 
 def draw_value_softmax(
-    models, n=8, d=8, *, beta=None, value_std=0.1, logit_mean=0.0, logit_std=0.0, generator=None, dtype=torch.float64
-):
+    models: int,
+    n: int = 8,
+    d: int = 8,
+    *,
+    beta: torch.Tensor | None = None,
+    value_std: float = 0.1,
+    logit_mean: float = 0.0,
+    logit_std: float = 0.0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> ValueSoftmax:
     """Initial values as in the paper's experiments: V_0 = value_std N(0, 1), a_0 = logit_mean + logit_std N(0, 1).
 
     models:     B, how many independent draws; n tokens, values d wide
@@ -90,7 +99,7 @@ def draw_value_softmax(
     Returns a ValueSoftmax. The normalisers "l1", "square" and "relu" cannot start from a = 0: the paper's code takes
     logit_mean = 1 and logit_std = 0.1 there. "cross_entropy" wants a distribution for beta.
     """
-    options = {"generator": generator, "dtype": dtype, "device": generator.device if generator else "cpu"}
+    options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": generator.device if generator else "cpu"}
     v = value_std * torch.randn(models, d, n, **options)
     a = logit_mean + logit_std * torch.randn(models, n, **options)
     if beta is None:
@@ -99,7 +108,7 @@ def draw_value_softmax(
     return ValueSoftmax(v, a, beta.to(v).expand(models, d))
 
 
-def log_spaced(last, count=100):
+def log_spaced(last: int, count: int = 100) -> list[int]:
     """0 and at most `count` different integers from 1 to `last`, evenly spaced on a logarithmic scale; [0] if last is 0."""
     require(last >= 0, f"last must be a number of steps, 0 or more, got {last}")
     require(count >= 1, f"count must be at least 1, got {count}")
@@ -108,7 +117,15 @@ def log_spaced(last, count=100):
     return [0, *torch.logspace(0, math.log10(last), count, dtype=torch.float64).round().long().unique().tolist()]
 
 
-def value_softmax_flow(initial, steps, *, loss="logistic", normaliser="softmax", step_size=0.1, on_record=None):
+def value_softmax_flow(
+    initial: ValueSoftmax,
+    steps: Sequence[int] | torch.Tensor,
+    *,
+    loss: str = "logistic",
+    normaliser: str = "softmax",
+    step_size: float = 0.1,
+    on_record: Callable[[int], object] | None = None,
+) -> ValueSoftmaxFlow:
     """Gradient flow of L(V s(a)) in V and a by explicit Euler steps, arXiv 2603.06248, Section 3.
 
         z = V s(a);   V' = -grad L(z) s^T;   a' = -(ds/da)^T V^T grad L(z)
