@@ -159,14 +159,13 @@ def contraction(factors, last, output):
 def sums(xs, ys, values, state, options, dtype=None, stored=False):
     """sum_j A_ij (v_j, 1) for every query, and the state after the last key of every sequence.
 
-    dtype: products of the features of several factors are rounded to it before they enter a state. stored: so is dA, before
-    the gradient of the normaliser is added, and the gradient of each factor's kernel.
+    dtype: products of the features of several factors are rounded to it before they enter a state. stored: and before
+    they are multiplied with those of queries; so is dA, before the gradient of the normaliser is added.
     """
     mask = visible(options, xs[0].shape[2], values.shape[2], values.device)
-    kernels = [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)]
-    if stored:
-        kernels = [with_gradient_in(kernel, dtype) for kernel in kernels]
-    weights = functools.reduce(torch.mul, kernels)
+    weights = functools.reduce(torch.mul, [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)])
+    if stored and len(ys) > 1:
+        weights = products_of(xs) @ to_query_heads(xs[0], products_of(ys, dtype)).mT
     weights, values_of_queries = weights.masked_fill(~mask, 0), to_query_heads(xs[0], values)
     total = weights @ values_of_queries
     if stored:
@@ -192,26 +191,46 @@ def sums(xs, ys, values, state, options, dtype=None, stored=False):
     return total, final if state is None else final + state
 
 
+def products_of(factors, dtype=None):
+    """(B, H, N, product of the widths): the products of the features of several factors, with values rounded to a dtype."""
+    letters = "pqrstu"[: len(factors)]
+    products = torch.einsum(",".join(f"bhn{letter}" for letter in letters) + f"->bhn{letters}", *factors).flatten(3)
+    return products if dtype is None else products + (products.to(dtype) - products).detach()
+
+
 def state_of_rounded_products(ys, values, state, options, dtype):
-    letters = "pqrstu"[: len(ys)]
-    products = torch.einsum(",".join(f"bhn{letter}" for letter in letters) + f"->bhn{letters}", *ys)
-    products = (products + (products.to(dtype) - products).detach()).flatten(3)
+    products = products_of(ys, dtype)
     _, final = sums([products], [products], values, None, options)
     final = final.unflatten(2, [y.shape[3] for y in ys])
     return final if state is None else final + state
 
 
+CHUNK = 64  # tokens between two states of causal kernels
+
+
 def sums_of_states(xs, ys, values, options, dtype):
-    """`sums` without causality, by a state of each sequence that is rounded to this dtype, and so is its gradient."""
+    """The first of `sums` without an initial state, by states that are rounded to this dtype, and so are their gradients.
+
+    Causal: by a state of all chunks before each chunk, within which pairs are added.
+    """
     build, read = contraction(ys, "bhnc", "bh{}c"), contraction(xs, "bh{}c", "bhnc")
+
+    def state_of(begin, end):
+        state = torch.einsum(build, *(y[:, :, begin:end] for y in ys), values[:, :, begin:end])
+        products = state[..., :-1]
+        products = with_gradient_in(products + (products.to(dtype) - products).detach(), dtype)
+        return to_query_heads(xs[0], torch.cat((products, state[..., -1:]), -1))
+
     totals = []
     for first, last in spans(options, values.shape[2]):
-        rows = slice(None) if options.get("cu_seqlens") is None else slice(first, last)
-        state = torch.einsum(build, *(y[:, :, first:last] for y in ys), values[:, :, first:last])
-        products, norms = state[..., :-1], state[..., -1:]
-        products = with_gradient_in(products + (products.to(dtype) - products).detach(), dtype)
-        state = to_query_heads(xs[0], torch.cat((products, norms), -1))
-        totals.append(torch.einsum(read, *(x[:, :, rows] for x in xs), state))
+        if not options.get("causal"):
+            rows = slice(None) if options.get("cu_seqlens") is None else slice(first, last)
+            totals.append(torch.einsum(read, *(x[:, :, rows] for x in xs), state_of(first, last)))
+        for begin in range(first, last, CHUNK) if options.get("causal") else ():
+            chunk = slice(begin, min(begin + CHUNK, last))
+            own_xs, own_ys = ([x[:, :, chunk] for x in side] for side in (xs, ys))
+            pairs, _ = sums(own_xs, own_ys, values[:, :, chunk], None, {"causal": True}, dtype, stored=True)
+            totals.append(pairs + torch.einsum(read, *own_xs, state_of(first, begin)))
     return torch.cat(totals, 2)
 
 
@@ -222,7 +241,7 @@ def attend(tensors, options, dtype=None, stored=False):
     """
     (xs, ys), values, initial = features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state")
     total, state = sums(xs, ys, values, initial, options, dtype, stored)
-    if stored and initial is None and not options.get("causal"):
+    if stored and initial is None:
         total = sums_of_states(xs, ys, values, options, dtype)
     o = total[..., :-1]
     if options.get("normalize", True):
