@@ -15,11 +15,11 @@ ISOLATION = $$($(PY) -c 'import ninja, pybind11, setuptools as s; assert int(s._
 	2>/dev/null && echo --no-build-isolation)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test fuzz sanitize build sdist wheels docs lint
+.PHONY: help bench test test-full fuzz sanitize build sdist wheels docs lint
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
-	@echo "Variables: ARGS (passed on by bench, test and fuzz), PYTHON (default: python3), WORKERS (processes of test), MINUTES (of fuzz),"
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@echo "Variables: ARGS (passed on by bench, test, test-full and fuzz), PYTHON (default: python3), WORKERS (processes of the tests), MINUTES (of fuzz),"
 	@echo "PYTHONS (of wheels)"
 
 bench: $(VENV)/.with-bench  ## measure every operator against its baselines
@@ -28,7 +28,10 @@ bench: $(VENV)/.with-bench  ## measure every operator against its baselines
 # Two workers interpret; a GPU serves as many as there are cores, as they mostly compile, and twelve fill its memory.
 WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then nproc | awk '{print ($$1 > 12) ? 12 : $$1}'; else echo 2; fi)
 
-test: $(VENV)/.with-interpreter  ## run the tests: on the GPU if there is one, else in Triton's interpreter
+test: $(VENV)/.with-interpreter  ## run the short tests: on the GPU if there is one, else in Triton's interpreter
+	$(PY) -m pytest -n $(WORKERS) -m "not full" $(ARGS)
+
+test-full: $(VENV)/.with-interpreter  ## run all tests
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 MINUTES ?= 5

@@ -17,6 +17,8 @@ from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import pairwise
 from nearfar.reference.affine import window_sums
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,8 @@ from samples import affine as oracle
 
 from nearfar import _cuda
 
+pytestmark = pytest.mark.full
+
 stored = takes_delta_of_stored_o("alpha", "sink")
 
 CHUNK = 128  # kAffineChunk, and kAffineTerms

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import nearfar as nf
 from nearfar.registry import OPERATORS, PARTS, STEPS
 
+pytestmark = pytest.mark.full
+
 LENGTH = 21
 DIFFERENTIABLE = [operator for operator in (*OPERATORS, *PARTS) if operator.differentiable]
 BACKENDS = ("triton", "reference")

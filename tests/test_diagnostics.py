@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import nearfar as nf
 from nearfar.ops.statistics import UPSTREAM_EXPONENT
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -17,6 +17,8 @@ from nearfar.ops import eager, krause, synchronization
 from nearfar.ops.torch_operator import forget_plans
 from nearfar.registry import OPERATORS
 
+pytestmark = pytest.mark.full
+
 WINDOW = nf.SlidingWindow(9)
 
 

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from nearfar import registry
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,8 @@ from samples.linear import MAPS, check, op_arguments, random_tensors
 
 from nearfar import _cuda
 
+pytestmark = pytest.mark.full
+
 WIDTH, CHUNK = 64, 64
 
 @pytest.fixture(scope="session")

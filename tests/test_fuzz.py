@@ -7,6 +7,8 @@ from strategies import CALLS
 
 from nearfar.registry import OPERATORS, PARTS, STEPS
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize("name", CALLS)
 @hypothesis.settings(max_examples=-(-hypothesis.settings.default.max_examples // 4))

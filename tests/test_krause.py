@@ -35,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -51,6 +51,8 @@ from nearfar.reference import linear as reference
 from nearfar.reference import pairwise
 from triton_kernels.factored import to_tf32
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,8 @@ from samples.linear import check, features, op_arguments, random_state, random_t
 
 from nearfar import _cuda
 
+pytestmark = pytest.mark.full
+
 stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
 
 

@@ -14,6 +14,8 @@ from samples.synchronization import check, differences, parameters
 import nearfar as nf
 from nearfar.ops import kuramoto
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("triton", "reference")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
