@@ -227,12 +227,22 @@ def with_gradient_in(x, dtype):
     return x
 
 
+def rounded(x, dtype):
+    """x with its values, but not its derivatives, rounded to this dtype."""
+    return x + (x.to(dtype) - x).detach()
+
+
 def normalized(total, weight, dtype):
     """total / weight, rounded to this dtype, with the gradients dO / weight, rounded, too, and -dO . o / weight of that o."""
     inverse = weight.detach().masked_fill(weight == 0, float("inf")).reciprocal()
     o = (total.detach() * inverse).to(dtype).to(total.dtype)
     tangent = (with_gradient_in(total, dtype) - o * weight) * inverse
     return o + tangent - tangent.detach()
+
+
+def furthest(exact, *plain):
+    """Of several plain results the one furthest from the exact one: any of them is what plain arithmetic may give."""
+    return max(plain, key=lambda x: (x.double() - exact).norm().nan_to_num(0, 0, 0).item())
 
 
 def assert_accurate(name, got, exact, plain, scale, dtype):
