@@ -119,10 +119,10 @@ def test_polarization_prints_what_the_flows_hold(tmp_path, capsys):
     polarisation, normalisers, square, cross_entropy = example("polarization").main(options)
     rows = dict(rows_of(page))
     assert polarisation.steps[-1] == 1000 and polarisation.entropy.shape == (len(polarisation.steps), 3)
-    paper, median, spread = rows["entropy, 1,000 steps (ln 8 = 2.08)"]
-    assert paper == "2.00" and float(median) == pytest.approx(polarisation.entropy[-1].median().item(), abs=0.006)
+    notebook, median, spread = rows["entropy, 1,000 steps (ln 8 = 2.08)"]
+    assert notebook == "1.989" and float(median) == pytest.approx(polarisation.entropy[-1].median().item(), abs=0.006)
     assert spread == f"{polarisation.entropy[-1].min():.2f} to {polarisation.entropy[-1].max():.2f}"
-    assert rows["winner is argmax V_0^T beta"][1] == "3 of 3"
+    assert rows["winner is argmax V_0^T beta (theorem: always)"][1] == "3 of 3"
     for name, flow in normalisers.items():
         assert float(rows[f"support of 10, logistic, {name}"][1]) == pytest.approx(
             flow.effective_support[-1].median().item(), abs=0.006
