@@ -243,6 +243,7 @@ def head_0_for_all(call, q, k, v, sigma):
     return call(q, *(torch.cat((x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]), 1) for x in (k, v)), sigma)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "plant",
     [

@@ -12,6 +12,8 @@ from test_diagnostics import check_constants, check_geometry
 import nearfar as nf
 from nearfar.ops.diagnostics import AttentionStatistics, SelectionGeometry
 
+pytestmark = pytest.mark.full
+
 TILE = 128  # kDiagnosticsTile
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 

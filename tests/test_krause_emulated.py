@@ -9,6 +9,8 @@ from samples.krause import best, check, decode, dense, keys_like, op_arguments, 
 import nearfar as nf
 from nearfar import _cuda
 
+pytestmark = pytest.mark.full
+
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 

@@ -8,6 +8,8 @@ from samples.linear import check, features, op_arguments, random_state, spans
 
 from nearfar import _cuda
 
+pytestmark = pytest.mark.full
+
 stored = takes_delta_of_stored_o("q", "k")
 
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nearfar as nf
 
+pytestmark = pytest.mark.full
+
 DIM, HEADS = 32, 4
 WINDOW = nf.SlidingWindow(5)
 

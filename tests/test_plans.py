@@ -21,6 +21,8 @@ from nearfar.ops import factored, kuramoto, pairwise, softmax
 from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned, uses_tf32
 from nearfar.registry import OPERATORS
 
+pytestmark = pytest.mark.full
+
 GRADED = [op for op in OPERATORS if op.differentiable]
 each_operator = pytest.mark.parametrize("operator", GRADED, ids=lambda op: op.function.__name__)
 WINDOW = nf.SlidingWindow(7)

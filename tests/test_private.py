@@ -14,6 +14,8 @@ from nearfar.triton_kernels import launch
 
 from nearfar.runtime import private
 
+pytestmark = pytest.mark.full
+
 NAMES = [*private.NAMES, *[name for name, _ in private.TRITON.values()]]
 # What is lost with a name, with an error that says so.
 LOST = {

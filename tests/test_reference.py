@@ -10,6 +10,8 @@ import nearfar as nf
 from nearfar.reference import krause, pairwise
 from nearfar.reference.synchronization import lock
 
+pytestmark = pytest.mark.full
+
 B, H, D = 1, 2, 16
 
 

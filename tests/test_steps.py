@@ -18,6 +18,8 @@ import nearfar as nf
 from nearfar.ops.step import overlaps_itself, share_memory
 from nearfar.ops.torch_operator import layouts
 
+pytestmark = pytest.mark.full
+
 HEADS, KV_HEADS, WIDTH, WINDOW = 4, 2, 16, 5
 
 

@@ -11,6 +11,8 @@ from samples.synchronization import check, differences, evaluate, op_arguments, 
 from nearfar import _cuda
 from nearfar.ops.kuramoto import _parameters
 
+pytestmark = pytest.mark.full
+
 WIDTH, CELL = 64, 64
 ROWS, GRAD_ROWS, MEMBERS = 192, 128, 24  # kSynchronizationRows, kSynchronizationGradRows, kSynchronizationMembers
 FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary

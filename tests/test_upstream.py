@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 import nearfar as nf
 from nearfar.registry import OPERATORS
 
+pytestmark = pytest.mark.full
+
 CASES = [
     pytest.param(operator, name, id=f"{operator.room}-{name}")
     for operator in OPERATORS if operator.differentiable for name in samples.names(operator)
