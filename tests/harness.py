@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -197,6 +198,22 @@ def accuracy(got, exact, plain, scale, dtype):
 
 
 DELTA_OF_STORED_O = set()
+OF_KERNELS = [True]  # whether the results at hand are
+
+
+@contextmanager
+def of_the_reference():
+    """Results checked in here are the reference's: it computes in float32, so no 16-bit rounding of kernels is allowed for."""
+    OF_KERNELS[0] = False
+    try:
+        yield
+    finally:
+        OF_KERNELS[0] = True
+
+
+def rounds_like_kernels(dtype):
+    """Whether the plain formula of gradients makes the roundings of 16-bit kernels (`stored` in tests/samples)."""
+    return dtype.itemsize == 2 and OF_KERNELS[0]
 
 
 def takes_delta_of_stored_o(*names):

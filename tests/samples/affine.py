@@ -11,6 +11,7 @@ from harness import (
     generator,
     normalized,
     randn,
+    rounds_like_kernels,
     with_gradient_in,
 )
 
@@ -205,7 +206,7 @@ def check(sample, do, o, gradients, names=None):
     """
     tensors, dtype = sample.tensors, sample.tensors["q"].dtype
     exact, rough = evaluate(dense, sample, do, torch.float64), evaluate(plain, sample, do, accumulation(dtype))
-    if dtype.itemsize == 2:
+    if rounds_like_kernels(dtype):
         coarse = evaluate(stored(dtype), sample, do, torch.float32)[1]
         for name in ({"q", "k", "v"} | DELTA_OF_STORED_O) & coarse.keys():
             rough[1][name] = furthest(exact[1][name], rough[1][name], coarse[name])

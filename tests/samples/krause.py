@@ -11,6 +11,7 @@ from harness import (
     normalized,
     randn,
     rounded,
+    rounds_like_kernels,
     with_gradient_in,
 )
 
@@ -254,7 +255,7 @@ def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"
 
     exact = evaluate(dense, sample, selected, do, torch.float64)
     rough = evaluate(plain, sample, selected, do, accumulation(dtype))
-    if dtype.itemsize == 2:
+    if rounds_like_kernels(dtype):
         coarse = evaluate(stored(dtype), sample, selected, do, torch.float32)[1]
         for name in "qkv":
             rough[1][name] = furthest(exact[1][name], rough[1][name], coarse[name])

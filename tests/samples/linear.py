@@ -17,6 +17,7 @@ from harness import (
     normalized,
     randn,
     rounded,
+    rounds_like_kernels,
     with_gradient_in,
 )
 
@@ -200,6 +201,7 @@ def products_of(factors, dtype=None):
 
 
 def state_of_rounded_products(ys, values, state, options, dtype):
+    """The state of `sums`, of products of features that are rounded to this dtype."""
     products = products_of(ys, dtype)
     _, final = sums([products], [products], values, None, options)
     final = final.unflatten(2, [y.shape[3] for y in ys])
@@ -310,7 +312,7 @@ def check(sample, do, o, gradients, names=None):
     for name, *result in zip(("o", "state")[: len(o)], o, exact_o, plain_o, o_scale, strict=True):
         assert_accurate(name, *(tensor.detach() for tensor in result), dtype)
     exact_gradients, plain_gradients = gradients_of(exact_o, exact, wide), gradients_of(plain_o, plain, narrow)
-    if dtype.itemsize == 2 and DELTA_OF_STORED_O:
+    if rounds_like_kernels(dtype) and DELTA_OF_STORED_O:
         coarse = gradients_of(as_tuple(attend(plain, options, dtype, stored=True)), plain, narrow)
         for name in DELTA_OF_STORED_O & coarse.keys():
             plain_gradients[name] = furthest(exact_gradients[name], plain_gradients[name], coarse[name])

@@ -411,7 +411,7 @@ def _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, statef
 
 
 def _empty_states(qs, v, count, backend):
-    """Room for `count` saved states of each head, and for their normalisers."""
+    """Buffers for `count` saved states of each head and for their normalisers."""
     widths, value_width = [q.shape[3] for q in qs], v.shape[3]
     shape = (*v.shape[:2], count, math.prod(widths))
     # A state that is walked on with stays float32; others are rounded as operands of products.
@@ -445,6 +445,7 @@ def _dispatched_forward(qs, ks, v, initial_state, cu_seqlens, *options):
 def _dispatched_backward(do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, *options):
     # The state that was not asked for has a gradient, too, where somebody differentiates every output.
     dstate, inverse = _or_none(dstate, inverse)
+    # A count of 0 means that none were saved, but for an empty sequence that continues a state.
     if not states.shape[2] and (v.shape[2] or initial_state is None):
         states = norms = None
     dqs, dks, dv, dinitial = backward(
