@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
-from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import pairwise
 from nearfar.reference.affine import window_sums
+from nearfar.runtime.plans import forget_plans
 
 pytestmark = pytest.mark.full
 

@@ -17,7 +17,7 @@ from test_operators import poison
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nearfar as nf
-from nearfar.ops.statistics import UPSTREAM_EXPONENT
+from nearfar.kernels.diagnostics import UPSTREAM_EXPONENT
 
 pytestmark = pytest.mark.full
 

@@ -28,7 +28,7 @@ from samples.krause import best, check, decode, keys_like, op_arguments, visible
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import krause as operator
-from nearfar.ops.torch_operator import Layout
+from nearfar.runtime.tensors import Layout
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 CAUSAL = nf.SlidingWindow(127)

@@ -21,9 +21,9 @@ from samples.synchronization import check, op_arguments, parameters
 from test_krause_cuda import tensor
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import synchronization as operator
-from nearfar.runtime import choices
+from nearfar.runtime import choices, dispatch
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 
