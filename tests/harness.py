@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from nearfar.ops.torch_operator import Layout, forget_plans
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar import _cuda
 from nearfar.runtime import choices
@@ -270,3 +272,47 @@ def assert_accurate(name, got, exact, plain, scale, dtype):
     assert torch.isfinite(got).all(), f"{name} is not finite"
     for norm, (error, bound) in accuracy(got, exact, plain, scale, dtype).items():
         assert error <= bound, f"{name}: {norm} error {error:.3e} > {bound:.3e}, {error / bound:.2f} times what is allowed"
+
+
+def tensor(width=64, dtype=torch.bfloat16, row=None, device="cuda"):
+    """Layout of a tensor with rows `row` elements apart."""
+    shape, row = (2, 4, 9, width), width if row is None else row
+    return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
+
+
+@contextmanager
+def poison():
+    """Uninitialised memory is filled with NaN, or the largest integer, before anyone can write to it."""
+    enabled, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def turns(*calls):
+    """Every call gives alone what it gives among the others, and no two give the same."""
+    alone = []
+    for call in calls:
+        forget_plans()
+        alone.append(call())
+    for call, expected in zip(calls + calls, alone + alone, strict=True):
+        assert torch.equal(call(), expected)
+    for index, result in enumerate(alone):
+        assert not any(torch.equal(result, other) for other in alone[:index])

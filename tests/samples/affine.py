@@ -242,3 +242,8 @@ def op_arguments(sample):
 def backward_arguments(sample, do, outputs):
     *tensors, left, right, scale = op_arguments(sample)
     return (do, *tensors, *outputs, left, right, scale)
+
+
+def attention(sample):
+    """The public function of these tensors."""
+    return nf.affine_attention if "alpha" in sample.tensors else nf.softmax_attention

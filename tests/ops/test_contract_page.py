@@ -9,7 +9,7 @@ import test_operators
 
 from nearfar.registry import OPERATORS, PARTS, STEPS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "contract.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
 FUNCTIONS = [entry.function.__name__ for entry in (*OPERATORS, *PARTS, *STEPS)]
 PROPERTIES = {
     "accuracy, drawn calls": [test_fuzz.test_fuzz],
@@ -78,7 +78,7 @@ def table():
 
 
 def test_the_table_of_the_contract():
-    """python tests/test_contract_page.py writes it."""
+    """`PYTHONPATH=tests python tests/ops/test_contract_page.py` writes it."""
     assert re.search(r"<!-- contract -->\n(.*?)\n?<!-- /contract -->", PAGE.read_text(), re.DOTALL)[1] == table()
 
 

@@ -16,6 +16,7 @@ from harness import (
     DEVICE,
     DTYPES,
     LAYOUTS,
+    Largest,
     Sample,
     as_tuple,
     assert_same,
@@ -42,7 +43,6 @@ from samples.linear import (
     visible,
     with_ones,
 )
-from test_krause import Largest
 from triton.runtime.interpreter import InterpreterBuilder
 
 import nearfar as nf

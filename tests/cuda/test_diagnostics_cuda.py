@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, pretend_measured, randn, run
+from harness import DEVICE, LAYOUTS, Sample, gpu, leaves, poison, pretend_measured, randn, run, tensor
 from samples import diagnostics as oracle
-from test_diagnostics import check_constants, check_geometry, geometry, random_sample, statistics
-from test_krause_cuda import tensor
-from test_operators import poison
+from samples.cuda.diagnostics import SAMPLES, cuda_sample, everything
+from samples.diagnostics import check_constants, check_geometry, geometry, statistics
 
 import nearfar as nf
 from nearfar import _cuda
@@ -71,25 +70,9 @@ def test_distances_and_scales_that_are_not_positive_are_not_served():
 
 # -------------------------------------------------------------------------------------------------------- the kernels
 
-SAMPLES = {
-    "causal, grouped heads": dict(causal=True, heads=(4, 2), length=600),
-    "full, fewer queries": dict(length=133, keys=900, width=128, value_width=128),
-    "window": dict(locality=nf.SlidingWindow(200, 90), length=777),
-    "causal, last queries": dict(length=20, keys=377, causal=True, scale=1.0, width=128, value_width=128),
-    "one token": dict(length=1),
-    "few keys": dict(length=50, keys=3, scale=0.3),
-}
 each_sample = pytest.mark.parametrize("name", SAMPLES)
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 EXACT_ROWS = {torch.float16: 0.3, torch.bfloat16: 0.2}  # roundings of s leave the rest of the rows some room
-
-
-def cuda_sample(dtype=torch.bfloat16, **options):
-    return random_sample(dtype, **{"width": 64, "value_width": 64, **options})
-
-
-def everything(sample, top_n=4, backend="cuda"):
-    return *statistics(sample, backend), *geometry(sample, top_n, backend)
 
 
 @gpu

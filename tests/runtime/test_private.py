@@ -110,7 +110,7 @@ def test_a_module_without_its_internals():
 
 # ------------------------------------------------------------------------------------------------------- in no other file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = [path for folder in ("python/nearfar", "triton_kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES = [path for path in PACKAGE if path != ROOT / "python/nearfar/runtime/private.py"]
 UNSTABLE = ("triton.runtime", "triton.compiler", "triton.backends", "triton.knobs")  # Triton has no underscores

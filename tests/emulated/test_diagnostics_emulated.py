@@ -7,7 +7,7 @@ import torch
 from emulated import Conditions, Guarded, build, launch
 from harness import Sample, assert_accurate, randn
 from samples import diagnostics as oracle
-from test_diagnostics import check_constants, check_geometry
+from samples.diagnostics import check_constants, check_geometry
 
 import nearfar as nf
 from nearfar.ops.diagnostics import AttentionStatistics, SelectionGeometry

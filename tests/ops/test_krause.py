@@ -10,6 +10,7 @@ import torch
 from harness import (
     DEVICE,
     DTYPES,
+    Largest,
     Sample,
     assert_same,
     generator,
@@ -31,7 +32,6 @@ from samples.krause import (
     visible,
     weights,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 
@@ -469,19 +469,6 @@ def test_a_compiled_reference_serves_other_lengths():
         call = dict(locality=nf.SlidingWindow(4), top_k=2, cu_seqlens=cu_seqlens)
         expected = nf.krause_attention(q, q, q, 2.0, **call, backend="reference")
         assert torch.equal(compiled(q, q, q, 2.0, **call), expected), ends
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("top_k", [None, 8])

@@ -15,7 +15,7 @@ from nearfar import registry
 
 pytestmark = pytest.mark.full
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True, scope="module")

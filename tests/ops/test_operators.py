@@ -1,6 +1,5 @@
 """What every operator of nearfar.registry promises, tested on the samples of tests/samples/<room>.py."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from harness import (
     like,
     needs_gpu,
     of_the_reference,
+    poison,
     run,
 )
 from samples import public
@@ -82,19 +82,6 @@ def test_reference_derivatives(operator, name):
     # Fast mode compares along random directions: every entry enters, at a fraction of the calls.
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
-
-
-@contextmanager
-def poison():
-    """Uninitialised memory is filled with NaN, or the largest integer, before anyone can write to it."""
-    enabled, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 def run_op(operator, sample, do):
@@ -487,10 +474,10 @@ def test_other_stream(operator, name):
 @each_operator
 def test_rooms(operator):
     """One name in every room."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     for room in ("python/nearfar/ops", "python/nearfar/reference", "triton_kernels", "tests/samples"):
         assert (root / room / f"{operator.room}.py").is_file(), room
-    assert (root / "tests" / f"test_{operator.room}.py").is_file()
+    assert (root / "tests/ops" / f"test_{operator.room}.py").is_file()
     assert getattr(nearfar, operator.function.__name__) is operator.function
     assert operator.function.__name__ in nearfar.__all__
     assert operator.source in operator.function.__doc__

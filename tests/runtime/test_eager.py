@@ -6,9 +6,8 @@ import weakref
 import pytest
 import samples
 import torch
-from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, randn, run
+from harness import DEVICE, LAYOUTS, Sample, assert_same, leaves, randn, run, turns
 from samples import public
-from test_plans import turns
 from torch._subclasses import FakeTensorMode
 
 import nearfar as nf

@@ -15,7 +15,7 @@ import torch
 import nearfar
 from nearfar import _cuda
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def has_nvcc() -> bool:

@@ -1,6 +1,6 @@
 """The kernels of csrc/ without a GPU: their sources, compiled by g++ against tests/emulation.
 
-What the emulation checks besides the results, and what it cannot see, is in CONTRIBUTING.md.
+What the emulation checks besides the results, and what it cannot see, is in docs/emulation.md.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ import pytest
 import torch
 from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, randn
 
-ROOT = Path(__file__).parents[1]
-EMULATION = ROOT / "tests/emulation"
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent
 
 
 def find_nvcc():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import samples
 import torch
-from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run
+from harness import DEVICE, LAYOUTS, Sample, assert_same, needs_gpu, randn, run, turns
 from nearfar.triton_kernels import interpreter, launch
 from samples import public
 from triton.runtime.jit import JITFunction
@@ -62,18 +62,6 @@ def test_calls_of_one_shape_do_not_take_each_others_plans(operator):
 
 def rows(width=16, length=20, dtype=torch.float32):
     return [randn(1, 2, length, width, dtype=dtype, seed=seed) for seed in range(3)]
-
-
-def turns(*calls):
-    """Every call gives alone what it gives among the others, and no two give the same."""
-    alone = []
-    for call in calls:
-        forget_plans()
-        alone.append(call())
-    for call, expected in zip(calls + calls, alone + alone, strict=True):
-        assert torch.equal(call(), expected)
-    for index, result in enumerate(alone):
-        assert not any(torch.equal(result, other) for other in alone[:index])
 
 
 def test_calls_with_other_options_do_not_take_each_others_plans():

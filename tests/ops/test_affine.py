@@ -5,12 +5,11 @@ What every operator promises is tested on its samples in test_operators.py; the 
 
 import pytest
 import torch
-from harness import DEVICE, DTYPES, Sample, assert_accurate, assert_same, needs_gpu, randn, run
+from harness import DEVICE, DTYPES, Largest, Sample, assert_accurate, assert_same, needs_gpu, randn, run
 from nearfar.triton_kernels import affine_launch
 from nearfar.triton_kernels.launch import launch_parameters
-from samples.affine import check, random_rows, visible
+from samples.affine import attention, check, random_rows, visible
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 from nearfar.reference import pairwise
@@ -23,11 +22,6 @@ BACKENDS = ("triton", "reference")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_affine = pytest.mark.parametrize("affine", [True, False], ids=["affine", "softmax"])
-
-
-def attention(sample):
-    """The public function of these tensors."""
-    return nf.affine_attention if "alpha" in sample.tensors else nf.softmax_attention
 
 
 def run_sample(sample, do=None, backend="triton"):
@@ -537,19 +531,6 @@ def test_factors_are_not_rounded_to_half_precision(backend):
     one = torch.ones(1, 1, 1, 16, dtype=torch.float16, device=DEVICE)
     alpha, beta = (torch.tensor([[[number]]], device=DEVICE) for number in (1 + 2.0**-12, -1.0))
     assert torch.equal(nf.affine_attention(one, one, one, alpha, beta, backend=backend), one * 2.0**-12)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 def test_reference_memory_grows_with_the_window_only():

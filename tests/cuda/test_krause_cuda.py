@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_kernels import digest
 from harness import (
     DEVICE,
     LAYOUTS,
@@ -22,16 +23,16 @@ from harness import (
     pretend_measured,
     randn,
     run,
+    tensor,
 )
+from samples.cuda.krause import CAUSAL, SAMPLES, cuda_sample
 from samples.krause import best, check, decode, keys_like, op_arguments, visible
 
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import krause as operator
-from nearfar.runtime.tensors import Layout
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-CAUSAL = nf.SlidingWindow(127)
 
 
 # ---------------------------------------------------------------------------------------------------- what it serves
@@ -47,12 +48,6 @@ class Extension:
         self.devices = lambda: [{"shared_memory_per_block_optin": 99 * 1024}]
         self.krause_forward_shared_bytes = lambda width, window: width * 1024
         self.krause_backward_shared_bytes = lambda width: width * 1000
-
-
-def tensor(width=64, dtype=torch.bfloat16, row=None, device="cuda"):
-    """Layout of a tensor with rows `row` elements apart."""
-    shape, row = (2, 4, 9, width), width if row is None else row
-    return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
 
 
 def test_auto_asks_first_what_was_measured_faster(monkeypatch):
@@ -124,35 +119,6 @@ def test_shared_memory_fits():
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
-def cuda_sample(dtype, width=64, heads=(2, 1), length=333, keys=None, batch=1, seed=0, **options):
-    keys = length if keys is None else keys
-    tensors = {
-        "q": randn(batch, heads[0], length, width, dtype=dtype, seed=seed + 1),
-        "k": randn(batch, heads[1], keys, width, dtype=dtype, seed=seed + 2),
-        "v": randn(batch, heads[1], keys, width, dtype=dtype, seed=seed + 3),
-        "sigma": torch.linspace(0.6, 1.2, heads[0], device=DEVICE) * width**0.5,
-    }
-    if "cu_seqlens" in options:
-        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32, device=DEVICE)
-    return Sample(tensors, options)
-
-
-SAMPLES = {
-    "causal": dict(locality=CAUSAL, top_k=96),
-    "whole window": dict(locality=CAUSAL),
-    "narrow": dict(width=32, locality=nf.SlidingWindow(40, 20), top_k=9),
-    "narrow whole": dict(width=32, locality=nf.SlidingWindow(0, 63)),
-    "wide": dict(width=128, locality=nf.SlidingWindow(64, 63), top_k=64),
-    "wide whole": dict(width=128, locality=nf.SlidingWindow(31)),
-    "heads share keys": dict(heads=(6, 2), batch=2, length=150, locality=nf.SlidingWindow(100), top_k=1),
-    "packed": dict(cu_seqlens=[0, 0, 21, 22, 90, 90, 333], locality=nf.SlidingWindow(60, 40), top_k=20),
-    "more keys": dict(length=70, keys=391, locality=nf.SlidingWindow(80, 9), top_k=33),
-    "fewer keys": dict(length=300, keys=130, locality=nf.SlidingWindow(29), top_k=7),
-    "one query": dict(batch=3, length=1, keys=200, locality=CAUSAL, top_k=50),
-    "its own key only": dict(length=65, locality=nf.SlidingWindow(0), top_k=1),
-}
-
-
 def krause(sample, backend="cuda"):
     return nf.krause_attention(**sample.tensors, **sample.options, backend=backend)
 
@@ -189,8 +155,6 @@ def test_the_same_bits_every_time(name, dtype):
 
 def test_a_digest_knows_every_bit():
     """Of numbers, too, and of what is not contiguous."""
-    from cuda_kernels import digest  # which takes samples from here
-
     tensors = [torch.tensor(1.0), torch.arange(6.0).view(2, 3).mT, torch.tensor([1, 2], dtype=torch.bfloat16)]
     changed = [[x + 1 if x is other else x for x in tensors] for other in tensors]
     assert len({digest(some) for some in (tensors, *changed)}) == 4 and digest(tensors) == digest(iter(tensors))
@@ -201,7 +165,7 @@ def test_fifty_processes_give_the_same_bits(tmp_path):
     """Of every CUDA kernel. The first one fills a cache of their own: where several do at one time, a launcher may be taken for
     another (docs/notes/krause.md)."""
     command = [sys.executable, Path(__file__).with_name("cuda_kernels.py")]
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def fresh(_):
         return subprocess.run(command, env=environment, capture_output=True, text=True)
