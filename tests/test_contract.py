@@ -8,6 +8,7 @@ import functools
 import io
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import samples
@@ -16,6 +17,7 @@ from harness import DEVICE, Sample, as_tuple, assert_same, has_tokens, leaves, l
 from samples import public, steps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import nearfar as nf
@@ -672,6 +674,21 @@ def test_steps_compile_without_graph_break(step, backend):
         o = steps.call(step, expected, backend=backend)
         torch.testing.assert_close(compiled(sample), o, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sample.memory, expected.memory, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+@each_step
+def test_steps_of_fake_and_meta_tensors(step, backend, kind):
+    """They tell shape, strides and dtype of the output, and touch no memory."""
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if kind == "fake" else lambda tensor: tensor.to("meta")
+    sample = steps.make(step)
+    expected = steps.call(step, steps.clone(sample))
+    out, sample = tree_map_only(torch.Tensor, convert, (torch.empty_like(expected), sample))
+    with mode if kind == "fake" else nullcontext():
+        for o in (steps.call(step, sample, backend=backend), steps.call(step, sample, out=out, backend=backend)):
+            assert (o.shape, o.stride(), o.dtype, o.device) == (expected.shape, expected.stride(), expected.dtype, out.device)
 
 
 @each_step

@@ -10,7 +10,7 @@ from nearfar import _cuda, checks, dispatch
 from nearfar.dispatch import Backend
 from nearfar.ops import eager, factored
 from nearfar.ops.opaque import opaque
-from nearfar.ops.step import check_out, check_writes
+from nearfar.ops.step import check_out, check_writes, plain_layouts
 from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference import linear as reference
 from nearfar.runtime import choices
@@ -375,7 +375,7 @@ def _step(
     num_read = len(tensors) - 1
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     if out is not None:
         _check_out(layouts, names, tensors)
     check_writes(layouts, names, tensors, num_read)
