@@ -6,8 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from nearfar import _cuda
 from nearfar.kernels.krause import MAX_CANDIDATES
+=======
+from nearfar import _cuda, checks, dispatch
+from nearfar.dispatch import Backend
+from nearfar.ops.pairwise import MAX_CANDIDATES
+from nearfar.ops.step import check_out, check_writes, define_step, plain_layouts
+from nearfar.ops.torch_operator import Layout, device_of, kernels, unit_stride
+>>>>>>> leftovers
 from nearfar.reference.krause import krause_attention_step as reference_step
 from nearfar.runtime import checks, choices, dispatch
 from nearfar.runtime.dispatch import Backend
@@ -140,7 +148,7 @@ def krause_attention_step(
     names, tensors = [*names, "cache.k", "cache.v", "cache.length"], [*tensors, *cache]
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     shape, order, kernel_reason = _checked(layouts, names, tensors, num_read, top_k is not None)
     check_writes(layouts, names, tensors, num_read)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
