@@ -14,7 +14,6 @@ from harness import (
     pretend_measured,
     randn,
     run,
-    takes_delta_of_stored_o,
 )
 from samples.affine import check, op_arguments
 from test_affine import attention
@@ -23,8 +22,6 @@ from test_krause_cuda import tensor
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import affine as operator
-
-stored = takes_delta_of_stored_o("alpha", "sink")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

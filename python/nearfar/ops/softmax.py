@@ -150,7 +150,7 @@ def _plan_backward(do, q, k, v, u, shifted, exact, packed, left, right, scale, b
     if backend == "cuda":
         terms = m.new_empty(_cuda.softmax_terms_shape(q))
         counters = q.new_empty(2, dtype=torch.int32)
-        launches = (_cuda.AffineBackward(q, k, v, u, do, *gradients, right, scale),)
+        launches = (_cuda.AffineBackward(q, k, v, u, do, *gradients, exact, right, scale),)
         chunk = _cuda.extension.AFFINE_CHUNK
     else:
         queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
