@@ -34,7 +34,7 @@ from samples.krause import (
 )
 
 import nearfar as nf
-from nearfar.ops.pairwise import MAX_CANDIDATES, selection_words
+from nearfar.kernels.krause import MAX_CANDIDATES, selection_words
 
 pytestmark = pytest.mark.full
 

@@ -6,20 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 from nearfar import _cuda
 from nearfar.kernels.krause import MAX_CANDIDATES
-=======
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.step import check_out, check_writes, define_step, plain_layouts
-from nearfar.ops.torch_operator import Layout, device_of, kernels, unit_stride
->>>>>>> leftovers
 from nearfar.reference.krause import krause_attention_step as reference_step
 from nearfar.runtime import checks, choices, dispatch
 from nearfar.runtime.dispatch import Backend
-from nearfar.runtime.step import check_out, check_writes, define_step
+from nearfar.runtime.step import check_out, check_writes, define_step, plain_layouts
 from nearfar.runtime.tensors import Layout, device_of, triton_module, unit_stride
 
 
