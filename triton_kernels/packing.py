@@ -61,10 +61,11 @@ def fill_pieces(
         tl.store(first_pieces + index + 1, after, there & writes)
         total = tl.minimum(total + tl.sum(counts, 0), num_pieces)
     tl.store(first_pieces, 0, writes)
+    beyond = sequence == num_sequences  # all of them
     sequence = tl.minimum(sequence, num_sequences - 1)
     begin = tl.minimum(tl.maximum(tl.load(ends + sequence), 0), num_tokens)
     end = tl.minimum(tl.maximum(tl.load(ends + sequence + 1), 0), num_tokens)
-    piece_begin = tl.minimum(begin + tl.minimum((piece - first) * piece_length, num_tokens), end)
+    piece_begin = tl.where(beyond, end, tl.minimum(begin + (piece - first) * piece_length, end))
     inside = piece < num_pieces
     tl.store(pieces + piece, piece_begin, inside)
     tl.store(pieces + num_pieces + piece, tl.minimum(piece_begin + piece_length, end), inside)

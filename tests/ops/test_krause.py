@@ -569,14 +569,6 @@ BAD = {
     "cu_seqlens int64": (TypeError, "^cu_seqlens must be", lambda: {"cu_seqlens": seqlens(0, 6, dtype=torch.int64)}),
     "cu_seqlens of rank 2": (ValueError, "^cu_seqlens must have shape", lambda: {"cu_seqlens": seqlens(0, 6)[None]}),
     "cu_seqlens of one": (ValueError, "^cu_seqlens must have shape", lambda: {"cu_seqlens": seqlens(0)}),
-    "cu_seqlens not from 0": (ValueError, "^cu_seqlens must start at 0", lambda: {"cu_seqlens": seqlens(1, 6)}),
-    "cu_seqlens too short": (ValueError, "^cu_seqlens must .* end at .*6", lambda: {"cu_seqlens": seqlens(0, 5)}),
-    "cu_seqlens too long": (ValueError, "^cu_seqlens must .* end at .*6", lambda: {"cu_seqlens": seqlens(0, 7)}),
-    "cu_seqlens that decrease": (
-        ValueError,
-        "^cu_seqlens .*never decrease",
-        lambda: {"cu_seqlens": seqlens(0, 4, 2, 6)},
-    ),
     "cu_seqlens elsewhere": (ValueError, "^cu_seqlens .*device", lambda: {"cu_seqlens": seqlens(0, 6).to("meta")}),
     "cu_seqlens with a batch": (
         ValueError,
@@ -616,29 +608,12 @@ def test_bad_sigma_tensor(values):
 
 
 def test_inference_mode():
-    """Its tensors have no version to tell whether cu_seqlens has changed."""
     sample = exact_sample(torch.float32)
     with torch.inference_mode():
         ends = torch.tensor([0, 30, 70], dtype=torch.int32, device=DEVICE)
         o = [krause(sample._replace(options=dict(sample.options, cu_seqlens=ends))) for _ in range(2)]
     assert torch.equal(o[0], o[1])
     assert torch.equal(o[0], krause(sample._replace(options=dict(sample.options, cu_seqlens=ends.clone()))))
-    with pytest.raises(ValueError, match="cu_seqlens"), torch.inference_mode():
-        short = torch.tensor([0, 30], dtype=torch.int32, device=DEVICE)
-        krause(sample._replace(options=dict(sample.options, cu_seqlens=short)))
-
-
-def test_cu_seqlens_is_checked_again_after_a_change():
-    cu_seqlens = seqlens(0, 2, 6)
-    bad(cu_seqlens=cu_seqlens)
-    bad(cu_seqlens=cu_seqlens)
-    cu_seqlens[1] = 9
-    with pytest.raises(ValueError, match="^cu_seqlens .*never decrease"):
-        bad(cu_seqlens=cu_seqlens)
-    cu_seqlens[1] = 2
-    longer = {"q": randn(1, 4, 7, 16), "k": randn(1, 2, 7, 16), "v": randn(1, 2, 7, 16)}
-    with pytest.raises(ValueError, match="^cu_seqlens .*end at .*7"):
-        bad(cu_seqlens=cu_seqlens, **longer)
 
 
 @pytest.mark.parametrize("width", [8, 12, 17, 20, 264])

@@ -241,11 +241,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor)
     The values of a CUDA tensor are not read back, which would stall the stream: `nearfar.check_cu_seqlens` does that. Kernels
     stay inside the tensors whatever the values are.
     """
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
-        kind = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens must have shape (number of sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    check_cu_seqlens_layout(cu_seqlens)
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}")
     if q.shape[0] != 1:
@@ -254,6 +250,14 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor)
         raise ValueError(f"cu_seqlens needs q and k of one length, got {q.shape[2]} and {k.shape[2]}")
     if cu_seqlens.is_cpu and has_values(cu_seqlens):
         check_ends(cu_seqlens, q.shape[2])
+
+
+def check_cu_seqlens_layout(cu_seqlens: torch.Tensor) -> None:
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape (number of sequences + 1,), got {tuple(cu_seqlens.shape)}")
 
 
 def check_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
