@@ -63,7 +63,7 @@ def plan_attend(call, o_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
         call.window, factor, scale < 0, runs(call), call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -74,7 +74,7 @@ def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
         heads_together(call, keys=True), call.window, scale, runs(call), exact, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -85,5 +85,5 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
         heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)

@@ -61,7 +61,7 @@ def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_tok
     cells = triton.cdiv(length, CELL)
     scalars = (
         strides, coupling_stride, bandwidth_stride, length, heads, cells, order_per_token, width, width_block(width)
-    )  # fmt: skip
+    )
     return Launch(locking.survey, cells * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -75,7 +75,7 @@ def plan_neighbours(call, kernel, rows, members=None):
     scalars = (
         own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
         call.window[0], queries, call.right == 0, rows // CELL, members, width, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -86,7 +86,7 @@ def plan_attend(call, self, o_strides, bandwidth_stride):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -97,7 +97,7 @@ def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         top_k, *options(call, self), ring // parameters.block_n, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -116,7 +116,7 @@ def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dw_strides, bandwidth_stride, *call.geometry, tiles,
         call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -127,7 +127,7 @@ def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_str
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride, *call.geometry,
         tiles, call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
@@ -139,7 +139,7 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     scalars = (
         call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
         steepest, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 
 
@@ -155,7 +155,7 @@ def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_
 
 def backward_launches(
     omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric, o, bits, do, dw, dk, dv, cuda
-):  # fmt: skip
+):
     """The launches of `backward`, in order; symmetric: S is, and dw is the gradient of omega as queries and as keys.
 
     cuda: the launch in CUDA C++ that takes the place of `grad_tokens`, or None.
@@ -208,7 +208,7 @@ def forward(omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists,
 def backward(
     omega, omega_k, v, coupling, bandwidth, order, queries, keys, query_lists, key_lists, o, total, bits,
     do, inverse, shift, dw, dk, dv, dalpha, dradius,
-):  # fmt: skip
+):
     """What `backward_launches` are given to fill dw, dk, dv, and dalpha and dradius (B, Hq, N).
 
     key_lists None: where S is symmetric, dw is that of queries and keys. Without omega_k, dk is the gradient of omega, and

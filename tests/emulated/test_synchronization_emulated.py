@@ -124,7 +124,7 @@ def backward(kernels, sample, do, o, total, conditions, everything=False):
     launch(
         kernels["synchronization_backward"], dtype_of(sample), tensors | found, conditions,
         grad_floor=floor, **sizes(omega),
-    )  # fmt: skip
+    )
     guarded.assert_intact()
     return found
 

@@ -64,7 +64,7 @@ def draw_by_layer(axes: "Axes", values: Sequence[torch.Tensor]) -> None:
     """A dot a head, a line through the means of the layers."""
     for layer, heads in enumerate(values):
         axes.plot([layer] * len(heads), heads.tolist(), "o", color="#0072b2", alpha=0.5, markersize=5,
-                  label=None if layer else "head")  # fmt: skip
+                  label=None if layer else "head")
     axes.plot(range(len(values)), [heads.nanmean().item() for heads in values], "k-", linewidth=1.5, label="mean of the layer")
     axes.set(xlabel="layer", xticks=thinned(len(values)))
     axes.grid(True, axis="y", color="0.9")
@@ -82,7 +82,7 @@ def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, t
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
         control = torch.cat([m[("control_precision", "control_recall", "control_f_score")[index]] for m in means])
         axes.plot(watched.top_n, control.nanmedian().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
-                  linestyle="none", label=f"{name}, random keys")  # fmt: skip
+                  linestyle="none", label=f"{name}, random keys")
     axes.set_xscale("log", base=2)
     axes.set_xticks(watched.sweep, watched.sweep)
     axes.set(title="selected keys told apart: median, middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))

@@ -140,7 +140,7 @@ def sink_of(key_mass: torch.Tensor, v: torch.Tensor, num_queries: int) -> tuple[
     index = batch[:, None], head[None, :] // group, key
     norm, direction = norms[index], directions[index]
     norm_of_others, of_others = ((x.sum(2).repeat_interleave(group, 1) - own) / others
-                                 for x, own in ((norms, norm), (directions, direction)))  # fmt: skip
+                                 for x, own in ((norms, norm), (directions, direction)))
     return key, mass / num_queries, norm, norm_of_others, (direction * of_others).sum(-1)
 
 

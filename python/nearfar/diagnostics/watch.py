@@ -62,7 +62,7 @@ class Watch:
                 scale=call.scale, locality=part.locality,
             )
             for call in calls for part in call.parts
-        ]  # fmt: skip
+        ]
         self._merge(layer, parts)
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Watch:
         columns = (
             "entropy", "effective_support", "sink_mass", "sink_norm", "sink_similarity", "precision", "recall", "f_score",
             "control_f_score",
-        )  # fmt: skip
+        )
         rows = self.table()
         width = max((len(row["layer"]) for row in rows), default=5)
         lines = [f"{'layer':{width}} head " + " ".join(f"{name:>{max(len(name), 6)}}" for name in columns) + "  regime"]

@@ -160,7 +160,7 @@ class AffineScaledAttention(SelfAttention):
         o = affine_attention(
             q, k, v, alpha, _beta(alpha, average, length), causal=self.causal, window_size=self.window_size,
             sink=self._sink(q), cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         return self._gated_out(o, x)
 
     @torch.no_grad()

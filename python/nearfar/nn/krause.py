@@ -80,7 +80,7 @@ class KrauseAttention(SelfAttention):
         o = krause_attention(
             q, k, v, self._sigma(q), self.locality,
             top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.merge_heads(o)
 
     @torch.no_grad()

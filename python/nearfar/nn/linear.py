@@ -73,7 +73,7 @@ class _StatefulAttention(SelfAttention):
         result = self.operator(
             self.factors(q), self.factors(k), v, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal,
             initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         if return_state:
             o, state = result
             return self.merge_heads(o), state
@@ -122,7 +122,7 @@ class _StatefulAttention(SelfAttention):
         o = self.step_operator(
             self.factors(q), self.factors(k), v, state,
             feature_map=self.feature_map, normalize=self.normalize, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.merge_heads(o)
 
     def _factor_list(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -109,7 +109,7 @@ class SynchronizationAttention(Layer):
         o = synchronization_attention(
             omega, self.heads("v_proj", x, self.head_dim), *parameters, causal=self.causal, top_k=self.top_k, sort=self.sort,
             grad_floor=self.grad_floor, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
     @torch.no_grad()

@@ -187,7 +187,7 @@ _kernels = kernels("krause_step")
 def _step(
     q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, out: Tensor,
     top_k: int | None, backend: str,
-) -> None:  # fmt: skip
+) -> None:
     """Fill out and the slots of the new tokens, and count them."""
     cache = KrauseCache(cache_k, cache_v, length)
     if backend == "reference":

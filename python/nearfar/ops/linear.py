@@ -35,7 +35,7 @@ def _reference_attention(
 ) -> Any:
     return reference.hadamard_attention(
         qs, ks, v, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens
-    )  # fmt: skip
+    )
 
 
 def _empty_reference(
@@ -95,21 +95,21 @@ def linear_attention(
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 @overload
 def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -165,21 +165,21 @@ def hadamard_attention(
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 @overload
 def hadamard_attention(
     qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def hadamard_attention(
     qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def hadamard_attention(
     qs: Sequence[torch.Tensor],
     ks: Sequence[torch.Tensor],

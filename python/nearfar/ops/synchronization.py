@@ -153,7 +153,7 @@ def synchronization_attention(
     call = prepare(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
-    )  # fmt: skip
+    )
     tensors: list[Any]
     *tensors, backends, rows = call
     forward, backward = backends.served(backend, call.q)
