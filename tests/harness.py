@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar import _cuda
-from nearfar.ops.torch_operator import Layout, forget_plans
 from nearfar.runtime import choices
+from nearfar.runtime.plans import forget_plans
+from nearfar.runtime.tensors import Layout
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.

@@ -8,6 +8,7 @@ enter by their sums, chunks here, and only those at the ends of its windows are 
     attend           o, the plain attention output u, and lse
     grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
     grad_keys        dk and dv, summed over the query heads of a group
+    grad_sink        the gradient of the sink's logits
 
 With P = softmax and dP = dO v^T, dS = alpha P (dP - m), and dv gets dO by the weights alpha P + beta. A sink adds its logit to
 the denominator only. lse is in base 2, and float64 where the inputs are float32. Rows without keys have u = c = m = 0.
@@ -403,3 +404,22 @@ def grad_keys(
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
+
+
+@triton.jit
+def grad_sink(sink, lse, m, alpha, dsink, num_batches, num_heads, num_queries, BLOCK: tl.constexpr):
+    """One program a head. The sink is one more column of the weights, with dP = 0."""
+    head = tl.program_id(0)
+    logit = tl.load(sink + head) * LOG2E
+    total = tl.zeros((BLOCK,), lse.dtype.element_ty)
+    row_offset = head.to(tl.int64) * num_queries
+    for _ in range(num_batches):
+        for first in range(0, num_queries, BLOCK):
+            rows = first + tl.arange(0, BLOCK)
+            weight = tl.exp2(logit - load_vector(lse + row_offset, rows, num_queries, float("inf")))
+            gradient = load_vector(m + row_offset, rows, num_queries, 0.0)
+            if alpha is not None:
+                gradient *= load_vector(alpha + row_offset, rows, num_queries, 0.0)
+            total -= weight * gradient
+        row_offset += num_heads * num_queries
+    tl.store(dsink + head, tl.sum(total, 0))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from nearfar.ops.torch_operator import tf32_allowed
 from nearfar.runtime.private import bound, driver, knobs, stub_arguments
+from nearfar.runtime.tensors import tf32_allowed
 
 ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
 TABLE = Path(__file__).with_name("launch.json")

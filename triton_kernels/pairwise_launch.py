@@ -196,7 +196,7 @@ def plan_grad_parameter(pair, call):
 
 
 def grad_query_tiles(call):
-    """Query tiles of grad_queries: the caller sizes dlog_scale with it, one partial sum a program."""
+    """Query tiles of grad_queries, each of which writes one partial sum of dlog_scale."""
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
@@ -214,12 +214,17 @@ def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, ri
     return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
-def backward_launches(pair, call, o, do, bits, dq, dk, dv):
-    """The launches that fill dq, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles); dk and dv; the parameter's gradient.
-
-    bits None: no selection.
-    """
+def backward_launches(
+    pair, q, k, v, parameter, token_bounds, left, right, o, lse, bits, do, dq, dk, dv, dparameter
+):
+    """(launch, tensors) pairs that fill the gradients. bits None: no selection."""
+    call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
+    delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], grad_query_tiles(call))
     queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
     keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
-    return queries, keys, plan_grad_parameter(pair, call)
+    return [
+        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+        (plan_grad_parameter(pair, call), (dlog_scale, parameter, dparameter)),
+    ]

@@ -569,3 +569,45 @@ def grad_tokens(
         row_dalpha -= 2.0 * error * dalpha_by_shift
     row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
     store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha / decay, 0.5 * row_dradius / decay, row_c)
+
+
+@triton.jit
+def head_gradients(
+    dalpha, dradius, coupling, order, of_alpha, of_radius, dorder,
+    coupling_stride, num_heads, num_queries, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Sums over the queries of one head, one program each, and the gradient of the order parameter.
+
+    dalpha, dradius (B, H, N): gradients of alpha and of K r of each row. of_alpha, of_radius (B, H): the sums of dalpha, and of
+    dradius r, which is that of K. PER_TOKEN: order is (B, H, N), else (B, H).
+    """
+    index = tl.program_id(0)
+    strength = tl.load(coupling + index % num_heads * coupling_stride)
+    row_offset = index.to(tl.int64) * num_queries
+    alpha, radius = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_queries, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        alpha += load_vector(dalpha + row_offset, rows, num_queries, 0.0)
+        row_radius = load_vector(dradius + row_offset, rows, num_queries, 0.0)
+        if PER_TOKEN:
+            tl.store(dorder + row_offset + rows, row_radius * strength, mask=rows < num_queries)
+            row_radius *= load_vector(order + row_offset, rows, num_queries, 0.0)
+        radius += row_radius
+    total = tl.sum(radius, 0)
+    if not PER_TOKEN:
+        tl.store(dorder + index, total * strength)
+        total *= tl.load(order + index)
+    tl.store(of_alpha + index, tl.sum(alpha, 0))
+    tl.store(of_radius + index, total)
+
+
+@triton.jit
+def sum_heads(x, out, num_batches, num_parameters, num_partials, BLOCK: tl.constexpr):
+    """The sum over batches, and over heads where they share a parameter; x is (batches, parameters, partials)."""
+    index = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for batch in range(num_batches):
+        partials = x + (batch * num_parameters + index) * num_partials
+        for first in range(0, num_partials, BLOCK):
+            total += load_vector(partials, first + tl.arange(0, BLOCK), num_partials, 0.0)
+    tl.store(out + index, tl.sum(total, 0))

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from nearfar import dispatch, registry
-from nearfar.dispatch import Backend
+from nearfar import registry
+from nearfar.runtime import dispatch
+from nearfar.runtime.dispatch import Backend
 
 
 def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> str:

@@ -28,12 +28,12 @@ from triton.testing import do_bench
 
 import nearfar as nf
 from nearfar import tune_choices
-from nearfar.ops import torch_operator
+from nearfar.runtime import plans
 from nearfar.triton_kernels import (
     affine_launch,
     diagnostics_launch,
-    factored_launch,
     launch,
+    linear_launch,
     pairwise_launch,
     synchronization_launch,
 )
@@ -172,8 +172,8 @@ def recorded():
 def forget_plans():
     """Launches are planned anew, with what the table says now."""
     launch.launch_parameters.cache_clear()
-    torch_operator.forget_plans()
-    for module in (affine_launch, diagnostics_launch, factored_launch, pairwise_launch, synchronization_launch):
+    plans.forget_plans()
+    for module in (affine_launch, diagnostics_launch, linear_launch, pairwise_launch, synchronization_launch):
         for name, plan in vars(module).items():
             if name.startswith("plan_"):
                 plan.cache_clear()

@@ -15,8 +15,8 @@ import torch
 import triton
 
 import nearfar as nf
-from nearfar.dispatch import KERNELS
 from nearfar.runtime import choices
+from nearfar.runtime.dispatch import KERNELS
 
 ROUNDING = 2.0**-6  # what rounding to 16 bits may change of a result, against its largest element
 NEAR_TIES = 1e-4  # share of a selecting call's rows in which rounding may change the selection

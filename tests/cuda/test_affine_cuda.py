@@ -42,13 +42,13 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
     monkeypatch.setattr(_cuda, "extension", object())
     monkeypatch.setattr(_cuda, "_hopper_device_reason", lambda index: None)
     given = dict(q=tensor(), k=tensor(), v=tensor(), left=-1, packed=False) | REASONS[reason]
-    found = _cuda.softmax_reason(**given)
+    found = _cuda.affine_reason(**given)
     assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
-    monkeypatch.setattr(_cuda, "softmax_reason", lambda *arguments: None)
+    monkeypatch.setattr(_cuda, "affine_reason", lambda *arguments: None)
     cuda, triton = (1.0, 2.0), (2.0, 1.0)
     rows = [
         ({"head_dim": 64, "keys": [9, None]}, cuda, cuda), ({"head_dim": 128, "keys": [10, None]}, cuda, cuda),

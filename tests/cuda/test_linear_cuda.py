@@ -25,7 +25,7 @@ from samples.linear import check, op_arguments
 
 import nearfar as nf
 from nearfar import _cuda
-from nearfar.ops import factored
+from nearfar.kernels import linear_states
 from nearfar.ops import linear as operator
 
 stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
@@ -119,7 +119,7 @@ def test_shared_memory_fits():
 )
 def test_pieces_fill_the_gpu(heads, length, width, blocks):
     """In whole rounds of blocks, or nearly so, where sequences are long enough."""
-    assert heads * factored.full_pieces(heads, length, width) == blocks
+    assert heads * linear_states.full_pieces(heads, length, width) == blocks
 
 
 # -------------------------------------------------------------------------------------------------------- the kernels

@@ -20,9 +20,9 @@ from samples.cuda.synchronization import SAMPLES, cuda_sample, run_cuda
 from samples.synchronization import check, op_arguments
 
 import nearfar as nf
-from nearfar import _cuda, dispatch
+from nearfar import _cuda
 from nearfar.ops import synchronization as operator
-from nearfar.runtime import choices
+from nearfar.runtime import choices, dispatch
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

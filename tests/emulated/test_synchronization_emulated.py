@@ -9,7 +9,6 @@ from harness import Sample, randn
 from samples.synchronization import check, differences, evaluate, op_arguments, parameters
 
 from nearfar import _cuda
-from nearfar.ops.kuramoto import _parameters
 
 pytestmark = pytest.mark.full
 
@@ -131,9 +130,11 @@ def backward(kernels, sample, do, o, total, conditions, everything=False):
 
 def gradients(sample, found):
     coupling, bandwidth, order = (sample.tensors[name] for name in ("coupling", "bandwidth", "order"))
-    of_parameters = _parameters(found["dalpha"], found["dradius"], coupling.reshape(1), bandwidth, order)
-    named = dict(zip(("coupling", "bandwidth", "order"), of_parameters, strict=True))
-    return {"omega": found["dw"], "v": found["dv"], **named, "coupling": named["coupling"].reshape(())}
+    of_radius, of_bandwidth = found["dradius"].sum(2), found["dalpha"].sum((0, 2))
+    return {
+        "omega": found["dw"], "v": found["dv"], "coupling": (of_radius * order).sum(),
+        "bandwidth": of_bandwidth if bandwidth.numel() > 1 else of_bandwidth.sum().reshape(1), "order": of_radius * coupling,
+    }
 
 
 def same(first, second, what):

@@ -12,9 +12,9 @@ from samples.affine import attention, check, random_rows, visible
 from torch.nn.functional import scaled_dot_product_attention
 
 import nearfar as nf
-from nearfar.ops.torch_operator import forget_plans
 from nearfar.reference import pairwise
 from nearfar.reference.affine import window_sums
+from nearfar.runtime.plans import forget_plans
 
 pytestmark = pytest.mark.full
 

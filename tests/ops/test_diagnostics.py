@@ -16,7 +16,7 @@ from samples.diagnostics import check_constants, check_geometry, geometry, rando
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nearfar as nf
-from nearfar.ops.statistics import UPSTREAM_EXPONENT
+from nearfar.kernels.diagnostics import UPSTREAM_EXPONENT
 
 pytestmark = pytest.mark.full
 

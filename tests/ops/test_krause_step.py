@@ -8,10 +8,10 @@ from samples.krause_step import FORMS, cache_before, garbage, positions_of, samp
 
 import nearfar as nf
 from nearfar import _cuda
+from nearfar.kernels.krause import MAX_CANDIDATES
 from nearfar.ops import krause_step as operator
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.torch_operator import Layout
 from nearfar.runtime import choices
+from nearfar.runtime.tensors import Layout
 
 needs_extension = pytest.mark.skipif(
     DEVICE != "cuda" or _cuda.extension is None, reason=f"needs a CUDA device and nearfar._C ({_cuda.unavailable_reason})"

@@ -46,10 +46,10 @@ from samples.linear import (
 from triton.runtime.interpreter import InterpreterBuilder
 
 import nearfar as nf
-from nearfar.ops import factored
+from nearfar.kernels import linear_states
 from nearfar.reference import linear as reference
 from nearfar.reference import pairwise
-from triton_kernels.factored import to_tf32
+from triton_kernels.linear_tiles import to_tf32
 
 pytestmark = pytest.mark.full
 
@@ -105,8 +105,8 @@ def test_pair_by_pair_and_through_states(widths, length, causal, backend):
 def test_shapes_decide_the_form_of_the_kernels(widths):
     """Lengths on either side of the crossover give the results of the formula."""
     value_width = 16
-    longest = max(n for n in range(1, 20_000) if factored.prefers_direct(widths, value_width, n, n))
-    assert not factored.prefers_direct(widths, value_width, longest + 1, longest + 1)
+    longest = max(n for n in range(1, 20_000) if linear_states.prefers_direct(widths, value_width, n, n))
+    assert not linear_states.prefers_direct(widths, value_width, longest + 1, longest + 1)
     if DEVICE == "cpu" and longest > 400:
         pytest.skip(f"a crossover at {longest} tokens is for the GPU")
     for length in (longest, longest + 1):
@@ -861,7 +861,7 @@ def test_long_causal_calls_keep_half_of_the_states():
     def pieces(length):
         qs = [torch.empty(1, 8, length, 16, dtype=torch.bfloat16, device="meta") for _ in range(2)]
         v = torch.empty(1, 8, length, 64, dtype=torch.bfloat16, device="meta")
-        return factored.piece_length_of(qs, v, True, "triton")
+        return linear_states.piece_length_of(qs, v, True, "triton")
 
     assert (pieces(4096), pieces(2**20)) == (256, 512)
     states, tensors = (4 + 2 + 2) * 256 * 65 / pieces(2**20), 2 * 2 * (32 + 32 + 64 + 64)

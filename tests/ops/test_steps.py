@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import nearfar as nf
-from nearfar.ops.step import overlaps_itself, share_memory
-from nearfar.ops.torch_operator import layouts
+from nearfar.runtime.step import overlaps_itself, share_memory
+from nearfar.runtime.tensors import layouts
 
 pytestmark = pytest.mark.full
 

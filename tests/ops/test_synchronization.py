@@ -9,10 +9,10 @@ import pytest
 import torch
 from harness import DEVICE, DTYPES, Sample, assert_same, generator, like, randn, run
 from nearfar.triton_kernels import launch as launch_module
+from nearfar.triton_kernels import synchronization_launch as launchers
 from samples.synchronization import check, differences, parameters
 
 import nearfar as nf
-from nearfar.ops import kuramoto
 
 pytestmark = pytest.mark.full
 
@@ -147,7 +147,7 @@ def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
     monkeypatch.setattr(launch_module, "launch_all", record)
     nf.synchronization_attention(**sample.tensors, backend="triton")
     ((lists, counts),) = recorded
-    size = kuramoto._launchers().CELL
+    size = launchers.CELL
     cells = -(-omega.shape[2] // size)
     tile = -(-cells // counts.shape[2]) * size
     t = {name: tensor.double() for name, tensor in sample.tensors.items()}
@@ -170,22 +170,20 @@ def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
 def test_lists_tell_which_cells_of_a_tile_meet_another(causal):
     """From a bit on that the launch names; lists for tiles of one cell say the same."""
     members, size = 24, 3
-    launch = kuramoto._launchers()
     t = chain(length=700, step=0.01, causal=causal).tensors
     omega, parameter = t["omega"], (t["coupling"], t["bandwidth"], t["order"])
-    call = launch.signature(omega, None, t["v"], causal)
-    queries, _ = kuramoto._empty_surveys(omega, None, launch)
-    (survey,) = launch.survey_launches(omega, None, *parameter)
-    survey(omega, *parameter, *queries)
+    call = launchers.signature(omega, None, t["v"], causal)
+    queries, _, ((survey, given),) = launchers.survey_launches(omega, None, *parameter)
+    survey(*given)
+    cells = queries.centres, queries.extents
 
     def lists_of(rows, members):
-        lists, counts = (omega.new_empty(s, dtype=torch.int32) for s in launch.lists_shapes(call, "sync_attend", rows))
-        plan = launch.plan_neighbours(call, "sync_attend", rows, members)
-        plan(*launch.neighbours(queries, queries, (lists, counts)))
+        lists, counts = (omega.new_empty(s, dtype=torch.int32) for s in launchers.lists_shapes(call, "sync_attend", rows))
+        launchers.plan_neighbours(call, "sync_attend", rows, members)(*cells, *cells, lists, counts)
         return lists[0, 1].tolist(), counts[0, 1].tolist()
 
-    single = [entries[:count] for entries, count in zip(*lists_of(launch.CELL, None), strict=True)]
-    for tile, (entries, count) in enumerate(zip(*lists_of(size * launch.CELL, members), strict=True)):
+    single = [entries[:count] for entries, count in zip(*lists_of(launchers.CELL, None), strict=True)]
+    for tile, (entries, count) in enumerate(zip(*lists_of(size * launchers.CELL, members), strict=True)):
         cells = single[size * tile : size * (tile + 1)]
         assert [entry & (1 << members) - 1 for entry in entries[:count]] == sorted(set().union(*cells))
         for entry in entries[:count]:
@@ -196,14 +194,12 @@ def test_lists_tell_which_cells_of_a_tile_meet_another(causal):
 @pytest.mark.parametrize("alpha", [1e-4, 0.3, 1.3, 40.0])
 def test_lock_radius(alpha):
     """The radius of a cell is the root of d exp(alpha d^2) = K r, by bisection."""
-    launch = kuramoto._launchers()
     omega = randn(1, 1, 5, 16)
     for radius in (1e-5, 0.02, 0.9, 1.3, 50.0):
-        queries, _ = kuramoto._empty_surveys(omega, None, launch)
         parameter = [torch.tensor([value], device=DEVICE) for value in (2 * radius, alpha)]
         order = torch.full((1, 1), 0.5, device=DEVICE)
-        (survey,) = launch.survey_launches(omega, None, *parameter, order)
-        survey(omega, *parameter, order, *queries)
+        queries, _, ((survey, given),) = launchers.survey_launches(omega, None, *parameter, order)
+        survey(*given)
         low, high = 0.0, radius
         for _ in range(200):
             middle = (low + high) / 2

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import nearfar as nf
 from bench import report
 from nearfar import _cuda, registry, tune_choices
-from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST
 from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchronization
-from nearfar.ops.torch_operator import Layout
 from nearfar.runtime import choices
+from nearfar.runtime.dispatch import CUDA_FIRST, TRITON_FIRST
+from nearfar.runtime.tensors import Layout
 
 ROWS = [(operator, row) for operator, rows in choices.table()["choices"].items() for row in rows]
 BOTH, FORWARD, BACKWARD = (CUDA_FIRST, CUDA_FIRST), (CUDA_FIRST, TRITON_FIRST), (TRITON_FIRST, CUDA_FIRST)
@@ -23,7 +23,7 @@ BOTH, FORWARD, BACKWARD = (CUDA_FIRST, CUDA_FIRST), (CUDA_FIRST, TRITON_FIRST), 
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU of compute capability 9 that the CUDA kernels serve."""
-    for name in ("krause_reason", "linear_reason", "softmax_reason", "synchronization_reason", "hopper_reason"):
+    for name in ("krause_reason", "linear_reason", "affine_reason", "synchronization_reason", "hopper_reason"):
         monkeypatch.setattr(_cuda, name, lambda *arguments: None)
     monkeypatch.setattr(choices, "_capability", lambda index: 9)
 

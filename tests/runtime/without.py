@@ -63,10 +63,10 @@ def results(name):
     """{case: arrays, or the type and the text of an error} in a process without this name."""
     private = load_private(name)
     import nearfar as nf
-    from nearfar.ops import eager
+    from nearfar.runtime import plans
 
     assert sys.modules["nearfar.runtime.private"] is private
-    assert eager.TensorGuards is private.TensorGuards
+    assert plans.TensorGuards is private.TensorGuards
     return {case.__name__: outcome(case, nf) for case in CASES}
 
 

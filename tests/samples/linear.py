@@ -22,9 +22,9 @@ from harness import (
 )
 
 import nearfar as nf
-from nearfar.ops import factored
-from nearfar.ops.torch_operator import forget_plans
+from nearfar.kernels import linear_states
 from nearfar.reference import linear as reference
+from nearfar.runtime.plans import forget_plans
 
 SAMPLES = {
     "linear_attention": {
@@ -333,8 +333,8 @@ def form(direct, piece_length=128):
     """Reference and kernels go pair by pair, or through states with a new one every `piece_length` tokens when causal."""
     with (
         patch.object(reference, "direct_is_cheaper", lambda *_: direct),
-        patch.object(factored, "prefers_direct", lambda *_: direct),
-        patch.object(factored, "causal_piece_length", lambda *_: piece_length),
+        patch.object(linear_states, "prefers_direct", lambda *_: direct),
+        patch.object(linear_states, "causal_piece_length", lambda *_: piece_length),
     ):
         forget_plans()
         yield

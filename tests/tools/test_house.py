@@ -137,9 +137,10 @@ def test_explain_of_an_unknown_operator(op):
 SPECIAL = ("__init__", "__call__")
 # What `nearfar.__all__` does not lead to: modules whose names users or other modules import.
 OTHER_MODULES = (
-    *("checks", "diagnostics.read", "diagnostics.regimes", "diagnostics.visible", "dispatch", "localities", "registry"),
-    *("nn.base", "nn.parallel", "ops.eager", "ops.packing", "ops.program", "ops.step", "ops.torch_operator"),
-    *("runtime.choices", "runtime.private"),
+    *("diagnostics.read", "diagnostics.regimes", "diagnostics.visible", "localities", "registry", "nn.base", "nn.parallel"),
+    *(f"kernels.{name}" for name in ("affine", "diagnostics", "krause", "linear", "order_parameter", "synchronization")),
+    *(f"runtime.{name}" for name in ("backend", "checks", "choices", "dispatch", "library", "operator", "packing", "plans")),
+    *(f"runtime.{name}" for name in ("private", "program", "step", "tensors")),
     *(f"ops.{operator.room}" for operator in OPERATORS),
 )
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from nearfar.dispatch import Backend
 from nearfar.localities import SlidingWindow
 from nearfar.ops.diagnostics import (
     Call,
@@ -15,6 +14,7 @@ from nearfar.ops.diagnostics import (
     selection_geometry,
 )
 from nearfar.reference.diagnostics import separation
+from nearfar.runtime.dispatch import Backend
 
 REGIMES = ("retriever", "mixer", "reset")
 UNDEFINED = -1  # instead of an index into REGIMES: the regime of a head with NaN

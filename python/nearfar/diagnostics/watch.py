@@ -12,7 +12,7 @@ from nearfar.diagnostics import running
 from nearfar.diagnostics.read import Call
 from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
 from nearfar.diagnostics.visible import Unreadable
-from nearfar.dispatch import Backend
+from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.private import is_compiled
 
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))

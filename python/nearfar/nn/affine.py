@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nearfar.checks import check_cu_seqlens, require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.affine import affine_attention, softmax_attention
-from nearfar.ops.packing import token_bounds
+from nearfar.runtime.checks import check_cu_seqlens, require
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.packing import token_bounds
 from nearfar.runtime.private import current_graph_task, process_group_of, register_dataclass
 
 PHI = {"clip": lambda logits: (0.1 * logits + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}  # eq. 11, and its ablation

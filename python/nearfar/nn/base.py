@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 
 class Layer(nn.Module):

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import nn
 
-from nearfar.checks import require
-from nearfar.dispatch import Backend
 from nearfar.localities import SlidingWindow
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.krause_step import KrauseCache, krause_attention_step
+from nearfar.runtime.checks import require
+from nearfar.runtime.dispatch import Backend
 
 
 class KrauseAttention(SelfAttention):

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from nearfar.checks import is_plain, require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention
 from nearfar.ops.linear import (
     FeatureMap,
@@ -15,6 +13,8 @@ from nearfar.ops.linear import (
     linear_attention,
     linear_attention_step,
 )
+from nearfar.runtime.checks import is_plain, require
+from nearfar.runtime.dispatch import Backend
 
 
 class _StatefulAttention(SelfAttention):

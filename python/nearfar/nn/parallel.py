@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from nearfar.checks import require
 from nearfar.nn.base import Layer
+from nearfar.runtime.checks import require
 
 
 class HeadParallel(ParallelStyle):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearfar.checks import require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import Layer, own_dtype
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
+from nearfar.runtime.checks import require
+from nearfar.runtime.dispatch import Backend
 
 RAW_INIT = 1.0  # of K and alpha before softplus, as in the paper
 

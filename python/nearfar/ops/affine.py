@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels.affine import affine
 from nearfar.localities import UNLIMITED, within_reach
-from nearfar.ops import eager, softmax
-from nearfar.ops.opaque import opaque
-from nearfar.ops.packing import token_bounds
-from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference.affine import affine_attention as reference_affine_attention
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 _reference = opaque(
     "affine_attention",
@@ -25,7 +24,7 @@ _reference = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with. layouts: of q, k and v in a plain call."""
+    """A checked call: what every backend computes with. plain: q, k and v are those of a plain eager call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -38,7 +37,7 @@ class Call(NamedTuple):
     scale: float
     cu_seqlens: torch.Tensor | None
     backends: dispatch.Backends
-    layouts: Layouts | None
+    plain: bool
 
 
 def affine_attention(
@@ -166,18 +165,17 @@ def _attend(
     cu_seqlens: torch.Tensor | None,
     backend: Backend,
 ) -> torch.Tensor:
-    given = [x for x in (alpha, beta, sink) if x is not None]
-    absent = alpha is None, beta is None, sink is None
-    repeats = None if cu_seqlens is not None else eager.repeats(softmax, causal, window_size, scale, absent, backend)
-    if repeats and (plan := repeats.find(q, k, v, *given)):
-        return plan(q, k, v, alpha, beta, sink, None)
+    tensors = q, k, v, alpha, beta, sink, cu_seqlens
+    absent = tuple([x is None for x in tensors])
+    repeats = plans.repeats(affine, causal, window_size, scale, absent, backend)
+    if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
+        return plan(*tensors)
     call = _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
-    *tensors, left, right, scale, cu_seqlens, backends, layouts = call
+    *tensors, left, right, scale, cu_seqlens, backends, plain = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
         return _reference(*tensors, left, right, scale, cu_seqlens)
-    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
+    return affine(repeats, plain, (*tensors, cu_seqlens), left, right, scale, forward, backward)
 
 
 def _prepare(
@@ -203,7 +201,7 @@ def _prepare(
     sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts is not None)
 
 
 @checks.once
@@ -214,7 +212,7 @@ def _checked(metas: list[Layout], left: int, scale: float | None, packed: bool) 
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     orders = choices.orders("affine_attention", q.device, head_dim=int(q.shape[3]), keys=k.shape[2])
     scale = checks.default_scale(q.shape[3]) if scale is None else scale
-    cuda_reason = reason or _cuda.softmax_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
+    cuda_reason = reason or _cuda.affine_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
     return scale, dispatch.Backends(cuda_reason, reason, orders)
 
 

@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels import diagnostics as _kernels  # noqa: F401  (registers the torch operators)
 from nearfar.localities import UNLIMITED, SlidingWindow, within_reach
-from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
-from nearfar.ops.opaque import opaque
-from nearfar.ops.torch_operator import Layout, unit_stride
 from nearfar.reference import diagnostics as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout, unit_stride
 
 MAX_TOP_N = 256
 

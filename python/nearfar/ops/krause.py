@@ -4,21 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels.krause import MAX_CANDIDATES, krause, selection_words
 from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
-from nearfar.ops import eager
-from nearfar.ops.opaque import opaque
-from nearfar.ops.packing import token_bounds
-from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
-from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference.krause import krause_attention as reference_krause_attention
-from nearfar.runtime import choices
-
-_op = PairwiseOp(
-    "krause_attention", "nearfar.triton_kernels.krause", _cuda.KrauseForward, _cuda.KrauseBackward
-)
-
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 _reference = opaque(
     "krause_attention",
@@ -29,7 +22,7 @@ _reference = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: the tensors every backend computes with. rows: layouts of q, k and v in a plain call."""
+    """A checked call: the tensors every backend computes with. plain: q, k and v are those of a plain eager call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -38,7 +31,7 @@ class Call(NamedTuple):
     left: int
     right: int
     backends: dispatch.Backends
-    rows: Layouts | None
+    plain: bool
 
 
 def krause_attention(
@@ -61,7 +54,7 @@ def krause_attention(
     changes no bit of its row, as long as it is finite and its products are finite in float32.
 
     Args:
-        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides but a contiguous last dimension.
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. On CUDA a tensor is not read back,
@@ -78,18 +71,18 @@ def krause_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
-    repeats = None if cu_seqlens is not None else eager.repeats(_op, locality, top_k, backend)
+    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
-        if plan := repeats.find(q, k, v, sigma):
-            return plan(q, k, v, sigma, None)
+        packed = () if cu_seqlens is None else (cu_seqlens,)
+        if plan := repeats.find(q, k, v, sigma, *packed):
+            return plan(q, k, v, sigma, cu_seqlens)
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
-    q, k, v, sigma, left, right, backends, rows = call
+    q, k, v, sigma, left, right, backends, plain = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
         return _reference(q, k, v, sigma, left, right, top_k, cu_seqlens)
-    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(repeats, rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
+    return krause(repeats, plain, (q, k, v, sigma, cu_seqlens), left, right, top_k, forward, backward)
 
 
 def prepare(
@@ -112,7 +105,7 @@ def prepare(
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, sigma, left, right, backends, rows)
+    return Call(q, k, v, sigma, left, right, backends, rows is not None)
 
 
 @checks.once

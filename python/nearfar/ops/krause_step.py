@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.step import check_out, check_writes, define_step
-from nearfar.ops.torch_operator import Layout, device_of, kernels, unit_stride
+from nearfar import _cuda
+from nearfar.kernels.krause import MAX_CANDIDATES
 from nearfar.reference.krause import krause_attention_step as reference_step
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.step import check_out, check_writes, define_step
+from nearfar.runtime.tensors import Layout, device_of, triton_module, unit_stride
 
 
 class KrauseCache(NamedTuple):
@@ -181,7 +181,7 @@ def _checked(metas: list[Layout], num_read: int, selects: bool) -> tuple[tuple[i
     return shape, order, reason
 
 
-_kernels = kernels("krause_step")
+_kernels = triton_module("krause_step")
 
 
 def _step(

@@ -6,14 +6,15 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops import eager, factored
-from nearfar.ops.opaque import opaque
-from nearfar.ops.step import check_out, check_writes
-from nearfar.ops.torch_operator import Layout, Layouts
+from nearfar import _cuda
+from nearfar.kernels import linear_states
+from nearfar.kernels.linear import linear, step
 from nearfar.reference import linear as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.step import check_out, check_writes
+from nearfar.runtime.tensors import Layout
 
 FeatureMap = Literal["identity", "elu", "relu", "softplus", "exp"] | Callable[[torch.Tensor], torch.Tensor]
 
@@ -82,7 +83,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     backends: dispatch.Backends
-    layouts: Layouts | None  # of qs, ks and v in a plain call
+    plain: bool  # qs, ks and v are those of a plain eager call
 
     @property
     def q(self) -> torch.Tensor:
@@ -335,13 +336,13 @@ def _attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     repeats = None
     # A function as feature_map makes other tensors of these, for which a call is kept.
-    if cu_seqlens is None and type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
-        tensors = *qs, *ks, v, initial_state
-        given = tensors[:-1] if initial_state is None else tensors
-        options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, initial_state is None, return_state
-        repeats = eager.repeats(factored, *options, backend)
-        if repeats and (plan := repeats.find(*given)):
-            o, state = plan(*tensors, None)
+    if type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
+        tensors = *qs, *ks, v, initial_state, cu_seqlens
+        absent = initial_state is None, cu_seqlens is None
+        options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, return_state, absent
+        repeats = plans.repeats(linear, *options, backend)
+        if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
+            o, state = plan(*tensors)
             return (o, state) if return_state else o
     call = _prepare(
         qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
@@ -350,7 +351,8 @@ def _attend(
     if forward == "reference":
         o, state = _reference(*call[:10])
     else:
-        o, state = factored.attend(repeats, call.layouts, *call[:10], forward, backward)
+        tensors = *call.qs, *call.ks, call.v, call.initial_state, call.cu_seqlens
+        o, state = linear(repeats, call.plain, tensors, *call[5:10], forward, backward)
     return (o, state) if call.return_state else o
 
 
@@ -384,7 +386,7 @@ def _step(
     if out is None:
         out = state.new_empty(shape, dtype=call.v.dtype)  # under vmap it is mapped over, as the state has to be
     options = call.feature_map, call.normalize, call.eps, chosen
-    factored.step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
+    step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
     return out
 
 
@@ -433,7 +435,7 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts is not None)
 
 
 def _map_outside(
@@ -485,7 +487,7 @@ def _checked(
     )
     cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
     queries, keys = qs[0].shape[2], v.shape[2]
-    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], queries, keys):
+    if cuda_reason is None and not causal and linear_states.prefers_direct(widths, v.shape[3], queries, keys):
         cuda_reason = f"{queries} queries and {keys} keys are few enough to go pair by pair, as no CUDA kernel does"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 

@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops import eager, kuramoto, phases
-from nearfar.ops.opaque import opaque
+from nearfar import _cuda
+from nearfar.kernels import order_parameter as order_kernels
+from nearfar.kernels.krause import MAX_CANDIDATES
+from nearfar.kernels.synchronization import synchronization
 from nearfar.ops.ordering import by_frequency, permute
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference import synchronization as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 
@@ -54,7 +55,7 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     backends: dispatch.Backends
-    layouts: Layouts | None  # of q, v and, where it is given, k in a plain call
+    plain: bool  # q, k and v are those of a plain eager call
 
 
 def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backend = "auto") -> torch.Tensor:
@@ -84,7 +85,7 @@ def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backe
     reasons = dispatch.Backends("there is no CUDA kernel of order_parameter yet", width_reason).reasons(theta)
     if dispatch.choose(backend, reasons, theta.device) == "reference":
         return _reference_order(theta, bool(causal))
-    return phases.order_parameter(theta, bool(causal))
+    return order_kernels.order_parameter(theta, bool(causal))
 
 
 def synchronization_attention(
@@ -144,30 +145,29 @@ def synchronization_attention(
             tokens would leak; or a backend that cannot serve the call.
     """
     # Tokens in another order are other tensors than these, for which a call is kept.
-    repeats = None if sort else eager.repeats(kuramoto, omega_k is None, top_k, causal, grad_floor, backend)
+    repeats = None if sort else plans.repeats(synchronization, omega_k is None, top_k, causal, grad_floor, backend)
     if repeats:
         coupling, bandwidth = (checks.parameter(number, omega) for number in (coupling, bandwidth))
-        omegas = (omega,) if omega_k is None else (omega, omega_k)
-        if plan := repeats.find(*omegas, v, coupling, bandwidth, order):
-            return plan(omega, omega_k, v, coupling, bandwidth, order)
+        given = omega, omega_k, v, coupling, bandwidth, order
+        if plan := repeats.find(*[x for x in given if x is not None]):
+            return plan(*given)
     call = prepare(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
     )
     tensors: list[Any]
-    *tensors, backends, rows = call
+    *tensors, backends, plain = call
     forward, backward = backends.served(backend, call.q)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
-        rows = checks.plain_layouts(tensors[0], tensors[2])
         if call.order.dim() == 3:
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
     if forward == "reference":
         q, k, v, *parameters = tensors
         o = _reference(q, v, *parameters, k, top_k, bool(causal), float(grad_floor))
     else:
-        o = kuramoto.attend(repeats, rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
+        o = synchronization(repeats, plain, tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
 
 
@@ -226,12 +226,12 @@ def prepare(
     tensors = (omega, v) if omega_k is None else (omega, v, omega_k)
     layouts = checks.plain_layouts(*tensors)
     checks.check_tensor("order", order)
-    symmetric = kuramoto.is_symmetric(causal, order)
+    symmetric = not causal and order.dim() == 2
     backends = _checked(layouts, ("omega", "v", "omega_k")[: len(tensors)], tensors, top_k, symmetric)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
-    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts)
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts is not None)
 
 
 @checks.once

@@ -15,9 +15,9 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from nearfar.ops.torch_operator import map_batched_gradients
 from nearfar.reference import pairwise
 from nearfar.reference.pairwise import sequence_lengths, split_rows
+from nearfar.runtime.library import map_batched_gradients
 from nearfar.runtime.private import is_legacy_batchedtensor
 
 FEATURE_MAPS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST, Orders
+from nearfar.runtime.dispatch import CUDA_FIRST, TRITON_FIRST, Orders
 from nearfar.runtime.private import constant_while_traced
 
 TABLE = Path(__file__).with_name("choices.json")

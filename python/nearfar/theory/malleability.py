@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 # Features of queries q (.., M, D) given the training rows x (.., N, D).
 FEATURES = {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 
 class ValueSoftmax(NamedTuple):

@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.amp import is_autocast_available
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from nearfar.ops.torch_operator import Layout, Layouts, interned, layouts, stream_of
 from nearfar.runtime.private import (
     autocast_enabled,
     dispatch_modes,
@@ -19,8 +17,8 @@ from nearfar.runtime.private import (
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
     transform_level,
-    version_of,
 )
+from nearfar.runtime.tensors import Layout, layouts, stream_of
 
 is_compiling = torch.compiler.is_compiling
 
@@ -54,9 +52,18 @@ def meta(name: str, tensor: torch.Tensor) -> Layout:
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+class Layouts(tuple[Any, ...]):
+    """The layouts of the tensors of a plain call: equal ones are one object, which is hashed and compared by identity."""
+
+    __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
+
+
+_interned = functools.lru_cache(maxsize=1024)(Layouts)
+
+
 def plain_layouts(*tensors: torch.Tensor) -> Layouts | None:
     """The Layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
-    return interned(layouts(*tensors)) if is_plain(*tensors) else None
+    return _interned(layouts(*tensors)) if is_plain(*tensors) else None
 
 
 def once(check: Callable[..., Result]) -> Callable[..., Result]:
@@ -228,15 +235,11 @@ def _filled(value: float, dtype: torch.dtype, device: torch.device, stream: int 
         return torch.full((1,), value, dtype=dtype, device=device)
 
 
-# cu_seqlens tensors whose values were found in order, by identity, with the version that was read and the length it fits.
-_checked_seqlens: Any = WeakTensorKeyDictionary()
-
-
 def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
     """cu_seqlens: int32 (S + 1,) from 0 to N without a decrease, for one packed batch of equally long q and k.
 
-    The values of a tensor are read back once, on first sight (a CUDA tensor is synchronised then), and not at all while a
-    CUDA graph is captured or a function compiled; kernels stay inside the tensors whatever the values are.
+    The values of a CUDA tensor are not read back, which would stall the stream: `nearfar.check_cu_seqlens` does that. Kernels
+    stay inside the tensors whatever the values are.
     """
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
@@ -249,18 +252,16 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor)
         raise ValueError(f"cu_seqlens packs sequences in a batch of 1, got a batch of {q.shape[0]}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"cu_seqlens needs q and k of one length, got {q.shape[2]} and {k.shape[2]}")
-    if not has_values(cu_seqlens):
-        return
-    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    version = None if cu_seqlens.is_inference() else version_of(cu_seqlens)  # tensors of inference mode count no changes
-    seen = (version, q.shape[2])
-    if _checked_seqlens.get(cu_seqlens) != seen:
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q.shape[2] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
-            shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
-            raise ValueError(f"cu_seqlens must start at 0, never decrease and end at {q.shape[2]}, got [{shown}]")
-        _checked_seqlens[cu_seqlens] = seen
+    if cu_seqlens.is_cpu and has_values(cu_seqlens):
+        check_ends(cu_seqlens, q.shape[2])
+
+
+def check_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+    """Values from 0 to num_tokens without a decrease."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
+        raise ValueError(f"cu_seqlens must start at 0, never decrease and end at {num_tokens}, got [{shown}]")
 
 
 def is_number(value: object) -> bool:

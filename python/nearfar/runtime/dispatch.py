@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from nearfar.ops.torch_operator import kernels
 from nearfar.runtime.private import constant_while_traced
+from nearfar.runtime.tensors import triton_module
 
 Backend = Literal["auto", "cuda", "triton", "reference"]  # as users name them
 Orders = tuple[Sequence[str], Sequence[str]]  # in which "auto" asks the kernels, in the forward and in the backward
@@ -37,7 +37,7 @@ def triton_device_reason(tensor: torch.Tensor) -> str | None:
     return f"q is on {tensor.device}; the kernels need a CUDA device (or TRITON_INTERPRET=1 for CPU tensors)"
 
 
-_interpreter = kernels("interpreter")
+_interpreter = triton_module("interpreter")
 
 
 @constant_while_traced

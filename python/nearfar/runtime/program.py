@@ -7,21 +7,21 @@ from typing import Any
 import torch
 
 from nearfar._cuda import BuiltLaunch
-from nearfar.ops.torch_operator import allocate, device_of, kernels, launch_all, layouts, takes_the_short_way
 from nearfar.runtime.private import current_stream, empty_cuda
+from nearfar.runtime.tensors import allocate, device_of, layouts, takes_the_short_way, triton_module
 
-_launch = kernels("launch")
+_launch = triton_module("launch")
 
-ALIGNED = 16  # bytes that addresses are a multiple of where kernels are launched with nothing else
+ALIGNED = 16  # alignment in bytes that the address-only launch requires
 PART_ALIGNMENT = 128  # bytes, of the parts of a workspace
 
 
 class Program:
     """Fills the outputs of a signature, with zeros if it has no launches. It is made of meta tensors, once.
 
-    inputs, outputs: None for what is absent. launches: pairs of a launch and what it is given, as for launch_all. What they are
-    given besides inputs and outputs is a workspace: a call allocates all of them as one, and makes no tensors of its parts,
-    because kernels need no more than addresses.
+    inputs, outputs: None for what is absent. launches: pairs of a launch and the tensors that it is given, None and tuples of
+    tensors among them. Those that are neither inputs nor outputs are workspaces: a call allocates all of them as one, and makes
+    no tensors of its parts, because kernels need no more than addresses.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Program:
         self._hooks_are_set: Any = None
         self._steps: Sequence[Any] = ()
 
-    def __call__(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None]:
+    def __call__(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """The outputs."""
         first: Any = inputs[0]
         with device_of(first):
@@ -63,10 +63,10 @@ class Program:
                 self._launch_tensors(inputs, outputs)
         return outputs
 
-    def at_once(self, *inputs: torch.Tensor | None) -> list[torch.Tensor | None] | None:
-        """The outputs, where it takes no more than to allocate them and to hand addresses over, else None.
+    def at_once(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None] | None:
+        """The outputs, by allocations and address-only launches alone; None where that does not serve the call.
 
-        It takes more while kernels are not compiled, and always where they are interpreted, where an input does not start at a
+        It does not while kernels are not compiled, and never where they are interpreted, where an input does not start at a
         multiple of 16 bytes, where another device is current, where torch is to be deterministic, and where Triton has a hook.
         """
         if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
@@ -96,8 +96,13 @@ class Program:
             launch(select(addresses), stream)
         return outputs
 
+    def build_ahead(self, device: torch.device) -> None:
+        """Start to build the kernels for a call to come on this device, in threads."""
+        with torch.cuda.device(device):
+            _launch().build_ahead(*self._launches)
+
     def _launch_tensors(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> None:
-        """The long way, of tensors that are interpreted, not aligned, or on the meta device, as launch_all says."""
+        """Launch with tensors, which may be interpreted or not aligned."""
         if not self._launches:
             for tensor in outputs:
                 if tensor is not None:
@@ -108,7 +113,7 @@ class Program:
         values += [workspace[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in self._workspaces]
         values += [select(values) for select in self._tuples]
         launches = zip(self._launches, self._selections, strict=True)
-        launch_all(inputs[0], *[(launch, select(values)) for (launch, _), select in launches])
+        _launch().launch_all(*[(launch, select(values)) for (launch, _), select in launches])
 
     def _compile(self, first: torch.Tensor) -> None:
         """Compile what is new and prepare the steps, none where kernels are interpreted."""

@@ -1,12 +1,9 @@
-"""What every torch operator of nearfar needs: registration in both directions, and how its tensors are made and passed."""
+"""Torch operators: registration with torch.library, vmap, and the refusal of forward AD and of double backward."""
 
 import functools
-import importlib
 from ast import literal_eval
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -15,12 +12,8 @@ from nearfar.runtime.private import (
     add_batch_dim,
     any_requires_grad,
     below_autograd,
-    current_device,
-    current_stream,
     direct_apply,
-    empty_cuda,
     in_forward_ad,
-    is_deterministic,
     is_legacy_batchedtensor,
     remove_batch_dim,
     single_level_function,
@@ -31,7 +24,6 @@ from nearfar.runtime.private import (
 )
 
 Direction = tuple[str, Callable[..., Any], Callable[..., Any]]  # schema, function and fake
-Cached = TypeVar("Cached", bound=Any)
 
 
 def define(
@@ -194,153 +186,3 @@ def _loop(operator: Any, count: int, leaves: Sequence[Any], mapped: Sequence[boo
 
 def refuse_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
     raise RuntimeError('the fused kernels have no double backward; use backend="reference" for second derivatives')
-
-
-class Layout(NamedTuple):
-    """All of a tensor but its values and where they are."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def layouts(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """What checks and plans are looked up by: the fields of a Layout for each tensor, None for None."""
-    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
-
-
-class Layouts(tuple[Any, ...]):
-    """The layouts of the tensors of a plain call: equal ones are one object, and found by identity from then on.
-
-    What is looked up by them in a call then need not hash and compare the numbers of every tensor again.
-    """
-
-    __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
-
-    @functools.cached_property
-    def unit_strides(self) -> bool:
-        """Whether the last dimension of every tensor is contiguous, as the kernels need."""
-        return all([strides[-1] == 1 for _, strides, _, _ in self])
-
-
-interned = functools.lru_cache(maxsize=1024)(Layouts)
-
-
-_caches: list[Any] = []
-META = torch.device("meta")
-
-
-def forgotten_with_plans(cached: Cached) -> Cached:
-    """A function with a cache, which forget_plans empties."""
-    _caches.append(cached)
-    return cached
-
-
-def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
-    """`plan(*tensors, *options)` as a function (layouts, *options), worked out once for each signature, on meta tensors.
-
-    A plan holds what follows from layouts and options, which must be hashable: layouts of outputs and workspaces, and launches.
-    """
-
-    @forgotten_with_plans
-    @functools.lru_cache(maxsize=1024)
-    def look_up(layouts: tuple[Any, ...], *options: Any) -> Any:
-        return plan(*allocate(layouts, META), *options)
-
-    return look_up
-
-
-def forget_plans() -> None:
-    """Everything is planned anew, with what the table of launch parameters says now."""
-    for cached in _caches:
-        cached.cache_clear()
-
-
-def takes_the_short_way(device: torch.device) -> bool:
-    """It allocates on the current device, and fills nothing where torch is to be deterministic, as torch.empty does."""
-    return empty_cuda is not None and device.index == current_device() and not is_deterministic()
-
-
-def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
-    """Tensors of these layouts on this device, not filled; None for None."""
-    if device.type == "cuda" and takes_the_short_way(device):
-        return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
-    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
-
-
-def uses_tf32(tensor: torch.Tensor) -> bool:
-    """Whether the user allowed tf32 in the products of this tensor; plans depend on it (launch.dot_precision)."""
-    return tf32_allowed(tensor.dtype)
-
-
-def tf32_allowed(dtype: torch.dtype) -> bool:
-    """Whether torch's own products of this dtype may be rounded to tf32.
-
-    All switches end in this one, the older ones (allow_tf32, set_float32_matmul_precision) too; where nothing is set here, it
-    reads torch.backends.fp32_precision. The getter of allow_tf32 raises when switches of both kinds were set.
-    """
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.get_device() == current_device():  # CUDA is up where there is such a tensor
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def stream_of(tensor: torch.Tensor) -> int:
-    return current_stream(tensor.get_device())
-
-
-def kernels(name: str) -> Callable[[], ModuleType]:
-    """A function that returns `nearfar.triton_kernels.<name>`: Triton comes with the first launch, not with the package."""
-    return functools.cache(lambda: importlib.import_module(f"nearfar.triton_kernels.{name}"))
-
-
-_launch = kernels("launch")
-
-
-def launch_all(tensor: torch.Tensor, *launches: Any) -> None:
-    """Make (launch, tensors) pairs in order on the device of a tensor; on the meta device, see compile_ahead."""
-    if tensor.is_meta:
-        _launch().build_ahead(*launches)
-        return
-    with device_of(tensor):
-        _launch().launch_all(*launches)
-
-
-def compile_ahead(device: torch.device | None, backward: Callable[..., object], *arguments: Any) -> None:
-    """Start to compile what `backward(*arguments)`, for meta tensors, will launch on this device; None: nothing.
-
-    A forward whose result needs gradients calls it while it is planned, that is once for each signature, so that the kernels
-    of both directions are compiled at one time. The upstream gradient is taken to be laid out as the output is; the kernels
-    of another one are compiled when it comes.
-    """
-    if device is not None and device.type == "cuda":
-        with torch.cuda.device(device):
-            backward(*arguments)
-
-
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
-    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
-
-
-def unit_strides(rows: Layouts | None, *tensors: torch.Tensor) -> tuple[Layouts | None, tuple[torch.Tensor, ...]]:
-    """Layouts of the tensors and they themselves after unit_stride. rows: layouts before it, None where a call is not plain."""
-    if rows is not None and rows.unit_strides:
-        return rows, tensors
-    tensors = tuple(map(unit_stride, tensors))
-    return None if rows is None else interned(layouts(*tensors)), tensors
-
-
-def empty_rows(like: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
-    batch, heads, length, like_width = like.shape
-    if width == like_width:
-        return torch.empty_like(like)
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty(batch, length, heads, width).transpose(1, 2)
-    return like.new_empty(batch, heads, length, width)

@@ -10,7 +10,8 @@ import math
 import torch
 
 from nearfar import _cuda
-from nearfar.ops.torch_operator import define, device_of, empty_rows, kernels, register, uses_tf32
+from nearfar.runtime.library import define, register
+from nearfar.runtime.tensors import device_of, empty_rows, tf32_allowed, triton_module
 
 _STATISTICS = (
     '(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend="triton")'
@@ -31,7 +32,7 @@ _GEOMETRY = (
 UPSTREAM_EXPONENT = 11
 
 
-_launchers = kernels("diagnostics_launch")
+_launchers = triton_module("diagnostics_launch")
 
 
 def _per_query(q, count, dtype=torch.float32):
@@ -51,7 +52,7 @@ def _empty_statistics(q, k, *_):
 
 def _common(q, sigma):
     """What the kernels leave out of all scores of a query by distance: -|q|^2 / (2 sigma^2), where tokens are not float32."""
-    if q.dtype == torch.float32 and not uses_tf32(q):
+    if q.dtype == torch.float32 and not tf32_allowed(q.dtype):
         return 0.0
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 

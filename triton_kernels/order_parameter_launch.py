@@ -4,15 +4,15 @@ import functools
 
 import triton
 
-from . import phases
+from . import order_parameter
 from .launch import Launch, LaunchParameters, width_block
 
-CHUNK = phases.CHUNK.value
+CHUNK = order_parameter.CHUNK.value
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(kernel, shape, *strides):
-    """A kernel of phases.py: all of them go by chunks."""
+    """A kernel of order_parameter.py: all of them go by chunks."""
     batch, heads, length, width = shape
     chunks = triton.cdiv(length, CHUNK)
     scalars = *strides, length, heads, chunks, width, width_block(width)
@@ -21,19 +21,19 @@ def plan(kernel, shape, *strides):
 
 def phase_sums(theta, sums):
     """Fill sums (B, H, chunks, 2, D)."""
-    plan(phases.phase_sums, theta.shape, theta.stride())(theta, sums)
+    plan(order_parameter.phase_sums, theta.shape, theta.stride())(theta, sums)
 
 
 def prefix_order(theta, before, r):
     """Fill r (B, H, N)."""
-    plan(phases.prefix_order, theta.shape, theta.stride())(theta, before, r)
+    plan(order_parameter.prefix_order, theta.shape, theta.stride())(theta, before, r)
 
 
 def pull_sums(theta, before, dr, sums):
     """Fill sums (B, H, chunks, 2, D)."""
-    plan(phases.pull_sums, theta.shape, theta.stride())(theta, before, dr, sums)
+    plan(order_parameter.pull_sums, theta.shape, theta.stride())(theta, before, dr, sums)
 
 
 def grad_phases(theta, before, dr, pulls, dtheta):
     """Fill dtheta; before and dr None: not causal."""
-    plan(phases.grad_phases, theta.shape, theta.stride(), dtheta.stride())(theta, before, dr, pulls, dtheta)
+    plan(order_parameter.grad_phases, theta.shape, theta.stride(), dtheta.stride())(theta, before, dr, pulls, dtheta)

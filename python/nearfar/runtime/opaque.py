@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from nearfar.checks import is_compiling, no_autocast
-from nearfar.ops.torch_operator import define
+from nearfar.runtime.checks import is_compiling, no_autocast
+from nearfar.runtime.library import define
 from nearfar.runtime.private import autograd_inside, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 

@@ -14,7 +14,7 @@ Names and formulas are those of factored.py.
 import triton
 import triton.language as tl
 
-from .factored import load_features, piece_span
+from .linear_tiles import load_features, piece_span
 from .tiles import at, load_tile, load_vector, store_tile
 
 

@@ -1,4 +1,4 @@
-"""Launchers of the factored kernels: geometry, tile sizes and grids. Outputs and workspaces come from the caller."""
+"""Launchers of the kernels of linear and Hadamard attention: geometry, tile sizes and grids."""
 
 import functools
 import math
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import factored, walk
-from .launch import Launch, LaunchParameters, dot_precision, launch_all, launch_parameters, width_block
+from . import linear_tiles, linear_walk
+from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 from .linear import FEATURE_MAPS, step
 
 __all__ = [
-    "Problem", "launch_all", "operand_precision",
+    "Problem", "operand_precision",
     "plan_accumulate", "plan_combine", "plan_grad", "plan_read", "plan_step", "plan_walk",
 ]
 
@@ -64,8 +64,8 @@ class Problem(NamedTuple):
     def operand(self):
         """The function that makes operands of products."""
         if self.dtype == torch.bfloat16:
-            return factored.to_bfloat16
-        return factored.to_tf32 if self.precision == "tf32" else factored.to_float32
+            return linear_tiles.to_bfloat16
+        return linear_tiles.to_tf32 if self.precision == "tf32" else linear_tiles.to_float32
 
     def tuned(self, kernel):
         """Launch parameters: kernels that pair tokens directly are causal or not, states have one factor or several."""
@@ -123,7 +123,7 @@ def plan_accumulate(problem, of_queries, x_strides, y_strides):
         parameters.block_n, outer, inner, problem.value_block,
     )
     programs = tiles * pieces * problem.key_heads * problem.batch
-    return Launch(factored.accumulate, programs, scalars, parameters)
+    return Launch(linear_tiles.accumulate, programs, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,7 +135,7 @@ def plan_combine(problem, pieces, backwards):
         problem.num_features, problem.value_width, PIECES_AT_ONCE, block, problem.value_block,
     )
     programs = triton.cdiv(problem.num_features, block) * problem.key_heads * sequences
-    return Launch(factored.combine, programs, scalars, LaunchParameters(None, None, 4, 1))
+    return Launch(linear_tiles.combine, programs, scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -151,7 +151,7 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
         parameters.block_m, parameters.block_n, min(64, max(16, triton.next_power_of_2(problem.outer))),
         min(problem.blocks[-1], 64), problem.value_block,
     )
-    return Launch(factored.read, tiles * row_heads * problem.batch, scalars, parameters)
+    return Launch(linear_tiles.read, tiles * row_heads * problem.batch, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,7 +167,7 @@ def plan_grad(problem, of_keys, direct, x_strides, row_strides, c_strides, colum
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,
         parameters.block_m, parameters.block_n, min(problem.value_block, 128), problem.value_block,
     )
-    return Launch(factored.grad, tiles * row_heads * problem.batch, scalars, parameters)
+    return Launch(linear_tiles.grad, tiles * row_heads * problem.batch, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -187,7 +187,7 @@ def plan_walk(problem, kernel, strides, eps=()):
         problem.piece_length, *eps, *maps, operand, precision, problem.causal,
         problem.widths[0], problem.value_width, parameters.block_m, problem.blocks[0], problem.value_block,
     )
-    return Launch(getattr(walk, kernel), pieces * heads * problem.batch, scalars, parameters)
+    return Launch(getattr(linear_walk, kernel), pieces * heads * problem.batch, scalars, parameters)
 
 
 def sides(problem, of_keys):

@@ -276,7 +276,7 @@ def combine(
 
 @triton.jit
 def piece_span(piece, pieces, num_pieces, num_tokens, piece_length):
-    """Begin and end of the tokens of a piece; the table `pieces` is that of ops/factored.py, None for one sequence a batch."""
+    """Begin and end of the tokens of a piece; the table `pieces` is that of packing.py, None for one sequence a batch."""
     if pieces is None:
         begin = piece * piece_length
         return begin, tl.minimum(begin + piece_length, num_tokens)

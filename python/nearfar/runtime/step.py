@@ -14,9 +14,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-from nearfar import checks
-from nearfar.ops.torch_operator import Layout, Layouts
+from nearfar.runtime import checks
+from nearfar.runtime.checks import Layouts
 from nearfar.runtime.private import in_forward_ad, tree_leaves, tree_map
+from nearfar.runtime.tensors import Layout
 
 
 def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> Callable[..., None]:

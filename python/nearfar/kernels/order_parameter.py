@@ -1,9 +1,9 @@
-"""The order parameter as a torch operator: schema, fake and autograd."""
-
+"""The order parameter on its kernels: `torch.ops.nearfar.order_parameter`."""
 
 import torch
 
-from nearfar.ops.torch_operator import device_of, empty_rows, kernels, register, unit_stride
+from nearfar.runtime.library import register
+from nearfar.runtime.tensors import device_of, empty_rows, triton_module, unit_stride
 
 
 def order_parameter(theta, causal):
@@ -11,7 +11,7 @@ def order_parameter(theta, causal):
     return torch.ops.nearfar.order_parameter(unit_stride(theta), causal)
 
 
-_launchers = kernels("phases_launch")
+_launchers = triton_module("order_parameter_launch")
 
 
 def _empty_sums(theta, launch):
