@@ -42,6 +42,20 @@ def lock_radius_squared(alpha, c):
 
 
 @triton.jit
+def squares_of(tile):
+    """|w|^2 of each row, of 16-bit tokens from the product that gives w . w', too.
+
+    Tensor cores cut sums off, so products of tokens with a common part lack 1e-7 of themselves. In |w|^2 + |w'|^2 - 2 w . w'
+    that cancels if the squares lack it as well; else all distances are too long, and pairs at the lock boundary are lost.
+    """
+    if tile.dtype == tl.float32:
+        return tl.sum(tile * tile, 1)
+    else:
+        row = tl.arange(0, tile.shape[0])
+        return tl.sum(tl.where(row[:, None] == row[None, :], tl.dot(tile, tl.trans(tile)), 0.0), 1)
+
+
+@triton.jit
 def survey(
     w, coupling, bandwidth, order, squares, c, centres, extents,
     w_strides, coupling_stride, bandwidth_stride, num_tokens, num_heads, num_cells,
@@ -54,8 +68,9 @@ def survey(
     cell, head, batch = program_coordinates(num_cells, num_heads)
     index = batch.to(tl.int64) * num_heads + head
     rows = cell * CELL + tl.arange(0, CELL)
-    tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_tokens, D, BLOCK_D).to(tl.float32)
-    row_squares = tl.sum(tile * tile, 1)
+    tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_tokens, D, BLOCK_D)
+    row_squares = squares_of(tile)
+    tile = tile.to(tl.float32)
     tl.store(squares + index * num_tokens + rows, row_squares, mask=rows < num_tokens)
     centre = tl.sum(tile, 0) / tl.minimum(num_tokens - cell * CELL, CELL)
     away = tl.where((rows < num_tokens)[:, None], tile - centre[None, :], 0.0)

@@ -584,12 +584,12 @@ class AffineBackward(BuiltLaunch):
     It is given q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters and fills those from dq to dbeta.
     """
 
-    def __init__(self, q, k, v, u, do, dq, dk, dv, right, scale):
+    def __init__(self, q, k, v, u, do, dq, dk, dv, exact, right, scale):
         self.launch = plan_launch(
             "affine_backward", _DTYPES[q.dtype],
             "q k v u grad_o alpha beta sums lse dq dk dv m dbeta terms counters",
             _steps(q=q, k=k, v=v, u=u, grad_o=do, dq=dq, dk=dk, dv=dv),
-            **_pair_sizes(q, k), right=right, scale=scale,
+            **_pair_sizes(q, k), exact=exact, right=right, scale=scale,
         )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from harness import (
     pretend_measured,
     randn,
     run,
-    takes_delta_of_stored_o,
     tensor,
 )
 from samples.affine import attention, check, op_arguments
@@ -23,8 +22,6 @@ from samples.cuda.affine import SAMPLES, cuda_sample, run_cuda
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import affine as operator
-
-stored = takes_delta_of_stored_o("alpha", "sink")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -8,13 +8,16 @@ import functools
 import io
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import samples
 import torch
 from harness import DEVICE, Sample, as_tuple, assert_same, has_tokens, leaves, like, needs_gpu, run
 from samples import public, steps
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import nearfar as nf
@@ -466,17 +469,34 @@ class Call(torch.nn.Module):
         return self.function(**dict(zip(self.names, tensors, strict=True)))
 
 
-@each_unpacked
-def test_export_with_a_dynamic_length(operator, name, backend):
-    """The exported program serves all lengths, on either side of the thresholds by which kernels are chosen."""
+def exported(operator, name, backend):
+    """A call and the program that it is exported to, with a dynamic length."""
     sample = make(operator, name)
     call, dynamic = Call(operator, sample, backend), {2: torch.export.Dim.DYNAMIC}
     sizes = tuple([dynamic if has_tokens(n) or LENGTH in t.shape[2:3] else {} for n, t in sample.tensors.items()])
-    program = torch.export.export(call, tuple(sample.tensors.values()), dynamic_shapes={"tensors": sizes}, strict=False)
+    return call, torch.export.export(call, tuple(sample.tensors.values()), dynamic_shapes={"tensors": sizes}, strict=False)
+
+
+@each_unpacked
+def test_export_with_a_dynamic_length(operator, name, backend):
+    """The exported program serves all lengths, on either side of the thresholds by which kernels are chosen."""
+    call, program = exported(operator, name, backend)
     for other in (LENGTH, 3, 300)[: 2 if FEW and backend == "triton" else 3]:
         tensors = make(operator, name, length=other).tensors.values()
         for a, b in zip(as_tuple(program.module()(*tensors)), as_tuple(call(*tensors)), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("operator, name", [case(*call[:2]) for call in UNPACKED if call[2] == "reference"])
+def test_exported_kernels_take_every_length(operator, name):
+    """By their fakes, which choose nothing by the length that they were exported with; no kernel is interpreted."""
+    call, program = exported(operator, name, "triton")
+    for length in (3, 100, 300, 1000):
+        tensors = make(operator, name, length=length).tensors.values()
+        with FakeTensorMode() as mode:
+            fakes = list(map(mode.from_tensor, tensors))
+            for a, b in zip(as_tuple(program.module()(*fakes)), as_tuple(call(*fakes)), strict=True):
+                assert a.shape == b.shape
 
 
 @each_operator
@@ -654,6 +674,21 @@ def test_steps_compile_without_graph_break(step, backend):
         o = steps.call(step, expected, backend=backend)
         torch.testing.assert_close(compiled(sample), o, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sample.memory, expected.memory, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("backend", ["triton", "auto", "reference"])
+@each_step
+def test_steps_of_fake_and_meta_tensors(step, backend, kind):
+    """They tell shape, strides and dtype of the output, and touch no memory."""
+    mode = FakeTensorMode()
+    convert = mode.from_tensor if kind == "fake" else lambda tensor: tensor.to("meta")
+    sample = steps.make(step)
+    expected = steps.call(step, steps.clone(sample))
+    out, sample = tree_map_only(torch.Tensor, convert, (torch.empty_like(expected), sample))
+    with mode if kind == "fake" else nullcontext():
+        for o in (steps.call(step, sample, backend=backend), steps.call(step, sample, out=out, backend=backend)):
+            assert (o.shape, o.stride(), o.dtype, o.device) == (expected.shape, expected.stride(), expected.dtype, out.device)
 
 
 @each_step

@@ -36,9 +36,14 @@ PROPERTIES = {
     "compile, one graph": [
         test_contract.test_one_graph_for_all_lengths, test_contract.test_steps_compile_without_graph_break,
     ],
-    "export with a dynamic length": [test_contract.test_export_with_a_dynamic_length],
+    "export with a dynamic length": [
+        test_contract.test_export_with_a_dynamic_length, test_contract.test_exported_kernels_take_every_length,
+    ],
     "opcheck": [test_operators.test_opcheck],
-    "fake and meta": [test_operators.test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes],
+    "fake and meta": [
+        test_operators.test_fake_and_meta_tensors_tell_shapes_strides_and_dtypes,
+        test_contract.test_steps_of_fake_and_meta_tensors,
+    ],
     "autocast": [test_operators.test_autocast],
     "autocast, float64, integers": [test_contract.test_autocast_leaves_float64_and_integers_alone],
     "checkpointing": [test_operators.test_activation_checkpointing],

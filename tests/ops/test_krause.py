@@ -34,6 +34,7 @@ from samples.krause import (
 )
 
 import nearfar as nf
+from nearfar.kernels.krause import MAX_CANDIDATES, selection_words
 
 pytestmark = pytest.mark.full
 
@@ -125,6 +126,15 @@ def test_close_scores_are_told_apart(top_k, dtype, backend):
     sample.tensors["k"][0, 0, ::8, 0] = 30  # so that the close ones share a small part of the range of scores
     sample.tensors["sigma"].fill_(16)
     assert torch.equal(selection(sample, backend), best(sample))
+
+
+def test_words_of_a_saved_selection():
+    """Two for every 64 keys, and beyond 256 keys four for every 128."""
+    for keys in range(MAX_CANDIDATES + 1):
+        step = 64 if keys <= 256 else 128
+        expected = math.ceil(keys / step) * step // 32
+        assert selection_words(-1, -1, keys) == expected
+        assert not keys or selection_words(keys - 1, 0, 5000) == expected
 
 
 @each_dtype

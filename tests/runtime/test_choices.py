@@ -155,6 +155,24 @@ def test_torch_compile_reads_it_while_it_traces(hopper):
     assert [int(forward_is_cuda(torch.zeros(keys))[0]) for keys in (900, 5000, 20000)] == [0, 0, 1]
 
 
+@pytest.mark.parametrize("operator", tune_choices.CALLS)
+def test_a_compiled_call_finds_its_row(operator, hopper, monkeypatch):
+    """On tensors of a CPU. The rows without a backward, of a step and of diagnostics, once failed in Dynamo of torch 2.11."""
+    of_device, answers = choices.orders, []
+
+    def of_gpu(name, device, **key):
+        answers.append(of_device(name, torch.device("cuda", 0), **key))
+        return answers[-1]
+
+    monkeypatch.setattr(choices, "orders", of_gpu)
+    row = next(row for row in choices.rows(operator) if choices.order(row, "backward") == CUDA_FIRST)  # no row: Triton first
+    sizes = {name: size for name, size in {"B": 1, "H": 1, "Hkv": 1, "N": 1024}.items() if name in row["case"]}
+    inputs, call = tune_choices.CALLS[operator](row["case"] | sizes | {"dtype": "float32"}, "cpu")
+    torch._dynamo.reset()
+    torch.compile(lambda: call("auto"), fullgraph=True, dynamic=True, backend="eager")()
+    assert set(answers) == {(choices.order(row, "forward"), choices.order(row, "backward"))}
+
+
 def test_import_does_not_read_it():
     code = "import nearfar; from nearfar.runtime import choices; assert choices.table.cache_info().currsize == 0"
     subprocess.run([sys.executable, "-c", code], check=True)

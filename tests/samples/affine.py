@@ -230,13 +230,8 @@ def reach(sample):
 def op_arguments(sample):
     tensors, options = sample.tensors, sample.options
     q, k, v = (tensors[name] if tensors[name].stride(-1) == 1 else tensors[name].contiguous() for name in "qkv")
-    bounds = None
-    if options.get("cu_seqlens") is not None:
-        ends = options["cu_seqlens"].tolist()
-        spans = [(a, b) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
-        bounds = torch.tensor(spans, dtype=torch.int32, device=q.device).reshape(-1, 2).T.contiguous()
     scalars = (tensors.get(name) for name in ("alpha", "beta", "sink"))
-    return (q, k, v, *scalars, bounds, *window(options), score_factor(options, q))
+    return (q, k, v, *scalars, options.get("cu_seqlens"), *window(options), score_factor(options, q))
 
 
 def backward_arguments(sample, do, outputs):

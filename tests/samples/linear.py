@@ -359,7 +359,8 @@ def unit_stride(tensor):
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, feature_map, normalize, causal, _, _, _, backend = op_arguments(sample)
+    arguments = op_arguments(sample)
+    tensors, (*options, _, backend) = arguments[:5], arguments[5:]
     o, _, *saved = outputs
     do, dstate = do if isinstance(do, tuple) else (do, None)
-    return (do, dstate, *tensors, o, *saved, feature_map, normalize, causal, backend)
+    return (do, dstate, *tensors, o, *saved, *options, backend)

@@ -57,8 +57,7 @@ class AffineTriton(Backend):
         call = launch.signature(q, k, v, None, bounds is not None, left, right)
         sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_grad_queries"))
         m = _row_terms(lse, dalpha)
-        # What is summed over rows or columns must not hold what rounding u has left of m.
-        exact = q.dtype != torch.float32 and (alpha is not None or sink is not None)
+        exact = q.dtype != torch.float32 and _is_exact(alpha, sink)
         queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
         keys = launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
         launches += [
@@ -89,7 +88,7 @@ class AffineCuda(_cuda.CudaBackend):
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
         m, terms = _row_terms(lse, dalpha), lse.new_empty(_cuda.affine_terms_shape(q))
         counters = q.new_empty(2, dtype=torch.int32)
-        launch = _cuda.AffineBackward(q, k, v, u, do, dq, dk, dv, right, scale)
+        launch = _cuda.AffineBackward(q, k, v, u, do, dq, dk, dv, _is_exact(alpha, sink), right, scale)
         given = q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters
         launches = [*sum_values, (launch, given), *_grad_sink(q, sink, lse, m, alpha, dsink)]
         return Program((*gradients, *tensors, *saved), results, launches)
@@ -101,6 +100,11 @@ class AffineCuda(_cuda.CudaBackend):
 def _precision(q: torch.Tensor) -> torch.dtype:
     """The dtype of lse and of sums over tiles."""
     return torch.float64 if q.dtype == torch.float32 else torch.float32
+
+
+def _is_exact(alpha: torch.Tensor | None, sink: torch.Tensor | None) -> bool:
+    """Whether m is a gradient, or in a sum that is one, and must not hold what rounding u has left."""
+    return alpha is not None or sink is not None
 
 
 def _row_terms(lse: torch.Tensor, dalpha: torch.Tensor | None) -> torch.Tensor:

@@ -96,12 +96,14 @@ def _bounds(cu_seqlens: Any, k: torch.Tensor) -> Any:
 def selection_words(left: int, right: int, num_keys: int) -> int:
     """int32 words of a row's selection: a ring of bits that fits a window; key j is bit j modulo its size.
 
-    It does not depend on the length under a limited window, so that torch.compile has nothing to specialize on. Up to 256
-    bits it grows in steps of 64, beyond in steps of 128: as many keys as a tile of the forward has.
+    It does not depend on the length under a limited window, and does not branch on it under another, so that torch.compile
+    and torch.export have nothing to specialize on. Up to 256 bits it grows in steps of 64, beyond in steps of 128: as many
+    keys as a tile of the forward has.
     """
     window = num_keys if left < 0 or right < 0 else min(left + right + 1, MAX_CANDIDATES)
-    step = 64 if window <= 256 else 128
-    return (window + step - 1) // step * (step // 32)
+    steps = (window + 63) // 64
+    beyond_256 = (steps + 11) // 16  # 0 up to 4 steps, 1 from 5 to 20, and MAX_CANDIDATES are 16
+    return 2 * (steps + beyond_256 * (steps % 2))
 
 
 krause = Krause()

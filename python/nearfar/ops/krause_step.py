@@ -11,7 +11,7 @@ from nearfar.kernels.krause import MAX_CANDIDATES
 from nearfar.reference.krause import krause_attention_step as reference_step
 from nearfar.runtime import checks, choices, dispatch
 from nearfar.runtime.dispatch import Backend
-from nearfar.runtime.step import check_out, check_writes, define_step
+from nearfar.runtime.step import check_out, check_writes, define_step, plain_layouts
 from nearfar.runtime.tensors import Layout, device_of, triton_module, unit_stride
 
 
@@ -140,7 +140,7 @@ def krause_attention_step(
     names, tensors = [*names, "cache.k", "cache.v", "cache.length"], [*tensors, *cache]
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     shape, order, kernel_reason = _checked(layouts, names, tensors, num_read, top_k is not None)
     check_writes(layouts, names, tensors, num_read)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])

@@ -13,7 +13,7 @@ from nearfar.reference import linear as reference
 from nearfar.runtime import checks, choices, dispatch, plans
 from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.opaque import opaque
-from nearfar.runtime.step import check_out, check_writes
+from nearfar.runtime.step import check_out, check_writes, plain_layouts
 from nearfar.runtime.tensors import Layout
 
 FeatureMap = Literal["identity", "elu", "relu", "softplus", "exp"] | Callable[[torch.Tensor], torch.Tensor]
@@ -378,7 +378,7 @@ def _step(
     num_read = len(tensors) - 1
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     if out is not None:
         _check_out(layouts, names, tensors)
     check_writes(layouts, names, tensors, num_read)

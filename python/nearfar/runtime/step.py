@@ -63,6 +63,12 @@ def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
             raise NotImplementedError(f"{name} has no derivative, in forward mode neither: pass tensors without a tangent")
 
 
+def plain_layouts(*tensors: torch.Tensor) -> Layouts | None:
+    """`checks.plain_layouts`, and None of meta tensors: all have address 0, and the operator writes nothing to them."""
+    layouts = checks.plain_layouts(*tensors)
+    return None if layouts is None or tensors[0].is_meta else layouts
+
+
 def check_out(out: Layout, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """The layout of an `out` that kernels can write to: each element has a place of its own, and rows are contiguous."""
     checks.check_exactly("out", out, shape, dtype, device)
@@ -77,7 +83,7 @@ def check_writes(layouts: Layouts | None, names: Sequence[str], tensors: Sequenc
     """Refuse to write where torch's own in-place operators would, or beside what is read.
 
     Args:
-        layouts: `checks.plain_layouts` of the tensors, None where the call is not plain and has no addresses.
+        layouts: `plain_layouts` of the tensors, None where the call is not plain and has no addresses.
         num_read: how many of the tensors are only read; the others are written to.
     """
     tracked = torch.is_grad_enabled()
