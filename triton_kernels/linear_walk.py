@@ -8,7 +8,7 @@ computed directly. Bidirectional: S is that of the whole sequence and stays.
     walk_grad_queries    dq from the keys; dO . o of each row
     walk_grad_keys       dk and dv from the queries, last chunk first
 
-Names and formulas are those of factored.py.
+Names and formulas are those of linear_tiles.py.
 """
 
 import triton
