@@ -14,7 +14,7 @@ from .linear import FEATURE_MAPS, step
 __all__ = [
     "Problem", "operand_precision",
     "plan_accumulate", "plan_combine", "plan_grad", "plan_read", "plan_step", "plan_walk",
-]  # fmt: skip
+]
 
 PIECES_AT_ONCE = 8
 STEP_TILE = 4096  # elements of the state that a decoding program holds at once
@@ -121,7 +121,7 @@ def plan_accumulate(problem, of_queries, x_strides, y_strides):
         x_strides, y_strides, length, problem.key_heads, group, tiles, pieces, problem.piece_length,
         *problem.math(), problem.widths, problem.divisors, problem.outer, problem.value_width,
         parameters.block_n, outer, inner, problem.value_block,
-    )  # fmt: skip
+    )
     programs = tiles * pieces * problem.key_heads * problem.batch
     return Launch(linear_tiles.accumulate, programs, scalars, parameters)
 
@@ -133,7 +133,7 @@ def plan_combine(problem, pieces, backwards):
     scalars = (
         problem.key_heads, pieces, sequences, problem.causal, backwards,
         problem.num_features, problem.value_width, PIECES_AT_ONCE, block, problem.value_block,
-    )  # fmt: skip
+    )
     programs = triton.cdiv(problem.num_features, block) * problem.key_heads * sequences
     return Launch(linear_tiles.combine, programs, scalars, LaunchParameters(None, None, 4, 1))
 
@@ -150,7 +150,7 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,
         parameters.block_m, parameters.block_n, min(64, max(16, triton.next_power_of_2(problem.outer))),
         min(problem.blocks[-1], 64), problem.value_block,
-    )  # fmt: skip
+    )
     return Launch(linear_tiles.read, tiles * row_heads * problem.batch, scalars, parameters)
 
 
@@ -166,7 +166,7 @@ def plan_grad(problem, of_keys, direct, x_strides, row_strides, c_strides, colum
         feature, FEATURE_MAPS[problem.feature_map][1], operand, precision, problem.causal, of_keys, direct,
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,
         parameters.block_m, parameters.block_n, min(problem.value_block, 128), problem.value_block,
-    )  # fmt: skip
+    )
     return Launch(linear_tiles.grad, tiles * row_heads * problem.batch, scalars, parameters)
 
 
@@ -186,7 +186,7 @@ def plan_walk(problem, kernel, strides, eps=()):
         *strides, length, heads, problem.query_heads // problem.key_heads, pieces, problem.num_states,
         problem.piece_length, *eps, *maps, operand, precision, problem.causal,
         problem.widths[0], problem.value_width, parameters.block_m, problem.blocks[0], problem.value_block,
-    )  # fmt: skip
+    )
     return Launch(getattr(linear_walk, kernel), pieces * heads * problem.batch, scalars, parameters)
 
 
@@ -207,5 +207,5 @@ def plan_step(batch, key_heads, group, widths, value_width, feature_map, normali
     scalars = (
         *strides, key_heads, group, eps, FEATURE_MAPS[feature_map][0], normalize, widths, divisors, features, value_width,
         group_block, block, state_block,
-    )  # fmt: skip
+    )
     return Launch(step, batch * key_heads, scalars, LaunchParameters(None, None, 4, 1))

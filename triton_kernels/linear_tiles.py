@@ -78,7 +78,7 @@ def load_inner(base, rows, stride, num_rows, columns, FEATURE: tl.constexpr, WID
 @triton.jit
 def load_all_features(
     xs, rows, strides, num_rows, FEATURE: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, OPERAND: tl.constexpr
-):  # fmt: skip
+):
     """The tiles of every factor, ready for products."""
     tiles = ()
     for r in tl.static_range(len(WIDTHS)):
@@ -90,7 +90,7 @@ def load_all_features(
 @triton.jit
 def load_outer(
     xs, rows, strides, mask, outer, FEATURE: tl.constexpr, WIDTHS: tl.constexpr, DIVISORS: tl.constexpr, SKIP: tl.constexpr
-):  # fmt: skip
+):
     """Product of the features of the factors before the last, but for factor SKIP, at their flat index; operands broadcast."""
     product = tl.where(mask, 1.0, 0.0)
     for r in tl.static_range(len(DIVISORS)):
@@ -139,7 +139,7 @@ def accumulate(
     FEATURE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     WIDTHS: tl.constexpr, DIVISORS: tl.constexpr, NUM_OUTER: tl.constexpr, DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """partials (B, H, pieces, P, Dv) and partial_norms (B, H, pieces, P): sums of f y^T and f w over the tokens of a piece.
 
     num_heads: heads of the state; each sums over `group` heads of the tokens. weights None: all 1. A program takes the
@@ -212,7 +212,7 @@ def combine(
     num_heads, num_pieces, num_sequences,
     PREFIX: tl.constexpr, REVERSE: tl.constexpr, NUM_FEATURES: tl.constexpr, DV: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Add the pieces of a sequence onto its initial state, the last piece first when REVERSE.
 
     PREFIX: states and norms get, for every piece, the sum before it was added; otherwise, for every sequence, the total.
@@ -288,7 +288,7 @@ def piece_span(piece, pieces, num_pieces, num_tokens, piece_length):
 def row_span(
     tile, pieces, num_pieces, num_rows, num_columns, piece_length,
     CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):
     """(first row, end of the rows, index of their state, begin and end of the columns that some of them pair with).
 
     TRANSPOSED: rows are keys and columns queries, so that a row pairs with the columns from itself on.
@@ -338,7 +338,7 @@ def read(
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, DIVISORS: tl.constexpr, NUM_OUTER: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """out = f(x) S + sum_j A_ij y_j, divided by its norm f(x) z + sum_j A_ij + eps where `inverse` is given.
 
     Rows have factors xs, columns cs and values ys. states None: nothing is read. DIRECT: rows pair with columns.
@@ -421,7 +421,7 @@ def grad(
     CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr, DIRECT: tl.constexpr,
     WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, DIVISORS: tl.constexpr, NUM_OUTER: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of the factors of rows from dA = row value . column value + weight, the weight being that of the query.
 
     Rows are queries: their values are dO, to be scaled by `inverse`, and row_weights, -(dO . o) * inverse, is written here.
@@ -534,7 +534,7 @@ def grad(
 def add_outer_gradients(
     dx_tiles, slope, x, rows, x_strides, in_rows, inner, outer,
     FEATURE: tl.constexpr, WIDTHS: tl.constexpr, BLOCKS: tl.constexpr, DIVISORS: tl.constexpr,
-):  # fmt: skip
+):
     """Spread slope, the gradient of f[outer, :], over the features of the factors."""
     R: tl.constexpr = len(WIDTHS)
     new_tiles = ()

@@ -8,7 +8,7 @@ computed directly. Bidirectional: S is that of the whole sequence and stays.
     walk_grad_queries    dq from the keys; dO . o of each row
     walk_grad_keys       dk and dv from the queries, last chunk first
 
-Names and formulas are those of factored.py.
+Names and formulas are those of linear_tiles.py.
 """
 
 import triton
@@ -29,7 +29,7 @@ def walk_coordinates(num_pieces, num_heads):
 def load_state(
     states, norms, piece, pieces, batch, head, num_heads, num_pieces, num_states, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """S and z at the start of a piece; zero without states."""
     if states is None:
         return tl.zeros((BLOCK_D, BLOCK_DV), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
@@ -53,7 +53,7 @@ def walk_read(
     num_tokens, num_heads, group, num_pieces, num_states, piece_length, eps,
     FEATURE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     if begin >= end:
@@ -61,7 +61,7 @@ def walk_read(
     state, norm_state = load_state(
         states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
         D, DV, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    )
     q, k = at(q, q_strides, batch, head), at(k, k_strides, batch, head // group)
     v, o = at(v, v_strides, batch, head // group), at(o, o_strides, batch, head)
     local = tl.arange(0, BLOCK_M)
@@ -97,7 +97,7 @@ def walk_grad_queries(
     num_tokens, num_heads, group, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     if begin >= end:
@@ -105,7 +105,7 @@ def walk_grad_queries(
     state, norm_state = load_state(
         states, norms, piece, pieces, batch, head // group, num_heads // group, num_pieces, num_states, CAUSAL,
         D, DV, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    )
     q, k = at(q, q_strides, batch, head), at(k, k_strides, batch, head // group)
     v, do = at(v, v_strides, batch, head // group), at(do, do_strides, batch, head)
     dq = at(dq, dq_strides, batch, head)
@@ -153,7 +153,7 @@ def walk_grad_keys(
     num_tokens, num_heads, group, num_pieces, num_states, piece_length,
     FEATURE: tl.constexpr, FEATURE_GRAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     piece, head, batch = walk_coordinates(num_pieces, num_heads)
     begin, end = piece_span(piece, pieces, num_pieces, num_tokens, piece_length)
     if begin >= end:

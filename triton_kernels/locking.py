@@ -60,7 +60,7 @@ def survey(
     w, coupling, bandwidth, order, squares, c, centres, extents,
     w_strides, coupling_stride, bandwidth_stride, num_tokens, num_heads, num_cells,
     ORDER_PER_TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """c None: the tokens are keys, which have no lock radius of their own.
 
     Parameters on the GPU are not checked on the host, so one out of its range makes every c of its tokens NaN.
@@ -101,7 +101,7 @@ def neighbours(
     num_tokens, num_cells, num_others, num_heads, own_group, other_group, num_tiles, offset,
     QUERIES: tl.constexpr, CAUSAL: tl.constexpr, CELLS: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """lists (B, Hq, tiles, num_others), counts (B, Hq, tiles); a tile has CELLS cells. QUERIES: tiles are of queries.
 
     MEMBERS: from this bit on an entry of a list has one for each cell of the tile, whether that cell meets the other; None: no.

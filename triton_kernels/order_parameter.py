@@ -101,7 +101,7 @@ def pull_sums(theta, before, dr, sums, strides, num_tokens, num_heads, num_chunk
 def grad_phases(
     theta, before, dr, pulls, dtheta, strides, dtheta_strides, num_tokens, num_heads, num_chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """pulls: their sum over the later chunks, (B, H, chunks, 2, D); with before and dr None, over all tokens, (B, H, 2, D)."""
     chunk, head, batch, index = chunk_index(num_chunks, num_heads)
     rows, cosines, sines = load_phases(theta, strides, chunk, head, batch, num_tokens, D, BLOCK_D)

@@ -37,7 +37,7 @@ def fill_bounds(ends, bounds, num_sequences, num_tokens, BLOCK: tl.constexpr, ST
 @triton.jit
 def fill_pieces(
     ends, pieces, first_pieces, num_sequences, num_tokens, num_pieces, piece_length, BLOCK: tl.constexpr, STEP: tl.constexpr
-):  # fmt: skip
+):
     """Cut sequences into pieces, one by one.
 
     pieces (5, num_pieces): begin and end of each piece, its sequence, begin and end of that; those beyond the last are empty.

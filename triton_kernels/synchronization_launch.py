@@ -63,7 +63,7 @@ def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_tok
     cells = triton.cdiv(length, CELL)
     scalars = (
         strides, coupling_stride, bandwidth_stride, length, heads, cells, order_per_token, width, width_block(width)
-    )  # fmt: skip
+    )
     return Launch(locking.survey, cells * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -77,7 +77,7 @@ def plan_neighbours(call, kernel, rows, members=None):
     scalars = (
         own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
         call.window[0], queries, call.right == 0, rows // CELL, members, width, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -88,7 +88,7 @@ def plan_attend(call, self, o_strides, bandwidth_stride):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -99,7 +99,7 @@ def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         top_k, *options(call, self), ring // parameters.block_n, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -118,7 +118,7 @@ def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dw_strides, bandwidth_stride, *call.geometry, tiles,
         call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -129,7 +129,7 @@ def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_str
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride, *call.geometry,
         tiles, call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
@@ -141,7 +141,7 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     scalars = (
         call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
         steepest, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 
 
@@ -221,7 +221,7 @@ def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_
 def backward_launches(
     omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, o, total, bits, do,
     dw, dk, dv, dcoupling, dbandwidth, dorder, cuda=None,
-):  # fmt: skip
+):
     """The pairs that fill the gradients; dw is that of omega, as queries and as keys where omega_k is None.
 
     cuda: the launch in CUDA C++ that takes the place of `grad_tokens`, or None.
@@ -242,7 +242,7 @@ def backward_launches(
         of_queries, of_keys = (omega.new_empty(omega.shape, dtype=torch.float32), dw) if self else (dw, dk)
         given = (
             omega, omega if self else omega_k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits,
-        )  # fmt: skip
+        )
         query_lists, fill_query_lists = list_launches(call, "sync_grad_queries", queries, keys)
         key_lists, fill_key_lists = list_launches(call, "sync_grad_keys", keys, queries)
         grad_queries = plan_grad_queries(call, self, do.stride(), of_queries.stride(), by_head, num_words, steepest)

@@ -16,7 +16,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto",
         *args, backend, **kwargs: the arguments of the call.
 
     Returns:
-        One line for the choice and one for each backend, with the reason where it cannot serve the call.
+        One line for the choice, then one per backend, with the reason if it cannot serve the call.
 
     Raises:
         ValueError: op is not an operator of nearfar, or the arguments do not fit it.

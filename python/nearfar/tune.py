@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--choices", nargs="*", choices=tuple(tune_choices.CALLS), metavar="OPERATOR",
         help="measure which backend serves these operators faster, or all, instead of launch parameters",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     if arguments.choices is not None:
         return tune_choices.main(arguments.choices)

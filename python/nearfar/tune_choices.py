@@ -106,7 +106,7 @@ CALLS = {
         krause_attention, krause_attention_step, hadamard_attention, affine_attention, synchronization_attention,
         attention_statistics, selection_geometry,
     )
-}  # fmt: skip
+}
 
 
 # ---- the times
@@ -220,7 +220,7 @@ def environment():
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "method": f"operator calls by turns: medians of {ROUNDS}, cold L2 cache", "source": "python -m nearfar.tune --choices",
-    }  # fmt: skip
+    }
 
 
 def commit():

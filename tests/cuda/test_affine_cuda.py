@@ -50,7 +50,7 @@ def test_auto_asks_first_what_was_measured_faster(hopper, monkeypatch):
     rows = [
         ({"head_dim": 64, "keys": [9, None]}, cuda, cuda), ({"head_dim": 128, "keys": [10, None]}, cuda, cuda),
         ({"head_dim": 32, "keys": [8, 8]}, cuda, cuda), ({"head_dim": 32, "keys": [9, 9]}, triton, cuda),
-    ]  # fmt: skip
+    ]
     pretend_measured(monkeypatch, *rows, capability=9 if hopper else 8)
     for width, firsts in ((64, ("cuda", "cuda")), (128, ("triton", "triton")), (32, ("triton", "cuda"))):
         q = tensor(width)  # of 9 tokens

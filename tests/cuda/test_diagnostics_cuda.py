@@ -38,7 +38,7 @@ def test_why_a_call_is_not_served(reason, monkeypatch):
 
 @pytest.mark.parametrize(("built", "capability", "runs"), [
     (["80", "90a"], (9, 0), True), (["80", "90"], (9, 0), False), (["80", "90a"], (8, 0), False), (["90a"], (10, 0), False),
-])  # fmt: skip
+])
 def test_which_devices_are_served(built, capability, runs, monkeypatch):
     class Extension:
         architectures = staticmethod(lambda: built)

@@ -107,7 +107,7 @@ def test_regimes_of_heads_built_for_them():
     (TypeError, "^control_queries must be an int", {"control_queries": 2.0}),
     (ValueError, "^q must have at least one query", {"q": torch.zeros(1, 3, 0, 64)}),
     (ValueError, "^backend", {"backend": "cudnn"}),
-])  # fmt: skip
+])
 def test_bad_input_of_head_regimes(error, message, changes):
     q, k, v = three_heads()
     with pytest.raises(error, match=message):
@@ -216,7 +216,7 @@ def test_masks_that_are_windows(back, ahead, dtype):
     (torch.zeros(30, 30, dtype=torch.bool), "hides every key"),
     (torch.linspace(-1, 0, 900).reshape(30, 30), "adds a bias"),
     (torch.stack((sliding_mask(30, 29), sliding_mask(30, 5))), "differs between heads"),
-], ids=["right padding", "padding without causality", "gap", "two windows", "nothing", "bias", "heads"])  # fmt: skip
+], ids=["right padding", "padding without causality", "gap", "two windows", "nothing", "bias", "heads"])
 def test_masks_that_cannot_be_read(mask, message):
     model, x = make_model(attn_mask=mask), randn(1, 30, 32, device="cpu")
     expected = model(x)
@@ -516,7 +516,7 @@ def test_whatever_fails_is_skipped(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {}, {"batch_first": True}, {"batch_first": True, "kdim": 24, "vdim": 20}, {"bias": False},
-], ids=str)  # fmt: skip
+], ids=str)
 @pytest.mark.parametrize("mask", [None, "causal", "each head", "padding"])
 def test_multihead_attention_against_its_weights(options, mask):
     torch.manual_seed(0)
@@ -525,7 +525,7 @@ def test_multihead_attention_against_its_weights(options, mask):
     x = randn(2, 10, 32, seed=1, device="cpu")
     k, v = (x, x) if itself else (randn(2, 10, size, seed=size, device="cpu") for size in (24, 20))
     given = {"causal": {"attn_mask": ~sliding_mask(10, 9)}, "padding": {"key_padding_mask": torch.arange(10).expand(2, 10) < 4},
-             "each head": {"attn_mask": ~sliding_mask(10, 9).expand(8, 10, 10)}}.get(mask, {})  # fmt: skip
+             "each head": {"attn_mask": ~sliding_mask(10, 9).expand(8, 10, 10)}}.get(mask, {})
     if not options.get("batch_first"):
         x = k = v = x.transpose(0, 1)
     if mask == "padding" and not itself:  # whose padding it is cannot be told
@@ -587,7 +587,7 @@ def hugging_face(kind, implementation):
         config = transformers.MistralConfig(
             **size, num_key_value_heads=2, sliding_window=None if kind == "full" else 6, attn_implementation=implementation,
             initializer_range=0.3,
-        )  # fmt: skip
+        )
         model = transformers.MistralModel(config)
     return model.eval(), torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -688,7 +688,7 @@ def parts_as_mask(parts, batch, num_queries, num_keys):
             for column, key in enumerate(keys):
                 behind, ahead = at - column, column - at
                 mask[part.batch, query, key] = (window.left < 0 or behind <= window.left) and (
-                    window.right < 0 or ahead <= window.right)  # fmt: skip
+                    window.right < 0 or ahead <= window.right)
     return mask
 
 

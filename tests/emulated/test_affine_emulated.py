@@ -57,7 +57,7 @@ def numbers(q, k, sample):
     return dict(
         batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_queries=q.shape[2], num_keys=k.shape[2],
         width=q.shape[3], right=oracle.window(sample.options)[1], scale=oracle.score_factor(sample.options, q),
-    )  # fmt: skip
+    )
 
 
 def guard(guarded, sample):

@@ -51,7 +51,7 @@ def numbers_of(sample):
     return dict(
         batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], num_queries=q.shape[2], num_keys=k.shape[2],
         width=q.shape[3], left=left, right=right, scale=oracle.score_factor(sample.options, q),
-    )  # fmt: skip
+    )
 
 
 def dtype_of(sample):
@@ -155,7 +155,7 @@ def geometry(kernels, sample, top_n, conditions, change=lambda tensors: None):
     rows, v = tensors["q"].shape[:3], sample.tensors["v"]
     selected = {
         "scores": guarded.empty((*rows, top_n), torch.float32), "chosen": guarded.empty((*rows, top_n), torch.int32)
-    }  # fmt: skip
+    }
     numbers = numbers_of(sample) | {"top_n": top_n}
     launch(kernels["geometry_select"], dtype_of(sample), tensors | selected, conditions, **numbers)
     for name, x in zip(("s", "shift", "farthest", "excess"), centre(v, **selected, scale=numbers["scale"]), strict=True):

@@ -78,7 +78,7 @@ def test_accumulate(name, late_copies, kernels):
     numbers = dict(
         batches=batch, heads=heads, state_heads=state_heads, num_tokens=tokens, width=width, num_pieces=pieces,
         piece_length=piece_length,
-    )  # fmt: skip
+    )
     launch(kernels["hadamard_bidirectional_features"], feature_map, given | filled | sums, conditions, **numbers)
 
     scaled, mapped = rounded_features(outer, inner, feature_map, factors)
@@ -129,7 +129,7 @@ def test_read(name, late_copies, kernels):
     tensors = dict(
         outer=outer, inner=inner, states=states, norms=norms, out=out, inverse=inverse,
         counter=guarded.empty((1,), torch.int32), norm_tiles=guarded.empty((batch, state_heads, 2, 64, 64), torch.bfloat16),
-    )  # fmt: skip
+    )
     numbers = dict(batches=batch, heads=heads, state_heads=state_heads, num_tokens=rows, width=width, eps=0.25)
     launch(kernels["hadamard_bidirectional_read"], feature_map, tensors, conditions, **numbers)
     guarded.assert_intact()

@@ -40,7 +40,7 @@ def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
     numbers = dict(
         sigma_stride=1 if sigma.numel() > 1 else 0, batches=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1],
         num_queries=q.shape[2], num_keys=k.shape[2], width=q.shape[3], back=back, ahead=ahead,
-    )  # fmt: skip
+    )
     words = 2 if back + ahead + 1 <= 64 else 4
     saved = dict(o=guarded.empty(q.shape, q.dtype), lse=guarded.empty(q.shape[:3], torch.float32))
     saved["bits"] = guarded.empty((*q.shape[:3], words), torch.int32) if top_k else None
@@ -193,7 +193,7 @@ def test_errors_are_reported(kernels):
         launch(
             kernels["krause_forward"], dtype_of(tensors), tensors, FEW_STRIPS, batches=1, heads=1, kv_heads=1,
             num_queries=200, num_keys=200, width=32, back=127, ahead=0,
-        )  # fmt: skip
+        )
 
 
 @each_dtype

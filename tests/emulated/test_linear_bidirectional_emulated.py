@@ -65,7 +65,7 @@ def run(kernels, sample, do, piece_length, conditions=ANY):
         numbers = dict(
             batches=q.shape[0], heads=q.shape[1], kv_heads=heads, num_tokens=tokens, width=width, num_pieces=count,
             piece_length=piece_length, num_states=options["cu_seqlens"].numel() - 1 if packed else 1,
-        )  # fmt: skip
+        )
         partials = dict(
             partials=guarded.empty((q.shape[0], heads, count, width, width), torch.float32),
             partial_norms=guarded.empty((q.shape[0], heads, count, width), torch.float32),

@@ -74,7 +74,7 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY, hopper=False):
     numbers = dict(
         batches=v.shape[0], heads=do.shape[1], kv_heads=v.shape[1], num_tokens=v.shape[2],
         num_pieces=1, piece_length=v.shape[2],
-    )  # fmt: skip
+    )
     operator = "linear" if "q" in tensors else "hadamard"
     if operator == "linear":
         numbers["width"] = v.shape[3]
@@ -97,7 +97,7 @@ def run(kernels, sample, do, piece_length=None, conditions=ANY, hopper=False):
     saved = dict(
         o=guarded.empty(do.shape, v.dtype), inverse=guarded.empty(do.shape[:3], torch.float32) if normalize else None,
         weights=guarded.empty(do.shape[:3], torch.float32),
-    )  # fmt: skip
+    )
     gradients = {name: guarded.empty(x.shape, v.dtype) for name, x in inputs.items() if name != "grad_o"}
     filled = {f"d{name}": gradient for name, gradient in gradients.items()}
     before = with_states(ys, with_ones(tensors["v"]), tensors.get("initial_state"), True)

@@ -123,7 +123,7 @@ def backward(kernels, sample, do, o, total, conditions, everything=False):
     launch(
         kernels["synchronization_backward"], dtype_of(sample), tensors | found, conditions,
         grad_floor=floor, **sizes(omega),
-    )  # fmt: skip
+    )
     guarded.assert_intact()
     return found
 
@@ -134,7 +134,7 @@ def gradients(sample, found):
     return {
         "omega": found["dw"], "v": found["dv"], "coupling": (of_radius * order).sum(),
         "bandwidth": of_bandwidth if bandwidth.numel() > 1 else of_bandwidth.sum().reshape(1), "order": of_radius * coupling,
-    }  # fmt: skip
+    }
 
 
 def same(first, second, what):

@@ -142,7 +142,7 @@ def test_state_dict_round_trip():
     assert torch.equal(other(x), layer(x))
     assert set(layer.state_dict()) == {
         "log_sigma", "q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight"
-    }  # fmt: skip
+    }
 
 
 def test_extra_repr_shows_what_was_asked_for():

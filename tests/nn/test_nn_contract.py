@@ -329,7 +329,7 @@ def test_feature_maps_across_tokens_are_refused_where_states_are_used(kind, acro
     calls = (
         lambda: layer.init_state(2), lambda: layer.step(x[:, :1], state),
         lambda: layer(x, state=state), lambda: layer(x, return_state=True),
-    )  # fmt: skip
+    )
     for call in calls:
         with pytest.raises(ValueError, match=r"^feature_map must map each token by itself"):
             call()
@@ -375,7 +375,7 @@ def nested(how):
 WAYS = {
     "reentrant": reentrant, "not reentrant": saving, "selective": selective,
     "nested reentrant": nested(reentrant), "nested": nested(saving),
-}  # fmt: skip
+}
 CHECKPOINTED = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
@@ -576,7 +576,7 @@ def fsdp_worker(rank):
         lambda layer: fully_shard(layer, mesh=mesh), lambda layer: fully_shard(layer, mesh=mesh, mp_policy=policy),
         lambda layer: FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True),
         lambda layer: FullyShardedDataParallel(layer, device_id=torch.device("cpu"), mixed_precision=mixed),
-    )  # fmt: skip
+    )
     for make in LAYERS.values():
         torch.manual_seed(0)
         layer = make()

@@ -83,7 +83,7 @@ def change(sample, function, names):
 def agree(got, expected, what):
     """Two results of `run`, to the roundings of float32 sums, whose terms are of size 1 or more and may cancel to 0."""
     for kind, parts in (("output", zip(as_tuple(got[0]), as_tuple(expected[0]), strict=True)),
-                        ("gradient", ((got[1][n], expected[1][n]) for n in expected[1]))):  # fmt: skip
+                        ("gradient", ((got[1][n], expected[1][n]) for n in expected[1]))):
         for a, b in parts:
             size = b.abs().max().item() if b.numel() else 0
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(size, 1.0), msg=lambda m, k=kind: f"{k} {what}: {m}")
@@ -376,7 +376,7 @@ def test_forward_derivatives_of_the_kernels_are_refused(operator, name):
             torch.func.jvp(
                 lambda t, key=key: as_tuple(call(**{**sample.tensors, key: t}, **sample.options, backend="triton"))[0],
                 (tensor,), (like(tensor),),
-            )  # fmt: skip
+            )
 
 
 @each_backend

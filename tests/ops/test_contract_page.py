@@ -58,7 +58,7 @@ PROPERTIES = {
     "vmap": [test_contract.test_vmap_is_a_loop],
     "threads": [test_contract.test_threads_get_what_one_gets],
     "errors name the argument": [test_contract.test_errors_name_the_argument],
-}  # fmt: skip
+}
 
 
 def covered_by(tests):
@@ -92,7 +92,7 @@ def test_every_test_of_the_contract_is_a_property():
     of_operators = {
         name for name, test in vars(test_contract).items()
         if name.startswith("test_") and any(function in covered_by([test]) for function in FUNCTIONS)
-    }  # fmt: skip
+    }
     assert of_operators <= shown
 
 

@@ -305,7 +305,7 @@ def test_what_a_query_cannot_see_changes_no_bit(locality):
     for tensor in other.tensors.values():
         tensor[:, :, 50:] = 100 * randn(*tensor[:, :, 50:].shape, seed=9)
     for name, a, b in zip((*nf.ops.diagnostics.AttentionStatistics._fields, "precision", "recall", "f_score"),
-                          everything(sample), everything(other), strict=True):  # fmt: skip
+                          everything(sample), everything(other), strict=True):
         settled = (38 if locality else 0) if name == "key_mass" else 50
         assert torch.equal(a[..., :settled], b[..., :settled]), name
         assert not torch.equal(a, b), name
@@ -422,7 +422,7 @@ BAD = {
     "scale with a sigma": (ValueError, "^scale is for dot products", lambda: {"scale": 1.0, "sigma": 2.0}),
     "sigma zero": (ValueError, "^sigma must be positive", lambda: {"sigma": 0.0}),
     "sigma per kv head": (ValueError, r"^sigma must be .*\(4,\), got \(2,\)", lambda: {"sigma": torch.ones(2, device=DEVICE)}),
-}  # fmt: skip
+}
 BAD_SELECTION = {
     "top_n zero": (ValueError, "^top_n must be from 1 to 256, got 0", lambda: {"top_n": 0}),
     "top_n too large": (ValueError, "^top_n must be from 1 to 256, got 257", lambda: {"top_n": 257}),

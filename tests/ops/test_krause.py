@@ -19,7 +19,7 @@ from harness import (
     needs_gpu,
     randn,
     run,
-)  # fmt: skip
+)
 from samples.krause import (
     best,
     check,
@@ -317,7 +317,7 @@ def test_packed_sequences_are_computed_as_if_alone(top_k, backend):
     ends = [0, 0, 21, 22, 22, 70, 70]
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     o, gradients = run(nf.krause_attention, Sample(sample.tensors, {**sample.options, "cu_seqlens": cu_seqlens}),
-                       backend=backend)  # fmt: skip
+                       backend=backend)
     do = like(o)
     for a, b in zip(ends, ends[1:], strict=False):
         alone = Sample({n: t[:, :, a:b] if t.dim() == 4 else t for n, t in sample.tensors.items()}, sample.options)
@@ -460,10 +460,10 @@ def test_a_sigma_that_is_not_positive_poisons_its_head_only(top_k, dtype):
 def test_sigma_by_number_scalar_and_head(backend):
     sample = exact_sample(torch.float32, top_k=4)
     expected = run(nf.krause_attention, Sample({**sample.tensors, "sigma": torch.full((2,), 2.5, device=DEVICE)},
-                                               sample.options), backend=backend)  # fmt: skip
+                                               sample.options), backend=backend)
     for sigma in (torch.tensor(2.5, device=DEVICE), torch.tensor([2.5], device=DEVICE, dtype=torch.float64)):
         o, gradients = run(nf.krause_attention, Sample({**sample.tensors, "sigma": sigma}, sample.options),
-                           backend=backend)  # fmt: skip
+                           backend=backend)
         assert torch.equal(o, expected[0])
         assert gradients["sigma"].shape == sigma.shape and gradients["sigma"].dtype == sigma.dtype
         torch.testing.assert_close(gradients["sigma"].sum().float(), expected[1]["sigma"].sum())
@@ -646,7 +646,7 @@ def test_too_many_candidates():
             nf.krause_attention(q, k, k, 2.0, locality, top_k=4, backend="triton")
     few = nf.krause_attention(q, k, k, 2.0, nf.SlidingWindow(1000, 23), top_k=4, backend="triton")
     torch.testing.assert_close(few, nf.krause_attention(q, k, k, 2.0, nf.SlidingWindow(1000, 23), top_k=4,
-                                                        backend="reference"), rtol=1e-4, atol=1e-5)  # fmt: skip
+                                                        backend="reference"), rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------- GPU

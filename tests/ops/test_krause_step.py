@@ -27,7 +27,7 @@ def seen(sample, b, position):
     q, k, v, sigma = sample.tensors.values()
     keys = slice(first, position + 1)
     return Sample({"q": q[b : b + 1, :, [position]], "k": k[b : b + 1, :, keys], "v": v[b : b + 1, :, keys], "sigma": sigma},
-                  sample.options)  # fmt: skip
+                  sample.options)
 
 
 def check(sample, positions, o):
@@ -360,7 +360,7 @@ def test_an_empty_cache():
 
 @pytest.mark.parametrize(("window", "selects", "first"), [
     (1, False, "triton"), (32, True, "cuda"), (33, False, "cuda"), (1024, True, "cuda"), (1025, False, "triton"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("hopper", [True, False])
 def test_auto_asks_first_what_was_measured_faster(window, selects, first, hopper, monkeypatch):
     monkeypatch.setattr(choices, "_capability", lambda index: 9 if hopper else 8)

@@ -24,7 +24,7 @@ from harness import (
     needs_gpu,
     randn,
     run,
-)  # fmt: skip
+)
 from hypothesis import strategies as st
 from samples.linear import (
     FUNCTIONS,
@@ -64,7 +64,7 @@ up_to_three_factors = pytest.mark.parametrize("widths", [(16,), (8, 16), (8, 8, 
 def sample_of(
     widths, length=70, keys=None, dtype=torch.float32, heads=2, kv_heads=1, batch=1, value_width=16, state=False, seed=1,
     device=DEVICE, **options,
-):  # fmt: skip
+):
     """A call of flat() with random numbers. state: one comes in and is asked for."""
     keys = length if keys is None else keys
     tensors = random_tensors(
@@ -502,7 +502,7 @@ def test_a_function_as_feature_map(causal, backend):
     step = nf.linear_attention_step(
         *(t[:, :, :1] for t in (x["q"], x["k"], v)), torch.zeros(1, 2, 16, 17, device=DEVICE), feature_map=feature_map,
         backend=backend,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(step, v[:, :, :1], rtol=1e-4, atol=1e-5)
 
 
@@ -547,7 +547,7 @@ def test_products_of_float16_calls_cut_nothing(name):
 
     with patch.object(InterpreterBuilder, "create_dot", create_dot):
         run(FUNCTIONS["linear_attention" if name in SAMPLES["linear_attention"] else "hadamard_attention"],
-            make(name, torch.float16, length=40))  # fmt: skip
+            make(name, torch.float16, length=40))
     assert cut and not any(cut)
 
 
@@ -558,7 +558,7 @@ def test_products_of_float16_calls_cut_nothing(name):
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("batch, length, keys, causal", [
     (0, 5, 5, False), (0, 5, 5, True), (1, 0, 0, False), (1, 0, 0, True), (2, 0, 9, False), (2, 9, 0, False), (0, 0, 0, True),
-])  # fmt: skip
+])
 @each_widths
 def test_empty(widths, batch, length, keys, causal, state, backend):
     sample = sample_of(widths, length, keys, batch=batch, state=state, causal=causal)
@@ -669,7 +669,7 @@ BAD = {
     "cu_seqlens with two lengths": (ValueError, "^cu_seqlens .*5 and 6", lambda: {
         "qs": [randn(1, 4, 5, 16), randn(1, 4, 5, 8)], "cu_seqlens": seqlens(0, 6)}),
     "unknown backend": (ValueError, "^backend must be", lambda: {"backend": "cudnn"}),
-}  # fmt: skip
+}
 
 
 @each_backend
@@ -705,7 +705,7 @@ STEPS = {
     "out in half": (TypeError, "^out must be torch.float32", lambda: {"out": half(1, 4, 1, 16)}),
     "eps negative": (ValueError, "^eps must not be negative", lambda: {"eps": -1.0}),
     "feature map": (ValueError, "^feature_map must be", lambda: {"feature_map": "gelu"}),
-}  # fmt: skip
+}
 
 
 @each_backend
@@ -725,7 +725,7 @@ def test_bad_step(case, backend):
     ((8, 8), 8, "v is 8 wide; kernels take multiples of 8 from 16 to 256"),
     ((8, 8, 8, 8), 16, "qs has 4 factors; kernels take up to 3"),
     ((32, 32, 24), 16, "the widths of qs multiply to 24576; kernels take up to 16384"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_sizes_that_kernels_do_not_serve(widths, value_width, reason):
     sample = sample_of(widths, 3, value_width=value_width)
     with pytest.raises(ValueError, match=f"backend='triton' cannot serve this call: {reason}"):
@@ -808,7 +808,7 @@ def test_long_sequences_keep_float32_states(causal):
     q, k, v = (tensors[name][:, :, -tail:] for name in ("q1", "k1", "v"))
     before = state_in_float64([tensors["k1"][:, :, :-tail]], tensors["v"][:, :, :-tail], torch.relu) if causal else exact
     own = Sample({"q1": q, "k1": k, "v": v, "initial_state": before.reshape(1, 2, 64, 65).float()},
-                 {"feature_map": "relu", "causal": True})  # fmt: skip
+                 {"feature_map": "relu", "causal": True})
     if not causal:
         own = Sample({n: t[:, :, :0] if n in ("k1", "v") else t for n, t in own.tensors.items()}, {"feature_map": "relu"})
     expected = attend({n: t.double() for n, t in own.tensors.items()}, own.options)

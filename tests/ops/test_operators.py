@@ -35,7 +35,7 @@ HALF = torch.float16
 CASES = [
     pytest.param(op, name, id=f"{op.room}-{name}")
     for op in (*OPERATORS, *PARTS) if op.differentiable for name in samples.names(op)
-]  # fmt: skip
+]
 each_sample = pytest.mark.parametrize("operator, name", CASES)
 # Where calls are interpreted they take seconds: tests of many calls take the first sample of each operator there.
 FIRST = list({case.values[0].function: case for case in reversed(CASES)}.values())

@@ -54,7 +54,7 @@ CALLS = {
     ),
     "linear": lambda q, k, v: nf.linear_attention(q, k, v, backend="reference"),
     "linear causal": lambda q, k, v: nf.linear_attention(q, k, v, causal=True, backend="reference"),
-}  # fmt: skip
+}
 
 
 def peak(call):

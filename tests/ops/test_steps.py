@@ -287,7 +287,7 @@ def test_what_is_written_to_shares_no_memory(name, backend):
     ((2, 2), (3, 2), False),  # 0, 2, 3, 5
     ((3, 4), (3, 2), True),  # 6 = 2 * 3 = 3 * 2
     ((3, 0, 1, 16), (0, 0, 0, 0), False),
-])  # fmt: skip
+])
 def test_layouts_that_overlap_themselves(shape, strides, overlaps):
     assert overlaps_itself(shape, strides) is overlaps
 
@@ -311,7 +311,7 @@ def test_layouts_that_share_memory():
 def test_few_sequences(name, batch, backend):
     step, several = make(name, batch), make(name, 3)
     alone = step._replace(inputs={n: x[:batch] for n, x in several.inputs.items()},
-                          memory={n: x[:batch].clone() for n, x in several.memory.items()})  # fmt: skip
+                          memory={n: x[:batch].clone() for n, x in several.memory.items()})
     assert torch.equal(alone(backend=backend), several(backend=backend)[:batch])
     assert all(torch.equal(x, several.memory[n][:batch]) for n, x in alone.memory.items())
 
@@ -502,7 +502,7 @@ def test_fake_tensors(name, backend):
         step.options["sigma"] = 2.5
     with FakeTensorMode():
         memory, inputs = ({n: torch.empty(x.shape, dtype=x.dtype, device=x.device) for n, x in group.items()}
-                          for group in (step.memory, step.inputs))  # fmt: skip
+                          for group in (step.memory, step.inputs))
         o = step(backend=backend, **inputs, **memory)
     assert o.shape == random_out(step).shape and o.dtype == torch.float32 and o.device.type == DEVICE
 

@@ -133,7 +133,7 @@ def test_pruning_changes_no_bit(options, monkeypatch):
     (scaled(clustered(length=200, clusters=3), 0.5), True),
     (chain(length=600, step=0.01), True),
     (chain(length=600, step=0.03), True),
-], ids=["one cluster", "clusters", "chain", "long chain"])  # fmt: skip
+], ids=["one cluster", "clusters", "chain", "long chain"])
 def test_what_is_pruned_has_no_weight(sample, exact, monkeypatch):
     """Every pair of a cell outside the lists has S = 0 in float64. exact: and on a line no cell is visited in vain."""
     omega = sample.tensors["omega"]
@@ -276,7 +276,7 @@ def pair_at(strength, **options):
     omega[..., 1, 0] = low
     tensors = {"omega": omega, "v": randn(1, 1, 2, 16, dtype=torch.float64, device="cpu"),
                "coupling": torch.tensor(3.0).double(), "bandwidth": torch.tensor([0.4], dtype=torch.float64),
-               "order": torch.full((1, 1), 0.5).double()}  # fmt: skip
+               "order": torch.full((1, 1), 0.5).double()}
     return Sample(tensors, options)
 
 
@@ -496,7 +496,7 @@ def test_prefix_order_does_not_look_ahead():
     ({"top_k": 0}, ValueError, "top_k must be at least 1"),
     ({"grad_floor": 0.0}, ValueError, "grad_floor must be positive and finite"),
     ({"grad_floor": None}, TypeError, "grad_floor must be a number"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_bad_input(replacement, error, match):
     sample = random_sample()
     arguments = {name: tensor.cpu() for name, tensor in sample.tensors.items()} | replacement

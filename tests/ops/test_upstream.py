@@ -15,7 +15,7 @@ pytestmark = pytest.mark.full
 CASES = [
     pytest.param(operator, name, id=f"{operator.room}-{name}")
     for operator in OPERATORS if operator.differentiable for name in samples.names(operator)
-]  # fmt: skip
+]
 
 
 def stored(x, order):

@@ -87,7 +87,7 @@ GRID = {
     of_diagnostics: ((("attention_statistics", "selection_geometry"), WIDTHS), {
         BOTH: [(("attention_statistics", "selection_geometry"), (64, 128))],
     }),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("orders", GRID, ids=lambda function: function.__name__)

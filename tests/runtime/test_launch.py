@@ -166,7 +166,7 @@ def test_triton_runs_a_compiled_kernel_with_the_same_arguments():
         _init_handles=lambda: None, launch_metadata=lambda *arguments: "metadata",
         function="function", packed_metadata="packed",
         run=lambda *arguments: given.append(arguments),
-    )  # fmt: skip
+    )
     CompiledKernel.__getitem__(compiled, (3, 1, 1))(7, 0.5, stream=STREAM)
     (arguments,) = given
     assert arguments[:7] == (3, 1, 1, STREAM, "function", "packed", "metadata") and arguments[9:] == (7, 0.5)
@@ -307,7 +307,7 @@ def test_survey():
     address = whole.data_ptr()
     assert survey((whole, None, (half, whole))) == (
         [address, None, (half.data_ptr(), address)], (cpu, single, None, short, single), True
-    )  # fmt: skip
+    )
     assert survey((None, shifted))[1:] == ((cpu, None, single), False) and not survey(((whole, shifted), None))[2]
     assert survey((torch.empty(0),)) == ([0], (cpu, single), True)  # nothing will be read there
 

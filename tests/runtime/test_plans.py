@@ -425,7 +425,7 @@ ORDER = torch.ones(1, 2)
     (3, lambda q, k, v: nf.affine_attention(q, k, v, None, v[..., 0], causal=True)),
     (5, lambda q, r, k, s, v: nf.hadamard_attention((q, r), (k, s), v, causal=True)),
     (2, lambda omega, v: nf.synchronization_attention(omega, v, 2.0, 0.5, ORDER.to(v.device))),
-], ids=["krause", "affine", "hadamard", "synchronization"])  # fmt: skip
+], ids=["krause", "affine", "hadamard", "synchronization"])
 def test_a_backward_compiles_nothing(count, call, monkeypatch):
     tensors = fresh_rows(count, width=104)
     o = call(*tensors)

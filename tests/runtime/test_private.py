@@ -166,7 +166,7 @@ def test_no_other_file_uses_a_private_name():
     "torch._C._any_requires_grad(x)", "from torch._C import _any_requires_grad", "from torch import _C", "import torch._dynamo",
     "x._version", "getattr(x, '_version')", "forward_ad._current_level", "from torch.overrides import _pop_mode",
     "from triton.runtime import driver", "import triton.compiler", "triton.knobs.runtime", "from triton import knobs",
-])  # fmt: skip
+])
 def test_a_private_name_is_seen(text):
     assert list(private_names(text))
 

@@ -193,4 +193,4 @@ def watched_model(nf):
 CASES = [
     reference, packed, softmax, linear, autocast, mapped, func_gradient, batched_gradients, batched_gradients_of_the_reference,
     forward_mode, double_backward, step, reference_in_a_graph, checkpointed_layer, watched_model,
-]  # fmt: skip
+]

@@ -194,7 +194,7 @@ def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
 def evaluate(formula, sample, do, dtype):
     """(o, gradients by name) of `dense` or `plain` in this dtype."""
     inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype)).requires_grad_()
-              for n, t in sample.tensors.items()}  # fmt: skip
+              for n, t in sample.tensors.items()}
     o = formula(visible(sample), score_factor(sample.options, inputs["q"]), **inputs)
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 

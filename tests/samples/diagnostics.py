@@ -131,7 +131,7 @@ def check(sample, do, o, gradients):
 
     def evaluate(scores, dtype):
         inputs = {n: t.detach().to(dtype if n in "qk" else torch.promote_types(dtype, torch.float32)).requires_grad_()
-                  for n, t in tensors.items()}  # fmt: skip
+                  for n, t in tensors.items()}
         results = lse_and_entropy(scores(options, **inputs))
         upstream = [part.to(result.dtype) for part, result in zip(do, results, strict=True)]
         found = torch.autograd.grad(results, list(inputs.values()), upstream)
@@ -253,7 +253,7 @@ def check_geometry(sample, top_n, found, exactly=0.9):
     tolerance = 4 * torch.finfo(torch.float32).eps
     for got, low, high in (
         (found.precision, low_precision, high_precision), (found.recall, low_recall, high_recall)
-    ):  # fmt: skip
+    ):
         right = (got >= low * (1 - tolerance)) & (got <= high * (1 + tolerance))
         assert (right | ~clear).all(), f"{(~right & clear).sum()} of {clear.sum()} rows are wrong"
         assert not exactly or (low == high)[clear].double().mean() >= exactly, "the bounds are too wide to tell anything"

@@ -237,7 +237,7 @@ def scales(q, k, v, sigma, keep, do):
 def evaluate(formula, sample, selected, do, dtype):
     """(o, gradients by name) of `dense` or `plain` with this selection, in this dtype."""
     inputs = {n: t.detach().to(accumulation(dtype) if n == "sigma" else dtype, copy=True).requires_grad_()
-              for n, t in sample.tensors.items()}  # fmt: skip
+              for n, t in sample.tensors.items()}
     o = formula(*inputs.values(), selected)
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 

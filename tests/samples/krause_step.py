@@ -8,7 +8,7 @@ import nearfar as nf
 
 def sample_of(
     window, length=None, dtype=torch.float32, batch=2, heads=4, kv_heads=2, width=32, value_width=32, high=None, top_k=None
-):  # fmt: skip
+):
     """A whole sequence. high: q and k of integers up to it, whose scores are exact, so that ties are ties."""
     length = 3 * window + 2 if length is None else length
 
@@ -30,7 +30,7 @@ def garbage(window, k, v):
     """A cache whose slots hold what memory may hold."""
     empty = nf.KrauseCache.empty(
         k.shape[0], k.shape[1], window, k.shape[3], v.shape[3], dtype=k.dtype, device=k.device
-    )  # fmt: skip
+    )
     return empty._replace(k=empty.k.fill_(float("nan")), v=empty.v.fill_(float("nan")))
 
 

@@ -189,7 +189,7 @@ def sums(xs, ys, values, state, options, dtype=None, stored=False):
     final = torch.cat([
         torch.einsum(build, *(y[:, :, first:last] for y in ys), values[:, :, first:last])
         for first, last in spans(options, values.shape[2])
-    ])  # fmt: skip
+    ])
     return total, final if state is None else final + state
 
 
@@ -351,7 +351,7 @@ def op_arguments(sample, backend="triton"):
         qs, ks, unit_stride(tensors["v"]), tensors.get("initial_state"), options.get("cu_seqlens"),
         options.get("feature_map", "elu"), options.get("normalize", True), options.get("causal", False),
         options.get("eps", 1e-6), options.get("return_state", False), backend, backend,
-    )  # fmt: skip
+    )
 
 
 def unit_stride(tensor):

@@ -243,7 +243,7 @@ RESULT_BUGS = {
 @pytest.mark.parametrize("case, name, bug", [
     pytest.param(case, name, bug, id=f"{case.__name__}: {what}")
     for what, (cases, name, bug) in RESULT_BUGS.items() for case in cases
-])  # fmt: skip
+])
 def test_bugs_in_results_are_seen(case, name, bug, dtype):
     sample = case.make(dtype)
     do = case.do(sample)

@@ -30,18 +30,18 @@ from nearfar import registry
 CASE = krause.Case(
     name="krause-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
     left=31, right=5,
-)  # fmt: skip
+)
 LINEAR = linear.Case(
     name="linear-test", batch=1, heads=4, kv_heads=2, length=256, width=24, dtype="float32", providers=("nearfar",),
     factors=(16,),
-)  # fmt: skip
+)
 HADAMARD = replace(LINEAR, factors=(8, 4))
 AFFINE = affine.Case(
     name="affine-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",)
 )
 STATISTICS = diagnostics.Case(
     name="statistics-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
-)  # fmt: skip
+)
 GEOMETRY = replace(STATISTICS, top_n=4)
 CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
 CPU = torch.device("cpu")
@@ -521,7 +521,7 @@ def swept(provider, times, causal=False):
         {"provider": provider, "label": provider, "variant": "causal" * causal, "case": {"length": length, "causal": causal},
          "forward": {"ms": forward}, "backward": {"ms": backward}}
         for length, (forward, backward) in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_crossover_of_straight_lines_is_exact():
@@ -641,7 +641,7 @@ def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
     report.write_json(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\n"
-                      "<!-- bench:overview -->\n<!-- /bench:overview -->\nThe end.\n")  # fmt: skip
+                      "<!-- bench:overview -->\n<!-- /bench:overview -->\nThe end.\n")
 
     assert report.main(["--check"], tmp_path, results) == 1
     assert "old" in readme.read_text() and "out of date" in capsys.readouterr().out

@@ -41,17 +41,41 @@ def test_most_pages_for_users_have_code():
     assert tutorials and all(code_of(page) for page in [ROOT / "README.md", *tutorials])
 
 
-def test_pages_named_in_the_repository_exist():
-    """mkdocs --strict checks the site's own links; here comments, docstrings, README and CONTRIBUTING."""
+def named_in_the_repository(pattern):
+    """{what matches: names of the files that it stands in}, in sources, comments and pages."""
     folders = ("csrc", "python", "triton_kernels", "tests", "bench", "examples", "docs")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
-    missing = {
-        f"{path.relative_to(ROOT)}: {page}"
-        for path in (*files, *ROOT.glob("*.md"))
-        for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg)", path.read_text())
-        if not (ROOT / page).exists()
-    }
-    assert not missing, sorted(missing)
+    found = {}
+    for path in (*files, *ROOT.glob("*.md"), ROOT / "python/nearfar/runtime/choices.json"):
+        for match in re.findall(pattern, path.read_text()):
+            found.setdefault(match, []).append(name_of(path))
+    return found
+
+
+def test_pages_named_in_the_repository_exist():
+    """mkdocs --strict checks the site's own links; here comments, docstrings, README and CONTRIBUTING."""
+    named = named_in_the_repository(r"\bdocs/[\w/-]+\.(?:md|svg)")
+    missing = {page: files for page, files in named.items() if not (ROOT / page).exists()}
+    assert not missing, missing
+
+
+def test_tests_named_in_the_repository_exist():
+    named = named_in_the_repository(r"\btests/[\w/*-]+\.py\b")
+    missing = {path: files for path, files in named.items() if not any(ROOT.glob(path))}
+    assert not missing, missing
+
+
+def test_logs_of_development_are_cited_and_exist():
+    """A log is kept for a page, comment or record that cites it, by a name of date and topic."""
+    dated = r"\b\d{4}-\d\d-\d\d-[a-z0-9-]+\.(?:log|json)\b"
+    kept = [path.name for path in ROOT.glob("bench/results/*/development/**/*") if path.is_file()]
+    assert len(kept) == len(set(kept)) and all(re.fullmatch(dated, name) for name in kept)
+    cited = named_in_the_repository(dated)
+    assert set(kept) <= set(cited), sorted(set(kept) - set(cited))
+    missing = {name: files for name, files in cited.items() if name not in kept}
+    assert not missing, missing
+    undated = named_in_the_repository(r"\bdevelopment/(?!\d{4}-)\w[\w./-]*")
+    assert not undated, undated
 
 
 def test_readme_is_short_and_its_links_exist():

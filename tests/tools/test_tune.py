@@ -36,7 +36,7 @@ def parameters(block_m):
     ({32: (0.5, 1.5), 128: (0.7, 1.0)}, 128, [32]),
     ({32: (0.5, math.nan), 128: (0.6, math.inf)}, 64, [32, 128]),
     ({32: None, 128: (0.7, 1.005)}, 128, []),
-], ids=["none is faster", "the fastest", "wrong", "not finite", "does not build, rounds"])  # fmt: skip
+], ids=["none is faster", "the fastest", "wrong", "not finite", "does not build, rounds"])
 def test_the_fastest_that_computes_the_same(trials, best, refused):
     """trials: (milliseconds, the element that may be wrong) by candidate. The largest element is 2, of 16 bits."""
     entry = {"64": list(parameters(64))}

@@ -1,4 +1,4 @@
-"""Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
+"""Affine-scaled attention (arXiv 2602.23057), and softmax attention, its case of alpha = 1 and beta = 0."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,35 +54,36 @@ def affine_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Softmax attention scaled and shifted by query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
+    """Softmax attention scaled and shifted per query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
 
-    Source: arXiv 2602.23057. Both terms are over the keys j that query i may see; the second is a sum of v that no N x N
-    product makes. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than
-    queries, the queries are the last N positions; with fewer, the first N - M stand before every key. A query that sees no
-    key returns zeros, with a sink too. Under autocast q, k and v are cast to the autocast dtype, as
-    scaled_dot_product_attention does. What a query cannot see changes no bit of its row, as long as it is finite and no
-    score exceeds 2^29 in size: there float32 rounds scores by 32, and beyond it the kernels' weights may overflow into NaN.
+    Source: arXiv 2602.23057. Both terms run over the keys j that query i sees; the second needs no N x N product. Query heads
+    share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than queries, the queries are the
+    last N positions; with fewer, the first N - M queries come before every key. A query that sees no key returns zeros, even
+    with a sink. Under autocast q, k and v are cast to the autocast dtype, as in scaled_dot_product_attention. Keys that a query
+    cannot see change no bit of its row, as long as they are finite and no score exceeds 2^29 in absolute value: float32 rounds
+    such scores to multiples of 32, and the kernels' weights may overflow to NaN.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        alpha: (B, Hq, N) factors of the softmax part, any floating dtype, computed in float32; None for 1.
-        beta: (B, Hq, N) factors of the sum of values, likewise; None for 0.
+        alpha: (B, Hq, N), the factor of the softmax term, any floating dtype, computed in float32; None for 1.
+        beta: (B, Hq, N), the factor of the sum of values, likewise; None for 0.
         causal: a query sees the keys up to its own position.
         window_size: (left, right), how many keys before and after its own a query sees, as in flash-attn: both inclusive, -1
-            for all of them. causal is a right of 0.
-        scale: of the products q . k, a finite number; None for D^-0.5.
-        sink: (Hq,) logits of the attention sink, which adds exp(sink) to the denominators of its head; None for none.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+            for all of them. causal sets right to 0.
+        scale: factor of the products q . k, a finite number; None for D^-0.5.
+        sink: (Hq,), logits of an attention sink, which adds exp(sink) to the softmax denominators of its head; None for no
+            sink.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, alpha, beta and sink (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend)
 
@@ -101,8 +102,8 @@ def softmax_attention(
 ) -> torch.Tensor:
     """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
 
-    Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0; what that says of grouped heads,
-    unequal lengths, queries without keys and autocast holds here too.
+    Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0, and treats grouped heads, unequal
+    lengths, queries without keys and autocast in the same way.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
@@ -115,7 +116,7 @@ def softmax_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens, backend)
 

@@ -47,29 +47,29 @@ def krause_attention(
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
 
-    Source: arXiv 2602.11534. The selection is a constant of the backward pass, as in the authors' code; of equal scores the
-    one with the smaller key index is kept. Query heads share key heads when Hq is a multiple of Hkv (grouped-query
-    attention). With more keys than queries, the queries are the last N positions. A query that reaches no key returns zeros.
-    Under autocast q, k and v are cast to the autocast dtype, as scaled_dot_product_attention does. What a query cannot reach
-    changes no bit of its row, as long as it is finite and its products are finite in float32.
+    Source: arXiv 2602.11534. The selection of keys is a constant in the backward, as in the authors' code; among equal scores
+    the smaller key index wins. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more
+    keys than queries, the queries are the last N positions. A query that sees no key returns zeros. Under autocast q, k and v
+    are cast to the autocast dtype, as in scaled_dot_product_attention. Keys that a query cannot see change no bit of its row,
+    as long as they and their products are finite in float32.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. On CUDA a tensor is not read back,
-            which would stall the stream: a sigma that is not positive turns the output of its head into NaN.
-        locality: keys a query may see: None for all, or a SlidingWindow.
-        top_k: how many keys of its locality a query keeps, None for all. Kernels choose among at most 1,024 candidates.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. A CUDA tensor is not checked, as that
+            would stall the stream: a sigma that is not positive makes the output of its head NaN.
+        locality: which keys a query sees: None for all, or a SlidingWindow.
+        top_k: how many keys of its locality a query keeps, None for all. With it, kernels take localities of up to 1,024 keys.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and a tensor sigma (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend)
     if repeats:

@@ -59,22 +59,22 @@ class Call(NamedTuple):
 
 
 def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backend = "auto") -> torch.Tensor:
-    """How far oscillators agree in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
+    """Agreement of oscillators in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
 
     Source: arXiv 2602.14445. The gradient of a channel whose mean is 0 is 0.
 
     Args:
         theta: (B, H, N, D) phases in radians, any floating dtype, computed in float32 (float64 in float64 on the reference).
-        causal: take the mean of token i over the tokens up to it: one number a token, which no later token changes.
+        causal: average over the tokens up to token i: one number per token, which later tokens do not change.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
         (B, H), or (B, H, N) when causal, float32 (float64 for float64 phases); differentiable in theta (twice on the
-        reference). No tokens have r = 0.
+        reference). r is 0 if N is 0.
 
     Raises:
-        TypeError: theta is no floating-point tensor.
-        ValueError: theta does not have 4 dimensions, or a backend that cannot serve the call.
+        TypeError: theta is not a floating-point tensor.
+        ValueError: theta does not have 4 dimensions, or the backend cannot serve the call.
     """
     meta = checks.meta("theta", theta)
     if meta.dtype not in checks.FLOATING:
@@ -106,34 +106,36 @@ def synchronization_attention(
 
         S_ij = sqrt(max(0, exp(-2 alpha d_ij^2) - d_ij^2 / (K r_i)^2)),    d_ij = |omega_i - omega_j|
 
-    Source: arXiv 2602.14445, in an equal form that needs no square root of a distance. A pair with S_ij = 0 is not locked: it
-    has no weight and no gradient, and the kernels skip blocks of tokens that lie beyond the lock radius of each other. A query
-    that locks with no key returns zeros. Where S_ij is small its derivative grows like 1 / S_ij; see grad_floor. Query heads
-    share key heads when Hq is a multiple of Hkv, which takes omega_k. Under autocast omega, omega_k and v are cast to the
-    autocast dtype: bfloat16 keeps 8 bits of each frequency, so that distances below a few thousandths of |omega| are rounding;
-    pass frequencies in float32 outside autocast where the lock radius is that small. With omega_k, the distance of equal rows
-    is 0 to rounding only.
+    Source: arXiv 2602.14445, in an equivalent form without the square root of a distance. A pair with S_ij = 0 is not locked:
+    it has no weight and no gradient, and the kernels skip blocks of tokens that are farther apart than the lock radius. A query
+    that locks with no key returns zeros. For small S_ij the derivative grows like 1 / S_ij; see grad_floor. With omega_k, query
+    heads share key heads when Hq is a multiple of Hkv (grouped-query attention), and the distance of equal rows is 0 up to
+    rounding.
+
+    Under autocast omega, omega_k and v are cast to the autocast dtype. bfloat16 keeps 8 bits of each frequency, so distances
+    below a few thousandths of |omega| are lost to rounding: where the lock radius is that small, pass float32 frequencies
+    outside autocast.
 
     Args:
         omega: (B, Hq, N, D) natural frequencies, float32, float16 or bfloat16 (float64 on the reference); any strides.
         v: (B, Hkv, M, Dv), dtype and device of omega.
         coupling: K > 0: a float, a 0-d or a (Hq,) tensor.
         bandwidth: alpha > 0: a float, a 0-d or a (Hq,) tensor.
-        order: r, between 0 and 1, as from `nearfar.order_parameter`: (B, Hq), or (B, Hq, N), a threshold for each query.
-        omega_k: (B, Hkv, M, D) frequencies of the keys where they are not the queries, as in decoding; None for omega.
-        top_k: how many keys a query keeps, those of the largest S_ij, equal ones by smaller j; None for all that lock. Kernels
-            choose among at most 1,024 keys.
+        order: r, between 0 and 1, as `nearfar.order_parameter` returns it: (B, Hq), or (B, Hq, N) for one r per query.
+        omega_k: (B, Hkv, M, D), frequencies of the keys where they differ from the queries', as in decoding; None for omega.
+        top_k: how many keys a query keeps: those of the largest S_ij, and among equal ones the smaller j; None for all that
+            lock. With it, kernels take up to 1,024 keys.
         causal: a query sees the keys up to its own position. With more keys than queries, the queries are the last positions.
-        sort: order the tokens by their frequencies along the direction in which these differ most, so that blocks are compact
-            and more of them are skipped; the output comes back in the order of the input. Not with causal, omega_k or top_k. It
-            pays where few pairs lock and tokens that do are far apart in the sequence.
-        grad_floor: the derivative of S_ij is taken as that of max(S_ij, grad_floor), so that gradients stay finite at the lock
-            boundary; positive.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
-            "cuda" with causal or an order for each query are computed by Triton's kernels.
+        sort: sort the tokens along the main direction in which their frequencies vary, so that blocks are compact and more of
+            them are skipped; the output is in the order of the input. Not with causal, omega_k or top_k. It pays where few
+            pairs lock and locked tokens are far apart in the sequence.
+        grad_floor: positive. Derivatives divide by max(S_ij, grad_floor) instead of S_ij, so that they stay finite at the lock
+            boundary.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call. With causal, or
+            with one r per query, Triton's kernels compute the gradients of "cuda".
 
-    coupling, bandwidth and order on CUDA are not read back, which would stall the stream: values out of range turn the outputs
-    of their tokens into NaN.
+    CUDA tensors of coupling, bandwidth and order are not checked, as that would stall the stream: values out of range make the
+    outputs of their tokens NaN.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of omega, differentiable in omega, v, omega_k, order and, where they are tensors, coupling
@@ -141,8 +143,8 @@ def synchronization_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, among them an order of (B, Hq) with causal, through which later
-            tokens would leak; or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit (an order of (B, Hq) with causal is one: later tokens would leak
+            through it), or the backend cannot serve the call.
     """
     # Tokens in another order are other tensors than these, for which a call is kept.
     repeats = None if sort else plans.repeats(synchronization, omega_k is None, top_k, causal, grad_floor, backend)
@@ -154,7 +156,7 @@ def synchronization_attention(
     call = prepare(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
-    )  # fmt: skip
+    )
     tensors: list[Any]
     *tensors, backends, plain = call
     forward, backward = backends.served(backend, call.q)
@@ -180,11 +182,11 @@ def locked_share(
     omega_k: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """Which share of the pairs of tokens locks in `nearfar.synchronization_attention` (arXiv 2602.14445).
+    """Share of the token pairs that lock in `nearfar.synchronization_attention` (arXiv 2602.14445).
 
-    Of the pairs of different tokens that causality allows, or of all pairs with omega_k. A share near 0 means that the
-    operator is the identity on v, as at the paper's defaults with heads of 64; smaller frequencies, a smaller bandwidth or a
-    larger coupling raise it. Plain PyTorch, in blocks of rows: N^2 work, for looking at a model, not for its training loop.
+    It counts the pairs of different tokens that causality allows, or all pairs with omega_k. If the share is near 0, the
+    operator returns v, as at the paper's defaults with heads of 64; smaller frequencies, a smaller bandwidth or a larger
+    coupling raise it. Plain PyTorch in blocks of rows, at a cost of N^2: for inspecting a model, not for its training loop.
 
     Args:
         omega, coupling, bandwidth, order, omega_k, causal: as for `nearfar.synchronization_attention`.

@@ -32,7 +32,7 @@ FEATURE_MAPS = {
 def hadamard_attention(
     qs, ks, v, feature_map="elu", normalize=True, causal=False, eps=1e-6,
     initial_state=None, return_state=False, cu_seqlens=None,
-):  # fmt: skip
+):
     """Reference of `nearfar.hadamard_attention`.
 
     Args:

@@ -21,7 +21,7 @@ SAMPLES = {
 
 def cuda_sample(
     dtype=torch.bfloat16, width=64, heads=(2, 2), length=300, keys=None, batch=1, affine=True, sink=False, **options
-):  # fmt: skip
+):
     keys = length if keys is None else keys
     shapes = (("q", heads[0], length), ("k", heads[1], keys), ("v", heads[1], keys))
     tensors = {name: randn(batch, *shape, width, dtype=dtype, seed=seed) for seed, (name, *shape) in enumerate(shapes)}

@@ -20,7 +20,7 @@ SAMPLES = {
 
 def cuda_sample(
     dtype=torch.bfloat16, length=300, batch=1, heads=2, clusters=1, spread=0.05, by_token=False, device=DEVICE, **options
-):  # fmt: skip
+):
     """Tokens around centres that are too far apart to lock; those of a cell of 64 share one."""
     centre = 0.6 * randn(clusters, 64, seed=3, device=device)[torch.arange(length, device=device) // 64 % clusters]
     tensors = {
