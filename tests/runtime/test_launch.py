@@ -1,5 +1,6 @@
 """Prepared launches (triton_kernels/launch.py), with a kernel that only notes what it is asked to do."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from harness import DEVICE
 from nearfar.triton_kernels import launch as launch_module
 from nearfar.triton_kernels.launch import ALIGNMENT, Launch, LaunchParameters, survey
 from triton import knobs
-from triton.compiler import CompiledKernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel, make_backend
 
 from nearfar.runtime import program as program_module
 from nearfar.runtime import tensors as tensors_module
@@ -50,6 +52,8 @@ class Kernel:
     compiler: what compiling does besides, given the arguments.
     """
 
+    params = [SimpleNamespace(is_constexpr=False), SimpleNamespace(is_constexpr=True)]  # the scalars of launch_of
+
     def __init__(self):
         self.compiled, self.calls, self.calls_with_hooks, self.slow_calls = [], [], [], []
         self.compiler, self.stubs, self.module = lambda arguments: None, [], None
@@ -80,8 +84,8 @@ def kernel(monkeypatch):
     return Kernel()
 
 
-def launch_of(kernel, programs=3):
-    return Launch(kernel, programs, (7, 0.5), LaunchParameters(16, 16, num_warps=4, num_stages=2, maxnreg=128))
+def launch_of(kernel, programs=3, scalars=(7, 0.5)):
+    return Launch(kernel, programs, scalars, LaunchParameters(16, 16, num_warps=4, num_stages=2, maxnreg=128))
 
 
 def test_a_launch_compiles_once_and_passes_addresses(kernel):
@@ -100,6 +104,42 @@ def test_tensors_that_are_none_have_kernels_of_their_own(kernel):
         launch(*arguments)
     assert [variant for variant, _ in kernel.calls] == [0, 1, 2, 0]
     assert not launch.is_new(survey((tensor, tensor))) and launch.is_new(survey((None, None)))
+
+
+ALIKE = [(7, 9), (16, 4096), (-3, 2**31 - 1), (2**31 + 1, 2**40 + 1), (2.5, -1.0), ((3, (32, 5)), (9, (16, 7))), (True, False)]
+UNLIKE = [(7, 1), (7, 16), (7, 2**31), (2**40, 2**31 + 1), (7, 2.5), (7, True), ((3, 5), (3, 16)), ((3,), (3, 3)), (7, None)]
+
+
+@pytest.mark.parametrize("first, second", ALIKE)
+def test_scalars_of_one_sort_share_a_kernel(kernel, first, second):
+    """A new length is no new kernel: it is launched at once, with its own numbers."""
+    launches, tensor = [launch_of(kernel, scalars=(scalar, 0.5)) for scalar in (first, second)], torch.zeros(4)
+    for launch in launches:
+        launch(tensor)
+    assert len(kernel.compiled) == 1 and [arguments[1] for _, arguments in kernel.calls] == [first, second]
+
+
+@pytest.mark.parametrize("first, second", [((a, 0.5), (b, 0.5)) for a, b in UNLIKE] + [((7, 0.5), (7, 1)), ((7, 1), (7, True))])
+def test_scalars_of_other_sorts_do_not(kernel, first, second):
+    """Triton compiles in whether a number is 1 or a multiple of 16 and how many bits it needs, and all constants."""
+    tensor = torch.zeros(4)
+    for scalars in (first, second):
+        launch_of(kernel, scalars=scalars)(tensor)
+    assert len(kernel.compiled) == 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton's own look at arguments, which needs no GPU")
+def test_sorts_are_as_fine_as_tritons():
+    """Scalars of one sort, by which kernels are shared, are the same to Triton."""
+    specialize = getattr(importlib.import_module("triton._C.libtriton"), "native_specialize_impl", None)
+    if specialize is None:
+        pytest.skip("this Triton specializes in Python")
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    numbers = [0, 1, 2, 7, 16, 48, -16, -3, 2**31 - 1, 2**31, 2**31 + 16, 2**40, 2**63 - 1, 2**63, 2**63 + 16, 2.5, -1.0, True, False]
+    seen = {}
+    for number in (*numbers, *[(a, b) for a in numbers for b in numbers]):
+        found = specialize(backend, number, False, True, True)
+        assert seen.setdefault(launch_module.sort_of(number), found) == found
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -282,6 +322,8 @@ from contextlib import nullcontext
 from nearfar.triton_kernels import launch
 
 class Kernel:
+    params = ()
+
     def warmup(self, *arguments, **options):
         begun.set()
         time.sleep(0.5)
