@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from filelock import FileLock
 
 from nearfar.runtime.private import bound, driver, knobs, stub_arguments
 from nearfar.runtime.tensors import tf32_allowed
@@ -63,6 +64,43 @@ def dot_precision(dtype):
     return "tf32" if tf32_allowed(dtype) else "ieee"
 
 
+class CompilationLock:
+    """Lets one process at a time fill Triton's cache; threads of a process compile side by side.
+
+    Ranks that fill one empty cache at once have loaded each other's launchers (docs/notes/runtime.md).
+    """
+
+    def __init__(self):
+        self._threads, self._guard, self._file = 0, threading.Lock(), None
+
+    def __enter__(self):
+        with self._guard:
+            if not self._threads:
+                self._file = self._acquired()
+            self._threads += 1
+
+    def __exit__(self, *_):
+        with self._guard:
+            self._threads -= 1
+            if not self._threads and self._file is not None:
+                self._file.release()
+
+    @staticmethod
+    def _acquired():
+        """The lock of the cache's folder; None where there can be no file to lock."""
+        try:
+            folder = Path(knobs.cache.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / "nearfar.lock", thread_local=False)  # another thread may leave last
+            lock.acquire()
+        except (AttributeError, NotImplementedError, OSError):
+            return None
+        return lock
+
+
+COMPILING = CompilationLock()
+
+
 class Variant:
     """A kernel compiled for scalars of one sort, which launches of many lengths share: see `sort_of`."""
 
@@ -73,8 +111,9 @@ class Variant:
     def load(self, tensors, scalars, grid, kinds):
         """The kernel for tensors of these kinds, all of them aligned."""
         if kinds not in self.loaded:
-            compiled = self.build(tensors, scalars, grid, kinds)
-            compiled[grid]  # loads it
+            with COMPILING:
+                compiled = self.build(tensors, scalars, grid, kinds)
+                compiled[grid]  # loads it
             self.loaded[kinds] = compiled
         return self.loaded[kinds]
 
@@ -83,7 +122,7 @@ class Variant:
 
         The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
         """
-        with self._locks.setdefault(kinds, threading.Lock()):
+        with COMPILING, self._locks.setdefault(kinds, threading.Lock()):
             if kinds not in self._built:
                 room = shared_memory()
                 for stages in range(self._options["num_stages"], 0, -1):
@@ -163,9 +202,10 @@ class Launch:
 
     def build_ahead(self, tensors, kinds):
         """Build the kernel, and into Triton's cache the C stub that launches it, which loading it would build."""
-        arguments = stub_arguments(self._variant.build(tensors, self._scalars, self._grid, kinds))
-        if arguments is not None:  # else another launch has loaded it
-            driver.active.launcher_cls(*arguments)
+        with COMPILING:
+            arguments = stub_arguments(self._variant.build(tensors, self._scalars, self._grid, kinds))
+            if arguments is not None:  # else another launch has loaded it
+                driver.active.launcher_cls(*arguments)
 
     def _load(self, tensors, kinds):
         return self._variant.load(tensors, self._scalars, self._grid, kinds)
