@@ -18,9 +18,8 @@ from harness import (
     pretend_measured,
     randn,
     run,
-    takes_delta_of_stored_o,
 )
-from samples.linear import check, flat, op_arguments, random_state, random_tensors
+from samples.linear import check, flat, op_arguments, random_state, random_tensors, takes_states_rounded
 from test_krause_cuda import tensor
 
 import nearfar as nf
@@ -28,7 +27,7 @@ from nearfar import _cuda
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
 
-stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
+states = takes_states_rounded("q", "q1", "q2")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

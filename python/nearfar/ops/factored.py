@@ -54,7 +54,7 @@ _FORWARD = (
 )
 _BACKWARD = (
     "(Tensor do, Tensor? dstate, Tensor[] qs, Tensor[] ks, Tensor v, Tensor? initial_state, Tensor? cu_seqlens, Tensor o,"
-    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal, str backend)"
+    " Tensor inverse, Tensor states, Tensor norms, str feature_map, bool normalize, bool causal, float eps, str backend)"
     " -> (Tensor[], Tensor[], Tensor, Tensor)"
 )
 
@@ -235,7 +235,7 @@ def _plan_forward(*arguments):
     stateful = uses_states(qs, v, causal, initial_state is not None or return_state, backend)
     outputs = _allocate_forward(qs, v, cu_seqlens, normalize, causal, return_state, stateful, backend)
     saved = outputs[0], *outputs[2:]
-    given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, backward_backend
+    given = qs, ks, v, initial_state, cu_seqlens, *saved, feature_map, normalize, causal, eps, backward_backend
     compile_ahead(ahead, backward, outputs[0], None, *given)
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
     route = route_of(problem, stateful, backend)
@@ -301,7 +301,8 @@ def _split(tensors):
 
 
 def backward(
-    do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms, feature_map, normalize, causal, backend
+    do, dstate, qs, ks, v, initial_state, cu_seqlens, o, inverse, states, norms,
+    feature_map, normalize, causal, eps, backend,
 ):  # fmt: skip
     """(dqs, dks, dv, gradient of the initial state or None)."""
     do = torch.zeros_like(o) if do is None else unit_stride(do)
@@ -311,7 +312,7 @@ def backward(
         qs, ks = factors[: len(qs)], factors[len(qs) :]
     qs, ks, r = tuple(qs), tuple(ks), len(qs)
     tensors = layouts(do, o, states, norms, *qs, *ks, v, initial_state, cu_seqlens)
-    plan = _plan_backward(tensors, feature_map, causal, backend, uses_tf32(v))
+    plan = _plan_backward(tensors, feature_map, causal, eps, backend, uses_tf32(v))
     outputs, problem, route, (accumulate, combine), launches = plan
     found = allocate(outputs, v.device)
     dqs, dks = tuple(found[:r]), tuple(found[r : 2 * r])
@@ -352,7 +353,7 @@ def backward(
 @planned
 def _plan_backward(do, o, states, norms, *arguments):
     """Layouts of gradients and workspaces, the problem, accumulate and combine where there are states, the other launches."""
-    *tensors, feature_map, causal, backend, _tf32 = arguments
+    *tensors, feature_map, causal, eps, backend, _tf32 = arguments
     qs, ks, v, initial_state, cu_seqlens = _split(tensors)
     dqs, dks, dv = [empty_rows(q, q.shape[3]) for q in qs], [empty_rows(k, k.shape[3]) for k in ks], empty_rows(v, v.shape[3])
     launch, problem = _launchers(), problem_of(qs, ks, v, cu_seqlens, feature_map, causal, backend)
@@ -374,7 +375,8 @@ def _plan_backward(do, o, states, norms, *arguments):
         plan = _plan_walk(backend)
         of_queries = *q_strides, *k_strides, v_strides, do_strides, *dq_strides
         of_keys = *k_strides, v_strides, *q_strides, do_strides, *dk_strides, dv.stride()
-        launches = plan(problem, "walk_grad_queries", of_queries), plan(problem, "walk_grad_keys", of_keys)
+        of_cuda = ((float(eps),),) if backend == "cuda" else ()
+        launches = plan(problem, "walk_grad_queries", of_queries, *of_cuda), plan(problem, "walk_grad_keys", of_keys)
     else:
         direct = causal or states is None
         queries = launch.plan_grad(problem, False, direct, q_strides, do_strides, k_strides, v_strides, dq_strides)
@@ -471,11 +473,11 @@ def _fake_backward(do, dstate, qs, ks, v, initial_state, *_):
 
 
 def _save(ctx, inputs, output):
-    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, _, _, _, backward_backend = inputs
+    qs, ks, v, initial_state, cu_seqlens, feature_map, normalize, causal, eps, _, _, backward_backend = inputs
     o, _, *saved = output
     ctx.save_for_backward(*qs, *ks, v, initial_state, cu_seqlens, o, *saved)
     ctx.set_materialize_grads(False)
-    ctx.options = feature_map, normalize, causal, backward_backend
+    ctx.options = feature_map, normalize, causal, eps, backward_backend
 
 
 def _autograd_backward(ctx, do, dstate, *_):
@@ -507,8 +509,8 @@ class _Plan(Plan):
 
     def backward(self, gradients, saved, dispatched):
         *tensors, o, inverse, states, norms = saved
-        feature_map, normalize, causal, _, _, _, backend = self.options
-        options = feature_map, normalize, causal, backend
+        feature_map, normalize, causal, eps, _, _, backend = self.options
+        options = feature_map, normalize, causal, eps, backend
         if dispatched:
             dqs, dks, dv, dinitial = _backward_op(*gradients, tensors, o, (inverse, states, norms), options)
         else:
