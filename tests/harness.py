@@ -200,7 +200,6 @@ def accuracy(got, exact, plain, scale, dtype):
     return found
 
 
-DELTA_OF_STORED_O = set()
 OF_KERNELS = [True]  # whether the results at hand are
 
 
@@ -217,21 +216,6 @@ def of_the_reference():
 def rounds_like_kernels(dtype):
     """Whether the plain formula of gradients makes the roundings of 16-bit kernels (`stored` in tests/samples)."""
     return dtype.itemsize == 2 and OF_KERNELS[0]
-
-
-def takes_delta_of_stored_o(*names):
-    """A fixture for the tests of kernels that take delta = dO . o from o as it was stored, in 16 bits, for these gradients.
-
-    Their plain formula does, too. docs/contract.md lists them ("Where accuracy falls short").
-    """
-
-    @pytest.fixture(autouse=True)
-    def stored():
-        DELTA_OF_STORED_O.update(names)
-        yield
-        DELTA_OF_STORED_O.clear()
-
-    return stored
 
 
 def with_gradient_in(x, dtype):

@@ -375,7 +375,7 @@ class Walk(BuiltLaunch):
     }  # fmt: skip
 
     def __init__(self, problem, kernel, strides, eps=()):
-        """Arguments as for linear_launch.plan_walk."""
+        """Arguments as for linear_launch.plan_walk. eps: (eps,) for walk_read and walk_grad_queries."""
         name, tensors, strided = self._KERNELS[kernel]
         width = dict(width=problem.widths[0])
         if len(problem.widths) > 1:

@@ -17,18 +17,17 @@ from harness import (
     pretend_measured,
     randn,
     run,
-    takes_delta_of_stored_o,
     tensor,
 )
 from samples.cuda.linear import FULL, ONE_FACTOR, SAMPLES, TWO_FACTORS, attention, cuda_sample
-from samples.linear import check, op_arguments
+from samples.linear import check, op_arguments, takes_states_rounded
 
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.kernels import linear_states
 from nearfar.ops import linear as operator
 
-stored = takes_delta_of_stored_o("q", "q1", "q2", "k", "k1", "k2")
+states = takes_states_rounded("q", "q1", "q2")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from emulated import Conditions, Extension, Guarded, build, launch
-from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn, takes_delta_of_stored_o
-from samples.linear import check, features, op_arguments, random_state, spans
+from harness import GRADIENTS, LAYOUTS, MISALIGNED, Sample, like, randn
+from samples.linear import check, features, op_arguments, random_state, spans, takes_states_rounded
 
 from nearfar import _cuda
 
 pytestmark = pytest.mark.full
 
-stored = takes_delta_of_stored_o("q", "k")
+states = takes_states_rounded("q")
 
 
 @pytest.fixture(scope="session")

@@ -94,13 +94,14 @@ class LinearTriton(Backend):
     def forward(
         self, tensors: Any, outputs: Any, feature_map: str, normalize: bool, causal: bool, eps: float, return_state: bool
     ) -> Program:  # fmt: skip
-        route, launches = route_of(tensors, outputs[3] is not None, feature_map, causal, self.name)
-        return Program(tensors, outputs, [*launches, *route.forward(outputs, eps)])
+        route, launches = route_of(tensors, outputs[3] is not None, feature_map, causal, eps, self.name)
+        return Program(tensors, outputs, [*launches, *route.forward(outputs)])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, feature_map: str, normalize: bool, causal: bool, *_: Any
+        self, gradients: Any, tensors: Any, saved: Any, results: Any,
+        feature_map: str, normalize: bool, causal: bool, eps: float, return_state: bool,
     ) -> Program:  # fmt: skip
-        route, launches = route_of(tensors, saved[2] is not None, feature_map, causal, self.name)
+        route, launches = route_of(tensors, saved[2] is not None, feature_map, causal, eps, self.name)
         *factors, dv, dinitial, _ = results
         dqs, dks = tuple(factors[: len(factors) // 2]), tuple(factors[len(factors) // 2 :])
         launches += route.backward(*gradients, saved, dqs, dks, dv, dinitial)

@@ -28,6 +28,7 @@ class Call(NamedTuple):
     pieces: torch.Tensor | None
     first_pieces: torch.Tensor | None
     stateful: bool
+    eps: float
 
     @property
     def q_strides(self) -> Any:
@@ -38,7 +39,9 @@ class Call(NamedTuple):
         return strides_of(self.ks)
 
 
-def route_of(tensors: Any, stateful: bool, feature_map: str, causal: bool, backend: str) -> tuple["Route", list[Any]]:
+def route_of(
+    tensors: Any, stateful: bool, feature_map: str, causal: bool, eps: float, backend: str
+) -> tuple["Route", list[Any]]:
     """The route of a call, and the launches that fill the tables of packed sequences."""
     *factors, v, initial_state, cu_seqlens = tensors
     qs, ks = tuple(factors[: len(factors) // 2]), tuple(factors[len(factors) // 2 :])
@@ -53,7 +56,7 @@ def route_of(tensors: Any, stateful: bool, feature_map: str, causal: bool, backe
     if cu_seqlens is not None:
         sizes = v.shape[2], problem.num_pieces(v.shape[2]), problem.piece_length
         pieces, first_pieces, launches = _packing().piece_launches(cu_seqlens, *sizes)
-    call = Call(problem, qs, ks, v, initial_state, pieces, first_pieces, stateful)
+    call = Call(problem, qs, ks, v, initial_state, pieces, first_pieces, stateful, eps)
     if backend == "cuda" and stateful and not causal:
         return Bidirectional(call) if problem.walks else Slabs(call), launches
     if problem.walks and (causal or stateful):
@@ -67,7 +70,7 @@ class Route:
     def __init__(self, call: Call) -> None:
         self.call = call
 
-    def forward(self, outputs: Any, eps: float) -> list[Any]:
+    def forward(self, outputs: Any) -> list[Any]:
         """Fill o, the final state, inverse, states and norms; None for what does not exist."""
         o, state, inverse, states, norms = outputs
         launches = []
@@ -75,7 +78,7 @@ class Route:
             sums, combine = self._partials(False)
             combined = combine, (*sums, self.call.initial_state, states, norms, state, self.call.first_pieces)
             launches = [self.accumulate(sums), combined]
-        return [*launches, self.read(o, inverse, states, norms, eps)]
+        return [*launches, self.read(o, inverse, states, norms)]
 
     def backward(self, do: Any, dstate: Any, saved: Any, dqs: Any, dks: Any, dv: Any, dinitial: Any) -> list[Any]:
         """Fill the gradients. saved: o, inverse, states, norms."""
@@ -104,17 +107,17 @@ class Route:
 
     def accumulate(self, sums: Any) -> Any:
         """Sums over the keys of each piece."""
-        problem, _, ks, v, _, pieces, _, _ = self.call
+        problem, _, ks, v, _, pieces, *_ = self.call
         plan = _launchers().plan_accumulate(problem, False, self.call.k_strides, v.stride())
         return plan, (ks, v, None, None, *sums, pieces)
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
         """Sums over the queries of each piece."""
-        problem, qs, _, _, _, pieces, _, _ = self.call
+        problem, qs, _, _, _, pieces, *_ = self.call
         plan = _launchers().plan_accumulate(problem, True, self.call.q_strides, do.stride())
         return [(plan, (qs, do, inverse, weights, *sums, pieces))]
 
-    def read(self, o: Any, inverse: Any, states: Any, norms: Any, eps: float) -> Any:
+    def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
         raise NotImplementedError
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
@@ -132,14 +135,14 @@ class Tiles(Route):
         """Whether tokens of a piece are paired."""
         return self.call.problem.causal or not self.call.stateful
 
-    def read(self, o: Any, inverse: Any, states: Any, norms: Any, eps: float) -> Any:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+    def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = self.call.q_strides, self.call.k_strides, v.stride(), o.stride()
-        plan = _launchers().plan_read(problem, False, self._direct, *strides, eps)
+        plan = _launchers().plan_read(problem, False, self._direct, *strides, self.call.eps)
         return plan, (qs, ks, v, None, states, norms, o, inverse, pieces)
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = self.call.q_strides, do.stride(), self.call.k_strides, v.stride(), strides_of(dqs)
         plan = _launchers().plan_grad(problem, False, self._direct, *strides)
         return plan, (qs, do, inverse, weights, ks, v, None, None, states, norms, dqs, pieces)
@@ -147,14 +150,14 @@ class Tiles(Route):
     def grad_keys(
         self, do: Any, inverse: Any, weights: Any, key_states: Any, key_norms: Any, dks: Any, dv: Any
     ) -> list[Any]:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = self.call.k_strides, v.stride(), self.call.q_strides, do.stride(), strides_of(dks)
         plan = _launchers().plan_grad(problem, True, self._direct, *strides)
         given = ks, v, None, None, qs, do, inverse, weights, key_states, key_norms, dks, pieces
         return [(plan, given), self.grad_values(do, inverse, key_states, key_norms, dv)]
 
     def grad_values(self, do: Any, inverse: Any, key_states: Any, key_norms: Any, dv: Any) -> Any:
-        problem, qs, ks, _, _, pieces, _, _ = self.call
+        problem, qs, ks, _, _, pieces, *_ = self.call
         strides = self.call.k_strides, self.call.q_strides, do.stride(), dv.stride()
         plan = _launchers().plan_read(problem, True, self._direct, *strides, 0.0)
         return plan, (ks, qs, do, inverse, key_states, key_norms, dv, None, pieces)
@@ -166,21 +169,22 @@ class Walk(Route):
         super().__init__(call)
         self._plan = plan
 
-    def read(self, o: Any, inverse: Any, states: Any, norms: Any, eps: float) -> Any:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+    def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = *self.call.q_strides, *self.call.k_strides, v.stride(), o.stride()
-        return self._plan(problem, "walk_read", strides, (eps,)), (*qs, *ks, v, states, norms, o, inverse, pieces)
+        return self._plan(problem, "walk_read", strides, (self.call.eps,)), (*qs, *ks, v, states, norms, o, inverse, pieces)
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = *self.call.q_strides, *self.call.k_strides, v.stride(), do.stride(), *strides_of(dqs)
         given = *qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces
-        return self._plan(problem, "walk_grad_queries", strides), given
+        eps = (self.call.eps,) if self._plan is _cuda.Walk else ()  # its weights are summed anew
+        return self._plan(problem, "walk_grad_queries", strides, eps), given
 
     def grad_keys(
         self, do: Any, inverse: Any, weights: Any, key_states: Any, key_norms: Any, dks: Any, dv: Any
     ) -> list[Any]:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
+        problem, qs, ks, v, _, pieces, *_ = self.call
         strides = (*self.call.k_strides, v.stride(), *self.call.q_strides, do.stride(), *strides_of(dks), dv.stride())
         given = *ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces
         return [(self._plan(problem, "walk_grad_keys", strides), given)]
@@ -190,19 +194,19 @@ class Bidirectional(Route):
     """The kernel of the gradients of the queries sums what those of the keys need."""
 
     def accumulate(self, sums: Any) -> Any:
-        problem, _, ks, v, _, pieces, _, _ = self.call
+        problem, _, ks, v, _, pieces, *_ = self.call
         return _cuda.LinearBidirectional(problem, "sums", (*self.call.k_strides, v.stride())), (*ks, v, *sums, pieces)
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
         return []
 
-    def read(self, o: Any, inverse: Any, states: Any, norms: Any, eps: float) -> Any:
-        problem, qs, _, _, _, pieces, _, _ = self.call
-        plan = _cuda.LinearBidirectional(problem, "read", (*self.call.q_strides, o.stride()), (eps,))
+    def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
+        problem, qs, _, _, _, pieces, *_ = self.call
+        plan = _cuda.LinearBidirectional(problem, "read", (*self.call.q_strides, o.stride()), (self.call.eps,))
         return plan, (*qs, states, norms, o, inverse, pieces)
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
-        problem, qs, _, _, _, pieces, _, _ = self.call
+        problem, qs, _, _, _, pieces, *_ = self.call
         strides = *self.call.q_strides, do.stride(), *strides_of(dqs)
         given = *qs, do, inverse, states, norms, *dqs, *sums, pieces
         return _cuda.LinearBidirectional(problem, "grad_queries", strides), given
@@ -210,7 +214,7 @@ class Bidirectional(Route):
     def grad_keys(
         self, do: Any, inverse: Any, weights: Any, key_states: Any, key_norms: Any, dks: Any, dv: Any
     ) -> list[Any]:
-        problem, _, ks, v, _, pieces, _, _ = self.call
+        problem, _, ks, v, _, pieces, *_ = self.call
         strides = *self.call.k_strides, v.stride(), *strides_of(dks), dv.stride()
         given = *ks, v, key_states, key_norms, *dks, dv, pieces
         return [(_cuda.LinearBidirectional(problem, "grad_keys", strides), given)]
@@ -220,26 +224,26 @@ class Slabs(Tiles):
     """Accumulating leaves a counter and tiles of norms for the kernel that reads the state."""
 
     def accumulate(self, sums: Any) -> Any:
-        problem, _, ks, v, _, pieces, _, _ = self.call
+        problem, _, ks, v, _, pieces, *_ = self.call
         plan = _cuda.HadamardAccumulate(problem, False, self.call.k_strides, v.stride())
         workspaces = plan.workspaces(problem, False, v)
         self._counter, self._norm_tiles = workspaces[-2:]
         return plan, (ks, v, None, None, *sums, *workspaces, pieces)
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
-        problem, qs, _, _, _, pieces, _, _ = self.call
+        problem, qs, _, _, _, pieces, *_ = self.call
         plan = _cuda.HadamardAccumulate(problem, True, self.call.q_strides, do.stride())
         workspaces = plan.workspaces(problem, True, do)
         self._counter, self._norm_tiles = workspaces[-2:]
         return [(plan, (qs, do, inverse, weights, *sums, *workspaces, pieces))]
 
-    def read(self, o: Any, inverse: Any, states: Any, norms: Any, eps: float) -> Any:
-        problem, qs, ks, v, _, pieces, _, _ = self.call
-        plan = _cuda.HadamardRead(problem, False, self.call.q_strides, o.stride(), eps)
+    def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
+        problem, qs, ks, v, _, pieces, *_ = self.call
+        plan = _cuda.HadamardRead(problem, False, self.call.q_strides, o.stride(), self.call.eps)
         return plan, (qs, ks, v, None, states, norms, o, inverse, self._counter, self._norm_tiles, pieces)
 
     def grad_values(self, do: Any, inverse: Any, key_states: Any, key_norms: Any, dv: Any) -> Any:
-        problem, qs, ks, _, _, pieces, _, _ = self.call
+        problem, qs, ks, _, _, pieces, *_ = self.call
         plan = _cuda.HadamardRead(problem, True, self.call.k_strides, dv.stride(), 0.0)
         given = ks, qs, do, inverse, key_states, key_norms, dv, None, self._counter, self._norm_tiles, pieces
         return plan, given
