@@ -500,6 +500,27 @@ def test_exported_kernels_take_every_length(operator, name):
                 assert a.shape == b.shape
 
 
+SELECTING = [case(*call[:2]) for call in UNPACKED if call[2] == "reference" and "top" in call[1]]
+
+
+@pytest.mark.parametrize("operator, name", SELECTING)
+def test_the_reference_selects_among_any_number_of_keys(operator, name):
+    """Exported, too, with fewer than the 1,024 that bind a kernel."""
+    call, program = exported(operator, name, "reference")
+    tensors = tuple(make(operator, name, length=1030).tensors.values())
+    assert torch.equal(program.module()(tensors), call(tensors))
+
+
+@pytest.mark.parametrize("operator, name", [param for param in SELECTING if "window" not in param.values[1]])
+def test_too_many_candidates_of_a_kernel_are_an_error(operator, name):
+    compiled = torch.compile(public(operator), fullgraph=True, dynamic=True, backend="eager")
+    sample, message = make(operator, name, length=1030), "top_k over 1030 candidate keys a query; kernels take at most 1024"
+    for function, error in ((public(operator), ValueError), (compiled, Exception)):
+        with pytest.raises(error, match=message):
+            function(**sample.tensors, **sample.options, backend="triton")
+    torch._dynamo.reset()
+
+
 @each_operator
 def test_autocast_leaves_float64_and_integers_alone(operator, name):
     sample = make(operator, name, torch.float64, device="cpu")
