@@ -459,13 +459,13 @@ def test_one_graph_for_all_lengths(operator, name, backend):
 
 
 class Call(torch.nn.Module):
-    """A call with these options, of tensors by position."""
+    """A call with these options, of a tuple of its tensors: the guards of torch 2.9 cannot name those of a variadic one."""
 
     def __init__(self, operator, sample, backend):
         super().__init__()
         self.function, self.names = functools.partial(public(operator), **sample.options, backend=backend), list(sample.tensors)
 
-    def forward(self, *tensors):
+    def forward(self, tensors):
         return self.function(**dict(zip(self.names, tensors, strict=True)))
 
 
@@ -474,7 +474,8 @@ def exported(operator, name, backend):
     sample = make(operator, name)
     call, dynamic = Call(operator, sample, backend), {2: torch.export.Dim.DYNAMIC}
     sizes = tuple([dynamic if has_tokens(n) or LENGTH in t.shape[2:3] else {} for n, t in sample.tensors.items()])
-    return call, torch.export.export(call, tuple(sample.tensors.values()), dynamic_shapes={"tensors": sizes}, strict=False)
+    tensors = tuple(sample.tensors.values())
+    return call, torch.export.export(call, (tensors,), dynamic_shapes={"tensors": sizes}, strict=False)
 
 
 @each_unpacked
@@ -482,8 +483,8 @@ def test_export_with_a_dynamic_length(operator, name, backend):
     """The exported program serves all lengths, on either side of the thresholds by which kernels are chosen."""
     call, program = exported(operator, name, backend)
     for other in (LENGTH, 3, 300)[: 2 if FEW and backend == "triton" else 3]:
-        tensors = make(operator, name, length=other).tensors.values()
-        for a, b in zip(as_tuple(program.module()(*tensors)), as_tuple(call(*tensors)), strict=True):
+        tensors = tuple(make(operator, name, length=other).tensors.values())
+        for a, b in zip(as_tuple(program.module()(tensors)), as_tuple(call(tensors)), strict=True):
             assert torch.equal(a, b)
 
 
@@ -494,9 +495,30 @@ def test_exported_kernels_take_every_length(operator, name):
     for length in (3, 100, 300, 1000):
         tensors = make(operator, name, length=length).tensors.values()
         with FakeTensorMode() as mode:
-            fakes = list(map(mode.from_tensor, tensors))
-            for a, b in zip(as_tuple(program.module()(*fakes)), as_tuple(call(*fakes)), strict=True):
+            fakes = tuple(map(mode.from_tensor, tensors))
+            for a, b in zip(as_tuple(program.module()(fakes)), as_tuple(call(fakes)), strict=True):
                 assert a.shape == b.shape
+
+
+SELECTING = [case(*call[:2]) for call in UNPACKED if call[2] == "reference" and "top" in call[1]]
+
+
+@pytest.mark.parametrize("operator, name", SELECTING)
+def test_the_reference_selects_among_any_number_of_keys(operator, name):
+    """Exported, too, with fewer than the 1,024 that bind a kernel."""
+    call, program = exported(operator, name, "reference")
+    tensors = tuple(make(operator, name, length=1030).tensors.values())
+    assert torch.equal(program.module()(tensors), call(tensors))
+
+
+@pytest.mark.parametrize("operator, name", [param for param in SELECTING if "window" not in param.values[1]])
+def test_too_many_candidates_of_a_kernel_are_an_error(operator, name):
+    compiled = torch.compile(public(operator), fullgraph=True, dynamic=True, backend="eager")
+    sample, message = make(operator, name, length=1030), "top_k over 1030 candidate keys a query; kernels take at most 1024"
+    for function, error in ((public(operator), ValueError), (compiled, Exception)):
+        with pytest.raises(error, match=message):
+            function(**sample.tensors, **sample.options, backend="triton")
+    torch._dynamo.reset()
 
 
 @each_operator

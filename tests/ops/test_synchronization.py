@@ -216,6 +216,16 @@ def test_sorting_tokens_changes_nothing_but_the_order_of_sums(backend):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sorting_compiles_to_one_graph_for_all_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(nf.synchronization_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for index, length in enumerate((19, 26, 33)):
+        sample = random_sample(by_token=True, length=length, grad_floor=0.2, sort=True)
+        with torch._dynamo.config.patch(error_on_recompile=index > 1):
+            result = run(compiled, sample, backend="auto")
+        torch.testing.assert_close(result, run_sample(sample, backend="auto"), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks between the launches, which the interpreter makes one by one")
 def test_sorting_lets_more_be_pruned(monkeypatch):
     sample = clustered(length=320, clusters=5)

@@ -1,5 +1,6 @@
 """Krause attention (arXiv 2602.11534, "Krause Synchronization Transformers"): localized, distance-based, sparse."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -115,17 +116,17 @@ def _checked(metas: list[Layout], locality: SlidingWindow | None, top_k: int | N
     checks.check_qkv(q, k, v)
     left, right = (UNLIMITED, UNLIMITED) if locality is None else within_reach(locality.left, locality.right)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    if top_k is not None:
-        reason = reason or _candidates_reason(left, right, k.shape[2])
     words = selection_words(left, right, MAX_CANDIDATES)
     orders = choices.orders(
         "krause_attention", q.device, head_dim=int(q.shape[3]), selection_words=words, selects=top_k is not None
     )
-    return left, right, dispatch.Backends(reason or _cuda.krause_reason(q, k, v, left, right), reason, orders)
+    cuda_reason = reason or _cuda.krause_reason(q, k, v, left, right)
+    too_many = functools.partial(_candidates_reason, left, right, k.shape[2], top_k)
+    return left, right, dispatch.Backends(cuda_reason, reason, orders, too_many)
 
 
-def _candidates_reason(left: int, right: int, num_keys: int) -> str | None:
+def _candidates_reason(left: int, right: int, num_keys: int, top_k: int | None) -> str | None:
     candidates = keys_in_window(left, right, num_keys)
-    if candidates > MAX_CANDIDATES:
+    if top_k is not None and candidates > MAX_CANDIDATES:
         return f"top_k over {candidates} candidate keys a query; kernels take at most {MAX_CANDIDATES} (a narrower locality)"
     return None

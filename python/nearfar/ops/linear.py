@@ -371,7 +371,8 @@ def _step(
 ) -> torch.Tensor:
     checks.meta("state", state)
     call = _prepare(qs, ks, v, listed, feature_map, normalize, True, eps, state, True, None, "state")
-    shape = (*call.q.shape[:3], call.v.shape[3])
+    q = call.qs[0]  # Dynamo of torch 2.9 cannot trace the property
+    shape = (*q.shape[:3], call.v.shape[3])
     if shape[2] != 1:
         raise ValueError(f"a step takes 1 token, got q of length {shape[2]}; nearfar.hadamard_attention takes more")
     names, tensors = [*_names("q", qs, listed), *_names("k", ks, listed), "v", "state"], [*call.qs, *call.ks, call.v, state]
@@ -382,8 +383,8 @@ def _step(
     if out is not None:
         _check_out(layouts, names, tensors)
     check_writes(layouts, names, tensors, num_read)
-    reasons = {**call.backends.reasons(call.q), "cuda": "there is no CUDA kernel of a decoding step yet"}
-    chosen = dispatch.choose(backend, reasons, call.q.device)
+    reasons = {**call.backends.reasons(q), "cuda": "there is no CUDA kernel of a decoding step yet"}
+    chosen = dispatch.choose(backend, reasons, q.device)
     if out is None:
         out = state.new_empty(shape, dtype=call.v.dtype)  # under vmap it is mapped over, as the state has to be
     options = call.feature_map, call.normalize, call.eps, chosen

@@ -1,5 +1,6 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -243,11 +244,16 @@ def _checked(metas: list[Layout], top_k: int | None, symmetric: bool) -> dispatc
     keys, key_name = (metas[2], "omega_k") if separate else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
-        reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
     forward, backward = choices.orders("synchronization_attention", v.device, value_width=int(v.shape[3]))
     orders = forward, backward if symmetric else dispatch.TRITON_FIRST
-    return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
+    cuda_reason = reason or _cuda.synchronization_reason(omega, v, separate, top_k)
+    return dispatch.Backends(cuda_reason, reason, orders, functools.partial(_candidates_reason, keys.shape[2], top_k))
+
+
+def _candidates_reason(num_keys: int, top_k: int | None) -> str | None:
+    if top_k is not None and num_keys > MAX_CANDIDATES:
+        return f"top_k over {num_keys} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
+    return None
 
 
 def _check_grad_floor(grad_floor: float) -> None:

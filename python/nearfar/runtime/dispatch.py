@@ -7,7 +7,7 @@ unless NEARFAR_ALLOW_REFERENCE=1.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,21 +88,34 @@ def choose(backend: str, reasons: Mapping[str, str | None], device: torch.device
 class Backends:
     """Which backends serve calls: why a kernel cannot, None where it can, and in which order "auto" asks them.
 
-    orders: in the forward and in the backward.
+    orders: in the forward and in the backward. too_many: returns why no kernel takes so many keys, or None. It is asked only
+    where a kernel may be taken: a length that is traced is otherwise bound by what the reference does not mind.
     """
 
-    def __init__(self, cuda: str | None, triton: str | None, orders: Orders = (KERNELS, KERNELS)) -> None:
-        self.cuda, self.triton, self.orders = cuda, triton, orders
+    def __init__(
+        self,
+        cuda: str | None,
+        triton: str | None,
+        orders: Orders = (KERNELS, KERNELS),
+        too_many: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.cuda, self.triton, self.orders, self.too_many = cuda, triton, orders, too_many
         self._known: dict[str, tuple[str, ...]] = {}
 
     def reasons(self, tensor: torch.Tensor) -> dict[str, str | None]:
         """For each backend why it cannot serve a call of this tensor, None where it can."""
-        return {"cuda": self.cuda, "triton": triton_device_reason(tensor) or self.triton, "reference": None}
+        cuda, triton = self.cuda, triton_device_reason(tensor) or self.triton
+        if cuda is None or triton is None:
+            too_many = self.too_many()
+            cuda, triton = cuda or too_many, triton or too_many
+        return {"cuda": cuda, "triton": triton, "reference": None}
 
     def served(self, backend: str, tensor: torch.Tensor) -> tuple[str, ...]:
         """Names of the backends that serve the forward and the backward of a call of this tensor; see `choose`."""
         names = self._known.get(backend) if isinstance(backend, str) else None
         if names is None:
+            if backend == "reference" or (backend == "auto" and tensor.device.type != "cuda"):
+                return "reference", "reference"
             reasons = self.reasons(tensor)
             names = tuple([choose(backend, reasons, tensor.device, order) for order in self.orders])
             if tensor.is_cuda and "reference" not in names:  # nothing in the environment can change the answer
