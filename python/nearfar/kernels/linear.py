@@ -44,7 +44,7 @@ class Linear(Operator):
 
     def empty_fake(self, tensors: Any, *options: Any) -> Any:
         """How many states are saved depends on the length in ways that would bind an exported program to some lengths."""
-        qs, v, backend = *_queries_and_values(tensors), options[-1]
+        (qs, v), backend = _queries_and_values(tensors), options[-1]
         if not (torch.compiler.is_exporting() and any(isinstance(x.shape[2], torch.SymInt) for x in (*qs, v))):
             return self.empty(tensors, *options)
         outputs = self._empty(tensors, False, *options)
@@ -72,7 +72,8 @@ class Linear(Operator):
         """No saved states are a count of 0, so that the number of dimensions is one."""
         *others, states, norms = outputs
         if states is None:
-            states, norms = empty_states(*_queries_and_values(tensors), 0, options[-1])
+            qs, v = _queries_and_values(tensors)
+            states, norms = empty_states(qs, v, 0, options[-1])
         return super().present([*others, states, norms], tensors)
 
     def absent(self, saved: Any, tensors: Any) -> list[Tensor | None]:
@@ -102,9 +103,9 @@ class LinearTriton(Backend):
         feature_map: str, normalize: bool, causal: bool, eps: float, return_state: bool,
     ) -> Program:  # fmt: skip
         route, launches = route_of(tensors, saved[2] is not None, feature_map, causal, eps, self.name)
-        *factors, dv, dinitial, _ = results
+        (do, dstate), (*factors, dv, dinitial, _) = gradients, results
         dqs, dks = tuple(factors[: len(factors) // 2]), tuple(factors[len(factors) // 2 :])
-        launches += route.backward(*gradients, saved, dqs, dks, dv, dinitial)
+        launches += route.backward(do, dstate, saved, dqs, dks, dv, dinitial)
         return Program((*gradients, *tensors, *saved), results, launches)
 
 

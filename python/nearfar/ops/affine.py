@@ -172,11 +172,11 @@ def _attend(
     if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
         return plan(*tensors)
     call = _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
-    *tensors, left, right, scale, cu_seqlens, backends, plain = call
+    *checked, left, right, scale, cu_seqlens, backends, plain = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
-        return _reference(*tensors, left, right, scale, cu_seqlens)
-    return affine(repeats, plain, (*tensors, cu_seqlens), left, right, scale, forward, backward)
+        return _reference(*checked, left, right, scale, cu_seqlens)
+    return affine(repeats, plain, (*checked, cu_seqlens), left, right, scale, forward, backward)
 
 
 def _prepare(
