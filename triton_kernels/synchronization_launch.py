@@ -1,6 +1,7 @@
 """Launchers of the kernels of selective synchronization attention. Outputs and workspaces come from the caller."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def own_block(call, kernel):
 
 
 def list_rows(call, kernel, cuda=None):
-    """Tokens that share a list of cells. cuda: the launch in CUDA C++ that takes the place of the kernel's, or None."""
+    """Tokens that share a list of cells. cuda: the InPlace of a kernel in CUDA C++, or None."""
     return max(own_block(call, kernel), CELL) if cuda is None else cuda.rows
 
 
@@ -158,6 +159,18 @@ def plan_sum_heads(batch, heads, count):
     return Launch(synchronization.sum_heads, count, scalars, FEW_ROWS)
 
 
+class InPlace(NamedTuple):
+    """A kernel in CUDA C++ in the place of Triton's.
+
+    rows: tokens that share a list of cells. members: see `members`. call: (launch, tensors) from the tensors that are worked
+    out here, by name: squares, c, lists, counts, a counter; for a backward inverse, shift, dalpha and dradius, too.
+    """
+
+    rows: int
+    members: int
+    call: Callable
+
+
 class Survey(NamedTuple):
     """What locking.survey writes about queries or keys; c (B, H, N) is None of keys."""
 
@@ -193,7 +206,7 @@ def survey_launches(omega, omega_k, coupling, bandwidth, order):
 def list_launches(call, kernel, own, others, cuda=None):
     """(lists, counts), for a launch in CUDA C++ a counter, too, and the pair that fills the first two.
 
-    own, others: the surveys. cuda: the launch in CUDA C++ that takes the place of the kernel's, or None.
+    own, others: the surveys. cuda: an InPlace, or None.
     """
     rows = list_rows(call, kernel, cuda)
     shapes = lists_shapes(call, kernel, rows)
@@ -205,7 +218,7 @@ def list_launches(call, kernel, own, others, cuda=None):
 def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, total, bits, cuda=None):
     """The pairs that fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words).
 
-    cuda: the launch in CUDA C++ that takes the place of `attend`, or None.
+    cuda: an InPlace of `attend`, or None.
     """
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     queries, keys, launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
@@ -214,8 +227,16 @@ def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_
         attend = plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
         return [*launches, (attend, (*given, bits))]
     lists, fill = list_launches(call, "sync_attend", queries, keys, cuda)
-    attend = cuda or plan_attend(call, self, o.stride(), stride(bandwidth))
-    return [*launches, fill, (attend, (*given, *lists))]
+    if cuda is None:
+        attend = plan_attend(call, self, o.stride(), stride(bandwidth)), (*given, *lists)
+    else:
+        attend = cuda.call(squares=queries.squares, c=queries.c, **named(lists))
+    return [*launches, fill, attend]
+
+
+def named(lists):
+    """Lists, counts and a counter by name, for an InPlace."""
+    return dict(zip(("lists", "counts", "counter"), lists, strict=True))
 
 
 def backward_launches(
@@ -224,7 +245,7 @@ def backward_launches(
 ):
     """The pairs that fill the gradients; dw is that of omega, as queries and as keys where omega_k is None.
 
-    cuda: the launch in CUDA C++ that takes the place of `grad_tokens`, or None.
+    cuda: an InPlace of `grad_tokens`, or None.
     """
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
@@ -233,9 +254,13 @@ def backward_launches(
     launches.append((plan_row_terms(o.shape, o.stride(), do.stride()), (o, do, total, inverse, shift)))
     if is_symmetric(omega_k, bits, causal, order):
         lists, fill = list_launches(call, "sync_grad_tokens", queries, keys, cuda)
-        tokens = cuda or plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
-        given = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *lists
-        launches += [fill, (tokens, given)]
+        if cuda is None:
+            plan = plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
+            given = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *lists
+            launches += [fill, (plan, given)]
+        else:
+            rows = dict(inverse=inverse, shift=shift, dalpha=dalpha, dradius=dradius)
+            launches += [fill, cuda.call(squares=queries.squares, c=queries.c, **rows, **named(lists))]
     else:
         num_words = 0 if bits is None else bits.shape[-1]
         # What tokens get as queries is kept unrounded until what they get as keys is added.

@@ -1,7 +1,6 @@
 """The CUDA extension ``nearfar._C``, where it was built, behind functions that take tensors."""
 
 import functools
-import re
 
 import torch
 
@@ -58,31 +57,53 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
     if x.device.type != "cuda":
         raise ValueError(f"x must be on a CUDA device, not on {x.device}")
     out = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    RowSumsq(x).launch([x.data_ptr(), out.data_ptr()], x.device.index, stream_of(x))
+    run(row_sumsq_call(x, out))
     return out
 
 
-def plan_launch(kernel, variant, tensors, strides, **others):
-    """A launch (addresses, device, stream) of a kernel of the extension, for any number of calls.
+def row_sumsq_call(x, out):
+    """What fills out (B, H, N), as `call`."""
+    batches, heads, num_rows, width = x.shape
+    sizes = dict(batches=batches, heads=heads, num_rows=num_rows, width=width)
+    return call("row_sumsq", dtype_of(x), dict(x=x, out=out), "x", **sizes)
+
+
+def call(kernel, variant, tensors, strided, **others):
+    """(launch, tensors) of a kernel of the extension, for the launches of a Program.
 
     Args:
         kernel: its name; csrc/ declares its arguments in the header of that operator.
         variant: the dtype or the feature map that it is compiled for.
-        tensors: the names of the addresses, in their order.
-        strides: {name: strides} of those tensors whose strides it takes.
+        tensors: those that it takes, by name; None for what is absent.
+        strided: names of those whose strides it takes.
         others: its numbers.
     """
-    strided = {f"{name}_strides": tuple(steps[:3]) for name, steps in strides.items()}
-    return getattr(extension, kernel)(variant, tensors.split(), **strided, **others)
+    strides = {f"{name}_strides": tuple(tensors[name].stride()[:3]) for name in strided.split()}
+    return BuiltLaunch(getattr(extension, kernel)(variant, list(tensors), **strides, **others)), tuple(tensors.values())
 
 
-def _steps(**tensors):
-    return {name: x.stride() for name, x in tensors.items()}
+def run(call):
+    """Launch what `call` returned, on the current stream."""
+    launch, tensors = call
+    launch.run(tensors, ([tensor.data_ptr() for tensor in tensors],))
 
 
-def _by_head(parameter):
+def dtype_of(tensor):
+    """The variant of kernels that are compiled for each dtype."""
+    return _DTYPES[tensor.dtype]
+
+
+def by_head(parameter):
     """The stride of a parameter with one number a head, or one for all."""
     return 1 if parameter.numel() > 1 else 0
+
+
+def pair_sizes(q, k):
+    """The sizes that kernels of pairs take."""
+    batches, heads, num_queries, width = q.shape
+    return dict(
+        batches=batches, heads=heads, kv_heads=k.shape[1], num_queries=num_queries, num_keys=k.shape[2], width=width
+    )  # fmt: skip
 
 
 KRAUSE_WIDTHS = (32, 64, 128)
@@ -192,84 +213,23 @@ class CudaBackend(Backend):
         return aligned(gradient)
 
 
-def _where(tensors):
-    """Device and stream of what a launch is given, or a call."""
-    first = tensors[0][0] if type(tensors[0]) is tuple else tensors[0]
-    return first.get_device(), stream_of(first)
-
-
 class BuiltLaunch:
-    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors.
+    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors."""
 
-    `launch` is from `plan_launch`, and takes `addresses` of what the launch is given.
-    """
+    def __init__(self, launch):
+        """launch: (addresses, device, stream), as the extension makes it."""
+        self._launch = launch
 
     def is_new(self, _surveyed):
         return False  # it was compiled with the package
 
     def run(self, tensors, surveyed):
-        self.launch(self.addresses([address or 0 for address in surveyed[0]]), *_where(tensors))
+        self._launch([address or 0 for address in surveyed[0]], tensors[0].get_device(), stream_of(tensors[0]))
 
     def bound(self, device, _kinds):
         """A function (addresses, stream); an address of nothing is 0."""
-        launch, order = self.launch, self.addresses
-        return lambda addresses, stream: launch(order(addresses), device, stream)
-
-    def addresses(self, given):
-        """Those of the tensors, tuples of tensors among them, as `plan_launch` names them."""
-        return given
-
-
-def _pair_sizes(q, k):
-    batches, heads, num_queries, width = q.shape
-    return dict(
-        batches=batches, heads=heads, kv_heads=k.shape[1], num_queries=num_queries, num_keys=k.shape[2], width=width
-    )  # fmt: skip
-
-
-class KrauseForward(BuiltLaunch):
-    """A launch of krause_forward, for tensors without a krause_reason that start at multiples of 16 bytes.
-
-    It is given q, k, v, sigma, token_bounds, o, lse, bits and fills o (B, Hq, N, D), lse (B, Hq, N) and, with top_k, bits
-    (B, Hq, N, words).
-    """
-
-    def __init__(self, q, k, v, sigma, left, right, top_k, o):
-        self.launch = plan_launch(
-            "krause_forward", _DTYPES[q.dtype], "q k v sigma token_bounds o lse bits", _steps(q=q, k=k, v=v, o=o),
-            **_pair_sizes(q, k), sigma_stride=_by_head(sigma), back=left, ahead=right,
-            top_k=0 if top_k is None else min(top_k, extension.KRAUSE_WINDOW),
-        )  # fmt: skip
-
-
-class KrauseBackward(BuiltLaunch):
-    """A launch of krause_backward, likewise.
-
-    It is given q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma and a workspace of `partials_shape`; the
-    gradients, which it fills, are shaped like what they belong to.
-    """
-
-    def __init__(self, q, k, v, o, do, sigma, left, right, dq, dk, dv):
-        self.launch = plan_launch(
-            "krause_backward", _DTYPES[q.dtype],
-            "q k v o grad_o sigma lse bits token_bounds dq dk dv dsigma partials",
-            _steps(q=q, k=k, v=v, o=o, grad_o=do, dq=dq, dk=dk, dv=dv),
-            **_pair_sizes(q, k), sigma_stride=_by_head(sigma), back=left, ahead=right,
-        )  # fmt: skip
-
-    @staticmethod
-    def partials_shape(q, k):
-        """Float32: a partial sum of dsigma for each strip of a head, of which there are at most as many as tiles."""
-        return *q.shape[:2], -(-max(q.shape[2], k.shape[2]) // extension.KRAUSE_TILE)
-
-
-class RowSumsq(BuiltLaunch):
-    """A launch of row_sumsq. It is given x and out (B, H, N), float32, which it fills."""
-
-    def __init__(self, x):
-        batches, heads, num_rows, width = x.shape
-        sizes = dict(batches=batches, heads=heads, num_rows=num_rows, width=width)
-        self.launch = plan_launch("row_sumsq", _DTYPES[x.dtype], "x out", _steps(x=x), **sizes)
+        launch = self._launch
+        return lambda addresses, stream: launch(addresses, device, stream)
 
 
 def krause_step_reason(q, k, v, cache, addressed=True):
@@ -294,17 +254,18 @@ def krause_step(q, k, v, cache, sigma, top_k, out):
     if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:  # compiled code learns of it here
         raise ValueError(ROWS_REASON.format("cache.k or cache.v"))
     steps = tuple([tensor.stride()[:2] for tensor in (q, k, v, out)])
-    launch = _krause_step(q.dtype, q.shape[:2], cache.k.shape[1:], steps, _by_head(sigma), 0 if top_k is None else top_k)
+    launch = _krause_step(q.dtype, q.shape[:2], cache.k.shape[1:], steps, by_head(sigma), 0 if top_k is None else top_k)
     launch([tensor.data_ptr() for tensor in (q, k, v, *cache, sigma, out)], q.get_device(), stream_of(q))
 
 
 @functools.lru_cache(64)  # decoding makes the same call for each token
 def _krause_step(dtype, rows, cached, steps, sigma_stride, top_k):
     (batches, heads), (kv_heads, window, width) = rows, cached
-    return plan_launch(
-        "krause_step", _DTYPES[dtype], "q k v cached_k cached_v length sigma o", dict(zip("qkvo", steps, strict=True)),
+    return extension.krause_step(
+        _DTYPES[dtype], "q k v cached_k cached_v length sigma o".split(),
+        **{f"{name}_strides": of for name, of in zip("qkvo", steps, strict=True)},
         batches=batches, heads=heads, kv_heads=kv_heads, window=window, width=width, sigma_stride=sigma_stride, top_k=top_k,
-    )  # fmt: skip
+    )
 
 
 LINEAR_WIDTHS = (64, 128)
@@ -356,131 +317,6 @@ def _linear_device_reason(index, widths, value_width, causal):
     return _memory_reason(index, value_width, needed)
 
 
-class Walk(BuiltLaunch):
-    """A launch of a linear_ kernel of causal attention, or of a hadamard_ one where there are two factors.
-
-    It is given what its namesake in triton_kernels/walk.py is given, all factors in a row; they, v and do start at multiples of
-    16 bytes.
-    """
-
-    # By Triton's name: the kernel's, its tensors, and those with strides. With two factors each q and k is two.
-    _KERNELS = {
-        "walk_read": ("forward", "q k v states norms o inverse pieces", "q k v o"),
-        "walk_grad_queries": (
-            "grad_queries", "q k v grad_o inverse states norms dq weights pieces", "q k v grad_o dq"
-        ),
-        "walk_grad_keys": (
-            "grad_keys", "k v q grad_o inverse weights states norms dk dv pieces", "k v q grad_o dk dv"
-        ),
-    }  # fmt: skip
-
-    def __init__(self, problem, kernel, strides, eps=()):
-        """Arguments as for linear_launch.plan_walk. eps: (eps,) for walk_read and walk_grad_queries."""
-        name, tensors, strided = self._KERNELS[kernel]
-        width = dict(width=problem.widths[0])
-        if len(problem.widths) > 1:
-            tensors, strided = (re.sub(r"\b(d?[qk])\b", r"\g<1>1 \g<1>2", names) for names in (tensors, strided))
-            width = {}
-        num_pieces, piece_length = problem.spans
-        self.launch = plan_launch(
-            f"{'hadamard' if len(problem.widths) > 1 else 'linear'}_causal_{name}", problem.feature_map, tensors,
-            dict(zip(strided.split(), strides, strict=True)), **_group(problem), **width,
-            num_tokens=problem.num_queries, num_pieces=num_pieces, piece_length=piece_length, **_eps(eps),
-        )  # fmt: skip
-
-
-def _group(problem):
-    return dict(batches=problem.batch, heads=problem.query_heads, kv_heads=problem.key_heads)
-
-
-def _eps(eps):
-    return dict(zip(("eps",), eps, strict=False))
-
-
-def _tokens(problem, of_queries):
-    """Their number and their heads: of the queries or of the keys."""
-    return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
-
-
-class LinearBidirectional(BuiltLaunch):
-    """A launch of a linear_bidirectional_ kernel, of bidirectional attention.
-
-    It is given the tensors of _KERNELS; q, k, v and do start at multiples of 16 bytes.
-    """
-
-    _KERNELS = {  # tensors, and those with strides
-        "sums": ("k v partials partial_norms pieces", "k v"),
-        "read": ("q states norms o inverse pieces", "q o"),
-        "grad_queries": ("q grad_o inverse states norms dq partials partial_norms pieces", "q grad_o dq"),
-        "grad_keys": ("k v states norms dk dv pieces", "k v dk dv"),
-    }
-
-    def __init__(self, problem, kernel, strides, eps=()):
-        """kernel: sums, read, grad_queries or grad_keys. strides: as _KERNELS lists them. eps: (eps,) for read."""
-        tensors, strided = self._KERNELS[kernel]
-        tokens, _ = _tokens(problem, kernel in ("read", "grad_queries"))
-        self.launch = plan_launch(
-            f"linear_bidirectional_{kernel}", problem.feature_map, tensors, dict(zip(strided.split(), strides, strict=True)),
-            **_group(problem), num_tokens=tokens, width=problem.widths[0], num_pieces=problem.num_pieces(tokens),
-            piece_length=problem.piece_length, num_states=problem.num_states, **_eps(eps),
-        )  # fmt: skip
-
-
-def _state_sizes(problem, of_queries):
-    tokens, heads = _tokens(problem, of_queries)
-    return dict(
-        batches=problem.batch, heads=heads, state_heads=problem.key_heads, num_tokens=tokens, width=problem.value_width
-    )  # fmt: skip
-
-
-class HadamardAccumulate(BuiltLaunch):
-    """A launch of hadamard_bidirectional_accumulate in the place of `accumulate`.
-
-    It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
-    16 bytes.
-    """
-
-    def __init__(self, problem, of_queries, x_strides, y_strides):
-        """Arguments as for linear_launch.plan_accumulate."""
-        length, _ = _tokens(problem, of_queries)
-        self.launch = plan_launch(
-            "hadamard_bidirectional_accumulate", problem.feature_map,
-            "outer inner y factors weights partials partial_norms outer_tiles inner_tiles weighted_tiles counter",
-            dict(zip(("outer", "inner", "y"), (*x_strides, y_strides), strict=True)),
-            **_state_sizes(problem, of_queries), num_pieces=problem.num_pieces(length), piece_length=problem.piece_length,
-        )  # fmt: skip
-
-    @staticmethod
-    def workspaces(problem, of_queries, y):
-        """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which HadamardRead takes."""
-        length, heads = _tokens(problem, of_queries)
-        chunk = extension.HADAMARD_BIDIRECTIONAL_CHUNK
-        shape = problem.batch, heads, -(-length // chunk), chunk, extension.HADAMARD_BIDIRECTIONAL_WIDTH
-        weighted = y.new_empty(shape) if of_queries else None
-        norms = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, *shape[3:])
-        return y.new_empty(shape), y.new_empty(shape), weighted, y.new_empty(1, dtype=torch.int32), norms
-
-    def addresses(self, given):
-        xs, *others, _, _ = given
-        return *xs, *others
-
-
-class HadamardRead(BuiltLaunch):
-    """A launch of hadamard_bidirectional_read in the place of `read` without pairs, likewise."""
-
-    def __init__(self, problem, of_keys, x_strides, out_strides, eps):
-        """Arguments as for linear_launch.plan_read."""
-        self.launch = plan_launch(
-            "hadamard_bidirectional_read", problem.feature_map, "outer inner states norms out inverse counter norm_tiles",
-            dict(zip(("outer", "inner", "out"), (*x_strides, out_strides), strict=True)),
-            **_state_sizes(problem, not of_keys), eps=eps,
-        )  # fmt: skip
-
-    def addresses(self, given):
-        xs, _, _, _, *others, _ = given
-        return *xs, *others
-
-
 HOPPER_WIDTHS = (64, 128)
 
 
@@ -518,79 +354,11 @@ def _hopper_device_reason(index):
     return None
 
 
-def _whole_tiles(length, tile):
-    return -(-length // tile) * tile
-
-
-def statistics(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass):
-    """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
-    q, k = aligned_starts(q, k)
-    levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2], extension.DIAGNOSTICS_TILE))
-    launch = plan_launch(
-        "statistics", _DTYPES[q.dtype], "q k lse entropy max_weight max_key mass levels", _steps(q=q, k=k),
-        **_pair_sizes(q, k), left=left, right=right, scale=scale,
-    )  # fmt: skip
-    given = q, k, lse, entropy, max_weight, max_key, mass, levels
-    launch([tensor.data_ptr() for tensor in given], q.get_device(), stream_of(q))
-
-
-def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest, precision, recall, f_score, centre):
-    """Fill precision, recall, f_score (B, Hq, N), by way of workspaces that triton_kernels/diagnostics_launch.py describes.
-
-    centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
-    """
-    q, k, v = aligned_starts(q, k, v)
-    length = v.shape[2]
-    squares = torch.nn.functional.pad(row_sumsq(v), (0, _whole_tiles(length, extension.DIAGNOSTICS_TILE) - length))
-    names = "q k v scores chosen s shift farthest excess squares precision recall f_score"
-    sizes = _pair_sizes(q, k) | dict(top_n=scores.shape[3], left=left, right=right, scale=scale)
-    call = _DTYPES[q.dtype], names, _steps(q=q, k=k, v=v)
-    select, separate = (plan_launch(f"geometry_{name}", *call, **sizes) for name in ("select", "separate"))
-    given = q, k, v, scores, chosen, s, shift, farthest, excess, squares, precision, recall, f_score
-    where = [tensor.data_ptr() for tensor in given], q.get_device(), stream_of(q)
-    select(*where)
-    centre()
-    separate(*where)
-
-
 def affine_reason(q, k, v, left, packed):
     """Why the CUDA kernels cannot serve calls of softmax_attention or affine_attention with these layouts, or None."""
     if left >= 0 or packed:
         return "the CUDA kernels take no window with a limit on the left, and no packed sequences"
     return hopper_reason(dict(q=q, k=k, v=v))
-
-
-def affine_terms_shape(q):
-    """Of a workspace of affine_backward, float32."""
-    return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.AFFINE_TERMS)
-
-
-class AffineForward(BuiltLaunch):
-    """A launch of affine_forward, for tensors without a affine_reason that start at multiples of 16 bytes.
-
-    It is given q, k, v, alpha, beta, sink, sums, o, u, lse, a counter and fills o, u and lse.
-    """
-
-    def __init__(self, q, k, v, o, right, scale):
-        self.launch = plan_launch(
-            "affine_forward", _DTYPES[q.dtype], "q k v alpha beta sink sums o u lse counter", _steps(q=q, k=k, v=v, o=o),
-            **_pair_sizes(q, k), right=right, scale=scale,
-        )  # fmt: skip
-
-
-class AffineBackward(BuiltLaunch):
-    """A launch of affine_backward, likewise.
-
-    It is given q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters and fills those from dq to dbeta.
-    """
-
-    def __init__(self, q, k, v, u, do, dq, dk, dv, exact, right, scale):
-        self.launch = plan_launch(
-            "affine_backward", _DTYPES[q.dtype],
-            "q k v u grad_o alpha beta sums lse dq dk dv m dbeta terms counters",
-            _steps(q=q, k=k, v=v, u=u, grad_o=do, dq=dq, dk=dk, dv=dv),
-            **_pair_sizes(q, k), exact=exact, right=right, scale=scale,
-        )  # fmt: skip
 
 
 SYNCHRONIZATION_WIDTH = 64
@@ -604,40 +372,3 @@ def synchronization_reason(omega, v, separate, top_k):
     if reason is None and omega.shape[3] != SYNCHRONIZATION_WIDTH:
         return f"omega and v are {omega.shape[3]} wide; the CUDA kernels take {SYNCHRONIZATION_WIDTH}"
     return reason
-
-
-def _token_sizes(omega):
-    batches, heads, num_tokens, _ = omega.shape
-    return dict(batches=batches, heads=heads, num_tokens=num_tokens)
-
-
-class SynchronizationForward(BuiltLaunch):
-    """A launch of synchronization_forward.
-
-    It is given what `attend` in triton_kernels/synchronization.py is given and a counter, with lists for tiles of `rows` tokens
-    that tell of the tiles' cells from bit `members` on; its omega and v start at multiples of 16 bytes.
-    """
-
-    def __init__(self, omega, v, bandwidth, o, causal):
-        self.rows, self.members = extension.SYNCHRONIZATION_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        self.launch = plan_launch(
-            "synchronization_forward", _DTYPES[omega.dtype], "omega v squares c bandwidth o total lists counts counter",
-            _steps(omega=omega, v=v, o=o), **_token_sizes(omega), bandwidth_stride=_by_head(bandwidth), causal=causal,
-        )  # fmt: skip
-
-    def addresses(self, given):
-        omega, _, v, squares, _, *others = given  # without those of the keys, which are the queries
-        return omega, v, squares, *others
-
-
-class SynchronizationBackward(BuiltLaunch):
-    """A launch of synchronization_backward likewise, in the place of `grad_tokens`; its do starts like omega and v."""
-
-    def __init__(self, omega, v, bandwidth, do, dw, dv, grad_floor):
-        self.rows, self.members = extension.SYNCHRONIZATION_GRAD_ROWS, extension.SYNCHRONIZATION_MEMBERS
-        self.launch = plan_launch(
-            "synchronization_backward", _DTYPES[omega.dtype],
-            "omega v squares c bandwidth grad_o inverse shift dw dv dalpha dradius lists counts counter",
-            _steps(omega=omega, v=v, grad_o=do, dw=dw, dv=dv),
-            **_token_sizes(omega), bandwidth_stride=_by_head(bandwidth), grad_floor=grad_floor,
-        )  # fmt: skip

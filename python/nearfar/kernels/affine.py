@@ -74,9 +74,13 @@ class AffineCuda(_cuda.CudaBackend):
         q, k, v, alpha, beta, sink, _ = tensors
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
-        counter = q.new_empty(1, dtype=torch.int32)
-        attend = _cuda.AffineForward(q, k, v, outputs[0], right, scale)
-        return Program(tensors, outputs, [*sum_values, (attend, (q, k, v, alpha, beta, sink, sums, *outputs, counter))])
+        counter, (o, u, lse) = q.new_empty(1, dtype=torch.int32), outputs
+        attend = _cuda.call(
+            "affine_forward", _cuda.dtype_of(q),
+            dict(q=q, k=k, v=v, alpha=alpha, beta=beta, sink=sink, sums=sums, o=o, u=u, lse=lse, counter=counter), "q k v o",
+            **_cuda.pair_sizes(q, k), right=right, scale=scale,
+        )
+        return Program(tensors, outputs, [*sum_values, attend])
 
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float
@@ -86,11 +90,19 @@ class AffineCuda(_cuda.CudaBackend):
         u = o if u is None else u
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
-        m, terms = _row_terms(lse, dalpha), lse.new_empty(_cuda.affine_terms_shape(q))
-        counters = q.new_empty(2, dtype=torch.int32)
-        launch = _cuda.AffineBackward(q, k, v, u, do, dq, dk, dv, _is_exact(alpha, sink), right, scale)
-        given = q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters
-        launches = [*sum_values, (launch, given), *_grad_sink(q, sink, lse, m, alpha, dsink)]
+        m, counters = _row_terms(lse, dalpha), q.new_empty(2, dtype=torch.int32)
+        tile = _cuda.extension.AFFINE_TERMS
+        terms = lse.new_empty(4, *q.shape[:2], -(-q.shape[2] // tile) * tile)
+        grad = _cuda.call(
+            "affine_backward", _cuda.dtype_of(q),
+            dict(
+                q=q, k=k, v=v, u=u, grad_o=do, alpha=alpha, beta=beta, sums=sums, lse=lse,
+                dq=dq, dk=dk, dv=dv, m=m, dbeta=dbeta, terms=terms, counters=counters,
+            ),
+            "q k v u grad_o dq dk dv",
+            **_cuda.pair_sizes(q, k), exact=_is_exact(alpha, sink), right=right, scale=scale,
+        )
+        launches = [*sum_values, grad, *_grad_sink(q, sink, lse, m, alpha, dsink)]
         return Program((*gradients, *tensors, *saved), results, launches)
 
     def aligned_gradient(self, gradient: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -75,7 +75,7 @@ def statistics(q, k, sigma, left, right, scale, backend="triton"):
     if not q.numel():
         return *outputs[:4], outputs[4].zero_()
     if backend == "cuda":
-        _cuda.statistics(q, k, left, right, scale, *outputs)
+        _statistics_in_cuda(q, k, left, right, scale, *outputs)
         return outputs
     with device_of(q):
         _launchers().statistics(q, k, sigma, left, right, scale, _squares(k, sigma is not None), *outputs)
@@ -120,7 +120,7 @@ def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
     with device_of(q):
         if backend == "cuda":
             centre = functools.partial(_launchers().centre, q, k, v, left, right, scale, *centred)
-            _cuda.geometry(q, k, v, left, right, scale, *centred, *outputs, centre)
+            _geometry_in_cuda(q, k, v, left, right, scale, *centred, *outputs, centre)
         else:
             squares = _squares(k, sigma is not None), _squares(v)
             _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
@@ -128,6 +128,45 @@ def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
     for output in outputs:
         output.masked_fill_(hidden, math.nan)
     return outputs
+
+
+def _whole_tiles(length):
+    tile = _cuda.extension.DIAGNOSTICS_TILE
+    return -(-length // tile) * tile
+
+
+def _statistics_in_cuda(q, k, left, right, scale, lse, entropy, max_weight, max_key, mass):
+    """Fill lse, entropy, max_weight, max_key (B, Hq, N) and mass (B, Hq, M), all contiguous."""
+    q, k = _cuda.aligned_starts(q, k)
+    levels = lse.new_empty(*q.shape[:2], _whole_tiles(q.shape[2]))
+    rows = dict(lse=lse, entropy=entropy, max_weight=max_weight, max_key=max_key)
+    _cuda.run(_cuda.call(
+        "statistics", _cuda.dtype_of(q), dict(q=q, k=k, **rows, mass=mass, levels=levels), "q k",
+        **_cuda.pair_sizes(q, k), left=left, right=right, scale=scale,
+    ))
+
+
+def _geometry_in_cuda(
+    q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest, precision, recall, f_score, centre
+):
+    """Fill precision, recall, f_score (B, Hq, N), by way of workspaces that triton_kernels/diagnostics_launch.py describes.
+
+    centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
+    """
+    q, k, v = _cuda.aligned_starts(q, k, v)
+    length = v.shape[2]
+    squares = torch.nn.functional.pad(_cuda.row_sumsq(v), (0, _whole_tiles(length) - length))
+    tensors = dict(
+        q=q, k=k, v=v, scores=scores, chosen=chosen, s=s, shift=shift, farthest=farthest, excess=excess, squares=squares,
+        precision=precision, recall=recall, f_score=f_score,
+    )
+    sizes = _cuda.pair_sizes(q, k) | dict(top_n=scores.shape[3], left=left, right=right, scale=scale)
+    select, separate = (
+        _cuda.call(f"geometry_{name}", _cuda.dtype_of(q), tensors, "q k v", **sizes) for name in ("select", "separate")
+    )
+    _cuda.run(select)
+    centre()
+    _cuda.run(separate)
 
 
 def _sees_nan(q, k, v, left, right):

@@ -55,7 +55,7 @@ class KrauseTriton(Backend):
         wide = k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
         if wide and _cuda.extension is not None and k.dtype != torch.float32 and bits is None:
             k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
-            launches.append((_cuda.RowSumsq(k), (k, k_squares)))
+            launches.append(_cuda.row_sumsq_call(k, k_squares))
         given = q, k, v, k_squares, sigma, token_bounds, left, right, top_k, *outputs
         return Program(tensors, outputs, [*launches, *_launchers().forward_launches(_pair().PAIR, *given)])
 
@@ -72,9 +72,15 @@ class KrauseTriton(Backend):
 class KrauseCuda(_cuda.CudaBackend):
     def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
         q, k, v, sigma, cu_seqlens = tensors
+        o, lse, bits = outputs
         token_bounds, launches = _bounds(cu_seqlens, k)
-        launch = _cuda.KrauseForward(q, k, v, sigma, left, right, top_k, outputs[0])
-        return Program(tensors, outputs, [*launches, (launch, (q, k, v, sigma, token_bounds, *outputs))])
+        attend = _cuda.call(
+            "krause_forward", _cuda.dtype_of(q),
+            dict(q=q, k=k, v=v, sigma=sigma, token_bounds=token_bounds, o=o, lse=lse, bits=bits), "q k v o",
+            **_cuda.pair_sizes(q, k), sigma_stride=_cuda.by_head(sigma), back=left, ahead=right,
+            top_k=0 if top_k is None else min(top_k, _cuda.extension.KRAUSE_WINDOW),
+        )
+        return Program(tensors, outputs, [*launches, attend])
 
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, top_k: int | None
@@ -82,10 +88,19 @@ class KrauseCuda(_cuda.CudaBackend):
         (do,), (q, k, v, sigma, cu_seqlens), (o, lse, bits) = gradients, tensors, saved
         dq, dk, dv, dsigma, _ = results
         token_bounds, launches = _bounds(cu_seqlens, k)
-        launch = _cuda.KrauseBackward(q, k, v, o, do, sigma, left, right, dq, dk, dv)
-        partials = lse.new_empty(launch.partials_shape(q, k))
-        given = q, k, v, o, do, sigma, lse, bits, token_bounds, dq, dk, dv, dsigma, partials
-        return Program((*gradients, *tensors, *saved), results, [*launches, (launch, given)])
+        # A partial sum of dsigma for each strip of a head, of which there are at most as many as tiles.
+        strips = -(-max(q.shape[2], k.shape[2]) // _cuda.extension.KRAUSE_TILE)
+        partials = lse.new_empty(*q.shape[:2], strips)
+        grad = _cuda.call(
+            "krause_backward", _cuda.dtype_of(q),
+            dict(
+                q=q, k=k, v=v, o=o, grad_o=do, sigma=sigma, lse=lse, bits=bits, token_bounds=token_bounds,
+                dq=dq, dk=dk, dv=dv, dsigma=dsigma, partials=partials,
+            ),
+            "q k v o grad_o dq dk dv",
+            **_cuda.pair_sizes(q, k), sigma_stride=_cuda.by_head(sigma), back=left, ahead=right,
+        )
+        return Program((*gradients, *tensors, *saved), results, [*launches, grad])
 
 
 def _bounds(cu_seqlens: Any, k: torch.Tensor) -> Any:

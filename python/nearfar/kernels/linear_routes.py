@@ -1,7 +1,7 @@
 """The ways of linear and Hadamard attention to their result: each is a class with the launches of both directions.
 
     Tiles           tile by tile, by pairs or from the state, of any widths; Triton
-    Walk            a block walks along a piece with the state on chip: causal, or one narrow factor; Triton and CUDA C++
+    Walk            a block walks along a piece with the state on chip: causal, or one narrow factor; Triton, CudaWalk in C++
     Bidirectional   one narrow factor without causality; CUDA C++
     Slabs           two factors of 64 without causality, whose state is read slab by slab; CUDA C++
 """
@@ -60,7 +60,7 @@ def route_of(
     if backend == "cuda" and stateful and not causal:
         return Bidirectional(call) if problem.walks else Slabs(call), launches
     if problem.walks and (causal or stateful):
-        return Walk(call, _cuda.Walk if backend == "cuda" else launch.plan_walk), launches
+        return (CudaWalk if backend == "cuda" else Walk)(call), launches
     return Tiles(call), launches
 
 
@@ -164,89 +164,151 @@ class Tiles(Route):
 
 
 class Walk(Route):
-    def __init__(self, call: Call, plan: Any) -> None:
-        """plan: what makes launches of the walks, in Triton or in CUDA C++."""
-        super().__init__(call)
-        self._plan = plan
+    """In Triton; CudaWalk in CUDA C++, whose tensors and strides have the same names and order."""
 
     def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
-        problem, qs, ks, v, _, pieces, *_ = self.call
-        strides = *self.call.q_strides, *self.call.k_strides, v.stride(), o.stride()
-        return self._plan(problem, "walk_read", strides, (self.call.eps,)), (*qs, *ks, v, states, norms, o, inverse, pieces)
+        _, qs, ks, v, _, pieces, *_ = self.call
+        rows = named("q", qs) | named("k", ks) | dict(v=v)
+        given = rows | dict(states=states, norms=norms, o=o, inverse=inverse, pieces=pieces)
+        return self.launch("read", given, [*rows, "o"], eps=self.call.eps)
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
-        problem, qs, ks, v, _, pieces, *_ = self.call
-        strides = *self.call.q_strides, *self.call.k_strides, v.stride(), do.stride(), *strides_of(dqs)
-        given = *qs, *ks, v, do, inverse, states, norms, *dqs, weights, pieces
-        eps = (self.call.eps,) if self._plan is _cuda.Walk else ()  # its weights are summed anew
-        return self._plan(problem, "walk_grad_queries", strides, eps), given
+        _, qs, ks, v, _, pieces, *_ = self.call
+        rows, of_rows = named("q", qs) | named("k", ks) | dict(v=v, grad_o=do), named("dq", dqs)
+        given = rows | dict(inverse=inverse, states=states, norms=norms) | of_rows | dict(weights=weights, pieces=pieces)
+        return self.launch("grad_queries", given, [*rows, *of_rows], **self.of_gradients())
 
     def grad_keys(
         self, do: Any, inverse: Any, weights: Any, key_states: Any, key_norms: Any, dks: Any, dv: Any
     ) -> list[Any]:
-        problem, qs, ks, v, _, pieces, *_ = self.call
-        strides = (*self.call.k_strides, v.stride(), *self.call.q_strides, do.stride(), *strides_of(dks), dv.stride())
-        given = *ks, v, *qs, do, inverse, weights, key_states, key_norms, *dks, dv, pieces
-        return [(self._plan(problem, "walk_grad_keys", strides), given)]
+        _, qs, ks, v, _, pieces, *_ = self.call
+        rows, of_rows = named("k", ks) | dict(v=v) | named("q", qs) | dict(grad_o=do), named("dk", dks) | dict(dv=dv)
+        between = dict(inverse=inverse, weights=weights, states=key_states, norms=key_norms)
+        return [self.launch("grad_keys", rows | between | of_rows | dict(pieces=pieces), [*rows, *of_rows])]
+
+    def of_gradients(self) -> dict[str, float]:
+        """Numbers that the gradients of the queries need beside the sizes."""
+        return {}
+
+    def launch(self, kernel: str, tensors: dict[str, Any], strided: list[str], **eps: float) -> Any:
+        strides = tuple(tensors[name].stride() for name in strided)
+        plan = _launchers().plan_walk(self.call.problem, f"walk_{kernel}", strides, tuple(eps.values()))
+        return plan, tuple(tensors.values())
+
+
+class CudaWalk(Walk):
+    def of_gradients(self) -> dict[str, float]:
+        return dict(eps=self.call.eps)  # of weights that are summed anew
+
+    def launch(self, kernel: str, tensors: dict[str, Any], strided: list[str], **eps: float) -> Any:
+        problem = self.call.problem
+        kernel, (num_pieces, piece_length) = kernel.replace("read", "forward"), problem.spans
+        operator, width = ("linear", dict(width=problem.widths[0])) if len(problem.widths) == 1 else ("hadamard", {})
+        return _cuda.call(
+            f"{operator}_causal_{kernel}", problem.feature_map, tensors, " ".join(strided), **group_sizes(problem), **width,
+            num_tokens=problem.num_queries, num_pieces=num_pieces, piece_length=piece_length, **eps,
+        )
 
 
 class Bidirectional(Route):
     """The kernel of the gradients of the queries sums what those of the keys need."""
 
     def accumulate(self, sums: Any) -> Any:
-        problem, _, ks, v, _, pieces, *_ = self.call
-        return _cuda.LinearBidirectional(problem, "sums", (*self.call.k_strides, v.stride())), (*ks, v, *sums, pieces)
+        _, _, (k,), v, _, pieces, *_ = self.call
+        return self._launch("sums", dict(k=k, v=v, **of_pieces(sums), pieces=pieces), "k v")
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
         return []
 
     def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
-        problem, qs, _, _, _, pieces, *_ = self.call
-        plan = _cuda.LinearBidirectional(problem, "read", (*self.call.q_strides, o.stride()), (self.call.eps,))
-        return plan, (*qs, states, norms, o, inverse, pieces)
+        _, (q,), _, _, _, pieces, *_ = self.call
+        given = dict(q=q, states=states, norms=norms, o=o, inverse=inverse, pieces=pieces)
+        return self._launch("read", given, "q o", of_queries=True, eps=self.call.eps)
 
     def grad_queries(self, do: Any, inverse: Any, states: Any, norms: Any, weights: Any, dqs: Any, sums: Any) -> Any:
-        problem, qs, _, _, _, pieces, *_ = self.call
-        strides = *self.call.q_strides, do.stride(), *strides_of(dqs)
-        given = *qs, do, inverse, states, norms, *dqs, *sums, pieces
-        return _cuda.LinearBidirectional(problem, "grad_queries", strides), given
+        _, (q,), _, _, _, pieces, *_ = self.call
+        given = dict(q=q, grad_o=do, inverse=inverse, states=states, norms=norms, dq=dqs[0], **of_pieces(sums), pieces=pieces)
+        return self._launch("grad_queries", given, "q grad_o dq", of_queries=True)
 
     def grad_keys(
         self, do: Any, inverse: Any, weights: Any, key_states: Any, key_norms: Any, dks: Any, dv: Any
     ) -> list[Any]:
-        problem, _, ks, v, _, pieces, *_ = self.call
-        strides = *self.call.k_strides, v.stride(), *strides_of(dks), dv.stride()
-        given = *ks, v, key_states, key_norms, *dks, dv, pieces
-        return [(_cuda.LinearBidirectional(problem, "grad_keys", strides), given)]
+        _, _, (k,), v, _, pieces, *_ = self.call
+        given = dict(k=k, v=v, states=key_states, norms=key_norms, dk=dks[0], dv=dv, pieces=pieces)
+        return [self._launch("grad_keys", given, "k v dk dv")]
+
+    def _launch(self, kernel: str, tensors: dict[str, Any], strided: str, of_queries: bool = False, **eps: float) -> Any:
+        problem = self.call.problem
+        tokens = problem.num_queries if of_queries else problem.num_keys
+        return _cuda.call(
+            f"linear_bidirectional_{kernel}", problem.feature_map, tensors, strided, **group_sizes(problem), num_tokens=tokens,
+            width=problem.widths[0], num_pieces=problem.num_pieces(tokens), piece_length=problem.piece_length,
+            num_states=problem.num_states, **eps,
+        )
 
 
 class Slabs(Tiles):
     """Accumulating leaves a counter and tiles of norms for the kernel that reads the state."""
 
     def accumulate(self, sums: Any) -> Any:
-        problem, _, ks, v, _, pieces, *_ = self.call
-        plan = _cuda.HadamardAccumulate(problem, False, self.call.k_strides, v.stride())
-        workspaces = plan.workspaces(problem, False, v)
-        self._counter, self._norm_tiles = workspaces[-2:]
-        return plan, (ks, v, None, None, *sums, *workspaces, pieces)
+        _, _, ks, v, *_ = self.call
+        return self._accumulate(ks, v, None, sums, of_queries=False)
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
-        problem, qs, _, _, _, pieces, *_ = self.call
-        plan = _cuda.HadamardAccumulate(problem, True, self.call.q_strides, do.stride())
-        workspaces = plan.workspaces(problem, True, do)
-        self._counter, self._norm_tiles = workspaces[-2:]
-        return [(plan, (qs, do, inverse, weights, *sums, *workspaces, pieces))]
+        return [self._accumulate(self.call.qs, do, dict(factors=inverse, weights=weights), sums, of_queries=True)]
 
     def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
-        problem, qs, ks, v, _, pieces, *_ = self.call
-        plan = _cuda.HadamardRead(problem, False, self.call.q_strides, o.stride(), self.call.eps)
-        return plan, (qs, ks, v, None, states, norms, o, inverse, self._counter, self._norm_tiles, pieces)
+        return self._read(self.call.qs, states, norms, o, inverse, self.call.eps, of_queries=True)
 
     def grad_values(self, do: Any, inverse: Any, key_states: Any, key_norms: Any, dv: Any) -> Any:
-        problem, qs, ks, _, _, pieces, *_ = self.call
-        plan = _cuda.HadamardRead(problem, True, self.call.k_strides, dv.stride(), 0.0)
-        given = ks, qs, do, inverse, key_states, key_norms, dv, None, self._counter, self._norm_tiles, pieces
-        return plan, given
+        return self._read(self.call.ks, key_states, key_norms, dv, None, 0.0, of_queries=False)
+
+    def _accumulate(self, xs: Any, y: Any, of_rows: Any, sums: Any, of_queries: bool) -> Any:
+        """Sums of features times y; of_rows: factors and weights of the rows, None for 1."""
+        problem, sizes = self.call.problem, self._sizes(of_queries)
+        chunk, width = _cuda.extension.HADAMARD_BIDIRECTIONAL_CHUNK, _cuda.extension.HADAMARD_BIDIRECTIONAL_WIDTH
+        shape = problem.batch, sizes["heads"], -(-sizes["num_tokens"] // chunk), chunk, width
+        self._counter = y.new_empty(1, dtype=torch.int32)
+        self._norm_tiles = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, chunk, width)
+        tiles = dict(outer_tiles=y.new_empty(shape), inner_tiles=y.new_empty(shape))
+        tiles["weighted_tiles"] = y.new_empty(shape) if of_queries else None
+        return _cuda.call(
+            "hadamard_bidirectional_accumulate", problem.feature_map,
+            dict(outer=xs[0], inner=xs[1], y=y, **(of_rows or dict(factors=None, weights=None)), **of_pieces(sums), **tiles)
+            | dict(counter=self._counter),
+            "outer inner y",
+            **sizes, num_pieces=problem.num_pieces(sizes["num_tokens"]), piece_length=problem.piece_length,
+        )
+
+    def _read(self, xs: Any, states: Any, norms: Any, out: Any, inverse: Any, eps: float, of_queries: bool) -> Any:
+        given = dict(outer=xs[0], inner=xs[1], states=states, norms=norms, out=out, inverse=inverse)
+        return _cuda.call(
+            "hadamard_bidirectional_read", self.call.problem.feature_map,
+            given | dict(counter=self._counter, norm_tiles=self._norm_tiles), "outer inner out",
+            **self._sizes(of_queries), eps=eps,
+        )
+
+    def _sizes(self, of_queries: bool) -> dict[str, int]:
+        problem = self.call.problem
+        tokens, heads = problem.num_keys, problem.key_heads
+        if of_queries:
+            tokens, heads = problem.num_queries, problem.query_heads
+        return dict(
+            batches=problem.batch, heads=heads, state_heads=problem.key_heads, num_tokens=tokens, width=problem.value_width
+        )
+
+
+def named(name: str, factors: Any) -> dict[str, Any]:
+    """One factor by its name, several with a number."""
+    return {name: factors[0]} if len(factors) == 1 else {f"{name}{r + 1}": factor for r, factor in enumerate(factors)}
+
+
+def of_pieces(sums: Any) -> dict[str, torch.Tensor]:
+    return dict(zip(("partials", "partial_norms"), sums, strict=True))
+
+
+def group_sizes(problem: Any) -> dict[str, int]:
+    return dict(batches=problem.batch, heads=problem.query_heads, kv_heads=problem.key_heads)
 
 
 def strides_of(tensors: Any) -> tuple[tuple[int, ...], ...]:

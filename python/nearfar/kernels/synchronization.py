@@ -54,7 +54,11 @@ class SynchronizationCuda(_cuda.CudaBackend):
 
     def forward(self, tensors: Any, outputs: Any, causal: bool, top_k: int | None, grad_floor: float) -> Program:
         omega, _, v, _, bandwidth, _ = tensors
-        attend = _cuda.SynchronizationForward(omega, v, bandwidth, outputs[0], causal)
+        o, total, _ = outputs
+        given = dict(omega=omega, v=v, bandwidth=bandwidth, o=o, total=total)
+        attend = self._in_place(
+            "synchronization_forward", _cuda.extension.SYNCHRONIZATION_ROWS, given, "omega v o", causal=causal
+        )
         return Program(tensors, outputs, _launchers().forward_launches(*tensors, causal, top_k, *outputs, attend))
 
     def backward(
@@ -63,9 +67,20 @@ class SynchronizationCuda(_cuda.CudaBackend):
         omega, omega_k, v, _, bandwidth, order = tensors
         (do,), (dw, _, dv, *_), cuda = gradients, results, None
         if _launchers().is_symmetric(omega_k, saved[2], causal, order):
-            cuda = _cuda.SynchronizationBackward(omega, v, bandwidth, do, dw, dv, grad_floor)
+            given = dict(omega=omega, v=v, bandwidth=bandwidth, grad_o=do, dw=dw, dv=dv)
+            rows, strided = _cuda.extension.SYNCHRONIZATION_GRAD_ROWS, "omega v grad_o dw dv"
+            cuda = self._in_place("synchronization_backward", rows, given, strided, grad_floor=grad_floor)
         launches = _launchers().backward_launches(*tensors, causal, grad_floor, *saved, *gradients, *results, cuda)
         return Program((*gradients, *tensors, *saved), results, launches)
+
+    def _in_place(self, kernel: str, rows: int, given: dict[str, torch.Tensor], strided: str, **others: Any) -> Any:
+        batches, heads, num_tokens, _ = given["omega"].shape
+        sizes = dict(batches=batches, heads=heads, num_tokens=num_tokens, bandwidth_stride=_cuda.by_head(given["bandwidth"]))
+
+        def call(**workspaces: torch.Tensor) -> Any:
+            return _cuda.call(kernel, _cuda.dtype_of(given["omega"]), given | workspaces, strided, **sizes, **others)
+
+        return _launchers().InPlace(rows, _cuda.extension.SYNCHRONIZATION_MEMBERS, call)
 
     def aligned_gradient(self, gradient: torch.Tensor, *_: Any) -> torch.Tensor:
         return _cuda.aligned_boxes(gradient)
