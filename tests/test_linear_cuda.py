@@ -19,15 +19,13 @@ from harness import (
     randn,
     run,
 )
-from samples.linear import check, flat, op_arguments, random_state, random_tensors, takes_states_rounded
+from samples.linear import check, flat, op_arguments, random_state, random_tensors
 from test_krause_cuda import tensor
 
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.ops import factored
 from nearfar.ops import linear as operator
-
-states = takes_states_rounded("q", "q1", "q2")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 
