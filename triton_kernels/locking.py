@@ -45,8 +45,9 @@ def lock_radius_squared(alpha, c):
 def squares_of(tile):
     """|w|^2 of each row, of 16-bit tokens from the product that gives w . w', too.
 
-    Tensor cores cut sums off, so products of tokens with a common part lack 1e-7 of themselves. In |w|^2 + |w'|^2 - 2 w . w' that
-    cancels if the squares lack it as well; else all distances are too long, and pairs at the lock boundary are lost.
+    Tensor cores cut sums off, so products of tokens with a common part lack 1e-7 of themselves. In
+    |w|^2 + |w'|^2 - 2 w . w' that cancels if the squares lack it as well; else all distances are too long, and pairs at the
+    lock boundary are lost.
     """
     if tile.dtype == tl.float32:
         return tl.sum(tile * tile, 1)

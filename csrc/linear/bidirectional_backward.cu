@@ -124,7 +124,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                 load_matrices(grad, whole.normal_at(rows + Memory::kGrads, column));
                 multiply_transposed_step<Number, kWidth>(u, grad, base + Memory::kState, column, whole);
             }
-            // use(x, u, r, column): neighbours in row quad + 8 r of q, in one word, and of u, from `column` on of the lane's columns.
+            // use(word, u, r, column): neighbours in row quad + 8 r of q and of u, from `column` on of the lane's columns.
             const auto for_queries = [&](const auto& use) {
 #pragma unroll
                 for (int block = 0; block < kWidth / 16; ++block) {

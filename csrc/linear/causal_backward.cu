@@ -132,8 +132,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
-        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j). Where values have much in common, all
-        // dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is made of. c_i is the mean of those in its block.
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), with c_i the mean of dO_i . v_j in its
+        // block. Where values have much in common, all dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is
+        // made of.
         float own[2][4] = {}, u[Walk::kColumns / 8][4], z[Walk::kColumns / 8][4];
         multiply_transposed<Number, kWidth>(own, grad, values + role.block * kBlockBytes, 0, whole);
         if (normalised) take_means(own, common, role.quad, role.pair);
@@ -175,7 +176,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         }
         add_pairs(own_slopes, role.block, true);
 
-        // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = (phi(q_i) . u_i + c_i (1 / inverse_i - eps)) inverse_i, without reading o.
+        // o_i is phi(q_i) S_i inverse_i, so that without reading o
+        // dO_i . o_i = (phi(q_i) . u_i + c_i (1 / inverse_i - eps)) inverse_i.
         if (normalised) {
 #pragma unroll
             for (int step = 0; step < Walk::kColumns / 16; ++step) {
