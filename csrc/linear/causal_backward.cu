@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
-        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), with c_i the mean of dO_i . v_j in its
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), c_i the mean of dO_i . v_j in its
         // block. Where values have much in common, all dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is
         // made of.
         float own[2][4] = {}, u[Walk::kColumns / 8][4], z[Walk::kColumns / 8][4];
