@@ -51,8 +51,8 @@ struct Queries {
     float lse[2], m[2], alpha[2], dbeta[2], exact[2] = {};
     int edge;  // values before it are seen by all queries of the block: dbeta has their running sums
 
-    // Forms m by u, dbeta of the values before the edge, and the terms for the keys but what follows from exact m. Two threads have a row, half of its columns
-    // each: those of a warp have its 16 rows.
+    // Forms m by u, dbeta of the values before the edge, and the terms for the keys but what follows from exact m. Two threads
+    // have a row, half of its columns each: those of a warp have its 16 rows.
     __device__ Queries(const Arguments<Number>& arguments, const Places<Traits>& places, const char* memory,
                        const Span<Traits>& span, int nth) {
         const Band& band = arguments.band;
@@ -133,7 +133,9 @@ struct Queries {
             const float x = score[0][2 * i] * (slope[0][2 * i] - m[i % 2]);
             const float y = score[0][2 * i + 1] * (slope[0][2 * i + 1] - m[i % 2]);
             if constexpr (Traits::kExact)
-                exact[i % 2] = fmaf(score[0][2 * i], slope[0][2 * i], fmaf(score[0][2 * i + 1], slope[0][2 * i + 1], exact[i % 2]));
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    exact[i % 2] = fmaf(score[0][2 * i + c], slope[0][2 * i + c], exact[i % 2]);
             weights[0][i / 4][i % 4] = pack<Number>(x, y);
         }
     }

@@ -117,8 +117,8 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
 
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::state(chunk);
-        // Sums over j <= i: u^r_i of (dO_i . v_j - c_i) (x^s_i . y^s_j) y^r_j, with c_i the mean of dO_i . v_j in its block, and
-        // z^r_i of the same without dO_i . v_j - c_i.
+        // Sums over j <= i: u^r_i of (dO_i . v_j - c_i) (x^s_i . y^s_j) y^r_j, with c_i the mean of dO_i . v_j in its block,
+        // and z^r_i of the same without dO_i . v_j - c_i.
         float own[2][4] = {}, u1[2][4], u2[2][4], z1[2][4] = {}, z2[2][4] = {};
         const auto slopes = [&](float(&slope)[2][4], int block) {
             multiply_transposed<Number, kValueWidth>(slope, grad, values + block * BackwardWalk::kValuesBlock, 0,

@@ -124,7 +124,7 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                 load_matrices(grad, whole.normal_at(rows + Memory::kGrads, column));
                 multiply_transposed_step<Number, kWidth>(u, grad, base + Memory::kState, column, whole);
             }
-            // use(x, u, r, column): neighbours in row quad + 8 r of q and of u, from `column` on of the lane's columns.
+            // use(word, u, r, column): neighbours in row quad + 8 r of q and of u, from `column` on of the lane's columns.
             const auto for_queries = [&](const auto& use) {
 #pragma unroll
                 for (int block = 0; block < kWidth / 16; ++block) {
@@ -132,23 +132,25 @@ grad_queries_kernel(const __grid_constant__ QueryArguments arguments) {
                     load_matrices(raw, whole.normal_at(rows + Memory::kQueries, block));
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        use(unpack<Number>(raw[i]), &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
+                        use(raw[i], &u[2 * block + i / 2][i % 2 * 2], i % 2, 8 * (2 * block + i / 2));
                 }
             };
             const float factor[2] = {factors[16 * role.warp + role.quad], factors[16 * role.warp + role.quad + 8]};
-            float weight[2] = {};
+            float delta[2] = {}, weight[2] = {};  // dO . o of rows quad and quad + 8, and that as the gradient of their norms
             if (normalised) {
-                float delta[2] = {};  // dO . o of rows quad and quad + 8
-                for_queries([&](float2 x, const float* at, int r, int) {
-                    delta[r] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                // Of rounded features, as the inverse is of them, and so are the sums of dO that norms are subtracted from.
+                for_queries([&](uint32_t word, const float* at, int r, int) {
+                    const float2 f = unpack<Number>(map_word<Map>(word));
+                    delta[r] += f.x * at[0] + f.y * at[1];
                 });
 #pragma unroll
-                for (int r = 0; r < 2; ++r) weight[r] = -quad_sum(delta[r]) * factor[r] * factor[r];
+                for (int r = 0; r < 2; ++r) delta[r] = quad_sum(delta[r]) * factor[r], weight[r] = -delta[r] * factor[r];
             }
-            for_queries([&](float2 x, float* at, int r, int column) {
+            for_queries([&](uint32_t word, float* at, int r, int column) {
                 const float2 z = *reinterpret_cast<const float2*>(norms + column + 2 * role.pair);
-                norm_sums[column / 4] += Map::value(x.x) * weight[r];
-                norm_sums[column / 4 + 1] += Map::value(x.y) * weight[r];
+                const float2 x = unpack<Number>(word), f = unpack<Number>(map_word<Map>(word, factor[r]));
+                norm_sums[column / 4] -= f.x * delta[r];
+                norm_sums[column / 4 + 1] -= f.y * delta[r];
                 at[0] = Map::grad(x.x) * (factor[r] * at[0] + weight[r] * z.x);
                 at[1] = Map::grad(x.y) * (factor[r] * at[1] + weight[r] * z.y);
             });

@@ -132,12 +132,15 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
-        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j). Where values have much in common, all
-        // dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is made of. c_i is the mean of those in its block.
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), c_i the mean of dO_i . v_j in its
+        // block. Where values have much in common, all dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is
+        // made of.
         float own[2][4] = {}, u[Walk::kColumns / 8][4], z[Walk::kColumns / 8][4];
         multiply_transposed<Number, kWidth>(own, grad, values + role.block * kBlockBytes, 0, whole);
         if (normalised) take_means(own, common, role.quad, role.pair);
         else mask_diagonal<false>(own, role.quad, role.pair);
+        uint32_t own_slopes[4];
+        round_to_fragment<Number>(own_slopes, own);
 #pragma unroll
         for (int tile = 0; tile < Walk::kColumns / 8; ++tile) {
             const float2 x = *reinterpret_cast<const float2*>(norm + 8 * tile);
@@ -147,9 +150,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 #pragma unroll
         for (int block = 0; block < Walk::kColumns / 16; ++block)
             multiply_transposed<Number, kWidth>(two_tiles(u, 2 * block), grad, before, block * kBlockBytes, whole);
-        const auto add_pairs = [&](const float(&slope)[2][4], int block, bool diagonal) {
-            uint32_t a[4], ones[4];
-            round_to_fragment<Number>(a, slope);
+        const auto add_pairs = [&](const uint32_t(&slopes)[4], int block, bool diagonal) {
+            uint32_t ones[4];
             ones_fragment(ones, diagonal, role.quad, role.pair);
 #pragma unroll
             for (int step = 0; step < Walk::kColumns / 16; ++step) {
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
                 load_matrices_transposed(b, mine.normal_at(keys + block * kBlockBytes, step));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    mma<Number>(u[2 * step + half], a, b[2 * half], b[2 * half + 1]);
+                    mma<Number>(u[2 * step + half], slopes, b[2 * half], b[2 * half + 1]);
                     mma<Number>(z[2 * step + half], ones, b[2 * half], b[2 * half + 1]);
                 }
             }
@@ -165,14 +167,17 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 #pragma unroll 2
         for (int block = 0; block < role.block; ++block) {
             float slope[2][4];
+            uint32_t slopes[4];
 #pragma unroll
             for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = -common[i / 2 % 2];
             multiply_transposed<Number, kWidth>(slope, grad, values + block * kBlockBytes, 0, whole);
-            add_pairs(slope, block, false);
+            round_to_fragment<Number>(slopes, slope);
+            add_pairs(slopes, block, false);
         }
-        add_pairs(own, role.block, true);
+        add_pairs(own_slopes, role.block, true);
 
-        // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = (phi(q_i) . u_i + c_i (1 / inverse_i - eps)) inverse_i, without reading o.
+        // o_i is phi(q_i) S_i inverse_i, so that without reading o
+        // dO_i . o_i = (phi(q_i) . u_i + c_i (1 / inverse_i - eps)) inverse_i.
         if (normalised) {
 #pragma unroll
             for (int step = 0; step < Walk::kColumns / 16; ++step) {

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t grads = base + slot + Memory::kGrads + my_half;
         const float* const norm = norms + chunk % 2 * kWidth;
-        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j), with c_i the mean of those in its half, and z_i = sum_{j <= i} phi(k_j)
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), c_i the mean of dO . v in its half
         float sums[2][kHalf / 2];
 #pragma unroll
         for (int i = 0; i < kHalf / 2; ++i) sums[1][i] = norm[part.column(i)];

@@ -20,14 +20,12 @@ from harness import (
     tensor,
 )
 from samples.cuda.linear import FULL, ONE_FACTOR, SAMPLES, TWO_FACTORS, attention, cuda_sample
-from samples.linear import check, op_arguments, takes_states_rounded
+from samples.linear import check, op_arguments
 
 import nearfar as nf
 from nearfar import _cuda
 from nearfar.kernels import linear_states
 from nearfar.ops import linear as operator
-
-states = takes_states_rounded("q", "q1", "q2")
 
 # ---------------------------------------------------------------------------------------------------- what it serves
 

@@ -10,7 +10,7 @@ from nearfar import _cuda
 
 pytestmark = pytest.mark.full
 
-states = takes_states_rounded("q")
+states = takes_states_rounded("q", "k")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from harness import (
     randn,
     rounded,
     rounds_like_kernels,
+    with_gradient_in,
 )
 
 import nearfar as nf
@@ -203,7 +204,7 @@ CHUNK = 64  # tokens between two states of causal kernels
 
 
 def sums_of_states(xs, ys, values, initial, options, dtype):
-    """The first of `sums`, by states that are rounded to this dtype but for their norms.
+    """The first of `sums`, by states that are rounded to this dtype but for their norms, and so are their gradients.
 
     Causal: by a state of all chunks before each chunk, within which pairs are added.
     """
@@ -214,7 +215,7 @@ def sums_of_states(xs, ys, values, initial, options, dtype):
         state = torch.einsum(build, *(y[:, :, begin:end] for y in ys), values[:, :, begin:end])
         if initial is not None:
             state = state + (initial[index : index + 1] if packed else initial)
-        return to_query_heads(xs[0], torch.cat((rounded(state[..., :-1], dtype), state[..., -1:]), -1))
+        return to_query_heads(xs[0], torch.cat((with_gradient_in(rounded(state[..., :-1], dtype), dtype), state[..., -1:]), -1))
 
     totals = []
     for index, (first, last) in enumerate(spans(options, values.shape[2])):
