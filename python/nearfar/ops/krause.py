@@ -6,8 +6,8 @@ import torch
 
 from nearfar import _cuda, checks, dispatch
 from nearfar.dispatch import Backend
-from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
-from nearfar.ops import eager
+from nearfar.localities import UNLIMITED, GridNeighborhood, Locality, ShiftedWindow, SlidingWindow, keys_in_window, within_reach
+from nearfar.ops import eager, grid
 from nearfar.ops.opaque import opaque
 from nearfar.ops.packing import token_bounds
 from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
@@ -46,10 +46,11 @@ def krause_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     sigma: float | torch.Tensor,
-    locality: SlidingWindow | None = None,
+    locality: Locality | None = None,
     *,
     top_k: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
@@ -66,18 +67,23 @@ def krause_attention(
         v: (B, Hkv, M, Dv), dtype and device of q.
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. On CUDA a tensor is not read back,
             which would stall the stream: a sigma that is not positive turns the output of its head into NaN.
-        locality: keys a query may see: None for all, or a SlidingWindow.
+        locality: keys a query may see: None for all, a SlidingWindow, a GridNeighborhood, or a ShiftedWindow.
         top_k: how many keys of its locality a query keeps, None for all. Kernels choose among at most 1,024 candidates.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0; not for grids.
+        bias: (Hq, locality.bias_size), the relative position table of a ShiftedWindow: added to the scores, before the
+            selection, by the offset of the query from the key, row-major from 1 - window along each axis.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
 
     Returns:
-        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and a tensor sigma (twice on the reference).
+        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, a tensor sigma and bias (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
     """
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return grid.krause_attention(q, k, v, sigma, locality, top_k, cu_seqlens, bias, backend)
+    _check_no_bias(bias)
     repeats = None if cu_seqlens is not None else eager.repeats(_op, locality, top_k, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
@@ -97,22 +103,31 @@ def prepare(
     k: torch.Tensor,
     v: torch.Tensor,
     sigma: float | torch.Tensor,
-    locality: SlidingWindow | None = None,
+    locality: Locality | None = None,
     *,
     top_k: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
-) -> Call:
+    bias: torch.Tensor | None = None,
+) -> Call | grid.Call:
     """Check the arguments of krause_attention and return its Call."""
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return grid.prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
+    _check_no_bias(bias)
     q, k, v = checks.autocast(q, k, v)
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
-        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
+        kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
+        raise TypeError(f"locality must be None, {kinds}, got {type(locality).__name__}")
     rows = checks.plain_layouts(q, k, v)
     left, right, backends = _checked(rows, "qkv", (q, k, v), locality, top_k)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     return Call(q, k, v, sigma, left, right, backends, rows)
+
+
+def _check_no_bias(bias: torch.Tensor | None) -> None:
+    checks.require(bias is None, "bias is a table of a ShiftedWindow's offsets; locality is none")
 
 
 @checks.once
