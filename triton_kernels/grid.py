@@ -28,11 +28,24 @@ from .tiles import LOG2E, WORD, at, exp2, load_tile, load_vector, program_coordi
 
 
 @triton.jit
-def along(index, whole, size, radius, dilation, BOX: tl.constexpr):
-    """(residue, step, start, cells, begin, end) of box `index` along an axis; whole: the axis as one box.
+def halo_of(tile, shape, radius, dilation, boxes, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
+    """What is known of a program's box, its residue class and its halo: whether it stands for the global tokens, and per axis
 
-    step: the dilation. start: of the box. cells: of its residue class. begin, end: of its halo.
+    residue, step       the class, and the cells from one of its members to the next
+    start, cells        the first cell of the box, and the number of cells of the class
+    begin, end          of the halo
     """
+    whole = tile == boxes[0] * boxes[1] * boxes[2]
+    t = along(tile // (boxes[1] * boxes[2]), whole, shape[0], radius[0], dilation[0], BOX_T)
+    h = along(tile // boxes[2] % boxes[1], whole, shape[1], radius[1], dilation[1], BOX_H)
+    w = along(tile % boxes[2], whole, shape[2], radius[2], dilation[2], BOX_W)
+    residue, step, start = (t[0], h[0], w[0]), (t[1], h[1], w[1]), (t[2], h[2], w[2])
+    return whole, residue, step, start, (t[3], h[3], w[3]), (t[4], h[4], w[4]), (t[5], h[5], w[5])
+
+
+@triton.jit
+def along(index, whole, size, radius, dilation, BOX: tl.constexpr):
+    """The same for box `index` along one axis."""
     step = tl.where(whole, 1, dilation)
     residue = tl.where(whole, 0, index % dilation)
     start = tl.where(whole, 0, index // dilation * BOX)
@@ -42,59 +55,48 @@ def along(index, whole, size, radius, dilation, BOX: tl.constexpr):
 
 
 @triton.jit
-def halo_of(tile, shape, radius, dilation, boxes, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
-    """(whether the tile is the global tokens, `along` of T, H and W)."""
-    whole = tile == boxes[0] * boxes[1] * boxes[2]
-    t = along(tile // (boxes[1] * boxes[2]), whole, shape[0], radius[0], dilation[0], BOX_T)
-    h = along(tile // boxes[2] % boxes[1], whole, shape[1], radius[1], dilation[1], BOX_H)
-    w = along(tile % boxes[2], whole, shape[2], radius[2], dilation[2], BOX_W)
-    return whole, t, h, w
-
-
-@triton.jit
 def position(halo, shape, num_globals, t, h, w):
     """The token of a cell."""
-    _, (t_residue, t_step, _, _, _, _), (h_residue, h_step, _, _, _, _), (w_residue, w_step, _, _, _, _) = halo
-    line = (t * t_step + t_residue) * shape[1] + h * h_step + h_residue
-    return num_globals + line * shape[2] + w * w_step + w_residue
+    _, residue, step, _, _, _, _ = halo
+    line = (t * step[0] + residue[0]) * shape[1] + h * step[1] + residue[1]
+    return num_globals + line * shape[2] + w * step[2] + residue[2]
 
 
 @triton.jit
 def box_tokens(halo, shape, num_globals, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr):
     """(tokens, t, h, w) of a program's own tile; a token that is none is one past the last."""
-    whole, (_, _, t_start, t_cells, _, _), (_, _, h_start, h_cells, _, _), (_, _, w_start, w_cells, _, _) = halo
+    whole, _, _, start, cells, _, _ = halo
     lane = tl.arange(0, BOX_T * BOX_H * BOX_W)
-    t, h, w = t_start + lane // (BOX_H * BOX_W), h_start + lane // BOX_W % BOX_H, w_start + lane % BOX_W
+    t, h, w = start[0] + lane // (BOX_H * BOX_W), start[1] + lane // BOX_W % BOX_H, start[2] + lane % BOX_W
     tokens = tl.where(whole, lane, position(halo, shape, num_globals, t, h, w))
-    valid = tl.where(whole, lane < num_globals, (t < t_cells) & (h < h_cells) & (w < w_cells))
+    valid = tl.where(whole, lane < num_globals, (t < cells[0]) & (h < cells[1]) & (w < cells[2]))
     return tl.where(valid, tokens, num_globals + shape[0] * shape[1] * shape[2]), t, h, w
 
 
 @triton.jit
 def first_step(halo):
     """(t, h, w) of the first tile of a walk over the halo."""
-    _, (_, _, _, _, t_begin, _), (_, _, _, _, h_begin, _), (_, _, _, _, w_begin, _) = halo
-    return t_begin, h_begin, w_begin
+    _, _, _, _, _, begin, _ = halo
+    return begin
 
 
 @triton.jit
 def num_steps(halo, KEY_H: tl.constexpr, KEY_W: tl.constexpr):
-    _, (_, _, _, _, t_begin, t_end), (_, _, _, _, h_begin, h_end), (_, _, _, _, w_begin, w_end) = halo
-    empty = (t_end <= t_begin) | (h_end <= h_begin) | (w_end <= w_begin)
-    steps = (t_end - t_begin) * tl.cdiv(h_end - h_begin, KEY_H) * tl.cdiv(w_end - w_begin, KEY_W)
-    return tl.where(empty, 0, steps)
+    _, _, _, _, _, begin, end = halo
+    t, h, w = tl.maximum(end[0] - begin[0], 0), tl.maximum(end[1] - begin[1], 0), tl.maximum(end[2] - begin[2], 0)
+    return t * tl.cdiv(h, KEY_H) * tl.cdiv(w, KEY_W)
 
 
 @triton.jit
 def next_step(step, place, halo, KEY_H: tl.constexpr, KEY_W: tl.constexpr):
     """(t, h, w) of the tile after step `step`; step -1, the global tokens, comes before the first."""
     t, h, w = place
-    _, _, (_, _, _, _, h_begin, h_end), (_, _, _, _, w_begin, w_end) = halo
-    wraps = w + KEY_W >= w_end
+    _, _, _, _, _, begin, end = halo
+    wraps = w + KEY_W >= end[2]
     next_h = tl.where(wraps, h + KEY_H, h)
-    next_w = tl.where(wraps, w_begin, w + KEY_W)
-    next_t = tl.where(next_h >= h_end, t + 1, t)
-    next_h = tl.where(next_h >= h_end, h_begin, next_h)
+    next_w = tl.where(wraps, begin[2], w + KEY_W)
+    next_t = tl.where(next_h >= end[1], t + 1, t)
+    next_h = tl.where(next_h >= end[1], begin[1], next_h)
     return tl.where(step < 0, t, next_t), tl.where(step < 0, h, next_h), tl.where(step < 0, w, next_w)
 
 
@@ -102,11 +104,11 @@ def next_step(step, place, halo, KEY_H: tl.constexpr, KEY_W: tl.constexpr):
 def step_tokens(step, place, halo, shape, num_globals, lane, KEY_W: tl.constexpr):
     """(tokens, whether they are any) of the lanes of a step of the walk; a token that is none is one past the last."""
     t, h, w = place
-    _, _, (_, h_step, _, _, _, h_end), (_, w_step, _, _, _, w_end) = halo
+    _, _, stride, _, _, _, end = halo
     line, column = lane // KEY_W, lane % KEY_W
-    tokens = position(halo, shape, num_globals, t, h, w) + line * (h_step * shape[2]) + column * w_step
+    tokens = position(halo, shape, num_globals, t, h, w) + line * (stride[1] * shape[2]) + column * stride[2]
     tokens = tl.where(step < 0, lane, tokens)
-    valid = tl.where(step < 0, lane < num_globals, (line < h_end - h) & (column < w_end - w))
+    valid = tl.where(step < 0, lane < num_globals, (line < end[1] - h) & (column < end[2] - w))
     return tl.where(valid, tokens, num_globals + shape[0] * shape[1] * shape[2]), valid
 
 
@@ -121,9 +123,9 @@ def box_codes(forms, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constex
 def step_codes(place, halo, forms, KEY_H: tl.constexpr, KEY_W: tl.constexpr):
     """Codes of the cells of a step of the walk, from the first of the box; 0 where they do not matter."""
     t, h, w = place
-    whole, (_, _, t_start, _, _, _), (_, _, h_start, _, _, _), (_, _, w_start, _, _, _) = halo
+    whole, _, _, start, _, _, _ = halo
     lane = tl.arange(0, KEY_H * KEY_W)
-    t, h, w = tl.where(whole, 0, t - t_start), tl.where(whole, 0, h - h_start), tl.where(whole, 0, w - w_start)
+    t, h, w = tl.where(whole, 0, t - start[0]), tl.where(whole, 0, h - start[1]), tl.where(whole, 0, w - start[2])
     return t * forms[0] + (h + lane // KEY_W) * forms[1] + (w + lane % KEY_W) * forms[2]
 
 
@@ -153,7 +155,8 @@ def selection_words(queries, lines, w, are_globals, are_global_keys, shape, radi
 
     queries: (t, h, w) of each. lines: (t, h) of each, and w the first of WIDTH cells along them, or of the global keys.
     """
-    (query_t, query_h, query_w), (line_t, line_h) = queries, lines
+    query_t, query_h, query_w = queries
+    line_t, line_h = lines
     dt, dh = line_t[None, :] - query_t[:, None] + radius[0], line_h[None, :] - query_h[:, None] + radius[1]
     near = (dt >= 0) & (dt <= 2 * radius[0]) & (dh >= 0) & (dh <= 2 * radius[1])
     per_line = (words[1] - 1) // (shape[0] * shape[1])
@@ -189,9 +192,9 @@ def load_selection(first_words, word, bit, mask, WIDTH: tl.constexpr, TRANSPOSED
 def step_lines(step, place, halo, KEY_H: tl.constexpr):
     """((t, h) of the lines of a step, whether they are any)."""
     t, h, _ = place
-    _, _, (_, _, _, _, _, h_end), _ = halo
+    _, _, _, _, _, _, end = halo
     line = tl.arange(0, KEY_H)
-    return (tl.zeros((KEY_H,), tl.int32) + t, h + line), (line < h_end - h) | (step < 0)
+    return (tl.zeros((KEY_H,), tl.int32) + t, h + line), (line < end[1] - h) | (step < 0)
 
 
 @triton.jit
@@ -385,12 +388,12 @@ def grad_keys(
     num_tokens = num_globals + shape[0] * shape[1] * shape[2]
     BLOCK_N: tl.constexpr = BOX_T * BOX_H * BOX_W
     halo = halo_of(tile, shape, radius, dilation, boxes, BOX_T, BOX_H, BOX_W)
-    whole, (_, _, t_start, t_cells, _, _), (_, _, h_start, h_cells, _, _), (_, _, w_start, _, _, _) = halo
+    whole, _, _, start, cells, _, _ = halo
     keys, _, _, _ = box_tokens(halo, shape, num_globals, BOX_T, BOX_H, BOX_W)
     codes = box_codes(forms, BOX_T, BOX_H, BOX_W)
     line = tl.arange(0, BOX_T * BOX_H)
-    lines = (t_start + line // BOX_H, h_start + line % BOX_H)
-    any_line = ((lines[0] < t_cells) & (lines[1] < h_cells)) | whole
+    lines = (start[0] + line // BOX_H, start[1] + line % BOX_H)
+    any_line = ((lines[0] < cells[0]) & (lines[1] < cells[1])) | whole
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_tokens, D, BLOCK_D)
     v_tile = load_tile(at(v, v_strides, batch, kv_head), keys, v_strides[2], num_tokens, DV, BLOCK_DV)
     k_squares = row_squares(k_tile)
@@ -423,7 +426,7 @@ def grad_keys(
             else:
                 queries = (place[0] + lane * 0, place[1] + lane // QUERY_W, place[2] + lane % QUERY_W)
                 word, bit, near = selection_words(
-                    queries, lines, w_start, step < 0, whole, shape, radius, words, BOX_W
+                    queries, lines, start[2], step < 0, whole, shape, radius, words, BOX_W
                 )
                 first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
                 seen = load_selection(first_words, word, bit, near & any_line[None, :] & valid[:, None], BOX_W, True)

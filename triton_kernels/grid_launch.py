@@ -1,4 +1,4 @@
-"""Launchers of the kernels on grids: tiles and grids. Outputs and workspaces come from the caller, choices from nearfar.tiling."""
+"""Launchers of the kernels on grids. nearfar.tiling chooses tiles; outputs come from the caller."""
 
 import functools
 import math

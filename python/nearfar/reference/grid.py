@@ -1,7 +1,7 @@
 """Attention on grids in plain PyTorch: Krause, softmax and affine. Differentiable twice, O(N * span) memory in all."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
