@@ -198,8 +198,24 @@ def step_lines(step, place, halo, KEY_H: tl.constexpr):
 
 
 @triton.jit
+def squared_norms(
+    k, k_squares, k_strides, num_tokens, num_heads, num_tiles, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """|k|^2 (B, Hkv, N) of all keys, which many boxes see."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    k_tile = load_tile(at(k, k_strides, batch, head), rows, k_strides[2], num_tokens, D, BLOCK_D)
+    tl.store(squares_of(k_squares, batch, head, num_heads, num_tokens) + rows, row_squares(k_tile), mask=rows < num_tokens)
+
+
+@triton.jit
+def squares_of(k_squares, batch, kv_head, kv_heads, num_tokens):
+    return k_squares + (batch.to(tl.int64) * kv_heads + kv_head) * num_tokens
+
+
+@triton.jit
 def attend(
-    q, k, v, parameter, o, lse, bits,
+    q, k, v, k_squares, parameter, o, lse, bits,
     q_strides, k_strides, v_strides, o_strides, parameter_stride, num_heads, group, num_tiles,
     shape, num_globals, radius, dilation, boxes, forms, words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
@@ -215,6 +231,8 @@ def attend(
     codes = box_codes(forms, BOX_T, BOX_H, BOX_W)
     if bits is not None:
         first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
+    if k_squares is not None:
+        k_squares = squares_of(k_squares, batch, head // group, num_heads // group, num_tokens)
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_tokens, D, BLOCK_D)
 
@@ -226,7 +244,8 @@ def attend(
         keys, valid = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, KEY_H * KEY_W), KEY_W)
         k_tile = load_tile(k, keys, k_strides[2], num_tokens, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_tokens, DV, BLOCK_DV)
-        score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
+        squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_tokens, 0.0)
+        score = SCORE(q_tile, k_tile, squares, scale, PRECISION)
         if bits is None:
             seen = sees(codes, step_codes(place, halo, forms, KEY_H, KEY_W), valid, halo[0] | (step < 0), forms)
         else:
@@ -246,7 +265,7 @@ def attend(
 
 @triton.jit
 def select(
-    q, k, parameter, bits,
+    q, k, k_squares, parameter, bits,
     q_strides, k_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
     shape, num_globals, radius, dilation, boxes, forms, words, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
@@ -267,6 +286,8 @@ def select(
     halo = halo_of(first_tile + tile, shape, radius, dilation, boxes, BOX_T, BOX_H, BOX_W)
     rows, t, h, w = box_tokens(halo, shape, num_globals, BOX_T, BOX_H, BOX_W)
     codes = box_codes(forms, BOX_T, BOX_H, BOX_W)
+    if k_squares is not None:
+        k_squares = squares_of(k_squares, batch, head // group, num_heads // group, num_tokens)
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_tokens, D, BLOCK_D)
 
@@ -279,7 +300,8 @@ def select(
     for step in range(first, steps):
         keys, valid = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, KEY_H * KEY_W), KEY_W)
         k_tile = load_tile(k, keys, k_strides[2], num_tokens, D, BLOCK_D)
-        score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
+        squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_tokens, 0.0)
+        score = SCORE(q_tile, k_tile, squares, scale, PRECISION)
         seen = sees(codes, step_codes(place, halo, forms, KEY_H, KEY_W), valid, halo[0] | (step < 0), forms)
         count += tl.sum(seen.to(tl.int32), 1)
         scores = tl.where((slots == step - first) & seen[:, None, :], score[:, None, :], scores)
@@ -309,7 +331,7 @@ def select(
 
 @triton.jit
 def grad_queries(
-    q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale,
+    q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, parameter_stride, num_heads, group, num_tiles,
     shape, num_globals, radius, dilation, boxes, forms, words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -327,6 +349,8 @@ def grad_queries(
     codes = box_codes(forms, BOX_T, BOX_H, BOX_W)
     if bits is not None:
         first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
+    if k_squares is not None:
+        k_squares = squares_of(k_squares, batch, head // group, num_heads // group, num_tokens)
     scale = SCALE(tl.load(parameter + head * parameter_stride))
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_tokens, D, BLOCK_D)
     do_tile = load_tile(at(do, do_strides, batch, head), rows, do_strides[2], num_tokens, DV, BLOCK_DV)
@@ -344,7 +368,8 @@ def grad_queries(
         keys, valid = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, BLOCK_N), KEY_W)
         k_tile = load_tile(k, keys, k_strides[2], num_tokens, D, BLOCK_D)
         v_tile = load_tile(v, keys, v_strides[2], num_tokens, DV, BLOCK_DV)
-        log_weight = SCORE(q_tile, k_tile, row_squares(k_tile), scale * LOG2E, PRECISION) - row_lse[:, None]
+        squares = row_squares(k_tile) if k_squares is None else load_vector(k_squares, keys, num_tokens, 0.0)
+        log_weight = SCORE(q_tile, k_tile, squares, scale * LOG2E, PRECISION) - row_lse[:, None]
         if bits is None:
             seen = sees(codes, step_codes(place, halo, forms, KEY_H, KEY_W), valid, halo[0] | (step < 0), forms)
         else:

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import torch
 import triton
 
 from nearfar.tiling import SELECT_BLOCK, choose_global_selection, choose_selection, choose_tiles, forms, geometry_of
@@ -10,6 +11,8 @@ from nearfar.tiling import SELECT_BLOCK, choose_global_selection, choose_selecti
 from . import grid, pairwise
 from .launch import Launch, LaunchParameters, width_block
 from .pairwise_launch import signature
+
+FEW_STEPS = 4  # of a walk, in which |k|^2 is better computed again and again
 
 
 def tiled(call, geometry, kernel, selects):
@@ -99,25 +102,50 @@ def plan_grad_parameter(pair, call, count):
     return Launch(pairwise.grad_parameter, call.num_parameters, scalars, LaunchParameters(None, None, 4, 1))
 
 
+@functools.lru_cache(maxsize=1024)
+def plan_squared_norms(call):
+    batch, heads, num_tokens, width = call.k_shape
+    parameters = LaunchParameters(64, None, 4, 1)
+    tiles = triton.cdiv(num_tokens, parameters.block_m)
+    scalars = call.k_strides, num_tokens, heads, tiles, width, width_block(width), parameters.block_m
+    return Launch(grid.squared_norms, tiles * batch * heads, scalars, parameters)
+
+
+def squared_norms(call, geometry, k):
+    """(|k|^2 (B, Hkv, N), the launches that fill it) where a pass over the keys costs less than every box's own.
+
+    Exact float32 scores are made of differences, not of norms.
+    """
+    *_, tiles, _ = tiled(call, geometry, "attend", False)
+    exact = call.dtype == torch.float32 and call.precision == "ieee"
+    if exact or tiles.steps(geometry) < FEW_STEPS:
+        return None, []
+    k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
+    return k_squares, [(plan_squared_norms(call), (k, k_squares))]
+
+
 def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
     """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, words of a head)."""
     call, geometry = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality)
-    attend = plan_attend(pair, call, geometry, o.stride(), bits is not None), (q, k, v, parameter, o, lse, bits)
-    if bits is None:
-        return [attend]
-    kinds = (False, True) if geometry.num_globals else (False,)
-    return [*[(plan_select(pair, call, geometry, top_k, kind), (q, k, parameter, bits)) for kind in kinds], attend]
+    k_squares, launches = squared_norms(call, geometry, k)
+    if bits is not None:
+        for of_globals in (False, True) if geometry.num_globals else (False,):
+            launches += [(plan_select(pair, call, geometry, top_k, of_globals), (q, k, k_squares, parameter, bits))]
+    attend = plan_attend(pair, call, geometry, o.stride(), bits is not None)
+    return [*launches, (attend, (q, k, v, k_squares, parameter, o, lse, bits))]
 
 
 def backward_launches(pair, q, k, v, parameter, locality, o, do, lse, bits, dq, dk, dv, dparameter):
     """(launch, tensors) pairs that fill the gradients of q, k, v and parameter. bits None: no selection."""
     call, geometry, selects = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality), bits is not None
+    k_squares, launches = squared_norms(call, geometry, k)
     *_, count = tiled(call, geometry, "grad_queries", selects)
     delta, dlog_scale = lse.new_empty(lse.shape), lse.new_empty((*lse.shape[:2], count))
     queries = plan_grad_queries(pair, call, geometry, o.stride(), do.stride(), dq.stride(), selects)
     keys = plan_grad_keys(pair, call, geometry, do.stride(), dk.stride(), dv.stride(), selects)
-    return (
-        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale)),
+    return [
+        *launches,
+        (queries, (q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale)),
         (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv)),
         (plan_grad_parameter(pair, call, count), (dlog_scale, parameter, dparameter)),
-    )
+    ]

@@ -14,6 +14,7 @@ WORD = 32  # bits of one word of a saved selection
 FIELDS = 31  # bits of a code, whose sums stay positive
 BLOCKS = (16, 32, 64)  # tokens of a tile
 MAX_GLOBALS = 16  # global tokens, which fit every tile
+MIN_SELECTED_LINE = 16  # cells of a line of keys: shorter ones take more words
 MAX_SELECTED_RADIUS = 15  # along the last axis: a line of cells is a word
 SELECT_BLOCK = 64  # keys of a tile of the kernel that selects
 RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of eight warps
@@ -106,8 +107,10 @@ def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) 
     def cost(tiles: Tiles) -> tuple[int, ...]:
         return math.prod(tiles.boxes(geometry)) * tiles.steps(geometry), -tiles.box[2], -tiles.box[1], tiles.key_h
 
-    widest = WORD if selects else max(block_m, block_n)
-    return min([tiles for tiles in _all_tiles(block_m, block_n) if max(tiles.box[2], tiles.key_w) <= widest], key=cost)
+    every = _all_tiles(block_m, block_n)
+    if selects:
+        every = (x for x in every if x.box[2] <= WORD and MIN_SELECTED_LINE <= x.key_w <= WORD)
+    return min(every, key=cost)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,7 +126,7 @@ def choose_selection(geometry: Geometry) -> Selection:
         return math.prod(found.tiles.boxes(geometry)) * found.slots, -found.tiles.box[2], -found.tiles.box[1]
 
     for block_m in (32, 16):
-        every = [tiles for tiles in _all_tiles(block_m, SELECT_BLOCK) if MAX_GLOBALS <= tiles.key_w <= WORD]
+        every = [tiles for tiles in _all_tiles(block_m, SELECT_BLOCK) if MIN_SELECTED_LINE <= tiles.key_w <= WORD]
         best = min([selection(x) for x in every if halo(geometry, x.box)[2] <= x.key_w], key=cost)
         if block_m * best.columns <= RESIDENT_SCORES:
             break
@@ -133,7 +136,7 @@ def choose_selection(geometry: Geometry) -> Selection:
 def choose_global_selection(geometry: Geometry) -> Selection:
     """The Selection of the global queries, which walk the whole grid."""
     width = geometry.shape[2]
-    key_w = WORD if width > MAX_GLOBALS else MAX_GLOBALS
+    key_w = WORD if width > MIN_SELECTED_LINE else MIN_SELECTED_LINE
     tiles = Tiles((1, 1, MAX_GLOBALS), SELECT_BLOCK // key_w if width <= WORD else 1, key_w)
     return Selection(tiles, _power_of_two(tiles.steps_over(geometry.shape) + 1))
 
