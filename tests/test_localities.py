@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from samples.grid import cells, mask
 
 import nearfar as nf
 from nearfar.localities import check_length
@@ -31,47 +32,6 @@ WINDOWS = [
 each_grid = pytest.mark.parametrize("locality", NEIGHBORHOODS + WINDOWS, ids=str)
 
 
-def cells(shape):
-    return list(itertools.product(*map(range, shape)))
-
-
-def steps(offset, dilation):
-    """Cells along an axis from a query to a key, None where the dilation leaves the key out."""
-    return None if offset % dilation else abs(offset // dilation)
-
-
-def is_neighbor(locality, query, key):
-    dilation = locality.dilation
-    taken = [steps(k - q, d) for q, k, d in zip(query, key, dilation, strict=True)]
-    if None in taken:
-        return False
-    if locality.metric == "manhattan":
-        return sum(taken) <= locality.radius[0]
-    return all(step <= radius for step, radius in zip(taken, locality.radius, strict=True))
-
-
-def label(shape, window, shift):
-    """Of each cell along an axis: its window after Swin's cyclic shift, and the part of its mask, as Swin's code makes it."""
-    rolled = [(cell - shift) % shape for cell in range(shape)]
-    region = [0 if x < shape - window else 1 if x < shape - shift else 2 for x in rolled]
-    return [(x // window, part) for x, part in zip(rolled, region, strict=True)]
-
-
-def shares_window(locality, query, key):
-    axes = zip(locality.shape, locality.window, locality.shift, query, key, strict=True)
-    return all(label(n, w, s)[q] == label(n, w, s)[k] for n, w, s, q, k in axes)
-
-
-def expected(locality):
-    """(N, N) mask by the definition."""
-    sees = is_neighbor if isinstance(locality, nf.GridNeighborhood) else shares_window
-    places, count = cells(locality.shape), locality.global_tokens
-    rows = [[sees(locality, q, k) for k in places] for q in places]
-    mask = torch.ones(locality.num_tokens, locality.num_tokens, dtype=torch.bool)
-    mask[count:, count:] = torch.tensor(rows)
-    return mask
-
-
 def mask_of(locality):
     position = torch.arange(locality.num_tokens)
     return locality.visible(position[:, None], position[None, :])
@@ -79,21 +39,21 @@ def mask_of(locality):
 
 @each_grid
 def test_a_grid_is_visible_as_defined(locality):
-    mask = expected(locality)
-    assert torch.equal(mask_of(locality), mask)
-    assert mask.diagonal().all() and torch.equal(mask, mask.T)
-    assert not mask.all()
+    expected = mask(locality)
+    assert torch.equal(mask_of(locality), expected)
+    assert expected.diagonal().all() and torch.equal(expected, expected.T)
+    assert not expected.all()
 
 
 @each_grid
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_the_span_of_some_queries_holds_all_they_see(locality, rows):
-    mask = expected(locality)[locality.global_tokens :, locality.global_tokens :]
-    for first in range(0, len(mask), rows):
-        last = min(first + rows, len(mask))
+    seen = mask(locality)[locality.global_tokens :, locality.global_tokens :]
+    for first in range(0, len(seen), rows):
+        last = min(first + rows, len(seen))
         begin, end = locality.key_span(first, last)
-        assert 0 <= begin <= first and last <= end <= len(mask)
-        assert not mask[first:last, :begin].any() and not mask[first:last, end:].any()
+        assert 0 <= begin <= first and last <= end <= len(seen)
+        assert not seen[first:last, :begin].any() and not seen[first:last, end:].any()
 
 
 def test_a_span_is_no_longer_than_its_neighborhood():
@@ -105,9 +65,9 @@ def test_a_span_is_no_longer_than_its_neighborhood():
 @pytest.mark.parametrize("left, right", [(2, 0), (-1, 1), (3, -1), (-1, -1)])
 def test_a_window_is_visible_as_defined(left, right):
     position = torch.arange(9)
-    mask = nf.SlidingWindow(left, right).visible(position[:, None], position[None, :])
+    seen = nf.SlidingWindow(left, right).visible(position[:, None], position[None, :])
     for q, k in itertools.product(range(9), range(9)):
-        assert mask[q, k] == ((left == -1 or q - k <= left) and (right == -1 or k - q <= right))
+        assert seen[q, k] == ((left == -1 or q - k <= left) and (right == -1 or k - q <= right))
 
 
 @pytest.mark.parametrize("locality", WINDOWS, ids=str)
@@ -117,7 +77,7 @@ def test_the_table_has_an_entry_for_each_offset(locality):
     index = locality.bias_index(position[:, None], position[None, :])
     offsets = list(itertools.product(*[range(1 - w, w) for w in locality.window]))
     assert locality.bias_size == len(offsets)
-    for q, k in expected(locality).nonzero().tolist():
+    for q, k in mask(locality).nonzero().tolist():
         offset = tuple(a - b for a, b in zip(places[q], places[k], strict=True))
         assert offsets[index[q, k]] == offset
 
@@ -127,7 +87,7 @@ def test_a_mask_of_flex_attention():
     locality = NEIGHBORHOODS[5]
     size = locality.num_tokens
     made = flex.create_mask(lambda b, h, q, k: locality.visible(q, k), 1, 1, size, size, device="cpu")
-    assert torch.equal(made[0, 0], expected(locality))
+    assert torch.equal(made[0, 0], mask(locality))
 
 
 @each_grid

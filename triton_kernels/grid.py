@@ -169,6 +169,17 @@ def selection_words(queries, lines, w, are_globals, are_global_keys, shape, radi
 
 
 @triton.jit
+def clear_lines(first_words, t, h, valid, halo, radius):
+    """Store no selection for the lines in sight of cells that are beyond the grid, which no walk meets."""
+    whole, _, _, _, cells, _, _ = halo
+    lines = 2 * radius[1] + 1
+    for word in range(tl.where(whole, 0, (2 * radius[0] + 1) * lines)):
+        line_t, line_h = t + word // lines - radius[0], h + word % lines - radius[1]
+        outside = (line_t < 0) | (line_t >= cells[0]) | (line_h < 0) | (line_h >= cells[1])
+        tl.store(first_words + word, 0, mask=outside & valid)
+
+
+@triton.jit
 def load_selection(first_words, word, bit, mask, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """(queries, keys) mask of the selected keys of lines of WIDTH cells, or its transpose.
 
@@ -314,6 +325,7 @@ def select(
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
 
     first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
+    clear_lines(first_words, t, h, rows < num_tokens, halo, radius)
     column = tl.arange(0, KEY_W)[None, None, :]
     place = first_step(halo)
     for step in range(first, steps):
