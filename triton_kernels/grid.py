@@ -108,7 +108,7 @@ def step_tokens(step, place, halo, shape, num_globals, lane, KEY_W: tl.constexpr
     line, column = lane // KEY_W, lane % KEY_W
     tokens = position(halo, shape, num_globals, t, h, w) + line * (stride[1] * shape[2]) + column * stride[2]
     tokens = tl.where(step < 0, lane, tokens)
-    valid = tl.where(step < 0, lane < num_globals, (line < end[1] - h) & (column < end[2] - w))
+    valid = tl.where(step < 0, lane < num_globals, (line < end[1] - h) & (column < end[2] - w) & (t < end[0]))
     return tl.where(valid, tokens, num_globals + shape[0] * shape[1] * shape[2]), valid
 
 
@@ -200,12 +200,26 @@ def load_selection(first_words, word, bit, mask, WIDTH: tl.constexpr, TRANSPOSED
 
 
 @triton.jit
+def store_selection(
+    first_words, keep, step, place, halo, queries, valid, shape, radius, words, KEY_H: tl.constexpr, KEY_W: tl.constexpr
+):
+    """Store the selection of a step, an int32 0 or 1 for each query and key; KEY_W holds all global tokens."""
+    ROWS: tl.constexpr = keep.shape[0]
+    lines, any_line = step_lines(step, place, halo, KEY_H)
+    word, bit, near = selection_words(queries, lines, place[2], halo[0], step < 0, shape, radius, words, KEY_W)
+    places = (tl.broadcast_to(bit, (ROWS, KEY_H))[:, :, None] + tl.arange(0, KEY_W)[None, None, :]) & (WORD - 1)
+    found = tl.sum(tl.reshape(keep, (ROWS, KEY_H, KEY_W)) << places, 2)
+    any_line &= (step >= 0) | (tl.arange(0, KEY_H) == 0)  # the word of the global keys is that of the first line
+    tl.store(first_words[:, None] + word, found, mask=near & any_line[None, :] & valid[:, None])
+
+
+@triton.jit
 def step_lines(step, place, halo, KEY_H: tl.constexpr):
     """((t, h) of the lines of a step, whether they are any)."""
     t, h, _ = place
     _, _, _, _, _, _, end = halo
     line = tl.arange(0, KEY_H)
-    return (tl.zeros((KEY_H,), tl.int32) + t, h + line), (line < end[1] - h) | (step < 0)
+    return (tl.zeros((KEY_H,), tl.int32) + t, h + line), ((line < end[1] - h) & (t < end[0])) | (step < 0)
 
 
 @triton.jit
@@ -275,6 +289,84 @@ def attend(
 
 
 @triton.jit
+def attend_resident(
+    q, k, v, parameter, o, lse, bits,
+    q_strides, k_strides, v_strides, o_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
+    shape, num_globals, radius, dilation, boxes, forms, words, top_k,
+    SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, GLOBAL_KEYS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
+):  # fmt: skip
+    """Selects, as `select`, and attends, where walks are so short that all scores of a tile stay in registers.
+
+    STEPS: of the longest walk. GLOBAL_KEYS: the size of the tile of global keys, 0 where there are none.
+    """
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
+    num_tokens = num_globals + shape[0] * shape[1] * shape[2]
+    BLOCK_M: tl.constexpr = BOX_T * BOX_H * BOX_W
+    BLOCK_N: tl.constexpr = KEY_H * KEY_W
+    HAS_GLOBALS: tl.constexpr = GLOBAL_KEYS > 0
+    halo = halo_of(first_tile + tile, shape, radius, dilation, boxes, BOX_T, BOX_H, BOX_W)
+    rows, t, h, w = box_tokens(halo, shape, num_globals, BOX_T, BOX_H, BOX_W)
+    codes = box_codes(forms, BOX_T, BOX_H, BOX_W)
+    scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_tokens, D, BLOCK_D)
+
+    scores = ()
+    count = tl.zeros((BLOCK_M,), tl.int32) + num_globals
+    if HAS_GLOBALS:
+        lane = tl.arange(0, GLOBAL_KEYS)
+        k_tile = load_tile(k, lane, k_strides[2], num_globals, D, BLOCK_D)
+        score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
+        scores = scores + (tl.where((lane < num_globals)[None, :], score, float("-inf")),)
+    place = first_step(halo)
+    for step in tl.static_range(STEPS):
+        keys, valid = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, BLOCK_N), KEY_W)
+        k_tile = load_tile(k, keys, k_strides[2], num_tokens, D, BLOCK_D)
+        score = SCORE(q_tile, k_tile, row_squares(k_tile), scale, PRECISION)
+        seen = sees(codes, step_codes(place, halo, forms, KEY_H, KEY_W), valid, halo[0], forms)
+        count += tl.sum(seen.to(tl.int32), 1)
+        scores = scores + (tl.where(seen, score, float("-inf")),)
+        place = next_step(step, place, halo, KEY_H, KEY_W)
+
+    highest = row_maximum(scores)
+    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), highest, top_k, GLOBAL_KEYS + STEPS * BLOCK_N)
+
+    first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
+    clear_lines(first_words, t, h, rows < num_tokens, halo, radius)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    place = first_step(halo)
+    if HAS_GLOBALS:
+        chosen = (scores[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+        store_selection(
+            first_words, chosen.to(tl.int32), -1, place, halo, (t, h, w), rows < num_tokens, shape, radius, words,
+            1, GLOBAL_KEYS,
+        )  # fmt: skip
+        v_tile = load_tile(v, tl.arange(0, GLOBAL_KEYS), v_strides[2], num_globals, DV, BLOCK_DV)
+        weight = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))
+        total += tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    for step in tl.static_range(STEPS):
+        score = scores[step + HAS_GLOBALS]
+        chosen = (score <= cut[:, None]) == 0
+        store_selection(
+            first_words, chosen.to(tl.int32), step, place, halo, (t, h, w), rows < num_tokens, shape, radius, words,
+            KEY_H, KEY_W,
+        )  # fmt: skip
+        keys, _ = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, BLOCK_N), KEY_W)
+        v_tile = load_tile(v, keys, v_strides[2], num_tokens, DV, BLOCK_DV)
+        weight = exp2(tl.where(chosen, score - highest[:, None], float("-inf")))
+        total += tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        place = next_step(step, place, halo, KEY_H, KEY_W)
+
+    every = rows >= 0  # a token sees itself
+    write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_tokens, every, highest, total, acc, DV, BLOCK_DV)
+
+
+@triton.jit
 def select(
     q, k, k_squares, parameter, bits,
     q_strides, k_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
@@ -320,24 +412,18 @@ def select(
 
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     start = tl.zeros((BLOCK_M,), tl.int32)
-    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS, COLUMNS)
+    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS)
     chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
 
     first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
     clear_lines(first_words, t, h, rows < num_tokens, halo, radius)
-    column = tl.arange(0, KEY_W)[None, None, :]
     place = first_step(halo)
     for step in range(first, steps):
         keep = tl.sum(tl.where(slots == step - first, chosen, 0), 1)
-        lines, any_line = step_lines(step, place, halo, KEY_H)
-        word, bit, near = selection_words((t, h, w), lines, place[2], halo[0], step < 0, shape, radius, words, KEY_W)
-        places = (tl.broadcast_to(bit, (BLOCK_M, KEY_H))[:, :, None] + column) & (WORD - 1)
-        found = tl.sum(tl.reshape(keep, (BLOCK_M, KEY_H, KEY_W)) << places, 2)
-        # Global keys are few enough for the first line of their tile; the others of it have no word.
-        one_line = (step >= 0) | (tl.arange(0, KEY_H) == 0)
-        mask = near & (any_line & one_line)[None, :] & (rows < num_tokens)[:, None]
-        tl.store(first_words[:, None] + word, found, mask=mask)
+        store_selection(
+            first_words, keep, step, place, halo, (t, h, w), rows < num_tokens, shape, radius, words, KEY_H, KEY_W
+        )
         place = next_step(step, place, halo, KEY_H, KEY_W)
 
 

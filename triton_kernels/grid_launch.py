@@ -6,7 +6,16 @@ import math
 import torch
 import triton
 
-from nearfar.tiling import SELECT_BLOCK, choose_global_selection, choose_selection, choose_tiles, forms, geometry_of
+from nearfar.tiling import (
+    MAX_GLOBALS,
+    SELECT_BLOCK,
+    choose_global_selection,
+    choose_resident,
+    choose_selection,
+    choose_tiles,
+    forms,
+    geometry_of,
+)
 
 from . import grid, pairwise
 from .launch import Launch, LaunchParameters, width_block
@@ -50,6 +59,18 @@ def plan_attend(pair, call, geometry, o_strides, selects):
         *described(geometry, tiles), pair.scale, pair.score, call.precision, *sizes(call, tiles),
     )  # fmt: skip
     return Launch(grid.attend, count * batch * heads, scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_attend_resident(pair, call, geometry, o_strides, top_k, tiles, steps, first, count):
+    """first, count: boxes, from one on, or the program of the global queries."""
+    batch, heads = call.q_shape[:2]
+    scalars = (
+        call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count, first,
+        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision,
+        steps, MAX_GLOBALS if geometry.num_globals else 0, *sizes(call, tiles),
+    )  # fmt: skip
+    return Launch(grid.attend_resident, count * batch * heads, scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,6 +148,15 @@ def squared_norms(call, geometry, k):
 def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
     """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, words of a head)."""
     call, geometry = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality)
+    resident = None if bits is None or call.dtype.itemsize > 2 else choose_resident(geometry)
+    if resident:
+        (cells, _), *_ = resident
+        programs_of = (0, math.prod(cells.boxes(geometry))), (math.prod(resident[-1][0].boxes(geometry)), 1)
+        plans = [
+            plan_attend_resident(pair, call, geometry, o.stride(), top_k, *choice, *which)
+            for choice, which in zip(resident, programs_of, strict=False)
+        ]
+        return [(plan, (q, k, v, parameter, o, lse, bits)) for plan in plans]
     k_squares, launches = squared_norms(call, geometry, k)
     if bits is not None:
         for of_globals in (False, True) if geometry.num_globals else (False,):

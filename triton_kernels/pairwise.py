@@ -142,7 +142,7 @@ def attend_resident(
     RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
     count = tl.maximum(end - begin, 0)
-    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
+    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING)
 
     if AT_ONCE:
         v_tiles = load_tiles(v, first_key, v_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, DV, BLOCK_DV)
@@ -205,7 +205,7 @@ def select(
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
-    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, COLUMNS, RING)
+    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING)
     chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)

@@ -18,6 +18,7 @@ MIN_SELECTED_LINE = 16  # cells of a line of keys: shorter ones take more words
 MAX_SELECTED_RADIUS = 15  # along the last axis: a line of cells is a word
 SELECT_BLOCK = 64  # keys of a tile of the kernel that selects
 RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of eight warps
+RESIDENT_COLUMNS = 256  # scores of a query in the kernel that also attends: every tile of them is code of its own
 MAX_COLUMNS = 2048  # scores of a query; the smallest query tile of as many spills half of them
 
 
@@ -135,10 +136,29 @@ def choose_selection(geometry: Geometry) -> Selection:
 
 def choose_global_selection(geometry: Geometry) -> Selection:
     """The Selection of the global queries, which walk the whole grid."""
+    tiles = _global_tiles(geometry)
+    return Selection(tiles, _power_of_two(tiles.steps_over(geometry.shape) + 1))
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_resident(geometry: Geometry) -> tuple[tuple[Tiles, int], ...] | None:
+    """(Tiles, steps of the longest walk) of the cells and, if there are any, of the global queries, for the kernel that keeps
+    all scores in registers and selects and attends at once; None where walks are too long for that.
+    """
+    every = [tiles for tiles in _all_tiles(SELECT_BLOCK, SELECT_BLOCK) if MIN_SELECTED_LINE <= tiles.key_w <= WORD]
+    every = [tiles for tiles in every if halo(geometry, tiles.box)[2] <= tiles.key_w]
+    best = min(every, key=lambda x: (math.prod(x.boxes(geometry)) * x.steps(geometry), -x.box[2], -x.box[1]))
+    found = [(best, best.steps(geometry))]
+    if geometry.num_globals:
+        tiles = _global_tiles(geometry)
+        found.append((tiles, tiles.steps_over(geometry.shape)))
+    return tuple(found) if max(steps * tiles.key_h * tiles.key_w for tiles, steps in found) <= RESIDENT_COLUMNS else None
+
+
+def _global_tiles(geometry: Geometry) -> Tiles:
     width = geometry.shape[2]
     key_w = WORD if width > MIN_SELECTED_LINE else MIN_SELECTED_LINE
-    tiles = Tiles((1, 1, MAX_GLOBALS), SELECT_BLOCK // key_w if width <= WORD else 1, key_w)
-    return Selection(tiles, _power_of_two(tiles.steps_over(geometry.shape) + 1))
+    return Tiles((1, 1, MAX_GLOBALS), SELECT_BLOCK // key_w if width <= WORD else 1, key_w)
 
 
 @functools.lru_cache(maxsize=1024)
