@@ -42,8 +42,8 @@ fuzz: $(VENV)/.with-interpreter  ## draw calls of every operator, from a fresh s
 OURS := --kernel-name kns=nearfar
 sanitize: $(VENV)/.with-test  ## run the CUDA kernels under compute-sanitizer, on a GPU
 	for tool in "memcheck $(OURS)" "racecheck $(OURS)" initcheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	        $(PY) tests/cuda_kernels.py || exit 1; done
+	    PYTHONPATH=tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(PY) tests/cuda/cuda_kernels.py || exit 1; done
 
 build: $(VENV)/.created  ## build the wheel into dist/
 	rm -rf build/lib*  # setuptools would pack what lies there, modules since deleted too

@@ -68,7 +68,7 @@ def make_parser():
         sub.add_argument("--kv-heads", metavar="H", type=int, help="heads of k and v (default: those of q)")
         module.add_arguments(sub)
         sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
-                         help="default: bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+                         help="default: bfloat16 on a GPU, float32 on a CPU")
         sub.add_argument("--backward", action="store_true", help="measure the backward pass too")
         sub.add_argument("--providers", metavar="A,B", type=names, help=f"among {', '.join(module.PROVIDERS)}")
         sub.add_argument("--record", action="store_true", default=argparse.SUPPRESS, help=record)

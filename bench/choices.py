@@ -1,7 +1,7 @@
 """The measured choices between backends as pages show them: a table of an operator, or a sentence about all."""
 
-from nearfar.dispatch import CUDA_FIRST
 from nearfar.runtime import choices
+from nearfar.runtime.dispatch import CUDA_FIRST
 
 OVERVIEW = "overview"
 NAMES = {"cuda": "CUDA", "triton": "Triton"}

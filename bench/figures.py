@@ -20,7 +20,7 @@ PANELS = (  # title, record, variant, labels of the lines
     ("near field: window of 128 keys", "h100/krause-length", {"", "top-k 96"},
      {"nearfar cuda": "Krause", "nearfar cuda, top-k 96": "Krause, top_k=96"}),
     ("far field: causal linear attention", "h100/linear-length", {"causal"}, {"nearfar cuda": "linear"}),
-)  # fmt: skip
+)
 OTHERS = {"sdpa-flash": "FlashAttention-2 (SDPA)", "sdpa-cudnn": "cuDNN (SDPA)"}
 COLORS = {"Krause": "C0", "Krause, top_k=96": "C1", "linear": "C0", OTHERS["sdpa-flash"]: "0.35", OTHERS["sdpa-cudnn"]: "0.6"}
 
@@ -94,7 +94,7 @@ def weights(tokens=32, width=8):
         ("linear_attention", "every earlier key, through a state of fixed size", nf.linear_attention(q, k, v, causal=True)),
         ("synchronization_attention", "the keys that lock with the query",
          nf.synchronization_attention(q, v, 3.0, 0.2, order, causal=True)),
-    )  # fmt: skip
+    )
     return [(name, kept, o[0, 0, -1].tolist()) for name, kept, o in rows]
 
 

@@ -27,7 +27,7 @@ def first_call_here(case, device):
     """Seconds of the first forward + backward, in a process that has called nothing but torch's own first backward.
 
     That one, of any operator, imports another part of torch: 3.4 of 7.6 seconds where it was first looked at
-    (bench/results/h100/development/11/first-call.log).
+    (bench/results/h100/development/2026-11-22-first-call.log).
     """
     inputs = case.inputs(device, case.formula("nearfar"))
     do = torch.randn(case.output_shape, device=device, dtype=inputs[0].dtype)
@@ -56,7 +56,7 @@ def host_us(fn, rounds=12, calls=200, pause=0.15):
     """Host time of a call that only enqueues work: of the medians of some rounds of calls the least.
 
     What else the host does, other tenants included, only adds to it, and may last for seconds: medians of one round differed
-    by half of the least (bench/results/h100/development/16/host.log).
+    by half of the least (bench/results/h100/development/2026-11-23-host-times.log).
     """
     medians = []
     for _ in range(rounds):

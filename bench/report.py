@@ -238,7 +238,7 @@ def speedups(records):
         softmax = [r for r in others if r["provider"].startswith(SOFTMAX) and not r["provider"].endswith("-epilogue")]
         alternatives = [r for r in others if r not in softmax]
         cells = (f"{name}: {ours['title']}", record["environment"]["device"].split()[1], significant(step_ms(ours), 3),
-                 beside(ours, alternatives), beside(ours, softmax))  # fmt: skip
+                 beside(ours, alternatives), beside(ours, softmax))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -299,7 +299,7 @@ def section(records):
         previous = case["name"], row["title"]
         goal = goal_times(case) if case["goal_ms"] and row["ours"] else ""
         cells = (part(row, "forward", "ms", 3), part(row, "backward", "ms", 3), both(row, "floor_ms", 2),
-                 both(row, "percent_of_floor", 2))  # fmt: skip
+                 both(row, "percent_of_floor", 2))
         label = f"**{row['label']}**" if row["ours"] else row["label"]
         lines.append("| " + " | ".join((*names, label, *cells, goal)) + " |")
     # Cases of one run repeat the baseline's host time.

@@ -34,7 +34,7 @@ def run(cases, device, ceilings, advance):
 def new_row(case, name):
     return {"case": case.describe(), "title": case.title, "variant": case.variant, "provider": name, "label": name,
             "ours": case.is_ours(name), "status": "ok", "note": None, "check": None, "peak_bytes": None,
-            "forward": None, "backward": None}  # fmt: skip
+            "forward": None, "backward": None}
 
 
 def measure(case, name, device, problems, ceilings):
@@ -107,7 +107,7 @@ def figures(time, work, ceilings):
     floor = work.floor_ms(ceilings)
     return {**time._asdict(), "floor_ms": floor, "percent_of_floor": 100 * floor / time.ms,
             "gb_per_s": 1e-9 * work.bytes / seconds, "tflop_per_s": 1e-12 * work.flops / seconds,
-            **work._asdict()}  # fmt: skip
+            **work._asdict()}
 
 
 def end_of_sweep(row, patience_ms):

@@ -46,7 +46,7 @@ class Record:
         settings = hypothesis.settings(
             max_examples=calls, database=None, derandomize=False, deadline=None, phases=phases, print_blob=False,
             report_multiple_bugs=False, suppress_health_check=list(hypothesis.HealthCheck),
-        )  # fmt: skip
+        )
         started = time.monotonic()
 
         @hypothesis.seed(seed)

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nearfar import _cuda
 from nearfar.runtime import choices
+from nearfar.runtime.plans import forget_plans
+from nearfar.runtime.tensors import Layout
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # Triton 3.6 multiplies bfloat16 wrongly in its interpreter: bfloat16 is for the GPU.
@@ -197,7 +200,6 @@ def accuracy(got, exact, plain, scale, dtype):
     return found
 
 
-DELTA_OF_STORED_O = set()
 OF_KERNELS = [True]  # whether the results at hand are
 
 
@@ -214,21 +216,6 @@ def of_the_reference():
 def rounds_like_kernels(dtype):
     """Whether the plain formula of gradients makes the roundings of 16-bit kernels (`stored` in tests/samples)."""
     return dtype.itemsize == 2 and OF_KERNELS[0]
-
-
-def takes_delta_of_stored_o(*names):
-    """A fixture for the tests of kernels that take delta = dO . o from o as it was stored, in 16 bits, for these gradients.
-
-    Their plain formula does, too. docs/contract.md lists them ("Where accuracy falls short").
-    """
-
-    @pytest.fixture(autouse=True)
-    def stored():
-        DELTA_OF_STORED_O.update(names)
-        yield
-        DELTA_OF_STORED_O.clear()
-
-    return stored
 
 
 def with_gradient_in(x, dtype):
@@ -270,3 +257,47 @@ def assert_accurate(name, got, exact, plain, scale, dtype):
     assert torch.isfinite(got).all(), f"{name} is not finite"
     for norm, (error, bound) in accuracy(got, exact, plain, scale, dtype).items():
         assert error <= bound, f"{name}: {norm} error {error:.3e} > {bound:.3e}, {error / bound:.2f} times what is allowed"
+
+
+def tensor(width=64, dtype=torch.bfloat16, row=None, device="cuda"):
+    """Layout of a tensor with rows `row` elements apart."""
+    shape, row = (2, 4, 9, width), width if row is None else row
+    return Layout(torch.Size(shape), (36 * row, 9 * row, row, 1), dtype, torch.device(device, 0))
+
+
+@contextmanager
+def poison():
+    """Uninitialised memory is filled with NaN, or the largest integer, before anyone can write to it."""
+    enabled, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def turns(*calls):
+    """Every call gives alone what it gives among the others, and no two give the same."""
+    alone = []
+    for call in calls:
+        forget_plans()
+        alone.append(call())
+    for call, expected in zip(calls + calls, alone + alone, strict=True):
+        assert torch.equal(call(), expected)
+    for index, result in enumerate(alone):
+        assert not any(torch.equal(result, other) for other in alone[:index])

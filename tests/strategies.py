@@ -203,7 +203,7 @@ def check_linear(spec):
     tensors = linear.random_tensors(
         spec["widths"], spec["value_width"], (batch, heads, spec["length"]), (batch, kv_heads, spec["keys"]),
         dtype_of(spec), seed=spec["seed"], numbered=many,
-    )  # fmt: skip
+    )
     tensors["v"] = tensors["v"] * spec["magnitude"]
     tensors = {name: laid(spec, index, x) for index, (name, x) in enumerate(tensors.items())}
     options = {key: spec[key] for key in ("causal", "feature_map", "normalize", "eps", "return_state")} | packed(spec)

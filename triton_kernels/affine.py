@@ -8,6 +8,7 @@ enter by their sums, chunks here, and only those at the ends of its windows are 
     attend           o, the plain attention output u, and lse
     grad_queries     dq, m = dO . u of each row, which is dalpha, and dbeta = dO . c
     grad_keys        dk and dv, summed over the query heads of a group
+    grad_sink        the gradient of the sink's logits
 
 With P = softmax and dP = dO v^T, dS = alpha P (dP - m), and dv gets dO by the weights alpha P + beta. A sink adds its logit to
 the denominator only. lse is in base 2, and float64 where the inputs are float32. Rows without keys have u = c = m = 0.
@@ -47,7 +48,7 @@ COLUMNS: tl.constexpr = tl.constexpr(16)  # and of how many columns
 def chunk_sums(
     values, sums, strides, num_rows, num_heads, num_chunks,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """sums (B, H, chunks, width): the sum of the values of each chunk, in float32."""
     chunk, head, batch = program_coordinates(num_chunks, num_heads)
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -77,7 +78,7 @@ def running_sums(sums, num_chunks, num_blocks, WIDTH: tl.constexpr):
 def sum_whole_tiles(
     sums, batch, head, num_heads, num_keys, tiles, SUM: tl.constexpr,
     RUNNING: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """(BLOCK_DV,) sum of the values of the keys in the whole tiles. RUNNING: sums are running ones, and no window has a begin.
 
     Where windows have one the chunks are added up, as in a difference of running sums what a row cannot see would leave its
@@ -127,7 +128,7 @@ def attend_tiles(
     highest, norm, acc, bias, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
     NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Online softmax over the whole tiles of keys, or over their edges: (highest, norm, acc, bias).
 
     SHIFTED: bias gets the sums of the values that each row sees, at the edges. PACKED: there are other sequences at the edges.
@@ -174,7 +175,7 @@ def attend(
     num_queries, num_keys, num_heads, group, num_tiles, together, window, factor,
     NEGATIVE: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """u None: o is u. sums: see sum_whole_tiles. factor: of q . k in the exponent of 2, without its sign."""
     tile, head, batch = shared_coordinates(num_tiles, num_heads, together)
     tile = num_tiles - 1 - tile  # the longest rows of a causal call first, so that short ones fill up the end
@@ -207,7 +208,7 @@ def attend(
         highest, norm, acc, bias = attend_tiles(
             highest, norm, acc, bias, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
             NEGATIVE, beta is not None, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+        )
 
     sees_a_key = begin < end
     top = tl.where(sees_a_key, highest, 0.0)
@@ -236,7 +237,7 @@ def grad_queries_tiles(
     acc, dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
     SHIFTED: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """acc plus sum_j P_ij (dP_ij - m_i) k_j over the whole tiles of keys, or over their edges.
 
     SHIFTED: dbeta gets the sums of dP, at the edges. EXACT: mean gets sum_j P_ij dP_ij.
@@ -273,7 +274,7 @@ def grad_queries(
     num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     RUNNING: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """dbeta None: there is no bias. sums: see sum_whole_tiles.
 
     m is dO . u or, EXACT, sum_j P_ij dP_ij: the same number without what weights and u lost when they were rounded, which the
@@ -311,7 +312,7 @@ def grad_queries(
             acc, row_dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
             scale * LOG2E, dbeta is not None, EXACT, token_bounds is not None, EDGES, PRECISION,
             D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+        )
     tl.store(m + row_offset + rows, mean if EXACT else row_m, mask=rows < num_queries)
     if lse.dtype.element_ty == tl.float64:
         acc *= rest[:, None]
@@ -328,7 +329,7 @@ def grad_keys_tiles(
     factor,
     PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """(dk_tile, dv_tile) plus what the whole tiles of queries of one head give them, or their edges."""
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_M):
@@ -373,7 +374,7 @@ def grad_keys(
     num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, kv_head, batch = shared_coordinates(num_tiles, num_heads // group, together)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
@@ -399,7 +400,26 @@ def grad_keys(
                 dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head, beta_head,
                 q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
                 token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
+            )
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
+
+
+@triton.jit
+def grad_sink(sink, lse, m, alpha, dsink, num_batches, num_heads, num_queries, BLOCK: tl.constexpr):
+    """One program a head. The sink is one more column of the weights, with dP = 0."""
+    head = tl.program_id(0)
+    logit = tl.load(sink + head) * LOG2E
+    total = tl.zeros((BLOCK,), lse.dtype.element_ty)
+    row_offset = head.to(tl.int64) * num_queries
+    for _ in range(num_batches):
+        for first in range(0, num_queries, BLOCK):
+            rows = first + tl.arange(0, BLOCK)
+            weight = tl.exp2(logit - load_vector(lse + row_offset, rows, num_queries, float("inf")))
+            gradient = load_vector(m + row_offset, rows, num_queries, 0.0)
+            if alpha is not None:
+                gradient *= load_vector(alpha + row_offset, rows, num_queries, 0.0)
+            total -= weight * gradient
+        row_offset += num_heads * num_queries
+    tl.store(dsink + head, tl.sum(total, 0))

@@ -9,7 +9,9 @@ from . import affine
 from .launch import Launch, LaunchParameters, width_block
 from .pairwise_launch import signature
 
-__all__ = ["chunk", "plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_sums", "signature", "sums_shape"]
+__all__ = [
+    "chunk", "plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_grad_sink", "plan_sums", "signature", "sums_shape",
+]
 
 SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
 SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
@@ -63,7 +65,7 @@ def plan_attend(call, o_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
         call.window, factor, scale < 0, runs(call), call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -74,7 +76,7 @@ def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
         heads_together(call, keys=True), call.window, scale, runs(call), exact, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -85,5 +87,12 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
         heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_grad_sink(q_shape):
+    batch, heads, length, _ = q_shape
+    scalars = batch, heads, length, min(1024, triton.next_power_of_2(max(length, 1)))
+    return Launch(affine.grad_sink, heads, scalars, LaunchParameters(None, None, 4, 1))

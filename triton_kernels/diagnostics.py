@@ -104,7 +104,7 @@ def statistics_tiles(
     highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_stride, num_keys, tiles, begin, end, unit,
     SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """(highest, level, highest_key, total, weighted) after the whole tiles of keys, or after their edges."""
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_N):
@@ -142,7 +142,7 @@ def statistics(
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k = at(k, k_strides, batch, head // group)
     if k_squares is not None:
@@ -164,7 +164,7 @@ def statistics(
         highest, level, highest_key, total, weighted = statistics_tiles(
             highest, level, highest_key, total, weighted, q_tile, k, k_squares, k_strides[2], num_keys, tiles, begin, end,
             unit, SIGN, EDGES, PRECISION, D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        )
 
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     here = rows < num_queries
@@ -180,7 +180,7 @@ def key_mass_tiles(
     total, k_tile, keys, k_squares, num_keys, q, lse, q_stride, num_queries, tiles, begin, end, unit,
     SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """total plus the weights of the whole tiles of queries, or of their edges."""
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_M):
@@ -202,7 +202,7 @@ def key_mass(
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """mass (B, Hq, M) float32."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     q = at(q, q_strides, batch, head)
@@ -222,7 +222,7 @@ def key_mass(
         total = key_mass_tiles(
             total, k_tile, keys, k_squares, num_keys, q, lse + row_offset, q_strides[2], num_queries, tiles, begin, end,
             unit, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        )
     tl.store(rows_at(mass, batch, head, num_heads, num_keys) + keys, total, mask=keys < num_keys)
 
 
@@ -232,7 +232,7 @@ def statistics_grad_queries(
     q_strides, k_strides, dq_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """gain dS = P (level + slope log2(P)) with a level and a slope for each row; gain (B, Hkv).
 
     With a parameter, weighted (B, Hq, N) becomes the sum of gain dS s / row_scale, where s are the scores. It is not taken from
@@ -291,7 +291,7 @@ def statistics_grad_keys(
     q_strides, k_strides, dk_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     k = at(k, k_strides, batch, kv_head)
     if k_squares is not None:
@@ -359,7 +359,7 @@ def select(
     q_strides, k_strides, num_queries, num_keys, num_heads, group, num_tiles, window, top_n, first_rank,
     SIGN: tl.constexpr, PRECISION: tl.constexpr, COUNT: tl.constexpr, RESUMED: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Ranks first_rank to first_rank + COUNT - 1 of the raw scores of each row and of their keys, both (B, Hq, N, top_n).
 
     Equal scores rank by key. Beyond the keys of a row the scores are -inf. A round that is RESUMED goes on after the last entry
@@ -428,7 +428,7 @@ def centre(
     v, parameter, scores, chosen, s, shift, excess, farthest,
     v_strides, parameter_stride, num_queries, num_heads, group, num_tiles, top_n, scale,
     DV: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """s (B, Hq, N, Dv) in the dtype of v, the excess of each selected key, and the largest of a row, farthest.
 
     Weights are relative to the sum of those selected, 2^shift, so that s is a mean and half precision holds it. From there on s
@@ -472,7 +472,7 @@ def separate_tiles(
     k_stride, v_stride, num_keys, tiles, begin, end, unit,
     SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """(nearest, intruders) after the whole tiles of keys, or after their edges."""
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_N):
@@ -502,7 +502,7 @@ def separate(
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Its tiles are those of `select`, so that every score has the very bits by which it was selected or not."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -531,7 +531,7 @@ def separate(
             nearest, intruders, q_tile, s_tile, row_shift, row_farthest, last_score, last_key, k, v, k_squares, v_squares,
             k_strides[2], v_strides[2], num_keys, tiles, begin, end, unit,
             SIGN, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+        )
 
     separated = tl.zeros((BLOCK_M,), tl.float32)
     for t in range(top_n):

@@ -42,7 +42,7 @@ def plan_pairs(kernel, call, scale, gradient_strides=()):
         call.q_strides, call.k_strides, *gradient_strides, call.parameter_stride, *call.geometry, tiles, call.window, size,
         sign, call.precision, width, parameters.block_m, parameters.block_n,
         width_block(width),
-    )  # fmt: skip
+    )
     return Launch(kernel, tiles * heads * call.q_shape[0], scalars, parameters)
 
 
@@ -55,7 +55,7 @@ def plan_select(call, scale, top_n, first_rank):
         call.q_strides, call.k_strides, *call.geometry, tiles, call.window, top_n, first_rank,
         sign_and_size(scale)[0], call.precision, min(ROUND, top_n - first_rank), first_rank > 0,
         width, parameters.block_m, parameters.block_n, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(diagnostics.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -67,7 +67,7 @@ def plan_centre(call, scale, top_n):
     scalars = (
         call.v_strides, call.parameter_stride, num_queries, num_heads, group, tiles, top_n, sign_and_size(scale)[1],
         width, ROWS.block_m, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(diagnostics.centre, tiles * call.q_shape[0] * num_heads, scalars, ROWS)
 
 
@@ -79,7 +79,7 @@ def plan_separate(call, scale, top_n):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_n, size,
         sign, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(diagnostics.separate, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -99,7 +99,7 @@ def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max
         (plan_pairs(diagnostics.statistics, call, scale),
          (q, k, k_squares, parameter, lse, entropy, max_weight, max_key)),
         (plan_pairs(diagnostics.key_mass, call, scale), (q, k, k_squares, parameter, lse, mass)),
-    )  # fmt: skip
+    )
 
 
 def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, dq, dk, weighted):
@@ -120,7 +120,7 @@ def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, lev
 def geometry(
     q, k, v, parameter, left, right, scale, k_squares, v_squares, scores, chosen, s, shift, excess, farthest,
     precision, recall, f_score,
-):  # fmt: skip
+):
     """Fill precision, recall, f_score (B, Hq, N).
 
     Workspaces: scores and excess (B, Hq, N, top_n) float32, chosen likewise int32, s (B, Hq, N, Dv) in the dtype of v, shift
@@ -135,7 +135,7 @@ def geometry(
         (plan_centre(call, scale, top_n), (v, parameter, scores, chosen, s, shift, excess, farthest)),
         (plan_separate(call, scale, top_n),
          (q, k, v, k_squares, v_squares, parameter, scores, chosen, s, shift, excess, farthest, precision, recall, f_score)),
-    )  # fmt: skip
+    )
 
 
 def centre(q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest):

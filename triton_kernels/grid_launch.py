@@ -165,7 +165,7 @@ def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
     return [*launches, (attend, (q, k, v, k_squares, parameter, o, lse, bits))]
 
 
-def backward_launches(pair, q, k, v, parameter, locality, o, do, lse, bits, dq, dk, dv, dparameter):
+def backward_launches(pair, q, k, v, parameter, locality, o, lse, bits, do, dq, dk, dv, dparameter):
     """(launch, tensors) pairs that fill the gradients of q, k, v and parameter. bits None: no selection."""
     call, geometry, selects = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality), bits is not None
     k_squares, launches = squared_norms(call, geometry, k)

@@ -20,7 +20,7 @@ def decode(
     q_strides, k_strides, v_strides, out_strides, sigma_stride, num_heads, group, top_k,
     PRECISION: tl.constexpr, SELECT: tl.constexpr, WINDOW: tl.constexpr, NUM_TILES: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Put the new key and value of a key head into their slot, and attend with the query heads that share it."""
     program = tl.program_id(0)
     head, batch = program % num_heads, program // num_heads
@@ -96,7 +96,7 @@ def plan(q_shape, cache_shape, value_width, itemsize, strides, sigma_stride, top
     scalars = (
         *strides, sigma_stride, heads, q_shape[1] // heads, 0 if top_k is None else top_k,
         precision, top_k is not None, window, num_tiles, width, value_width, ROWS, block_n, *blocks,
-    )  # fmt: skip
+    )
     warps = 8 if window > 256 else 4  # lest the scores of wide windows spill
     return Launch(decode, batch * heads, scalars, LaunchParameters(ROWS, block_n, num_warps=warps, num_stages=3))
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 import triton
+from filelock import FileLock
 
-from nearfar.ops.torch_operator import tf32_allowed
 from nearfar.runtime.private import bound, driver, knobs, stub_arguments
+from nearfar.runtime.tensors import tf32_allowed
 
 ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
 TABLE = Path(__file__).with_name("launch.json")
@@ -63,6 +64,88 @@ def dot_precision(dtype):
     return "tf32" if tf32_allowed(dtype) else "ieee"
 
 
+class CompilationLock:
+    """Lets one process at a time fill Triton's cache; threads of a process compile side by side.
+
+    Ranks that fill one empty cache at once have loaded each other's launchers (docs/notes/runtime.md).
+    """
+
+    def __init__(self):
+        self._threads, self._guard, self._file = 0, threading.Lock(), None
+
+    def __enter__(self):
+        with self._guard:
+            if not self._threads:
+                self._file = self._acquired()
+            self._threads += 1
+
+    def __exit__(self, *_):
+        with self._guard:
+            self._threads -= 1
+            if not self._threads and self._file is not None:
+                self._file.release()
+
+    @staticmethod
+    def _acquired():
+        """The lock of the cache's folder; None where there can be no file to lock."""
+        try:
+            folder = Path(knobs.cache.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / "nearfar.lock", thread_local=False)  # another thread may leave last
+            lock.acquire()
+        except (AttributeError, NotImplementedError, OSError):
+            return None
+        return lock
+
+
+COMPILING = CompilationLock()
+
+
+class Variant:
+    """A kernel compiled for scalars of one sort, which launches of many lengths share: see `sort_of`."""
+
+    def __init__(self, kernel, options):
+        self._kernel, self._options = kernel, dict(options)
+        self._locks, self._built, self.loaded = {}, {}, {}  # by kinds
+
+    def load(self, tensors, scalars, grid, kinds):
+        """The kernel for tensors of these kinds, all of them aligned."""
+        if kinds not in self.loaded:
+            with COMPILING:
+                compiled = self.build(tensors, scalars, grid, kinds)
+                compiled[grid]  # loads it
+            self.loaded[kinds] = compiled
+        return self.loaded[kinds]
+
+    def build(self, tensors, scalars, grid, kinds):
+        """The same, not loaded; waits for a thread that builds it.
+
+        The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
+        """
+        with COMPILING, self._locks.setdefault(kinds, threading.Lock()):
+            if kinds not in self._built:
+                room = shared_memory()
+                for stages in range(self._options["num_stages"], 0, -1):
+                    options = {**self._options, "num_stages": stages}
+                    built = self._kernel.warmup(*tensors, *scalars, grid=grid, **options)
+                    if built.metadata.shared <= room:
+                        break
+                self._built[kinds] = built
+            return self._built[kinds]
+
+
+@functools.cache
+def variant_of(kernel, options, _sorts):
+    return Variant(kernel, options)
+
+
+def sort_of(value):
+    """What Triton compiles a scalar in: whether an integer is 1 or a multiple of 16, and how many bits it needs."""
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    return tuple([sort_of(part) for part in value]) if type(value) is tuple else type(value)
+
+
 class Launch:
     """A kernel launch with everything fixed but its tensors.
 
@@ -79,8 +162,14 @@ class Launch:
         self._options = {"num_warps": parameters.num_warps, "num_stages": parameters.num_stages}
         if parameters.maxnreg is not None:
             self._options["maxnreg"] = parameters.maxnreg
-        self._locks, self._built = {}, {}  # by kinds
-        self._compiled = {}  # by kinds: loaded kernels, and the launches `bound` to them
+        self._bound = {}  # by kinds: the launches bound to their loaded kernels
+
+    @functools.cached_property
+    def _variant(self):
+        parameters = self._kernel.params[len(self._kernel.params) - len(self._scalars) :]
+        pairs = zip(self._scalars, parameters, strict=True)
+        sorts = tuple([(type(x), x) if parameter.is_constexpr else sort_of(x) for x, parameter in pairs])
+        return variant_of(self._kernel, tuple(self._options.items()), sorts)
 
     def __call__(self, *tensors):
         """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
@@ -89,58 +178,43 @@ class Launch:
     def run(self, tensors, surveyed):
         """The same, for tensors that were surveyed already."""
         addresses, kinds, aligned = surveyed
-        found = self._compiled.get(kinds) if aligned else None
-        if found is None:
-            if not self._grid[0]:
-                return
-            if not aligned or knobs.runtime.interpret:
-                self._kernel[self._grid](*tensors, *self._scalars, **self._options)
-                return
-            found = self.compile(tensors, kinds)
-        compiled, launch = found
-        if hooks_are_set():
-            compiled[self._grid](*addresses, *self._scalars)
+        if not self._grid[0]:
             return
-        launch(addresses, driver.active.get_current_stream(kinds[0]))
+        if not aligned or knobs.runtime.interpret:
+            self._kernel[self._grid](*tensors, *self._scalars, **self._options)
+        elif hooks_are_set():
+            self._load(tensors, kinds)[self._grid](*addresses, *self._scalars)
+        else:
+            self._launch(tensors, kinds)(addresses, driver.active.get_current_stream(kinds[0]))
 
     def bound(self, _device, kinds):
-        """A function (addresses, stream) that runs the kernel compiled for these kinds, without a look at hooks."""
-        if not self._grid[0]:
-            return lambda addresses, stream: None
-        return self._compiled[kinds][1]
+        """A function (addresses, stream) that runs the kernel loaded for these kinds, without a look at hooks."""
+        return self._launch((), kinds) if self._grid[0] else lambda addresses, stream: None
 
     def is_new(self, surveyed):
+        """Whether a kernel has to be compiled or loaded first."""
         _, kinds, aligned = surveyed
-        return kinds not in self._compiled and aligned and self._grid[0] > 0
+        return kinds not in self._variant.loaded and aligned and self._grid[0] > 0
 
     def compile(self, tensors, kinds):
-        """Build and load the kernel for tensors of these kinds, all of them aligned; returns it and its launch."""
-        compiled = self.build(tensors, kinds)
-        compiled[self._grid]  # loads it
-        self._compiled[kinds] = compiled, bound(compiled, self._grid, self._scalars)
-        return self._compiled[kinds]
-
-    def build(self, tensors, kinds):
-        """The kernel for tensors of these kinds, not loaded; waits for a thread that builds the same.
-
-        The table is that of GPUs with large shared memories; others get as many stages of its pipeline as theirs hold.
-        """
-        with self._locks.setdefault(kinds, threading.Lock()):
-            if kinds not in self._built:
-                room = shared_memory()
-                for stages in range(self._options["num_stages"], 0, -1):
-                    options = {**self._options, "num_stages": stages}
-                    built = self._kernel.warmup(*tensors, *self._scalars, grid=self._grid, **options)
-                    if built.metadata.shared <= room:
-                        break
-                self._built[kinds] = built
-            return self._built[kinds]
+        """Build and load the kernel for tensors of these kinds, all of them aligned."""
+        self._launch(tensors, kinds)
 
     def build_ahead(self, tensors, kinds):
         """Build the kernel, and into Triton's cache the C stub that launches it, which loading it would build."""
-        arguments = stub_arguments(self.build(tensors, kinds))
-        if arguments is not None:  # else another launch has loaded it
-            driver.active.launcher_cls(*arguments)
+        with COMPILING:
+            arguments = stub_arguments(self._variant.build(tensors, self._scalars, self._grid, kinds))
+            if arguments is not None:  # else another launch has loaded it
+                driver.active.launcher_cls(*arguments)
+
+    def _load(self, tensors, kinds):
+        return self._variant.load(tensors, self._scalars, self._grid, kinds)
+
+    def _launch(self, tensors, kinds):
+        found = self._bound.get(kinds)
+        if found is None:
+            found = self._bound[kinds] = bound(self._load(tensors, kinds), self._grid, self._scalars)
+        return found
 
 
 def hooks_are_set():

@@ -70,7 +70,7 @@ def step(
     q_strides, k_strides, v_strides, out_strides, num_heads, group, eps,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, WIDTHS: tl.constexpr, DIVISORS: tl.constexpr,
     NUM_FEATURES: tl.constexpr, DV: tl.constexpr, GROUP_BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_STATE: tl.constexpr,
-):  # fmt: skip
+):
     """One token: add its features times (v, 1) to the state of a key head, (P, Dv + 1) float32, and read it for the group."""
     program = tl.program_id(0)
     head, batch = program % num_heads, program // num_heads

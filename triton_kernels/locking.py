@@ -42,11 +42,25 @@ def lock_radius_squared(alpha, c):
 
 
 @triton.jit
+def squares_of(tile):
+    """|w|^2 of each row, of 16-bit tokens from the product that gives w . w', too.
+
+    Tensor cores cut sums off, so products of tokens with a common part lack 1e-7 of themselves. In |w|^2 + |w'|^2 - 2 w . w'
+    that cancels if the squares lack it as well; else all distances are too long, and pairs at the lock boundary are lost.
+    """
+    if tile.dtype == tl.float32:
+        return tl.sum(tile * tile, 1)
+    else:
+        row = tl.arange(0, tile.shape[0])
+        return tl.sum(tl.where(row[:, None] == row[None, :], tl.dot(tile, tl.trans(tile)), 0.0), 1)
+
+
+@triton.jit
 def survey(
     w, coupling, bandwidth, order, squares, c, centres, extents,
     w_strides, coupling_stride, bandwidth_stride, num_tokens, num_heads, num_cells,
     ORDER_PER_TOKEN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """c None: the tokens are keys, which have no lock radius of their own.
 
     Parameters on the GPU are not checked on the host, so one out of its range makes every c of its tokens NaN.
@@ -54,8 +68,9 @@ def survey(
     cell, head, batch = program_coordinates(num_cells, num_heads)
     index = batch.to(tl.int64) * num_heads + head
     rows = cell * CELL + tl.arange(0, CELL)
-    tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_tokens, D, BLOCK_D).to(tl.float32)
-    row_squares = tl.sum(tile * tile, 1)
+    tile = load_tile(at(w, w_strides, batch, head), rows, w_strides[2], num_tokens, D, BLOCK_D)
+    row_squares = squares_of(tile)
+    tile = tile.to(tl.float32)
     tl.store(squares + index * num_tokens + rows, row_squares, mask=rows < num_tokens)
     centre = tl.sum(tile, 0) / tl.minimum(num_tokens - cell * CELL, CELL)
     away = tl.where((rows < num_tokens)[:, None], tile - centre[None, :], 0.0)
@@ -86,7 +101,7 @@ def neighbours(
     num_tokens, num_cells, num_others, num_heads, own_group, other_group, num_tiles, offset,
     QUERIES: tl.constexpr, CAUSAL: tl.constexpr, CELLS: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """lists (B, Hq, tiles, num_others), counts (B, Hq, tiles); a tile has CELLS cells. QUERIES: tiles are of queries.
 
     MEMBERS: from this bit on an entry of a list has one for each cell of the tile, whether that cell meets the other; None: no.

@@ -56,7 +56,7 @@ def attend(
     num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,7 +116,7 @@ def attend_resident(
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
     AT_ONCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -179,7 +179,7 @@ def select(
     num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
     SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """SLOTS: NUM_SLOTS, the tiles of the ring, and as many empty ones as make it a power of two."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k = at(k, k_strides, batch, head // group)
@@ -218,7 +218,7 @@ def select(
 def write_rows(
     o, lse, o_strides, batch, head, num_heads, rows, num_queries, sees_a_key, highest, total, acc,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Normalise and store a tile of outputs; rows without keys give zeros."""
     inverse = tl.where(sees_a_key, tl.div_rn(1.0, total), 0.0)  # `/` is off by up to two units in the last place
     out = acc * inverse[:, None]
@@ -234,7 +234,7 @@ def grad_queries(
     num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -328,7 +328,7 @@ def grad_keys(
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(at(k, k_strides, batch, kv_head), keys, k_strides[2], num_keys, D, BLOCK_D)
@@ -366,7 +366,7 @@ def grad_keys(
                 seen = load_bits(
                     bits + row_offset * num_words, rows, num_queries, begin, end, tile * BLOCK_N, num_words,
                     BLOCK_M, BLOCK_N, True,
-                )  # fmt: skip
+                )
                 weight = tl.where(seen, weight, 0.0)
             elif token_bounds is not None:
                 begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
@@ -395,7 +395,7 @@ def grad_keys(
 def grad_parameter(
     dlog_scale, parameter, dparameter, num_batches, num_parameters, num_partials,
     GRAD_PARAMETER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a parameter; dlog_scale is (batches, parameters, partials), all heads of a shared one in its partials."""
     index = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -87,7 +87,7 @@ def signature(q, k, v, parameter, packed, left, right):
     return Signature(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
         0 if parameter is None else parameter.numel(), packed, left, right, dot_precision(q.dtype),
-    )  # fmt: skip
+    )
 
 
 def num_key_tiles(left, right, offset, slots, block_m, block_n):
@@ -127,7 +127,7 @@ def plan_attend(pair, call, o_strides, num_words):
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
         pair.scale, pair.score, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -143,7 +143,7 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -159,7 +159,7 @@ def plan_select(pair, call, top_k, ring):
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
         width, block_m, parameters.block_n, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -171,7 +171,7 @@ def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
         pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(pairwise.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -183,7 +183,7 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
         pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
@@ -196,7 +196,7 @@ def plan_grad_parameter(pair, call):
 
 
 def grad_query_tiles(call):
-    """Query tiles of grad_queries: the caller sizes dlog_scale with it, one partial sum a program."""
+    """Query tiles of grad_queries, each of which writes one partial sum of dlog_scale."""
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
@@ -214,12 +214,17 @@ def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, ri
     return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
-def backward_launches(pair, call, o, do, bits, dq, dk, dv):
-    """The launches that fill dq, delta (B, Hq, N) and dlog_scale (B, Hq, query tiles); dk and dv; the parameter's gradient.
-
-    bits None: no selection.
-    """
+def backward_launches(
+    pair, q, k, v, parameter, token_bounds, left, right, o, lse, bits, do, dq, dk, dv, dparameter
+):
+    """(launch, tensors) pairs that fill the gradients. bits None: no selection."""
+    call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
+    delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], grad_query_tiles(call))
     queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
     keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
-    return queries, keys, plan_grad_parameter(pair, call)
+    return [
+        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+        (plan_grad_parameter(pair, call), (dlog_scale, parameter, dparameter)),
+    ]

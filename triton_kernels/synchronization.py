@@ -159,7 +159,7 @@ def attend(
     w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
     SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     TILE: tl.constexpr = max(BLOCK_M, CELL)  # the tokens that share a list
     cell_list, count = cells(
@@ -220,7 +220,7 @@ def mask_backward(x, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
 @triton.jit
 def write_rows(
     o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV: tl.constexpr, BLOCK_DV: tl.constexpr
-):  # fmt: skip
+):
     """Normalise and store a tile of outputs; rows without a locked key give zeros."""
     out = acc * tl.div_rn(1.0, row_total + EPS)[:, None]
     store_tile(at(o, o_strides, batch, head), rows, o_strides[2], num_queries, out, DV, BLOCK_DV)
@@ -234,7 +234,7 @@ def attend_top_k(
     top_k, SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     NUM_KEY_TILES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -278,7 +278,7 @@ def attend_top_k(
 def row_terms(
     o, do, total, inverse, shift, o_strides, do_strides, num_queries, num_heads, num_tiles,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -312,7 +312,7 @@ def grad_queries(
     num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
     SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """Shifts of 16-bit tokens are of a rounded o. A first walk finds their errors and mends them, for grad_keys, too."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     TILE: tl.constexpr = max(BLOCK_M, CELL)
@@ -403,7 +403,7 @@ def grad_keys(
     num_queries, num_keys, num_heads, group, num_tiles, offset, num_words, steepest,
     SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """dw: (B, H, N, D) float32, contiguous: the gradient of the tokens as queries, which is added to dk; None without SELF."""
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     TILE: tl.constexpr = max(BLOCK_N, CELL)
@@ -453,7 +453,7 @@ def grad_keys(
                 keep = load_bits(
                     bits + row_offset * num_words, rows, num_queries, begin, begin + num_keys, tile * BLOCK_N, num_words,
                     BLOCK_M, BLOCK_N, True,
-                )  # fmt: skip
+                )
                 weight = tl.where(keep, weight, 0.0)
                 slope = tl.where(keep, slope, 0.0)
             dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
@@ -484,7 +484,7 @@ def grad_tokens(
     num_tokens, num_heads, num_tiles, steepest,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """S_ij = S_ji, so that a pair of tiles gives dw and dv of one of them at once: five products and one S, not 7 and 2."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     TILE: tl.constexpr = max(BLOCK_M, CELL)
@@ -569,3 +569,45 @@ def grad_tokens(
         row_dalpha -= 2.0 * error * dalpha_by_shift
     row_c = tl.zeros((BLOCK_M,), tl.float32) + head_c
     store_parameters(dalpha, dradius, row_offset, rows, num_tokens, 0.5 * row_dalpha / decay, 0.5 * row_dradius / decay, row_c)
+
+
+@triton.jit
+def head_gradients(
+    dalpha, dradius, coupling, order, of_alpha, of_radius, dorder,
+    coupling_stride, num_heads, num_queries, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Sums over the queries of one head, one program each, and the gradient of the order parameter.
+
+    dalpha, dradius (B, H, N): gradients of alpha and of K r of each row. of_alpha, of_radius (B, H): the sums of dalpha, and of
+    dradius r, which is that of K. PER_TOKEN: order is (B, H, N), else (B, H).
+    """
+    index = tl.program_id(0)
+    strength = tl.load(coupling + index % num_heads * coupling_stride)
+    row_offset = index.to(tl.int64) * num_queries
+    alpha, radius = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_queries, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        alpha += load_vector(dalpha + row_offset, rows, num_queries, 0.0)
+        row_radius = load_vector(dradius + row_offset, rows, num_queries, 0.0)
+        if PER_TOKEN:
+            tl.store(dorder + row_offset + rows, row_radius * strength, mask=rows < num_queries)
+            row_radius *= load_vector(order + row_offset, rows, num_queries, 0.0)
+        radius += row_radius
+    total = tl.sum(radius, 0)
+    if not PER_TOKEN:
+        tl.store(dorder + index, total * strength)
+        total *= tl.load(order + index)
+    tl.store(of_alpha + index, tl.sum(alpha, 0))
+    tl.store(of_radius + index, total)
+
+
+@triton.jit
+def sum_heads(x, out, num_batches, num_parameters, num_partials, BLOCK: tl.constexpr):
+    """The sum over batches, and over heads where they share a parameter; x is (batches, parameters, partials)."""
+    index = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for batch in range(num_batches):
+        partials = x + (batch * num_parameters + index) * num_partials
+        for first in range(0, num_partials, BLOCK):
+            total += load_vector(partials, first + tl.arange(0, BLOCK), num_partials, 0.0)
+    tl.store(out + index, tl.sum(total, 0))

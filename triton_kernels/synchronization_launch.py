@@ -1,7 +1,9 @@
 """Launchers of the kernels of selective synchronization attention. Outputs and workspaces come from the caller."""
 
 import functools
+from typing import NamedTuple
 
+import torch
 import triton
 
 from . import locking, pairwise_launch, synchronization
@@ -61,7 +63,7 @@ def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_tok
     cells = triton.cdiv(length, CELL)
     scalars = (
         strides, coupling_stride, bandwidth_stride, length, heads, cells, order_per_token, width, width_block(width)
-    )  # fmt: skip
+    )
     return Launch(locking.survey, cells * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -75,7 +77,7 @@ def plan_neighbours(call, kernel, rows, members=None):
     scalars = (
         own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
         call.window[0], queries, call.right == 0, rows // CELL, members, width, width_block(width),
-    )  # fmt: skip
+    )
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -86,7 +88,7 @@ def plan_attend(call, self, o_strides, bandwidth_stride):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -97,7 +99,7 @@ def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         top_k, *options(call, self), ring // parameters.block_n, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -116,7 +118,7 @@ def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dw_strides, bandwidth_stride, *call.geometry, tiles,
         call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -127,7 +129,7 @@ def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_str
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride, *call.geometry,
         tiles, call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
@@ -139,91 +141,129 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
     scalars = (
         call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
         steepest, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(synchronization.grad_tokens, tiles * call.q_shape[0] * num_heads, scalars, parameters)
 
 
-def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, bits, cuda):
-    """The launches of `forward`, in order. cuda: the launch in CUDA C++ that takes the place of `attend`, or None."""
+@functools.lru_cache(maxsize=1024)
+def plan_head_gradients(rows, coupling_stride, per_token):
+    batch, heads, length = rows
+    scalars = coupling_stride, heads, length, per_token, min(1024, triton.next_power_of_2(length))
+    return Launch(synchronization.head_gradients, heads * batch, scalars, FEW_ROWS)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_sum_heads(batch, heads, count):
+    scalars = batch, count, heads // count, triton.next_power_of_2(heads // count)
+    return Launch(synchronization.sum_heads, count, scalars, FEW_ROWS)
+
+
+class Survey(NamedTuple):
+    """What locking.survey writes about queries or keys; c (B, H, N) is None of keys."""
+
+    squares: torch.Tensor
+    c: torch.Tensor | None
+    centres: torch.Tensor
+    extents: torch.Tensor
+
+
+def survey(w, queries):
+    """A Survey, not filled."""
+    batch, heads, length, width = w.shape
+    cells = triton.cdiv(length, CELL)
+
+    def floats(*shape):
+        return w.new_empty((batch, heads, *shape), dtype=torch.float32)
+
+    return Survey(floats(length), floats(length) if queries else None, floats(cells, width), floats(cells, EXTENT))
+
+
+def survey_launches(omega, omega_k, coupling, bandwidth, order):
+    """Surveys of queries and keys, one for both without omega_k, and the (launch, tensors) pairs that fill them."""
+    strides = stride(coupling), stride(bandwidth), order.dim() == 3
+    of_queries = survey(omega, True)
+    of_keys = of_queries if omega_k is None else survey(omega_k, False)
+    launches = []
+    for w, found in ((omega, of_queries), (omega_k, of_keys)):
+        if w is not None:
+            launches.append((plan_survey(w.shape, w.stride(), *strides), (w, coupling, bandwidth, order, *found)))
+    return of_queries, of_keys, launches
+
+
+def list_launches(call, kernel, own, others, cuda=None):
+    """(lists, counts), for a launch in CUDA C++ a counter, too, and the pair that fills the first two.
+
+    own, others: the surveys. cuda: the launch in CUDA C++ that takes the place of the kernel's, or None.
+    """
+    rows = list_rows(call, kernel, cuda)
+    shapes = lists_shapes(call, kernel, rows)
+    lists = [own.squares.new_empty(shape, dtype=torch.int32) for shape in (*shapes, *([] if cuda is None else [(1,)]))]
+    launch = plan_neighbours(call, kernel, rows, members(cuda))
+    return lists, (launch, (own.centres, own.extents, others.centres, others.extents, *lists[:2]))
+
+
+def forward_launches(omega, omega_k, v, coupling, bandwidth, order, causal, top_k, o, total, bits, cuda=None):
+    """The pairs that fill o (B, Hq, N, Dv), total (B, Hq, N) and, with top_k, bits (B, Hq, N, words).
+
+    cuda: the launch in CUDA C++ that takes the place of `attend`, or None.
+    """
     call, self = signature(omega, omega_k, v, causal), omega_k is None
-    launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
-    if top_k is None:
-        neighbours = plan_neighbours(call, "sync_attend", list_rows(call, "sync_attend", cuda), members(cuda))
-        return *launches, neighbours, cuda or plan_attend(call, self, o.stride(), stride(bandwidth))
-    return *launches, plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
+    queries, keys, launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
+    given = omega, omega if self else omega_k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
+    if top_k is not None:
+        attend = plan_attend_top_k(call, self, o.stride(), stride(bandwidth), top_k, bits.shape[-1] * WORD)
+        return [*launches, (attend, (*given, bits))]
+    lists, fill = list_launches(call, "sync_attend", queries, keys, cuda)
+    attend = cuda or plan_attend(call, self, o.stride(), stride(bandwidth))
+    return [*launches, fill, (attend, (*given, *lists))]
 
 
 def backward_launches(
-    omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, symmetric, o, bits, do, dw, dk, dv, cuda
-):  # fmt: skip
-    """The launches of `backward`, in order; symmetric: S is, and dw is the gradient of omega as queries and as keys.
+    omega, omega_k, v, coupling, bandwidth, order, causal, grad_floor, o, total, bits, do,
+    dw, dk, dv, dcoupling, dbandwidth, dorder, cuda=None,
+):
+    """The pairs that fill the gradients; dw is that of omega, as queries and as keys where omega_k is None.
 
     cuda: the launch in CUDA C++ that takes the place of `grad_tokens`, or None.
     """
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
-    surveys = survey_launches(omega, omega_k, coupling, bandwidth, order)
-    launches = *surveys, plan_row_terms(o.shape, o.stride(), do.stride())
-    if symmetric:
-        rows = list_rows(call, "sync_grad_tokens", cuda)
+    queries, keys, launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
+    inverse, shift, dalpha, dradius = [torch.empty_like(total) for _ in range(4)]
+    launches.append((plan_row_terms(o.shape, o.stride(), do.stride()), (o, do, total, inverse, shift)))
+    if is_symmetric(omega_k, bits, causal, order):
+        lists, fill = list_launches(call, "sync_grad_tokens", queries, keys, cuda)
         tokens = cuda or plan_grad_tokens(call, do.stride(), dw.stride(), dv.stride(), by_head, steepest)
-        return *launches, plan_neighbours(call, "sync_grad_tokens", rows, members(cuda)), tokens
-    num_words = 0 if bits is None else bits.shape[-1]
-    return (
+        given = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *lists
+        launches += [fill, (tokens, given)]
+    else:
+        num_words = 0 if bits is None else bits.shape[-1]
+        # What tokens get as queries is kept unrounded until what they get as keys is added.
+        of_queries, of_keys = (omega.new_empty(omega.shape, dtype=torch.float32), dw) if self else (dw, dk)
+        given = (
+            omega, omega if self else omega_k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits,
+        )
+        query_lists, fill_query_lists = list_launches(call, "sync_grad_queries", queries, keys)
+        key_lists, fill_key_lists = list_launches(call, "sync_grad_keys", keys, queries)
+        grad_queries = plan_grad_queries(call, self, do.stride(), of_queries.stride(), by_head, num_words, steepest)
+        grad_keys = plan_grad_keys(call, self, do.stride(), of_keys.stride(), dv.stride(), by_head, num_words, steepest)
+        launches += [
+            fill_query_lists,
+            (grad_queries, (*given, of_queries, dalpha, dradius, *query_lists)),
+            fill_key_lists,
+            (grad_keys, (*given, of_queries if self else None, of_keys, dv, *key_lists)),
+        ]
+    (batch, heads, _), per_token = total.shape, order.dim() == 3
+    of_alpha, of_radius = total.new_empty((batch, heads)), total.new_empty((batch, heads))
+    of_heads = plan_head_gradients(total.shape, stride(coupling), per_token)
+    return [
         *launches,
-        plan_neighbours(call, "sync_grad_queries", list_rows(call, "sync_grad_queries")),
-        plan_grad_queries(call, self, do.stride(), dw.stride(), by_head, num_words, steepest),
-        plan_neighbours(call, "sync_grad_keys", list_rows(call, "sync_grad_keys")),
-        plan_grad_keys(call, self, do.stride(), dk.stride(), dv.stride(), by_head, num_words, steepest),
-    )
+        (of_heads, (dalpha, dradius, coupling, order, of_alpha, of_radius, dorder)),
+        (plan_sum_heads(batch, heads, bandwidth.numel()), (of_alpha, dbandwidth)),
+        (plan_sum_heads(batch, heads, coupling.numel()), (of_radius, dcoupling)),
+    ]
 
 
-def survey_launches(omega, omega_k, coupling, bandwidth, order):
-    """The launches of `surveys`."""
-    strides = stride(coupling), stride(bandwidth), order.dim() == 3
-    return tuple(plan_survey(w.shape, w.stride(), *strides) for w in (omega, omega_k) if w is not None)
-
-
-def surveys(omega, omega_k, coupling, bandwidth, order, queries, keys):
-    """What the launches that fill the surveys of queries and, with omega_k, of keys are given."""
-    of_queries = omega, coupling, bandwidth, order, *queries
-    return (of_queries,) if omega_k is None else (of_queries, (omega_k, coupling, bandwidth, order, *keys))
-
-
-def neighbours(own, other, lists):
-    """What the launch that fills (lists, counts, ..) is given."""
-    return own.centres, own.extents, other.centres, other.extents, *lists[:2]
-
-
-def forward(omega, omega_k, v, coupling, bandwidth, order, queries, keys, lists, o, total, bits):
-    """What `forward_launches` are given to fill o (B, Hq, N, Dv), total (B, Hq, N) and bits (B, Hq, N, words) or lists."""
-    k = omega if omega_k is None else omega_k
-    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, o, total
-    given = surveys(omega, omega_k, coupling, bandwidth, order, queries, keys)
-    if lists is None:
-        return *given, (*inputs, bits)
-    return *given, neighbours(queries, keys, lists), (*inputs, *lists)
-
-
-def backward(
-    omega, omega_k, v, coupling, bandwidth, order, queries, keys, query_lists, key_lists, o, total, bits,
-    do, inverse, shift, dw, dk, dv, dalpha, dradius,
-):  # fmt: skip
-    """What `backward_launches` are given to fill dw, dk, dv, and dalpha and dradius (B, Hq, N).
-
-    key_lists None: where S is symmetric, dw is that of queries and keys. Without omega_k, dk is the gradient of omega, and
-    dw (B, H, N, D) float32 that of its part as queries.
-    """
-    k = omega if omega_k is None else omega_k
-    given = *surveys(omega, omega_k, coupling, bandwidth, order, queries, keys), (o, do, total, inverse, shift)
-    if key_lists is None:
-        tensors = omega, v, queries.squares, queries.c, bandwidth, do, inverse, shift, dw, dv, dalpha, dradius, *query_lists
-        return *given, neighbours(queries, keys, query_lists), tensors
-    inputs = omega, k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits
-    return (
-        *given,
-        neighbours(queries, keys, query_lists),
-        (*inputs, dw, dalpha, dradius, *query_lists),
-        neighbours(keys, queries, key_lists),
-        (*inputs, dw if omega_k is None else None, dk, dv, *key_lists),
-    )
+def is_symmetric(omega_k, bits, causal, order):
+    """Whether S is: queries are the keys, all see all, nothing is selected, and a head has one order parameter."""
+    return omega_k is None and bits is None and not causal and order.dim() == 2

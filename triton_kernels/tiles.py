@@ -64,7 +64,7 @@ def load_tile(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 @triton.jit
 def load_rows(
     base, first, COUNT: tl.constexpr, stride, num_rows, EDGES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):  # fmt: skip
+):
     """COUNT rows from `first` on as a tile; EDGES: some may be beyond num_rows."""
     rows = tl.arange(0, COUNT)
     base += first.to(tl.int64) * stride
@@ -77,7 +77,7 @@ def load_rows(
 @triton.jit
 def load_tiles(
     base, first, stride, num_rows, COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):  # fmt: skip
+):
     """COUNT tiles of BLOCK consecutive rows from `first` on, all in flight at once."""
     tiles = ()
     for t in tl.static_range(COUNT):
@@ -266,7 +266,7 @@ def bits_from(position):
 def load_bits(
     bits, rows, num_rows, begin, end, first_key, num_words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
-):  # fmt: skip
+):
     """(BLOCK_M, BLOCK_N) mask of the selected keys from first_key on, or its transpose; nothing outside [begin, end)."""
     words = tl.load(ring_words(bits, rows, first_key, num_words, BLOCK_N), mask=(rows < num_rows)[:, None], other=0)
     # Bits outside a row's interval belong to other keys of the ring. Clearing them a word at a time is cheap, except where

@@ -79,7 +79,7 @@ def gpu_suite():
     wide = Case(
         name="affine-causal", batch=4, heads=16, kv_heads=16, length=4096, width=128, dtype="bfloat16",
         providers=("nearfar", *composed, *softmax), goal_ms=(0.60, 2.0),
-    )  # fmt: skip
+    )
     narrow = replace(wide, heads=32, kv_heads=32, width=64)
     plain = {"name": "softmax-causal", "affine": False, "goal_ms": None, "providers": ("nearfar", *softmax)}
     sweep = {"name": "affine-length", "goal_ms": None, "plotted": True}
@@ -95,7 +95,7 @@ def cpu_suite():
     sweep = Case(
         name="affine-length", batch=1, heads=4, kv_heads=4, length=256, width=64, dtype="float32", plotted=True,
         providers=("nearfar", "sdpa-epilogue", "sdpa"),
-    )  # fmt: skip
+    )
     return swept(sweep, 256, 2048, tokens=2048)
 
 
@@ -121,4 +121,4 @@ def from_arguments(shape, args):
         name="affine-custom", batch=batch, heads=heads, kv_heads=args.kv_heads or heads, length=length, width=width,
         dtype=args.dtype or ("bfloat16" if gpu else "float32"), providers=args.providers or ("nearfar", *composed, *softmax),
         plotted=True, backward=args.backward, causal=args.causal, affine=args.affine,
-    )  # fmt: skip
+    )

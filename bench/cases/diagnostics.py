@@ -78,7 +78,7 @@ def gpu_suite():
     statistics = Case(
         name="statistics", batch=1, heads=32, kv_heads=32, length=16384, width=128, dtype="bfloat16",
         providers=("nearfar", "sdpa-cudnn", "sdpa-flash"), goal_over=("sdpa-cudnn", 1.3),
-    )  # fmt: skip
+    )
     geometry = replace(statistics, name="geometry", top_n=4, goal_over=("sdpa-cudnn", 2.5))
     others = [replace(case, goal_over=None) for case in (statistics, geometry)]
     eager = dict(heads=16, kv_heads=16, length=4096, providers=("nearfar", "eager"))
@@ -97,7 +97,7 @@ def cpu_suite():
     sweep = Case(
         name="diagnostics-length", batch=1, heads=4, kv_heads=4, length=512, width=64, dtype="float32", plotted=True,
         providers=("nearfar", "sdpa"),
-    )  # fmt: skip
+    )
     return [case for one in (sweep, replace(sweep, top_n=4, providers=("nearfar",))) for case in lengths(one, 512, 4096)]
 
 
@@ -115,4 +115,4 @@ def from_arguments(shape, args):
         name="diagnostics-custom", batch=batch, heads=heads, kv_heads=args.kv_heads or heads, length=length, width=width,
         dtype=args.dtype or ("bfloat16" if gpu else "float32"), providers=args.providers or default, plotted=True,
         top_n=args.top_n, causal=not args.full,
-    )  # fmt: skip
+    )

@@ -69,18 +69,18 @@ def gpu_suite():
     core = Case(
         name="krause-window", batch=1, heads=32, kv_heads=32, length=16384, width=64, dtype="bfloat16",
         providers=("nearfar", "flex-rbf", "flex-softmax", "sdpa-flash", "sdpa-cudnn"), goal_ms=(0.14, 0.40),
-    )  # fmt: skip
+    )
     topk = replace(
         core, name="krause-window-topk", top_k=96, providers=("nearfar", "flex-rbf", "sdpa-flash"), goal_ms=(0.30, 0.45)
     )
     small = replace(
         topk, name="krause-window-topk-4k", heads=16, kv_heads=16, length=4096, goal_ms=None,
         providers=("nearfar", "eager"),
-    )  # fmt: skip
+    )
     sweep = replace(
         core, name="krause-length", heads=8, kv_heads=8, goal_ms=None, plotted=True,
         providers=("nearfar", "flex-rbf", "sdpa-flash", "sdpa-cudnn", "eager"),
-    )  # fmt: skip
+    )
     million = replace(sweep, name="krause-million", providers=("nearfar",))
     # FlexAttention takes seconds to compile for each length: every other one draws its line.
     swept = lengths(sweep, 1024, 131072)
@@ -99,7 +99,7 @@ def cpu_suite():
     sweep = Case(
         name="krause-length", batch=1, heads=4, kv_heads=4, length=512, width=64, dtype="float32", plotted=True,
         providers=("nearfar", "sdpa", "eager"),
-    )  # fmt: skip
+    )
     return [
         *lengths(sweep, 512, 8192),
         *lengths(replace(sweep, top_k=96, providers=("nearfar",)), 512, 8192),
@@ -126,4 +126,4 @@ def from_arguments(shape, args):
         name="krause-custom", batch=batch, heads=heads, kv_heads=args.kv_heads or heads, length=length, width=width,
         dtype=args.dtype or ("bfloat16" if gpu else "float32"), providers=args.providers or default, plotted=True,
         backward=args.backward, left=args.window[0], right=args.window[1], top_k=args.top_k, sigma=args.sigma,
-    )  # fmt: skip
+    )

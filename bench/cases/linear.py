@@ -84,17 +84,17 @@ def gpu_suite():
     causal = Case(
         name="linear-causal", batch=4, heads=32, kv_heads=32, length=4096, width=64, factors=(64,), causal=True,
         dtype="bfloat16", providers=("nearfar", *FLA, "fla-fused-chunk-bare", *plain, *softmax), goal_ms=(0.12, 0.30),
-    )  # fmt: skip
+    )
     full = replace(
         causal, name="linear-full", batch=1, length=16384, causal=False, providers=("nearfar", *plain, *softmax),
         goal_ms=(0.13, 0.30),
-    )  # fmt: skip
+    )
     wide = replace(full, heads=16, kv_heads=16, length=65536, width=128, factors=(128,), goal_ms=(0.45, 1.1))
     hadamard = replace(full, name="hadamard-full", factors=(16, 16), goal_ms=(0.25, 0.80))
     video = replace(
         hadamard, name="hadamard-video", heads=12, kv_heads=12, length=32760, width=128, factors=(64, 64),
         goal_ms=(2.5, 8.0),
-    )  # fmt: skip
+    )
     hadamard_causal = replace(
         hadamard, name="hadamard-causal", batch=4, length=4096, causal=True, goal_ms=(0.35, 1.1)
     )
@@ -118,7 +118,7 @@ def cpu_suite():
     sweep = Case(
         name="linear-length", batch=1, heads=4, kv_heads=4, length=512, width=64, factors=(64,), dtype="float32",
         plotted=True, providers=("nearfar", "sdpa"),
-    )  # fmt: skip
+    )
     return swept(sweep, 512, 8192)
 
 
@@ -153,4 +153,4 @@ def from_arguments(shape, args):
         dtype=args.dtype or ("bfloat16" if gpu else "float32"), providers=args.providers or default, plotted=True,
         backward=args.backward, factors=args.factors or (width,), causal=args.causal, feature_map=args.feature_map,
         normalize=args.normalize,
-    )  # fmt: skip
+    )

@@ -86,13 +86,13 @@ def gpu_suite():
     dense = Case(
         name="ssa-dense", batch=4, heads=32, kv_heads=32, length=4096, width=64, dtype="bfloat16",
         providers=("nearfar", *softmax), goal_ms=(1.8, 5.0),
-    )  # fmt: skip
+    )
     # A fifth of the dense goals.
     sparse = replace(dense, name="ssa-sparse", clusters=10, goal_ms=(0.36, 1.0))
     causal = replace(dense, name="ssa-causal", causal=True, goal_ms=None)
     small = replace(
         dense, name="ssa-dense-small", batch=1, heads=8, kv_heads=8, goal_ms=None, providers=("nearfar", "eager")
-    )  # fmt: skip
+    )
     locked = [
         replace(dense, name="ssa-locked", clusters=clusters, goal_ms=None, providers=("nearfar",))
         for clusters in (1, 2, 4, 8, 16, 32, 64)
@@ -104,7 +104,7 @@ def cpu_suite():
     sweep = Case(
         name="ssa-length", batch=1, heads=4, kv_heads=4, length=256, width=64, dtype="float32", plotted=True,
         providers=("nearfar", "sdpa", "eager"),
-    )  # fmt: skip
+    )
     return lengths(sweep, 256, 2048)
 
 
@@ -122,4 +122,4 @@ def from_arguments(shape, args):
         name="ssa-custom", batch=batch, heads=heads, kv_heads=heads, length=length, width=width,
         dtype=args.dtype or ("bfloat16" if gpu else "float32"), providers=args.providers or default, plotted=True,
         backward=args.backward, causal=args.causal, clusters=args.clusters,
-    )  # fmt: skip
+    )

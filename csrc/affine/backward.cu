@@ -3,6 +3,9 @@
 //
 //     dS = P (alpha dP - alpha m),   dq = scale dS k,   dk = scale dS^T q,   dv = (alpha P + beta)^T dO
 //
+// u was rounded to 16 bits, of weights that were. The gradients of alpha and of the sink are m and a sum of it: for them the
+// queries' walk adds up the row sums of P dP, in float32, which are m exactly. dk takes these, too.
+//
 // Two warp groups have 64 own rows each and multiply them with tiles of the others: two products make the weights of a tile,
 // and one or two more add what it gives. While one group computes weights, the products of the other run. One thread of a third
 // group copies tiles ahead. Blocks take one span of 128 rows after the other (spans.cuh).
@@ -37,17 +40,18 @@ struct Reach {
 template <typename Traits>
 using Weights = uint32_t[Traits::kTile / 16][4];
 
-// What a thread knows of its queries: of each of two rows its log-sum-exp in base 2, m and alpha, and a lane's part of dbeta.
+// What a thread knows of its queries: of each of two rows its log-sum-exp in base 2, m by u and alpha, and a lane's part of
+// dbeta and of exact m.
 template <typename Traits>
 struct Queries {
     using Number = typename Traits::Number;
     using Products = float[1][Traits::kTile / 2];
     static constexpr int kChunks = Traits::kWidth / 16;  // of 16 bytes, of half a row
 
-    float lse[2], m[2], alpha[2], dbeta[2];
+    float lse[2], m[2], alpha[2], dbeta[2], exact[2] = {};
     int edge;  // values before it are seen by all queries of the block: dbeta has their running sums
 
-    // Forms m, dbeta of the values before the edge, and the terms for the keys. Two threads have a row, half of its columns
+    // Forms m by u, dbeta of the values before the edge, and the terms for the keys but what follows from exact m. Two threads have a row, half of its columns
     // each: those of a warp have its 16 rows.
     __device__ Queries(const Arguments<Number>& arguments, const Places<Traits>& places, const char* memory,
                        const Span<Traits>& span, int nth) {
@@ -94,10 +98,11 @@ struct Queries {
         bias += __shfl_xor_sync(kWholeWarp, bias, 1);
         terms[kShift] = terms[kAlpha] * product;
         if (half == 0) {
-            if (there) arguments.m[at] = product;
+            if (there && !Traits::kExact) arguments.m[at] = product;
             float* const to = arguments.terms + index * arguments.padded_queries + row;  // of all rows that keys copy
 #pragma unroll
-            for (int i = 0; i < Traits::kTerms; ++i) to[i * arguments.terms_apart] = terms[i];
+            for (int i = 0; i < Traits::kTerms; ++i)
+                if (i != kShift || !Traits::kExact) to[i * arguments.terms_apart] = terms[i];
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -127,18 +132,26 @@ struct Queries {
         for (int i = 0; i < Traits::kTile / 4; ++i) {
             const float x = score[0][2 * i] * (slope[0][2 * i] - m[i % 2]);
             const float y = score[0][2 * i + 1] * (slope[0][2 * i + 1] - m[i % 2]);
+            if constexpr (Traits::kExact)
+                exact[i % 2] = fmaf(score[0][2 * i], slope[0][2 * i], fmaf(score[0][2 * i + 1], slope[0][2 * i + 1], exact[i % 2]));
             weights[0][i / 4][i % 4] = pack<Number>(x, y);
         }
     }
 
     __device__ void finish(const Arguments<Number>& arguments, const Span<Traits>& span, int row,
                            float (&sums)[1][Traits::kWidth / 2]) const {
-        const int64_t numbers = (static_cast<int64_t>(span.batch) * arguments.heads + span.head) * arguments.band.num_rows;
+        const int64_t index = static_cast<int64_t>(span.batch) * arguments.heads + span.head;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float total = quad_sum(dbeta[r]);
-            if (arguments.dbeta != nullptr && threadIdx.x % 4 == 0 && row + 8 * r < arguments.band.num_rows)
-                arguments.dbeta[numbers + row + 8 * r] = total;
+            const int row_r = row + 8 * r;
+            const int64_t at = index * arguments.band.num_rows + row_r;
+            const bool there = row_r < arguments.band.num_rows;
+            const float total = quad_sum(dbeta[r]), product = quad_sum(exact[r]);
+            if (threadIdx.x % 4 > 0) continue;
+            if (arguments.dbeta != nullptr && there) arguments.dbeta[at] = total;
+            if (!Traits::kExact) continue;
+            if (there) arguments.m[at] = product;
+            arguments.terms[kShift * arguments.terms_apart + index * arguments.padded_queries + row_r] = alpha[r] * product;
         }
 #pragma unroll
         for (int i = 0; i < Traits::kWidth / 2; ++i) sums[0][i] *= alpha[i / 2 % 2];
@@ -281,9 +294,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) affine_backward_kernel(
     }
 }
 
-template <typename Number, int Width, bool Scaled>
+template <typename Number, int Width, bool Scaled, bool Exact>
 void launch_both(const AffineBackward& call, cudaStream_t stream) {
-    using OfQueries = Traits<Number, Width, 1, 128, Width == 64 ? 4 : 2, Scaled>;
+    using OfQueries = Traits<Number, Width, 1, 128, Width == 64 ? 4 : 2, Scaled, Exact>;
     using OfKeys = Traits<Number, Width, 2, Width == 64 ? 128 : 64, 4, Scaled>;
     const int64_t group = call.heads / call.kv_heads;
     const Rows q{call.q, {call.batches, call.heads, call.num_queries, Width}, call.q_strides};
@@ -327,8 +340,9 @@ void launch_both(const AffineBackward& call, cudaStream_t stream) {
 void affine_backward(const AffineBackward& call, DType dtype, cudaStream_t stream) {
     dispatch_hopper(dtype, call.width, [&](auto* type, auto width) {
         using Number = std::remove_pointer_t<decltype(type)>;
-        if (call.alpha != nullptr || call.beta != nullptr) launch_both<Number, width, true>(call, stream);
-        else launch_both<Number, width, false>(call, stream);
+        if (call.alpha != nullptr || call.beta != nullptr) launch_both<Number, width, true, true>(call, stream);
+        else if (call.exact) launch_both<Number, width, false, true>(call, stream);
+        else launch_both<Number, width, false, false>(call, stream);
     });
 }
 

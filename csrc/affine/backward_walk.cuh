@@ -12,12 +12,13 @@
 namespace nearfar {
 namespace {
 
-// kSums: what is added up for a row, dq for queries, dv and dk for keys. kScaled: with alpha or beta.
-template <typename Number_, int kWidth_, int kSums_, int kTile_, int kStages_, bool kScaled_>
+// kSums: what is added up for a row, dq for queries, dv and dk for keys. kScaled: with alpha or beta. kExact, of queries: m is
+// wanted to the digits that u lost.
+template <typename Number_, int kWidth_, int kSums_, int kTile_, int kStages_, bool kScaled_, bool kExact_ = false>
 struct Traits {
     using Number = Number_;
     static constexpr int kWidth = kWidth_, kSums = kSums_, kPanels = kWidth / 64;
-    static constexpr bool kOfKeys = kSums == 2, kScaled = kScaled_;
+    static constexpr bool kOfKeys = kSums == 2, kScaled = kScaled_, kExact = kExact_;
     static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
     static constexpr int kTile = kTile_, kStages = kStages_;  // others at once
     static constexpr int kRegisters = 240, kProducerRegisters = 24;

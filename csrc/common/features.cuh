@@ -44,11 +44,11 @@ struct Exp {
     __device__ static float grad(float x) { return fast_exp(x); }
 };
 
-// The features of two numbers in a word.
+// The features of two numbers in a word, times `factor`.
 template <typename Map>
-__device__ __forceinline__ uint32_t map_word(uint32_t word) {
+__device__ __forceinline__ uint32_t map_word(uint32_t word, float factor = 1.0f) {
     const float2 x = unpack<__nv_bfloat16>(word);
-    return pack<__nv_bfloat16>(Map::value(x.x), Map::value(x.y));
+    return pack<__nv_bfloat16>(Map::value(x.x) * factor, Map::value(x.y) * factor);
 }
 
 // Calls `body` with a feature map, by its name in Python.

@@ -149,6 +149,20 @@ __device__ __forceinline__ void mask_diagonal(float (&c)[2][4], int quad, int pa
     }
 }
 
+// Takes from each row of a diagonal block the mean of what mask_diagonal<false> leaves.
+__device__ __forceinline__ void take_means(float (&c)[2][4], float (&mean)[2], int quad, int pair) {
+    mask_diagonal<false>(c, quad, pair);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        mean[r] = quad_sum(c[0][2 * r] + c[0][2 * r + 1] + c[1][2 * r] + c[1][2 * r + 1]) / (quad + 8 * r + 1);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) c[i / 4][i % 4] -= mean[i / 2 % 2];
+    mask_diagonal<false>(c, quad, pair);
+}
+
+// -dO . o of a row, by w, which has it times the inverse.
+__device__ __forceinline__ float shift_of(float weight, float inverse) { return inverse == 0 ? 0.0f : weight / inverse; }
+
 // c *= factor phi'(x), with x the same rows of a tile, whose columns `lane` knows.
 template <typename Map, int Width, int Tiles>
 __device__ __forceinline__ void multiply_by_slopes(float (&c)[Tiles][4], const float (&factor)[2], uint32_t rows,

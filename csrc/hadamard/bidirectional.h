@@ -10,7 +10,7 @@
 
 namespace nearfar {
 
-// Bidirectional Hadamard linear attention with two factors through a state (triton_kernels/factored.py), on the current device,
+// Bidirectional Hadamard linear attention with two factors through a state (triton_kernels/linear_tiles.py), on the current device,
 // a GPU of compute capability 9.0. Numbers are bfloat16 where nothing else is said. Factors are 64 wide: P = 64 x 64 features,
 // whose flat index has that of the first, the outer factor, ahead of that of the second, the inner one. Values and results are
 // 64 or 128 wide. Factors, values and results have strides in numbers for the first three dimensions, 1 for the last, and rows

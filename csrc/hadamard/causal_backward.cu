@@ -48,6 +48,7 @@ struct QueryArguments {
     float* weights;
     const int32_t* pieces;
     int heads, group, num_tokens, num_pieces, piece_length;
+    float eps;
 };
 
 template <typename Map>
@@ -98,7 +99,7 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
         const int first_row = piece.begin + chunk * BackwardWalk::kChunk + 16 * role.block, rows_left = piece.end - first_row;
         const int slot = chunk % BackwardWalk::kStages * Memory::kSlotBytes;
         uint32_t query[2][4], grad[kValueWidth / 16][4];
-        float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
+        float factor[2] = {1.0f, 1.0f}, common[2] = {}, rest[2] = {};  // as in linear/causal_backward.cu; rest by u^2
         if (arguments.inverse != nullptr) {
             for (int r = 0; r < 2; ++r) {
                 const int row = role.quad + 8 * r;
@@ -116,17 +117,27 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
 
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::state(chunk);
-        // Sums over j <= i: u^r_i of (dO_i . v_j) (x^s_i . y^s_j) y^r_j, and z^r_i of the same without dO_i . v_j.
-        float u1[2][4] = {}, u2[2][4] = {}, z1[2][4] = {}, z2[2][4] = {};
-        spread_state(u1, u2, query, grad, before, offsets.values, role.lane);
-        add_first_norms(z1, query, before + BackwardWalk::kStateNorms, offsets.factors);
-        add_second_norms(z2, query, before + BackwardWalk::kStateNorms, offsets.factors);
-        const auto add_pairs = [&](int block, bool diagonal) {
-            const uint32_t others = keys + block * BackwardWalk::kFactorsBlock;
-            float slope[2][4] = {}, weights[2][2][4], of_pair[2][4];
-            similarities(weights, query, others, offsets.factors);
+        // Sums over j <= i: u^r_i of (dO_i . v_j - c_i) (x^s_i . y^s_j) y^r_j, with c_i the mean of dO_i . v_j in its block, and
+        // z^r_i of the same without dO_i . v_j - c_i.
+        float own[2][4] = {}, u1[2][4], u2[2][4], z1[2][4] = {}, z2[2][4] = {};
+        const auto slopes = [&](float(&slope)[2][4], int block) {
             multiply_transposed<Number, kValueWidth>(slope, grad, values + block * BackwardWalk::kValuesBlock, 0,
                                                      offsets.values);
+        };
+        slopes(own, role.block);
+        if (arguments.inverse != nullptr) take_means(own, common, role.quad, role.pair);
+        add_first_norms(z1, query, before + BackwardWalk::kStateNorms, offsets.factors);
+        add_second_norms(z2, query, before + BackwardWalk::kStateNorms, offsets.factors);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            u1[i / 4][i % 4] = -common[i / 2 % 2] * z1[i / 4][i % 4];
+            u2[i / 4][i % 4] = -common[i / 2 % 2] * z2[i / 4][i % 4];
+        }
+        spread_state(u1, u2, query, grad, before, offsets.values, role.lane);
+        const auto add_pairs = [&](const float(&slope)[2][4], int block, bool diagonal) {
+            const uint32_t others = keys + block * BackwardWalk::kFactorsBlock;
+            float weights[2][2][4], of_pair[2][4];
+            similarities(weights, query, others, offsets.factors);
             if (diagonal) {
                 mask_diagonal<false>(weights[0], role.quad, role.pair);
                 mask_diagonal<false>(weights[1], role.quad, role.pair);
@@ -139,27 +150,36 @@ hadamard_causal_grad_queries_kernel(const __grid_constant__ QueryArguments argum
             add_factor(u2, of_pair, others, 1, offsets.factors);
         };
 #pragma unroll 1
-        for (int block = 0; block < role.block; ++block) add_pairs(block, false);
-        add_pairs(role.block, true);
+        for (int block = 0; block < role.block; ++block) {
+            float slope[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = -common[i / 2 % 2];
+            slopes(slope, block);
+            add_pairs(slope, block, false);
+        }
+        add_pairs(own, role.block, true);
 
-        if (arguments.inverse != nullptr) {  // dO_i . o_i = phi(q^1_i) . u^1_i inverse_i, without reading o
+        // phi(q^r_i) . u^r_i is the same for both factors but for roundings; its own cancel in each.
+        const auto subtract_rest = [&](float(&u)[2][4], const float(&z)[2][4], const uint32_t(&x)[4]) {
+            for (int r = 0; r < 2; ++r) rest[r] = 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float2 outer = unpack<Number>(query[0][i]);
-                const float* const at = u1[i / 2] + i % 2 * 2;
-                delta[i % 2] += outer.x * at[0] + outer.y * at[1];
+                const float2 two = unpack<Number>(x[i]);
+                const float* const at = u[i / 2] + i % 2 * 2;
+                rest[i % 2] += two.x * at[0] + two.y * at[1];
             }
+            for (int r = 0; r < 2; ++r) rest[r] = (quad_sum(rest[r]) - common[r] * arguments.eps) * factor[r];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) delta[r] = quad_sum(delta[r]) * factor[r];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                u1[i / 4][i % 4] -= delta[i / 2 % 2] * z1[i / 4][i % 4];
-                u2[i / 4][i % 4] -= delta[i / 2 % 2] * z2[i / 4][i % 4];
-            }
+            for (int i = 0; i < 8; ++i) u[i / 4][i % 4] -= rest[i / 2 % 2] * z[i / 4][i % 4];
+        };
+        if (arguments.inverse != nullptr) {
+            subtract_rest(u1, z1, query[0]);
+            subtract_rest(u2, z2, query[1]);
         }
         for (int r = 0; r < 2; ++r) {
             const int row = role.quad + 8 * r;
-            if (role.pair == 0 && row < rows_left) arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
+            if (role.pair == 0 && row < rows_left)
+                arguments.weights[row_offset + first_row + row] = -(common[r] + rest[r]) * factor[r];
         }
         store_factor_grads<Map>(u1, u2, factor, base + slot + Memory::kQueries + own_factors, arguments.dq1, arguments.dq2,
                                 piece, first_row, role.lane);
@@ -226,8 +246,8 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         }
         commit_copies();
     };
-    // In lane i, of the warp's own query i.
-    float next_factor = 1, next_weight = 0;
+    // In lane i, of the warp's own query i: its first features are taken times the inverse, as in linear/causal_backward.cu.
+    float next_factor = 1, next_shift = 0;
     const auto fetch_numbers = [&](int index) {
         if (index >= num_steps || role.lane >= BackwardWalk::kOwnRows) return;
         const Step step = step_at(index);
@@ -235,7 +255,7 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head;
         const int64_t at = head * arguments.num_tokens + row;
         if (arguments.inverse != nullptr) next_factor = row < piece.end ? arguments.inverse[at] : 0.0f;
-        next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
+        next_shift = row < piece.end ? shift_of(arguments.weights[at], next_factor) : 0.0f;
     };
     fetch_numbers(0);
     for (int step = 0; step < BackwardWalk::kStages - 1; ++step) fetch(step);
@@ -255,20 +275,16 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         const int slot = index % BackwardWalk::kStages * Memory::kSlotBytes;
         const int chunk = index / group, member = index - chunk * group;
         wait_for_groups<BackwardWalk::kStages - 2>();
-        change_own_rows<OwnTile<2 * kFactor>>(bytes + slot + Memory::kQueries + own_factors, role.lane,
-                                              [](uint32_t word, int) { return map_word<Map>(word); });
-        if (arguments.inverse != nullptr) {
-            using Own = OwnTile<kValueWidth>;
-            float factor[Own::kPasses];
-            for (int pass = 0; pass < Own::kPasses; ++pass)
-                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Own>(role.lane, pass));
-            change_own_rows<Own>(bytes + slot + Memory::kGrads + own_values, role.lane, [&](uint32_t word, int pass) {
-                const float2 x = unpack<Number>(word);
-                return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
-            });
+        using Own = OwnTile<2 * kFactor>;
+        float factor[Own::kPasses];  // of features: those of the other factor are taken as they are
+        for (int pass = 0; pass < Own::kPasses; ++pass) {
+            factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Own>(role.lane, pass));
+            if (role.lane % Tile<2 * kFactor>::kChunks >= Tile<2 * kFactor>::kChunks / 2) factor[pass] = 1;
         }
-        float* const weights = numbers + index % 2 * BackwardWalk::kChunk;
-        if (role.lane < BackwardWalk::kOwnRows) weights[role.own + role.lane] = next_weight;
+        change_own_rows<Own>(bytes + slot + Memory::kQueries + own_factors, role.lane,
+                             [&](uint32_t word, int pass) { return map_word<Map>(word, factor[pass]); });
+        float* const shifts = numbers + index % 2 * BackwardWalk::kChunk;
+        if (role.lane < BackwardWalk::kOwnRows) shifts[role.own + role.lane] = next_shift;
         if (member == 0) {
             __syncwarp();
             load_features<Map>(key, base + slot + Memory::kKeys + own_factors, offsets.factors);
@@ -293,13 +309,13 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         const auto add_pairs = [&](int block, bool diagonal) {
             const uint32_t others = queries + block * BackwardWalk::kFactorsBlock;
             const uint32_t values = grads + block * BackwardWalk::kValuesBlock;
-            const float* const weight = weights + 16 * block + 2 * role.pair;
+            const float* const shift = shifts + 16 * block + 2 * role.pair;
             float slope[2][4], pairs[2][2][4], of_pair[2][4];
             uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 w = *reinterpret_cast<const float2*>(weight + 8 * half);
-                slope[half][0] = slope[half][2] = w.x, slope[half][1] = slope[half][3] = w.y;
+                const float2 x = *reinterpret_cast<const float2*>(shift + 8 * half);
+                slope[half][0] = slope[half][2] = x.x, slope[half][1] = slope[half][3] = x.y;
             }
             multiply_transposed<Number, kValueWidth>(slope, value, values, 0, offsets.values);
             similarities(pairs, key, others, offsets.factors);
@@ -329,7 +345,7 @@ hadamard_causal_grad_keys_kernel(const __grid_constant__ KeyArguments arguments)
         }
         if (chunk + 1 < num_chunks) {
             state.add(queries, grads, offsets, [&](int block) {
-                const float2* const pair = reinterpret_cast<const float2*>(weights + 16 * block + 2 * role.pair);
+                const float2* const pair = reinterpret_cast<const float2*>(shifts + 16 * block + 2 * role.pair);
                 return uint2{as_sums(pair[0], role.quad), as_sums(pair[4], role.quad)};
             });
             if (member == group - 1) state.store(bytes + Memory::state(chunk + 1));
@@ -351,7 +367,7 @@ void hadamard_causal_grad_queries(const HadamardCausalGradQueries& call, const s
         output(call.dq1, call.dq1_strides), output(call.dq2, call.dq2_strides),
         call.inverse, call.states, call.norms, call.weights, call.pieces,
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
     dispatch_feature_map(feature_map, [&](auto map) {
         constexpr auto kKernel = hadamard_causal_grad_queries_kernel<decltype(map)>;
         launch_walk<kKernel>(arguments, call.batches * call.heads * call.num_pieces, BackwardWalk::kThreads, Memory::kBytes,

@@ -17,7 +17,7 @@ namespace nearfar {
 // dq^r_i = phi'(q^r_i) sum_{j <= i} dA_ij (phi(q^s_i) . phi(k^s_j)) phi(k^r_j), s the other factor, and weights, (B, Hq, N)
 // float32, contiguous: w.
 //
-// states and norms: sums before each piece, as in the forward.
+// states and norms: sums before each piece, and eps, as in the forward.
 struct HadamardCausalGradQueries {
     const void *q1, *q2, *k1, *k2, *v, *grad_o;
     const float *inverse, *states, *norms;
@@ -26,10 +26,11 @@ struct HadamardCausalGradQueries {
     const int32_t* pieces;
     std::array<int64_t, 3> q1_strides, q2_strides, k1_strides, k2_strides, v_strides, grad_o_strides, dq1_strides, dq2_strides;
     int64_t batches, heads, kv_heads, num_tokens, num_pieces, piece_length;
+    double eps;
 
     NEARFAR_MEMBERS(q1, q2, k1, k2, v, grad_o, inverse, states, norms, dq1, dq2, weights, pieces, q1_strides, q2_strides,
                     k1_strides, k2_strides, v_strides, grad_o_strides, dq1_strides, dq2_strides, batches, heads, kv_heads,
-                    num_tokens, num_pieces, piece_length)
+                    num_tokens, num_pieces, piece_length, eps)
 };
 
 // dk^r_j = phi'(k^r_j) sum_{i >= j} dA_ij (phi(q^s_i) . phi(k^s_j)) phi(q^r_i) and dv_j = sum_{i >= j} A_ij g_i, over all query

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 
     State<Walk> state(role);
     float* const norms = reinterpret_cast<float*>(bytes + Memory::kNorms);
-    float* const deltas = reinterpret_cast<float*>(bytes + Memory::kNumbers);
+    float* const rests = reinterpret_cast<float*>(bytes + Memory::kNumbers);
     if (arguments.states != nullptr) {
         const int64_t head = static_cast<int64_t>(piece.batch) * (arguments.heads / arguments.group) + kv_head;
         state.load(arguments.states, arguments.norms, head * arguments.num_pieces + piece.index);
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const int slot = chunk % Walk::kStages * Memory::kSlotBytes;
         const uint32_t rows = base + slot + my_rows;
         uint32_t grad[Walk::kSteps][4];
-        float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
+        // Of rows quad and quad + 8 the inverse, and dO . o: a part near it, and what is left.
+        float factor[2] = {1.0f, 1.0f}, common[2] = {}, rest[2] = {};
         const auto load_grads = [&] { load_rows<kWidth>(grad, rows + Memory::kGrads, whole); };
         if (normalised) {
             for (int r = 0; r < 2; ++r) {
@@ -131,21 +132,23 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
-        // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
-        float u[Walk::kColumns / 8][4] = {}, z[Walk::kColumns / 8][4];
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j). Where values have much in common, all
+        // dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is made of. c_i is the mean of those in its block.
+        float own[2][4] = {}, u[Walk::kColumns / 8][4], z[Walk::kColumns / 8][4];
+        multiply_transposed<Number, kWidth>(own, grad, values + role.block * kBlockBytes, 0, whole);
+        if (normalised) take_means(own, common, role.quad, role.pair);
+        else mask_diagonal<false>(own, role.quad, role.pair);
 #pragma unroll
         for (int tile = 0; tile < Walk::kColumns / 8; ++tile) {
             const float2 x = *reinterpret_cast<const float2*>(norm + 8 * tile);
             z[tile][0] = z[tile][2] = x.x, z[tile][1] = z[tile][3] = x.y;
+            for (int i = 0; i < 4; ++i) u[tile][i] = -common[i / 2] * z[tile][i];
         }
 #pragma unroll
         for (int block = 0; block < Walk::kColumns / 16; ++block)
             multiply_transposed<Number, kWidth>(two_tiles(u, 2 * block), grad, before, block * kBlockBytes, whole);
-        const auto add_pairs = [&](int block, bool diagonal) {
-            float slope[2][4] = {};
+        const auto add_pairs = [&](const float(&slope)[2][4], int block, bool diagonal) {
             uint32_t a[4], ones[4];
-            multiply_transposed<Number, kWidth>(slope, grad, values + block * kBlockBytes, 0, whole);
-            if (diagonal) mask_diagonal<false>(slope, role.quad, role.pair);
             round_to_fragment<Number>(a, slope);
             ones_fragment(ones, diagonal, role.quad, role.pair);
 #pragma unroll
@@ -160,10 +163,17 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
             }
         };
 #pragma unroll 2
-        for (int block = 0; block < role.block; ++block) add_pairs(block, false);
-        add_pairs(role.block, true);
+        for (int block = 0; block < role.block; ++block) {
+            float slope[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) slope[i / 4][i % 4] = -common[i / 2 % 2];
+            multiply_transposed<Number, kWidth>(slope, grad, values + block * kBlockBytes, 0, whole);
+            add_pairs(slope, block, false);
+        }
+        add_pairs(own, role.block, true);
 
-        if (normalised) {  // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = phi(q_i) . u_i inverse_i, without reading o
+        // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = (phi(q_i) . u_i + c_i (1 / inverse_i - eps)) inverse_i, without reading o.
+        if (normalised) {
 #pragma unroll
             for (int step = 0; step < Walk::kColumns / 16; ++step) {
                 uint32_t raw[4];
@@ -172,28 +182,29 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
                 for (int i = 0; i < 4; ++i) {
                     const float2 x = unpack<Number>(raw[i]);
                     const float* const at = u[2 * step + i / 2] + i % 2 * 2;
-                    delta[i % 2] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                    rest[i % 2] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
                 }
             }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) delta[r] = quad_sum(delta[r]) * factor[r];
+            for (int r = 0; r < 2; ++r) rest[r] = quad_sum(rest[r]);
             if constexpr (Walk::kParts > 1) {
-                float* const delta_at = deltas + 16 * role.block + role.quad;
+                float* const rest_at = rests + 16 * role.block + role.quad;
                 for (int r = 0; r < 2; ++r)
-                    if (role.pair == 0) delta_at[role.part * Walk::kChunk + 8 * r] = delta[r];
+                    if (role.pair == 0) rest_at[role.part * Walk::kChunk + 8 * r] = rest[r];
                 __syncthreads();
                 for (int r = 0; r < 2; ++r) {
-                    delta[r] = 0;
-                    for (int part = 0; part < Walk::kParts; ++part) delta[r] += delta_at[part * Walk::kChunk + 8 * r];
+                    rest[r] = 0;
+                    for (int part = 0; part < Walk::kParts; ++part) rest[r] += rest_at[part * Walk::kChunk + 8 * r];
                 }
             }
+            for (int r = 0; r < 2; ++r) rest[r] = (rest[r] - common[r] * arguments.eps) * factor[r];
 #pragma unroll
-            for (int i = 0; i < Walk::kColumns / 2; ++i) u[i / 4][i % 4] -= delta[i / 2 % 2] * z[i / 4][i % 4];
+            for (int i = 0; i < Walk::kColumns / 2; ++i) u[i / 4][i % 4] -= rest[i / 2 % 2] * z[i / 4][i % 4];
         }
         for (int r = 0; r < 2; ++r) {
             const int row = role.quad + 8 * r;
             if (role.part == 0 && role.pair == 0 && row < rows_left)
-                arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
+                arguments.weights[row_offset + first_row + row] = -(common[r] + rest[r]) * factor[r];
         }
         multiply_by_slopes<Map>(u, factor, rows + Memory::kQueries, mine);
         store_rows<Number, Walk::kColumns>(u, 1.0f, role.lane, rows_left, arguments.dq.row, dq + first_row * arguments.dq.row);
@@ -212,7 +223,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
 // --------------------------------------------------------------------------------------------------- keys and values
 
 template <typename Walk>
-struct KeyMemory : Memory<Walk, 4, 2 * Walk::kChunk> {  // the numbers: weights of this chunk and of the next
+struct KeyMemory : Memory<Walk, 4, 2 * Walk::kChunk> {  // the numbers: shifts of this chunk and of the next
     static constexpr int kQueries = 0, kGrads = Walk::kTileBytes, kKeys = 2 * Walk::kTileBytes, kValues = 3 * Walk::kTileBytes;
 };
 
@@ -259,8 +270,9 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         }
         commit_copies();
     };
-    // In lane i, of the warp's own query i.
-    float next_factor = 1, next_weight = 0;
+    // In lane i, of the warp's own query i: its features are taken times the inverse, so that its pairs have dO . v - dO . o,
+    // which may nearly cancel, of dO as it is.
+    float next_factor = 1, next_shift = 0;
     const auto fetch_numbers = [&](int index) {
         if (index >= num_steps || role.lane >= Walk::kOwnRows) return;
         const Step step = step_at(index);
@@ -268,7 +280,7 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head;
         const int64_t at = head * arguments.num_tokens + row;
         if (arguments.inverse != nullptr) next_factor = row < piece.end ? arguments.inverse[at] : 0.0f;
-        next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
+        next_shift = row < piece.end ? shift_of(arguments.weights[at], next_factor) : 0.0f;
     };
     fetch_numbers(0);
     for (int step = 0; step < Walk::kStages - 1; ++step) fetch(step);
@@ -296,19 +308,13 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             for (int i = 0; i < 4 * Walk::kSteps; ++i) key[i / 4][i % 4] = map_word<Map>(key[i / 4][i % 4]);
         };
         wait_for_groups<Walk::kStages - 2>();
+        float factor[Walk::kPasses];
+        for (int pass = 0; pass < Walk::kPasses; ++pass)
+            factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Walk>(role.lane, pass));
         change_own_rows<Walk>(bytes + slot + Memory::kQueries + own_rows, role.lane,
-                              [](uint32_t word, int) { return map_word<Map>(word); });
-        if (arguments.inverse != nullptr) {
-            float factor[Walk::kPasses];
-            for (int pass = 0; pass < Walk::kPasses; ++pass)
-                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<Walk>(role.lane, pass));
-            change_own_rows<Walk>(bytes + slot + Memory::kGrads + own_rows, role.lane, [&](uint32_t word, int pass) {
-                const float2 x = unpack<Number>(word);
-                return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
-            });
-        }
-        float* const weights = numbers + index % 2 * Walk::kChunk;
-        if (role.lane < Walk::kOwnRows) weights[role.own + role.lane] = next_weight;
+                              [&](uint32_t word, int pass) { return map_word<Map>(word, factor[pass]); });
+        float* const shifts = numbers + index % 2 * Walk::kChunk;
+        if (role.lane < Walk::kOwnRows) shifts[role.own + role.lane] = next_shift;
         if (Walk::kParts == 1 && member == 0) {  // nobody else has fetched any of them
             __syncwarp();
             load_keys();
@@ -337,13 +343,13 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         }
         const uint32_t queries = base + slot + Memory::kQueries, grads = base + slot + Memory::kGrads;
         const auto add_pairs = [&](int block, bool diagonal) {
-            const float* const weight = weights + 16 * block + 2 * role.pair;
+            const float* const shift = shifts + 16 * block + 2 * role.pair;
             float slope[2][4], pairs[2][4] = {};
             uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float2 w = *reinterpret_cast<const float2*>(weight + 8 * half);
-                slope[half][0] = slope[half][2] = w.x, slope[half][1] = slope[half][3] = w.y;
+                const float2 x = *reinterpret_cast<const float2*>(shift + 8 * half);
+                slope[half][0] = slope[half][2] = x.x, slope[half][1] = slope[half][3] = x.y;
             }
             multiply_transposed<Number, kWidth>(slope, value, grads + block * kBlockBytes, 0, whole);
             multiply_transposed<Number, kWidth>(pairs, key, queries + block * kBlockBytes, 0, whole);
@@ -369,13 +375,13 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
             store(dv_acc, dv, arguments.dv.row);
         }
         if (chunk + 1 < num_chunks) {
-            state.add(queries, grads, [&](int block) {  // each weight as the sum of two numbers
+            state.add(queries, grads, [&](int block) {  // each shift as the sum of two numbers
                 const auto part = [&](float2 w) {
                     const uint32_t high = pack<Number>(w.x, w.y);
                     const float2 rounded = unpack<Number>(high);
                     return role.quad == 0 ? high : role.quad == 1 ? pack<Number>(w.x - rounded.x, w.y - rounded.y) : 0;
                 };
-                const float2* const pair = reinterpret_cast<const float2*>(weights + 16 * block + 2 * role.pair);
+                const float2* const pair = reinterpret_cast<const float2*>(shifts + 16 * block + 2 * role.pair);
                 return uint2{part(pair[0]), part(pair[4])};
             });
             if (member == group - 1) {

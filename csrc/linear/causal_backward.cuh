@@ -14,6 +14,7 @@ struct QueryArguments {
     float* weights;
     const int32_t* pieces;
     int heads, group, num_tokens, num_pieces, piece_length;
+    float eps;
 };
 
 struct KeyArguments {
@@ -31,7 +32,7 @@ inline QueryArguments query_arguments(const LinearCausalGradQueries& call) {
         input(call.grad_o, call.grad_o_strides), output_tensor<Number>(call.dq, call.dq_strides),
         call.inverse, call.states, call.norms, call.weights, call.pieces,
         static_cast<int>(call.heads), static_cast<int>(call.heads / call.kv_heads), static_cast<int>(call.num_tokens),
-        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length)};
+        static_cast<int>(call.num_pieces), static_cast<int>(call.piece_length), static_cast<float>(call.eps)};
 }
 
 inline KeyArguments key_arguments(const LinearCausalGradKeys& call) {

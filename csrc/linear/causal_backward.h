@@ -16,7 +16,7 @@ namespace nearfar {
 
 // dq_i = phi'(q_i) sum_{j <= i} dA_ij phi(k_j), and weights, (B, Hq, N) float32, contiguous: w.
 //
-// states and norms: sums before each piece, as in the forward.
+// states and norms: sums before each piece, and eps, as in the forward.
 struct LinearCausalGradQueries {
     const void *q, *k, *v, *grad_o;
     const float *inverse, *states, *norms;
@@ -25,9 +25,10 @@ struct LinearCausalGradQueries {
     const int32_t* pieces;
     std::array<int64_t, 3> q_strides, k_strides, v_strides, grad_o_strides, dq_strides;
     int64_t batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length;
+    double eps;
 
     NEARFAR_MEMBERS(q, k, v, grad_o, inverse, states, norms, dq, weights, pieces, q_strides, k_strides, v_strides,
-                    grad_o_strides, dq_strides, batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length)
+                    grad_o_strides, dq_strides, batches, heads, kv_heads, num_tokens, width, num_pieces, piece_length, eps)
 };
 
 // dk_j = phi'(k_j) sum_{i >= j} dA_ij phi(q_i) and dv_j = sum_{i >= j} A_ij g_i, over all query heads of the group.

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
     for (int chunk = 0; chunk < num_chunks; ++chunk) {
         const int first_row = piece.begin + chunk * HopperWalk::kChunk + part.own, rows_left = piece.end - first_row;
         const int slot = chunk % HopperWalk::kStages * Memory::kSlotBytes;
-        float factor[2] = {1.0f, 1.0f}, delta[2] = {};  // inverse and dO . o of rows quad and quad + 8
+        float factor[2] = {1.0f, 1.0f}, common[2] = {}, rest[2] = {};  // as in linear/causal_backward.cu
         if (normalised) {
             for (int r = 0; r < 2; ++r) {
                 const int row = part.quad + 8 * r;
@@ -195,14 +195,16 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
         const uint32_t keys = base + slot + Memory::kKeys, values = base + slot + Memory::kValues;
         const uint32_t grads = base + slot + Memory::kGrads + my_half;
         const float* const norm = norms + chunk % 2 * kWidth;
-        // u_i = sum_{j <= i} (dO_i . v_j) phi(k_j) and z_i = sum_{j <= i} phi(k_j)
+        // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j), with c_i the mean of those in its half, and z_i = sum_{j <= i} phi(k_j)
         float sums[2][kHalf / 2];
 #pragma unroll
         for (int i = 0; i < kHalf / 2; ++i) sums[1][i] = norm[part.column(i)];
         float slopes[1][kHalf / 2];
         const auto start_slopes = [&](int block) {
+#pragma unroll
+            for (int i = 0; i < kHalf / 2; ++i) slopes[0][i] = -common[i / 2 % 2];
             begin_products();
-            put_rows_product(slopes[0], grads, values + block * kHalfBytes, false);
+            put_rows_product(slopes[0], grads, values + block * kHalfBytes, true);
             commit_products();
         };
         const auto add_block = [&](int block, bool diagonal) {
@@ -219,10 +221,23 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
         put_rows_product(sums[0], grads, base + Memory::kStates + chunk % 2 * HopperWalk::kStateBytes, false);
         commit_products();
         wait_for_products<1>(slopes);
+        const auto mask = [&] {
 #pragma unroll
-        for (int i = 0; i < kHalf / 2; ++i)
-            if (part.column(i) > part.row(i)) slopes[0][i] = 0;
+            for (int i = 0; i < kHalf / 2; ++i)
+                if (part.column(i) > part.row(i)) slopes[0][i] = 0;
+        };
+        mask();
+        if (normalised) {
+#pragma unroll
+            for (int i = 0; i < kHalf / 2; ++i) common[i / 2 % 2] += slopes[0][i];
+            for (int r = 0; r < 2; ++r) common[r] = quad_sum(common[r]) / (part.first + 8 * r + 1);
+#pragma unroll
+            for (int i = 0; i < kHalf / 2; ++i) slopes[0][i] -= common[i / 2 % 2];
+            mask();
+        }
         wait_for_products<0>(sums);
+#pragma unroll
+        for (int i = 0; i < kHalf / 2; ++i) sums[0][i] -= common[i / 2 % 2] * sums[1][i];
         add_block(part.half, true);
         if (part.half == 1) {
             start_slopes(0);
@@ -232,7 +247,7 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
 
         float(&u)[kWidth / 8][4] = tiles_of(sums[0]);
         const uint32_t rows = base + slot + Memory::kQueries + own_rows;
-        if (normalised) {  // o_i is phi(q_i) S_i inverse_i: dO_i . o_i = phi(q_i) . u_i inverse_i, without reading o
+        if (normalised) {
 #pragma unroll
             for (int step = 0; step < kWidth / 16; ++step) {
                 uint32_t raw[4];
@@ -241,17 +256,18 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_queries_kernel(
                 for (int i = 0; i < 4; ++i) {
                     const float2 x = unpack<Number>(raw[i]);
                     const float* const at = u[2 * step + i / 2] + i % 2 * 2;
-                    delta[i % 2] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
+                    rest[i % 2] += Map::value(x.x) * at[0] + Map::value(x.y) * at[1];
                 }
             }
 #pragma unroll
-            for (int r = 0; r < 2; ++r) delta[r] = quad_sum(delta[r]) * factor[r];
+            for (int r = 0; r < 2; ++r) rest[r] = (quad_sum(rest[r]) - common[r] * arguments.eps) * factor[r];
 #pragma unroll
-            for (int i = 0; i < kHalf / 2; ++i) sums[0][i] -= delta[i / 2 % 2] * sums[1][i];
+            for (int i = 0; i < kHalf / 2; ++i) sums[0][i] -= rest[i / 2 % 2] * sums[1][i];
         }
         for (int r = 0; r < 2; ++r) {
             const int row = part.quad + 8 * r;
-            if (part.pair == 0 && row < rows_left) arguments.weights[row_offset + first_row + row] = -delta[r] * factor[r];
+            if (part.pair == 0 && row < rows_left)
+                arguments.weights[row_offset + first_row + row] = -(common[r] + rest[r]) * factor[r];
         }
         multiply_by_slopes<Map>(u, factor, rows, offsets);
         store_rows<Number, kWidth>(u, 1.0f, part.lane, rows_left, arguments.dq.row, dq + first_row * arguments.dq.row);
@@ -309,8 +325,8 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(cons
         }
         commit_copies();
     };
-    // In lane i, of the warp's own query i.
-    float next_factor = 1, next_weight = 0;
+    // In lane i, of the warp's own query i, as in linear/causal_backward.cu.
+    float next_factor = 1, next_shift = 0;
     const auto fetch_numbers = [&](int index) {
         if (index >= num_steps || part.lane >= 16) return;
         const Step step = step_at(index);
@@ -318,7 +334,7 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(cons
         const int64_t head = static_cast<int64_t>(piece.batch) * arguments.heads * group + step.head;
         const int64_t at = head * arguments.num_tokens + row;
         if (arguments.inverse != nullptr) next_factor = row < piece.end ? arguments.inverse[at] : 0.0f;
-        next_weight = row < piece.end ? arguments.weights[at] : 0.0f;
+        next_shift = row < piece.end ? shift_of(arguments.weights[at], next_factor) : 0.0f;
     };
     fetch_numbers(0);
     for (int step = 0; step < HopperWalk::kStages - 1; ++step) fetch(step);
@@ -342,24 +358,18 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(cons
     for (int index = 0; index < num_steps; ++index) {
         const int slot = index % HopperWalk::kStages * Memory::kSlotBytes;
         const int chunk = index / group, member = index - chunk * group;
-        const auto map = [](uint32_t word, int) { return map_word<Map>(word); };
+        float factor[HopperWalk::kPasses];
+        for (int pass = 0; pass < HopperWalk::kPasses; ++pass)
+            factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<HopperWalk>(part.lane, pass));
         wait_for_groups<HopperWalk::kStages - 2>();
         __syncwarp();  // all lanes have read the keys that were mapped before
-        change_own_rows<HopperWalk>(bytes + slot + Memory::kQueries + own_rows, part.lane, map);
+        change_own_rows<HopperWalk>(bytes + slot + Memory::kQueries + own_rows, part.lane,
+                                    [&](uint32_t word, int pass) { return map_word<Map>(word, factor[pass]); });
         if (member == 0)
             map_own_rows<HopperWalk>(bytes + Memory::kMapped + own_rows, bytes + slot + Memory::kKeys + own_rows, part.lane,
-                                     map);
-        if (arguments.inverse != nullptr) {
-            float factor[HopperWalk::kPasses];
-            for (int pass = 0; pass < HopperWalk::kPasses; ++pass)
-                factor[pass] = __shfl_sync(kWholeWarp, next_factor, own_row<HopperWalk>(part.lane, pass));
-            change_own_rows<HopperWalk>(bytes + slot + Memory::kGrads + own_rows, part.lane, [&](uint32_t word, int pass) {
-                const float2 x = unpack<Number>(word);
-                return pack<Number>(x.x * factor[pass], x.y * factor[pass]);
-            });
-        }
-        float* const weights = numbers + index % 2 * HopperWalk::kChunk;
-        if (part.lane < 16) weights[part.own + part.lane] = next_weight;
+                                     [](uint32_t word, int) { return map_word<Map>(word); });
+        float* const shifts = numbers + index % 2 * HopperWalk::kChunk;
+        if (part.lane < 16) shifts[part.own + part.lane] = next_shift;
         publish_to_products();
         __syncthreads();
         fetch(index + HopperWalk::kStages - 1);
@@ -369,9 +379,9 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(cons
         const uint32_t keys = base + Memory::kMapped + my_half, values = base + slot + Memory::kValues + my_half;
         float products[2][kHalf / 2];  // dA, and weights of pairs
         const auto start_pairs = [&](int block) {
-            const float* const weight = weights + kHalf * block;
+            const float* const shift = shifts + kHalf * block;
 #pragma unroll
-            for (int i = 0; i < kHalf / 2; ++i) products[0][i] = weight[part.column(i)];
+            for (int i = 0; i < kHalf / 2; ++i) products[0][i] = shift[part.column(i)];
             begin_products();
             put_rows_product(products[0], values, grads + block * kHalfBytes, true);
             put_rows_product(products[1], keys, queries + block * kHalfBytes, false);
@@ -429,8 +439,8 @@ __global__ void __launch_bounds__(HopperWalk::kThreads, 1) grad_keys_kernel(cons
         }
         if (keeps_state && chunk + 1 < num_chunks) {
             state.add(queries, grads, offsets, [&](int block) {
-                const float2* const w = reinterpret_cast<const float2*>(weights + 16 * block + 2 * part.pair);
-                return uint2{as_sums(w[0], part.quad), as_sums(w[4], part.quad)};
+                const float2* const two = reinterpret_cast<const float2*>(shifts + 16 * block + 2 * part.pair);
+                return uint2{as_sums(two[0], part.quad), as_sums(two[4], part.quad)};
             });
             if (member == group - 1) store_state(chunk + 1);
         }

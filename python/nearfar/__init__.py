@@ -12,6 +12,7 @@ from nearfar.ops.krause import krause_attention
 from nearfar.ops.krause_step import KrauseCache, krause_attention_step
 from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, linear_attention, linear_attention_step
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
+from nearfar.runtime.packing import check_cu_seqlens
 from nearfar.version import __version__
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "affine_attention",
     "attention_statistics",
+    "check_cu_seqlens",
     "diagnostics",
     "explain",
     "hadamard_attention",

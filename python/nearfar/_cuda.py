@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from nearfar.ops.torch_operator import layouts, stream_of
+from nearfar.runtime.backend import Backend
+from nearfar.runtime.tensors import stream_of
 from nearfar.version import __version__
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -180,12 +181,15 @@ def aligned_starts(*tensors):
     return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
 
 
-def aligned_rows(rows, *tensors):
-    """Layouts of the tensors and they themselves after aligned_starts. rows: layouts before it."""
-    if any([tensor.data_ptr() % 16 for tensor in tensors]):
-        tensors = aligned_starts(*tensors)
-        rows = layouts(*tensors)
-    return rows, tensors
+class CudaBackend(Backend):
+    """Of kernels whose rows start at multiples of 16 bytes."""
+
+    def aligned(self, rows):
+        """Their strides are multiples of 16 bytes where there is no _rows_reason."""
+        return aligned(rows) if rows.data_ptr() % 16 else rows
+
+    def aligned_gradient(self, gradient, *_):
+        return aligned(gradient)
 
 
 def _where(tensors):
@@ -304,8 +308,8 @@ def _krause_step(dtype, rows, cached, steps, sigma_stride, top_k):
 
 
 LINEAR_WIDTHS = (64, 128)
-HADAMARD_WIDTHS = (16, 16), 64  # of the factors and of the values
-FACTORED_WIDTHS = 64, 64
+HADAMARD_CAUSAL_WIDTHS = (16, 16), 64  # of the factors and of the values
+HADAMARD_BIDIRECTIONAL_WIDTHS = 64, 64
 
 
 def linear_reason(qs, ks, v, causal, packed=False):
@@ -318,10 +322,10 @@ def linear_reason(qs, ks, v, causal, packed=False):
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
     if len(widths) > 1 and not causal:
-        return _factored_reason(qs, ks, v, packed)
+        return _hadamard_bidirectional_reason(qs, ks, v, packed)
     if len(widths) == 1 and (widths[0] != value_width or value_width not in LINEAR_WIDTHS):
         return f"q and v are {widths[0]} and {value_width} wide; the CUDA kernels take one width of 64 or 128"
-    if len(widths) > 1 and (widths, value_width) != HADAMARD_WIDTHS:
+    if len(widths) > 1 and (widths, value_width) != HADAMARD_CAUSAL_WIDTHS:
         return f"the factors are {widths} and v is {value_width} wide; the CUDA kernels take two factors of 16 and v of 64"
     rows = zip(("q", "q", "k", "k") if len(widths) > 1 else "qk", (*qs, *ks), strict=True)
     for name, x in (*rows, ("v", v)):
@@ -330,12 +334,12 @@ def linear_reason(qs, ks, v, causal, packed=False):
     return None if torch.compiler.is_compiling() else _linear_device_reason(v.device.index, widths, value_width, causal)
 
 
-def _factored_reason(qs, ks, v, packed):
+def _hadamard_bidirectional_reason(qs, ks, v, packed):
     """The same for bidirectional attention with several factors."""
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
     if packed:
         return "the CUDA kernels of bidirectional attention with several factors take no packed sequences"
-    if widths != FACTORED_WIDTHS or value_width not in HOPPER_WIDTHS:
+    if widths != HADAMARD_BIDIRECTIONAL_WIDTHS or value_width not in HOPPER_WIDTHS:
         return (
             f"the factors are {widths} and v is {value_width} wide; without causality the CUDA kernels take two factors of 64 "
             "and v of 64 or 128"
@@ -371,7 +375,7 @@ class Walk(BuiltLaunch):
     }  # fmt: skip
 
     def __init__(self, problem, kernel, strides, eps=()):
-        """Arguments as for factored_launch.plan_walk."""
+        """Arguments as for linear_launch.plan_walk. eps: (eps,) for walk_read and walk_grad_queries."""
         name, tensors, strided = self._KERNELS[kernel]
         width = dict(width=problem.widths[0])
         if len(problem.widths) > 1:
@@ -398,7 +402,7 @@ def _tokens(problem, of_queries):
     return (problem.num_queries, problem.query_heads) if of_queries else (problem.num_keys, problem.key_heads)
 
 
-class FullLaunch(BuiltLaunch):
+class LinearBidirectional(BuiltLaunch):
     """A launch of a linear_bidirectional_ kernel, of bidirectional attention.
 
     It is given the tensors of _KERNELS; q, k, v and do start at multiples of 16 bytes.
@@ -429,7 +433,7 @@ def _state_sizes(problem, of_queries):
     )  # fmt: skip
 
 
-class FactoredAccumulate(BuiltLaunch):
+class HadamardAccumulate(BuiltLaunch):
     """A launch of hadamard_bidirectional_accumulate in the place of `accumulate`.
 
     It is given what that is given, and `workspaces` ahead of the pieces, which it does not read; xs and y start at multiples of
@@ -437,7 +441,7 @@ class FactoredAccumulate(BuiltLaunch):
     """
 
     def __init__(self, problem, of_queries, x_strides, y_strides):
-        """Arguments as for factored_launch.plan_accumulate."""
+        """Arguments as for linear_launch.plan_accumulate."""
         length, _ = _tokens(problem, of_queries)
         self.launch = plan_launch(
             "hadamard_bidirectional_accumulate", problem.feature_map,
@@ -448,7 +452,7 @@ class FactoredAccumulate(BuiltLaunch):
 
     @staticmethod
     def workspaces(problem, of_queries, y):
-        """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which FactoredRead takes."""
+        """Tiles of features, those of queries weighted, too; a counter and tiles of norms, which HadamardRead takes."""
         length, heads = _tokens(problem, of_queries)
         chunk = extension.HADAMARD_BIDIRECTIONAL_CHUNK
         shape = problem.batch, heads, -(-length // chunk), chunk, extension.HADAMARD_BIDIRECTIONAL_WIDTH
@@ -461,11 +465,11 @@ class FactoredAccumulate(BuiltLaunch):
         return *xs, *others
 
 
-class FactoredRead(BuiltLaunch):
+class HadamardRead(BuiltLaunch):
     """A launch of hadamard_bidirectional_read in the place of `read` without pairs, likewise."""
 
     def __init__(self, problem, of_keys, x_strides, out_strides, eps):
-        """Arguments as for factored_launch.plan_read."""
+        """Arguments as for linear_launch.plan_read."""
         self.launch = plan_launch(
             "hadamard_bidirectional_read", problem.feature_map, "outer inner states norms out inverse counter norm_tiles",
             dict(zip(("outer", "inner", "out"), (*x_strides, out_strides), strict=True)),
@@ -549,20 +553,20 @@ def geometry(q, k, v, left, right, scale, scores, chosen, s, shift, excess, fart
     separate(*where)
 
 
-def softmax_reason(q, k, v, left, packed):
+def affine_reason(q, k, v, left, packed):
     """Why the CUDA kernels cannot serve calls of softmax_attention or affine_attention with these layouts, or None."""
     if left >= 0 or packed:
         return "the CUDA kernels take no window with a limit on the left, and no packed sequences"
     return hopper_reason(dict(q=q, k=k, v=v))
 
 
-def softmax_terms_shape(q):
+def affine_terms_shape(q):
     """Of a workspace of affine_backward, float32."""
     return 4, *q.shape[:2], _whole_tiles(q.shape[2], extension.AFFINE_TERMS)
 
 
 class AffineForward(BuiltLaunch):
-    """A launch of affine_forward, for tensors without a softmax_reason that start at multiples of 16 bytes.
+    """A launch of affine_forward, for tensors without a affine_reason that start at multiples of 16 bytes.
 
     It is given q, k, v, alpha, beta, sink, sums, o, u, lse, a counter and fills o, u and lse.
     """
@@ -580,12 +584,12 @@ class AffineBackward(BuiltLaunch):
     It is given q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters and fills those from dq to dbeta.
     """
 
-    def __init__(self, q, k, v, u, do, dq, dk, dv, right, scale):
+    def __init__(self, q, k, v, u, do, dq, dk, dv, exact, right, scale):
         self.launch = plan_launch(
             "affine_backward", _DTYPES[q.dtype],
             "q k v u grad_o alpha beta sums lse dq dk dv m dbeta terms counters",
             _steps(q=q, k=k, v=v, u=u, grad_o=do, dq=dq, dk=dk, dv=dv),
-            **_pair_sizes(q, k), right=right, scale=scale,
+            **_pair_sizes(q, k), exact=exact, right=right, scale=scale,
         )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from nearfar import dispatch, registry
-from nearfar.dispatch import Backend
+from nearfar import registry
+from nearfar.runtime import dispatch
+from nearfar.runtime.dispatch import Backend
 
 
 def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> str:
@@ -15,7 +16,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto",
         *args, backend, **kwargs: the arguments of the call.
 
     Returns:
-        One line for the choice and one for each backend, with the reason where it cannot serve the call.
+        One line for the choice, then one per backend, with the reason if it cannot serve the call.
 
     Raises:
         ValueError: op is not an operator of nearfar, or the arguments do not fit it.

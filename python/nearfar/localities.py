@@ -1,4 +1,4 @@
-"""Localities: small value objects that say which keys a query may see.
+"""Localities: small value objects that state which keys a query sees.
 
 Each has `visible(query, key)`, the one definition of what it allows: a bool tensor for integer tensors of positions that
 broadcast. The references mask with it, tests compare with it, and `lambda b, h, q, k: locality.visible(q, k)` is a mask of
@@ -26,12 +26,12 @@ class SlidingWindow:
     flash-attn. `SlidingWindow(127)` is a causal window of 128 keys, the query's own included.
 
     Args:
-        left: keys before the query, -1 for all of them.
-        right: keys after the query, -1 for all of them. 0 is causal.
+        left: how many keys before the query, -1 for all of them.
+        right: how many keys after the query, -1 for all of them. 0 is causal.
 
     Raises:
         TypeError: a side is not an int.
-        ValueError: a side is below -1 and so would hide the query's own key.
+        ValueError: a side is below -1, which would hide the query's own key.
     """
 
     left: int

@@ -102,16 +102,16 @@ def halo(geometry: Geometry, box: Axes) -> Axes:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) -> Tiles:
-    """The Tiles with the fewest steps in all. selects: their lines of cells fit a word."""
+def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) -> Tiles | None:
+    """The Tiles with the fewest steps in all, None where no codes fit. selects: their lines of cells fit a word."""
 
     def cost(tiles: Tiles) -> tuple[int, ...]:
         return math.prod(tiles.boxes(geometry)) * tiles.steps(geometry), -tiles.box[2], -tiles.box[1], tiles.key_h
 
-    every = _all_tiles(block_m, block_n)
+    every = [x for x in _all_tiles(block_m, block_n) if forms(geometry, x)]
     if selects:
-        every = (x for x in every if x.box[2] <= WORD and MIN_SELECTED_LINE <= x.key_w <= WORD)
-    return min(every, key=cost)
+        every = [x for x in every if x.box[2] <= WORD and MIN_SELECTED_LINE <= x.key_w <= WORD]
+    return min(every, key=cost, default=None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,7 +146,9 @@ def choose_resident(geometry: Geometry) -> tuple[tuple[Tiles, int], ...] | None:
     all scores in registers and selects and attends at once; None where walks are too long for that.
     """
     every = [tiles for tiles in _all_tiles(SELECT_BLOCK, SELECT_BLOCK) if MIN_SELECTED_LINE <= tiles.key_w <= WORD]
-    every = [tiles for tiles in every if halo(geometry, tiles.box)[2] <= tiles.key_w]
+    every = [x for x in every if halo(geometry, x.box)[2] <= x.key_w and forms(geometry, x)]
+    if not every:
+        return None
     best = min(every, key=lambda x: (math.prod(x.boxes(geometry)) * x.steps(geometry), -x.box[2], -x.box[1]))
     found = [(best, best.steps(geometry))]
     if geometry.num_globals:
@@ -207,10 +209,10 @@ def reason(locality: GridNeighborhood, selects: bool) -> str | None:
             columns = max(columns, choose_global_selection(geometry).columns)
         if columns > MAX_COLUMNS:
             return f"top_k among {columns} keys that a tile of queries sees; kernels take at most {MAX_COLUMNS}"
-    every = [choose_tiles(geometry, m, n, selects) for m, n in itertools.product(BLOCKS, repeat=2)]
+    fit = all(choose_tiles(geometry, m, n, selects) for m, n in itertools.product(BLOCKS, repeat=2))
     if selects:
-        every += [choose_selection(geometry).tiles, choose_global_selection(geometry).tiles]
-    if any(forms(geometry, tiles) is None for tiles in every):
+        fit &= all(forms(geometry, x.tiles) for x in (choose_selection(geometry), choose_global_selection(geometry)))
+    if not fit:
         return f"the radius {locality.radius} does not fit the {FIELDS} bits in which kernels compare offsets"
     return None
 

@@ -28,12 +28,12 @@ from triton.testing import do_bench
 
 import nearfar as nf
 from nearfar import tune_choices
-from nearfar.ops import torch_operator
+from nearfar.runtime import plans
 from nearfar.triton_kernels import (
     affine_launch,
     diagnostics_launch,
-    factored_launch,
     launch,
+    linear_launch,
     pairwise_launch,
     synchronization_launch,
 )
@@ -172,8 +172,8 @@ def recorded():
 def forget_plans():
     """Launches are planned anew, with what the table says now."""
     launch.launch_parameters.cache_clear()
-    torch_operator.forget_plans()
-    for module in (affine_launch, diagnostics_launch, factored_launch, pairwise_launch, synchronization_launch):
+    plans.forget_plans()
+    for module in (affine_launch, diagnostics_launch, linear_launch, pairwise_launch, synchronization_launch):
         for name, plan in vars(module).items():
             if name.startswith("plan_"):
                 plan.cache_clear()
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--choices", nargs="*", choices=tuple(tune_choices.CALLS), metavar="OPERATOR",
         help="measure which backend serves these operators faster, or all, instead of launch parameters",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     if arguments.choices is not None:
         return tune_choices.main(arguments.choices)

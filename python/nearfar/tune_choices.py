@@ -15,8 +15,8 @@ import torch
 import triton
 
 import nearfar as nf
-from nearfar.dispatch import KERNELS
 from nearfar.runtime import choices
+from nearfar.runtime.dispatch import KERNELS
 
 ROUNDING = 2.0**-6  # what rounding to 16 bits may change of a result, against its largest element
 NEAR_TIES = 1e-4  # share of a selecting call's rows in which rounding may change the selection
@@ -106,7 +106,7 @@ CALLS = {
         krause_attention, krause_attention_step, hadamard_attention, affine_attention, synchronization_attention,
         attention_statistics, selection_geometry,
     )
-}  # fmt: skip
+}
 
 
 # ---- the times
@@ -220,7 +220,7 @@ def environment():
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "method": f"operator calls by turns: medians of {ROUNDS}, cold L2 cache", "source": "python -m nearfar.tune --choices",
-    }  # fmt: skip
+    }
 
 
 def commit():

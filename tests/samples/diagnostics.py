@@ -131,7 +131,7 @@ def check(sample, do, o, gradients):
 
     def evaluate(scores, dtype):
         inputs = {n: t.detach().to(dtype if n in "qk" else torch.promote_types(dtype, torch.float32)).requires_grad_()
-                  for n, t in tensors.items()}  # fmt: skip
+                  for n, t in tensors.items()}
         results = lse_and_entropy(scores(options, **inputs))
         upstream = [part.to(result.dtype) for part, result in zip(do, results, strict=True)]
         found = torch.autograd.grad(results, list(inputs.values()), upstream)
@@ -165,3 +165,98 @@ def op_arguments(sample):
 def backward_arguments(sample, do, outputs):
     q, k, sigma, *options = op_arguments(sample)
     return *do, q, k, sigma, *outputs[:2], *options
+
+
+def random_sample(dtype=torch.float32, length=70, keys=None, heads=(2, 1), width=16, value_width=16, sigma=None, **options):
+    keys = length if keys is None else keys
+    tensors = {
+        "q": randn(1, heads[0], length, width, dtype=dtype, seed=1),
+        "k": randn(1, heads[1], keys, width, dtype=dtype, seed=2),
+        "v": randn(1, heads[1], keys, value_width, dtype=dtype, seed=3),
+    }
+    if sigma is not None:
+        tensors["sigma"] = torch.full((heads[0],), sigma, device=DEVICE)
+    return Sample(tensors, options)
+
+
+def statistics(sample, backend="triton"):
+    tensors = {name: tensor for name, tensor in sample.tensors.items() if name != "v"}
+    return nf.attention_statistics(**tensors, **sample.options, backend=backend)
+
+
+def geometry(sample, top_n, backend="triton"):
+    return nf.selection_geometry(**sample.tensors, top_n=top_n, **sample.options, backend=backend)
+
+
+def exponent_size(scores, q, k, sigma=None):
+    """What the roundings of a weight's exponent are relative to, with terms that cancel by their absolute values."""
+    size = 1 + scores.masked_fill(scores == float("-inf"), 0).abs() + scores.logsumexp(-1, keepdim=True).abs()
+    return size if sigma is None else size + (q.square().sum(-1) / sigma[:, None].square())[..., None]
+
+
+def check_constants(sample, found):
+    tensors = {name: tensor.double() for name, tensor in sample.tensors.items() if name != "v"}
+    scores = dense_scores(sample.options, **tensors)
+    weights = scores.softmax(-1)
+    single = torch.promote_types(sample.tensors["q"].dtype, torch.float32)
+    plain = plain_scores(sample.options, **{name: tensor.to(single) for name, tensor in tensors.items()}).softmax(-1)
+    size = exponent_size(scores, **tensors)
+    exact, rough, scale = ((w.amax(-1), w.sum(-2)) for w in (weights, plain, weights * size))
+    for name, *expected in zip(("max_weight", "key_mass"), exact, rough, scale, strict=True):
+        got = getattr(found, name)
+        assert got.dtype == single and not got.requires_grad
+        assert_accurate(name, got, *expected, single)
+    assert found.max_key.dtype == torch.int64
+    assert found.max_key.min() >= 0 and found.max_key.max() < weights.shape[-1]
+    # A key of the largest weight, to within rounding.
+    chosen = weights.gather(-1, found.max_key[..., None])[..., 0]
+    assert (chosen >= exact[0] * (1 - 64 * torch.finfo(single).eps * size.amax(-1))).all()
+    assert torch.equal(found.effective_support, found.entropy.exp())
+
+
+def check_geometry(sample, top_n, found, exactly=0.9):
+    """Counts lie between those with distances moved by rounding either way; a share `exactly` of the rows leaves no room.
+
+    Rows whose selection a rounding of the scores can change are left out; they may be few.
+    """
+    tensors, dtype = {name: tensor.double() for name, tensor in sample.tensors.items()}, sample.tensors["q"].dtype
+    values = to_query_heads(tensors["q"], tensors.pop("v"))
+    scores = dense_scores(sample.options, **tensors)
+    num_keys = scores.shape[-1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(num_keys, device=order.device).expand_as(order))
+    visible = scores > float("-inf")
+    selected, outside = visible & (rank < top_n), visible & (rank >= top_n)
+    count = selected.sum(-1)
+    ordered = scores.gather(-1, order)
+    clear, single = torch.ones_like(count, dtype=torch.bool), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    exponent = exponent_size(scores, **tensors)
+    if num_keys > top_n:
+        last, next_ = ordered[..., top_n - 1], ordered[..., top_n]
+        clear = (next_ == float("-inf")) | (last - next_ > 4 * single * exponent.amax(-1)) | (last == next_)
+
+    weights = scores.softmax(-1)
+    y = weights[..., None] * values[:, :, None]
+    s = (y * selected[..., None]).sum(-2)
+    squares = (y - s[:, :, :, None]).square().sum(-1)
+    # A half-precision s is rounded as such, by half an eps, which makes a quarter of eps * size; weights are float32.
+    size = weights * (weights * values.square().sum(-1)[:, :, None] + 2 * (values.abs() @ s.abs().mT).mT)
+    error = (0.5 * torch.finfo(dtype).eps + 2 * single * exponent) * size + 1e-15 * squares
+    infinity, bounds = float("inf"), []
+    for sign in (-1, 1):
+        farthest = (squares + sign * error).masked_fill(~selected, -infinity).amax(-1, keepdim=True)
+        nearest = (squares + sign * error).masked_fill(~outside, infinity).amin(-1, keepdim=True)
+        intruders = (outside & (squares - sign * error <= farthest)).sum(-1)
+        separated = (selected & (squares - sign * error < nearest)).sum(-1)
+        bounds.append((count / (count + intruders), separated / count))
+    (high_precision, low_recall), (low_precision, high_recall) = bounds
+    tolerance = 4 * torch.finfo(torch.float32).eps
+    for got, low, high in (
+        (found.precision, low_precision, high_precision), (found.recall, low_recall, high_recall)
+    ):
+        right = (got >= low * (1 - tolerance)) & (got <= high * (1 + tolerance))
+        assert (right | ~clear).all(), f"{(~right & clear).sum()} of {clear.sum()} rows are wrong"
+        assert not exactly or (low == high)[clear].double().mean() >= exactly, "the bounds are too wide to tell anything"
+    f_score = 2 * found.precision * found.recall / (found.precision + found.recall)
+    torch.testing.assert_close(found.f_score, f_score, rtol=1e-6, atol=0)
+    assert not exactly or clear.double().mean() >= 0.9

@@ -240,7 +240,7 @@ def scales(q, k, v, sigma, keep, do):
 def evaluate(formula, sample, selected, do, dtype):
     """(o, gradients by name) of `dense` or `plain` with this selection, in this dtype."""
     inputs = {n: t.detach().to(accumulation(dtype) if n == "sigma" else dtype, copy=True).requires_grad_()
-              for n, t in sample.tensors.items()}  # fmt: skip
+              for n, t in sample.tensors.items()}
     o = formula(*inputs.values(), selected)
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 
@@ -280,14 +280,9 @@ def reach(sample):
 
 def op_arguments(sample):
     q, k, v, sigma = sample.tensors.values()
-    bounds = None
-    if sample.options.get("cu_seqlens") is not None:
-        ends = sample.options["cu_seqlens"].tolist()
-        spans = [(a, b) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
-        bounds = torch.tensor(spans, dtype=torch.int32, device=q.device).reshape(-1, 2).T.contiguous()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sigma = sigma.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
-    return (q, k, v, sigma, bounds, *window(sample.options), sample.options.get("top_k"))
+    return (q, k, v, sigma, sample.options.get("cu_seqlens"), *window(sample.options), sample.options.get("top_k"))
 
 
 def backward_arguments(sample, do, outputs):

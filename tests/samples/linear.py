@@ -4,9 +4,9 @@ import functools
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import pytest
 import torch
 from harness import (
-    DELTA_OF_STORED_O,
     DEVICE,
     Sample,
     accumulation,
@@ -14,17 +14,15 @@ from harness import (
     assert_accurate,
     furthest,
     generator,
-    normalized,
     randn,
     rounded,
     rounds_like_kernels,
-    with_gradient_in,
 )
 
 import nearfar as nf
-from nearfar.ops import factored
-from nearfar.ops.torch_operator import forget_plans
+from nearfar.kernels import linear_states
 from nearfar.reference import linear as reference
+from nearfar.runtime.plans import forget_plans
 
 SAMPLES = {
     "linear_attention": {
@@ -158,21 +156,14 @@ def contraction(factors, last, output):
     return ",".join(f"bhn{letter}" for letter in letters) + "," + last.format(letters) + "->" + output.format(letters)
 
 
-def sums(xs, ys, values, state, options, dtype=None, stored=False):
+def sums(xs, ys, values, state, options, dtype=None):
     """sum_j A_ij (v_j, 1) for every query, and the state after the last key of every sequence.
 
-    dtype: products of the features of several factors are rounded to it before they enter a state. stored: and before
-    they are multiplied with those of queries; so is dA, before the gradient of the normaliser is added.
+    dtype: products of the features of several factors are rounded to it before they enter a state.
     """
     mask = visible(options, xs[0].shape[2], values.shape[2], values.device)
     weights = functools.reduce(torch.mul, [x @ to_query_heads(x, y).mT for x, y in zip(xs, ys, strict=True)])
-    if stored and len(ys) > 1:
-        weights = products_of(xs) @ to_query_heads(xs[0], products_of(ys, dtype)).mT
-    weights, values_of_queries = weights.masked_fill(~mask, 0), to_query_heads(xs[0], values)
-    total = weights @ values_of_queries
-    if stored:
-        products = with_gradient_in(weights + 0, dtype) @ values_of_queries[..., :-1]
-        total = torch.cat((products, total[..., -1:]), -1)
+    total = weights.masked_fill(~mask, 0) @ to_query_heads(xs[0], values)
     if state is not None:
         read = contraction(xs, "bh{}c", "bhnc")
         packed = options.get("cu_seqlens") is not None
@@ -189,7 +180,7 @@ def sums(xs, ys, values, state, options, dtype=None, stored=False):
     final = torch.cat([
         torch.einsum(build, *(y[:, :, first:last] for y in ys), values[:, :, first:last])
         for first, last in spans(options, values.shape[2])
-    ])  # fmt: skip
+    ])
     return total, final if state is None else final + state
 
 
@@ -211,45 +202,46 @@ def state_of_rounded_products(ys, values, state, options, dtype):
 CHUNK = 64  # tokens between two states of causal kernels
 
 
-def sums_of_states(xs, ys, values, options, dtype):
-    """The first of `sums` without an initial state, by states that are rounded to this dtype, and so are their gradients.
+def sums_of_states(xs, ys, values, initial, options, dtype):
+    """The first of `sums`, by states that are rounded to this dtype but for their norms.
 
     Causal: by a state of all chunks before each chunk, within which pairs are added.
     """
     build, read = contraction(ys, "bhnc", "bh{}c"), contraction(xs, "bh{}c", "bhnc")
+    packed, causal = options.get("cu_seqlens") is not None, options.get("causal")
 
-    def state_of(begin, end):
+    def state_of(index, begin, end):
         state = torch.einsum(build, *(y[:, :, begin:end] for y in ys), values[:, :, begin:end])
-        products = state[..., :-1]
-        products = with_gradient_in(rounded(products, dtype), dtype)
-        return to_query_heads(xs[0], torch.cat((products, state[..., -1:]), -1))
+        if initial is not None:
+            state = state + (initial[index : index + 1] if packed else initial)
+        return to_query_heads(xs[0], torch.cat((rounded(state[..., :-1], dtype), state[..., -1:]), -1))
 
     totals = []
-    for first, last in spans(options, values.shape[2]):
-        if not options.get("causal"):
-            rows = slice(None) if options.get("cu_seqlens") is None else slice(first, last)
-            totals.append(torch.einsum(read, *(x[:, :, rows] for x in xs), state_of(first, last)))
-        for begin in range(first, last, CHUNK) if options.get("causal") else ():
+    for index, (first, last) in enumerate(spans(options, values.shape[2])):
+        if not causal:
+            rows = slice(first, last) if packed else slice(None)
+            totals.append(torch.einsum(read, *(x[:, :, rows] for x in xs), state_of(index, first, last)))
+        for begin in range(first, last, CHUNK) if causal else ():
             chunk = slice(begin, min(begin + CHUNK, last))
             own_xs, own_ys = ([x[:, :, chunk] for x in side] for side in (xs, ys))
-            pairs, _ = sums(own_xs, own_ys, values[:, :, chunk], None, {"causal": True}, dtype, stored=True)
-            totals.append(pairs + torch.einsum(read, *own_xs, state_of(first, begin)))
+            pairs, _ = sums(own_xs, own_ys, values[:, :, chunk], None, {"causal": True})
+            totals.append(pairs + torch.einsum(read, *own_xs, state_of(index, first, begin)))
     return torch.cat(totals, 2)
 
 
-def attend(tensors, options, dtype=None, stored=False):
+def attend(tensors, options, dtype=None, round_states=False):
     """o, or (o, state), by plain torch operations in the dtype of the tensors; dtype: features are rounded to it.
 
-    stored: so is o, before delta = dO . o is taken from it, and so are states and dA.
+    round_states: so are the states by which queries take sums over keys.
     """
     (xs, ys), values, initial = features(tensors, options, dtype), with_ones(tensors["v"]), tensors.get("initial_state")
-    total, state = sums(xs, ys, values, initial, options, dtype, stored)
-    if stored and initial is None:
-        total = sums_of_states(xs, ys, values, options, dtype)
+    total, state = sums(xs, ys, values, initial, options, dtype)
+    if round_states:
+        total = sums_of_states(xs, ys, values, initial, options, dtype)
     o = total[..., :-1]
     if options.get("normalize", True):
         weight = total[..., -1:] + options.get("eps", 1e-6)
-        o = normalized(o, weight, dtype) if stored else o / weight.masked_fill(weight == 0, float("inf"))
+        o = o / weight.masked_fill(weight == 0, float("inf"))
     return (o, state) if options.get("return_state") else o
 
 
@@ -296,6 +288,24 @@ def scales(tensors, options, do, dstate=None):
     return (o,) if final is None else (o, final.detach()), gradients
 
 
+OF_ROUNDED_STATES = set()
+
+
+def takes_states_rounded(*names):
+    """A fixture for the tests of kernels that take these gradients from states that were rounded to 16 bits.
+
+    Their plain formula does, too. docs/contract.md lists them ("Where accuracy falls short").
+    """
+
+    @pytest.fixture(autouse=True)
+    def states():
+        OF_ROUNDED_STATES.update(names)
+        yield
+        OF_ROUNDED_STATES.clear()
+
+    return states
+
+
 def check(sample, do, o, gradients, names=None):
     """Assert the rule of accuracy for the outputs and the gradients; names: of some tensors only.
 
@@ -312,9 +322,9 @@ def check(sample, do, o, gradients, names=None):
     for name, *result in zip(("o", "state")[: len(o)], o, exact_o, plain_o, o_scale, strict=True):
         assert_accurate(name, *(tensor.detach() for tensor in result), dtype)
     exact_gradients, plain_gradients = gradients_of(exact_o, exact, wide), gradients_of(plain_o, plain, narrow)
-    if rounds_like_kernels(dtype) and DELTA_OF_STORED_O:
-        coarse = gradients_of(as_tuple(attend(plain, options, dtype, stored=True)), plain, narrow)
-        for name in DELTA_OF_STORED_O & coarse.keys():
+    if rounds_like_kernels(dtype) and OF_ROUNDED_STATES:
+        coarse = gradients_of(as_tuple(attend(plain, options, dtype, round_states=True)), plain, narrow)
+        for name in OF_ROUNDED_STATES & coarse.keys():
             plain_gradients[name] = furthest(exact_gradients[name], plain_gradients[name], coarse[name])
     for name in names or sample.tensors:
         got = gradients[name]
@@ -333,8 +343,8 @@ def form(direct, piece_length=128):
     """Reference and kernels go pair by pair, or through states with a new one every `piece_length` tokens when causal."""
     with (
         patch.object(reference, "direct_is_cheaper", lambda *_: direct),
-        patch.object(factored, "prefers_direct", lambda *_: direct),
-        patch.object(factored, "causal_piece_length", lambda *_: piece_length),
+        patch.object(linear_states, "prefers_direct", lambda *_: direct),
+        patch.object(linear_states, "causal_piece_length", lambda *_: piece_length),
     ):
         forget_plans()
         yield
@@ -351,7 +361,7 @@ def op_arguments(sample, backend="triton"):
         qs, ks, unit_stride(tensors["v"]), tensors.get("initial_state"), options.get("cu_seqlens"),
         options.get("feature_map", "elu"), options.get("normalize", True), options.get("causal", False),
         options.get("eps", 1e-6), options.get("return_state", False), backend, backend,
-    )  # fmt: skip
+    )
 
 
 def unit_stride(tensor):
@@ -359,7 +369,8 @@ def unit_stride(tensor):
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, feature_map, normalize, causal, _, _, _, backend = op_arguments(sample)
+    arguments = op_arguments(sample)
+    tensors, (*options, _, backend) = arguments[:5], arguments[5:]
     o, _, *saved = outputs
     do, dstate = do if isinstance(do, tuple) else (do, None)
-    return (do, dstate, *tensors, o, *saved, feature_map, normalize, causal, backend)
+    return (do, dstate, *tensors, o, *saved, *options, backend)

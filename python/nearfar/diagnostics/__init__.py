@@ -1,4 +1,4 @@
-"""What attention heads do, over a real text: head regimes, a watch over a model, pictures."""
+"""What attention heads do on real text: head regimes, a watch over a model, plots."""
 
 from nearfar.diagnostics.plot import plot
 from nearfar.diagnostics.regimes import REGIMES, HeadRegimes, Thresholds, classify, head_regimes

@@ -1,4 +1,4 @@
-"""Pictures of what a `Watch` has seen. Needs matplotlib."""
+"""Plots of a `Watch`. Needs matplotlib."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,17 +21,17 @@ NAMES = ("precision", "recall", "F")
 
 
 def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
-    """Draw entropy by layer, sink mass, precision, recall and F against top_n, and the map of regimes.
+    """Draw entropy by layer, sink mass, precision, recall and F against top_n, and a map of the regimes.
 
     Args:
         watched: a `Watch` of at least one layer.
-        path: where to save the picture, in the format that its ending names; None to save nothing.
+        path: file to save the figure to; its suffix sets the format. None saves nothing.
 
     Returns:
         The matplotlib Figure.
 
     Raises:
-        ValueError: nothing was watched.
+        ValueError: the watch recorded nothing.
     """
     from matplotlib.figure import Figure
 
@@ -61,10 +61,10 @@ def matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def draw_by_layer(axes: "Axes", values: Sequence[torch.Tensor]) -> None:
-    """A dot a head, a line through the means of the layers."""
+    """One dot per head, and a line through the means of the layers."""
     for layer, heads in enumerate(values):
         axes.plot([layer] * len(heads), heads.tolist(), "o", color="#0072b2", alpha=0.5, markersize=5,
-                  label=None if layer else "head")  # fmt: skip
+                  label=None if layer else "head")
     axes.plot(range(len(values)), [heads.nanmean().item() for heads in values], "k-", linewidth=1.5, label="mean of the layer")
     axes.set(xlabel="layer", xticks=thinned(len(values)))
     axes.grid(True, axis="y", color="0.9")
@@ -72,7 +72,7 @@ def draw_by_layer(axes: "Axes", values: Sequence[torch.Tensor]) -> None:
 
 
 def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Medians over all heads with the middle half of them, and the random control where it was made."""
+    """Medians and quartiles over all heads, and the random control if there is one."""
     curves = torch.cat([m["geometry"] for m in means], -1)
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
@@ -82,7 +82,7 @@ def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, t
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
         control = torch.cat([m[("control_precision", "control_recall", "control_f_score")[index]] for m in means])
         axes.plot(watched.top_n, control.nanmedian().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
-                  linestyle="none", label=f"{name}, random keys")  # fmt: skip
+                  linestyle="none", label=f"{name}, random keys")
     axes.set_xscale("log", base=2)
     axes.set_xticks(watched.sweep, watched.sweep)
     axes.set(title="selected keys told apart: median, middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))
@@ -121,5 +121,5 @@ def label_axes(axes: "Axes", layers: int, heads: int) -> None:
 
 
 def thinned(count: int, most: int = 16) -> range:
-    """At most so many of 0 to count - 1, evenly apart."""
+    """At most so many of the numbers 0 to count - 1, evenly spaced."""
     return range(0, count, -(-count // most))

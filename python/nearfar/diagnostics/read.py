@@ -1,4 +1,4 @@
-"""Calls of attention, read exactly: queries, keys and values of each head, and which keys each query sees."""
+"""Exact reading of attention calls: queries, keys and values of each head, and the keys that each query sees."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ CHECKED_ROWS = 8  # of a model's own attention in transformers
 
 
 class Call(NamedTuple):
-    """Attention of query heads that may share key heads."""
+    """One attention call; query heads may share key heads."""
 
     q: torch.Tensor  # (B, Hq, N, D)
     k: torch.Tensor  # (B, Hkv, M, D)
@@ -70,7 +70,7 @@ def scaled_dot_product(
 
 
 def expanded(mask: torch.Tensor, lead: torch.Size, *rest: int) -> torch.Tensor:
-    """What a mask shows, (B, H, N, M); a view where one mask serves all."""
+    """A mask as (B, H, N, M); a view if one mask serves all heads and batch elements."""
     return visible_keys(mask).expand(*lead, *rest).reshape(lead.numel(), *rest)
 
 
@@ -136,7 +136,7 @@ def encoder_layer(
 
 
 def kind_of(attend: Callable[..., Any], default: Callable[..., Any]) -> str | None:
-    """How a function of transformers' attention interface reads its arguments: None if that is not known."""
+    """How a function of transformers' attention interface reads its arguments; None if unknown."""
     if attend is default:
         return "eager"
     function = getattr(attend, "func", attend)  # a kernel from the hub is a partial
@@ -186,7 +186,7 @@ def transformers_call(
 
 
 def dense(mask: BlockMask, num_queries: int, num_keys: int) -> torch.Tensor:
-    """A BlockMask as bools (B, H, N, M): its function, where its blocks are computed."""
+    """A BlockMask as bools (B, H, N, M): its function, inside the blocks that it computes."""
     rows, columns = mask.BLOCK_SIZE
     blocks = mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :num_queries, :num_keys]
     shown = create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)  # type: ignore[call-arg,misc]
@@ -209,7 +209,7 @@ def parts_of_flash(
     max_length_k: int | None = None,
     **options: Any,
 ) -> list[Part]:
-    """As transformers' flash_attention_forward: from padding, else lengths of texts, else positions that begin again."""
+    """The parts that transformers' flash_attention_forward sees: by padding, else text lengths, else restarting positions."""
     back = -1 if sliding_window is None or num_keys <= sliding_window else sliding_window - 1
     locality = SlidingWindow(back, 0 if is_causal else back) if is_causal or back >= 0 else None
     if mask is not None:
@@ -234,9 +234,9 @@ def parts_of_flash(
 
 
 def check(call: Call, mask: torch.Tensor | None, output: torch.Tensor) -> None:
-    """Raise Unreadable if some rows of the output, (B, N, Hq, Dv), are not what softmax makes of the call.
+    """Raise Unreadable if sampled rows of the output (B, N, Hq, Dv) differ from the softmax attention of the call.
 
-    Each model has its own function for "eager", which may do what its arguments do not show.
+    Each model has its own "eager" function, which may do more than its arguments show.
     """
     q, k, v = (x.float() if x.dtype.itemsize < 4 else x for x in call[:3])
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -1,11 +1,10 @@
-"""Per head: where its attention sinks, how well it tells the keys it selects apart, and the regime that makes (2602.01893)."""
+"""Per head: its attention sink, the separation of the keys it selects, and its regime (arXiv 2602.01893)."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
-from nearfar.dispatch import Backend
 from nearfar.localities import SlidingWindow
 from nearfar.ops.diagnostics import (
     Call,
@@ -15,6 +14,7 @@ from nearfar.ops.diagnostics import (
     selection_geometry,
 )
 from nearfar.reference.diagnostics import separation
+from nearfar.runtime.dispatch import Backend
 
 REGIMES = ("retriever", "mixer", "reset")
 UNDEFINED = -1  # instead of an index into REGIMES: the regime of a head with NaN
@@ -22,11 +22,12 @@ CONTROL_ROWS = 16  # queries of the random control whose weights are in memory a
 
 
 class Thresholds(NamedTuple):
-    """What makes a regime [ours: the paper's thresholds are not public].
+    """Thresholds of the regimes [ours: the paper's are not public].
 
-    Reset: the sink has at least reset_mass of the head's weight, and a value of at most reset_norm times the others' mean norm.
-    Retriever: the sink has less than reset_mass, precision and recall are at least separation, F is at least that of the random
-    control, and the effective support is at most support keys for each of top_n.
+    Reset: the sink receives at least reset_mass of the head's weight, and the norm of its value is at most reset_norm times
+        the mean norm of the other values.
+    Retriever: the sink receives less than reset_mass, precision and recall are at least separation, F is at least that of the
+        random control, and the effective support is at most support * top_n keys.
     Mixer: every other head.
     """
 
@@ -37,7 +38,7 @@ class Thresholds(NamedTuple):
 
 
 class HeadRegimes(NamedTuple):
-    """What `nearfar.head_regimes` returns; each (B, Hq). The sink of a head is the key that receives the most weight."""
+    """Result of `nearfar.head_regimes`; each (B, Hq). The sink of a head is the key that receives the most weight."""
 
     entropy: torch.Tensor  # mean over queries, in nats
     sink_key: torch.Tensor  # int64
@@ -69,25 +70,25 @@ def head_regimes(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> HeadRegimes:
-    """What each head does: entropy, sink, geometry of its selection beside a random control, and its regime.
+    """Regime of each head, with its entropy, its sink, and the geometry of its selection beside a random control.
 
     Source: arXiv 2602.01893; thresholds and control are ours. Sinks and geometry come from `nearfar.attention_statistics` and
-    `nearfar.selection_geometry`; only the control computes rows of weights, CONTROL_ROWS at once. Everything is a constant.
+    `nearfar.selection_geometry`; only the control computes rows of weights, CONTROL_ROWS at a time. All results are constants.
 
     Args:
         q: (B, Hq, N, D), N at least 1. k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
         top_n: how many keys a query selects, from 1 to 256.
         causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
         thresholds: Thresholds of the regimes.
-        control_queries: of how many queries, drawn with the seed, the random selections are.
-        seed: of that control: its queries and keys, which are those of every head.
+        control_queries: number of queries, drawn with the seed, for which the control draws random keys.
+        seed: of the control. Its queries and keys are the same for every head.
 
     Returns:
         HeadRegimes.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     if not isinstance(control_queries, int) or isinstance(control_queries, bool):
         raise TypeError(f"control_queries must be an int, got {type(control_queries).__name__}")
@@ -140,7 +141,7 @@ def sink_of(key_mass: torch.Tensor, v: torch.Tensor, num_queries: int) -> tuple[
     index = batch[:, None], head[None, :] // group, key
     norm, direction = norms[index], directions[index]
     norm_of_others, of_others = ((x.sum(2).repeat_interleave(group, 1) - own) / others
-                                 for x, own in ((norms, norm), (directions, direction)))  # fmt: skip
+                                 for x, own in ((norms, norm), (directions, direction)))
     return key, mass / num_queries, norm, norm_of_others, (direction * of_others).sum(-1)
 
 
@@ -163,14 +164,14 @@ def seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def telling_rows(call: Call, top_n: int) -> torch.Tensor:
-    """The queries that see more than top_n keys; all, if none does: to select everything tells nothing."""
+    """The queries that see more than top_n keys, since selecting all keys shows nothing; all queries if there are none."""
     first, end = seen(call)
     rows = (end - first > top_n).nonzero().squeeze(-1)
     return rows if len(rows) else torch.arange(call.q.shape[2], device="cpu")
 
 
 def random_control(call: Call, top_n: int, count: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """(precision, recall, f_score) of keys drawn at random, (B, Hq) means over at most `count` of the telling rows."""
+    """(precision, recall, f_score) of keys drawn at random: (B, Hq) means over at most `count` of `telling_rows`."""
     generator, rows = torch.Generator("cpu").manual_seed(seed), telling_rows(call, top_n)
     rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]
     first, end = (bound[rows] for bound in seen(call))

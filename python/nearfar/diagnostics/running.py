@@ -1,8 +1,8 @@
-"""Which modules run in which thread, and the calls of attention that they make.
+"""Which modules run in which thread, and the attention calls that they make.
 
-Nothing is registered on a model: hooks are torch's global ones, there while any watch is open. Each thread has its own list of
-running modules, and its own TorchFunctionMode, which is on while a watched module runs. Only transformers is patched, whose
-models may compute attention without a function of torch.
+Nothing is registered on a model: the hooks are torch's global ones, installed while any watch is open. Each thread has its own
+list of running modules and its own TorchFunctionMode, which is on while a watched module runs. Only transformers is patched, as
+its models may compute attention without a torch function.
 """
 
 import sys
@@ -36,14 +36,14 @@ READ_WHOLE = tuple(module.forward for module in (nn.TransformerEncoder, nn.Trans
 
 
 class Entry:
-    """A module that runs: was_on is whether the mode was on before, called whether it called another watched module."""
+    """A running module. was_on: whether the mode was on before. called: whether it called another watched module."""
 
     def __init__(self, module: nn.Module, was_on: bool) -> None:
         self.module, self.was_on, self.called = module, was_on, False
 
 
 class Thread:
-    """Watched modules that run in a thread, the innermost last, and the mode that sees their attention."""
+    """Watched modules that run in a thread, innermost last, and the mode that sees their attention."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -74,7 +74,7 @@ class Thread:
             self.switch(was_on)
 
     def drop(self, depth: int) -> None:
-        """Forget the modules from a depth on: they have ended."""
+        """Remove the modules from this depth on, which have ended."""
         if depth < len(self.entries):
             self.switch(self.entries[depth].was_on)
             del self.entries[depth:]
@@ -85,7 +85,7 @@ class Thread:
 
 
 class SeeAttention(TorchFunctionMode):
-    """Reports scaled_dot_product_attention, however a module imported it."""
+    """Reports calls of scaled_dot_product_attention, however a module imported it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,13 +115,13 @@ def this_thread() -> Thread:
 
 
 def key(module: nn.Module) -> int:
-    """Of a module, and of the replicas that nn.DataParallel makes of it: these share the dict of its hooks."""
+    """Key of a module and of its replicas by nn.DataParallel, which share the dict of its hooks."""
     return id(hooks_of(module))
 
 
 @contextmanager
 def opened(session: Any) -> Iterator[None]:
-    """Let a session hear of attention: it has names {key: name}, sets compiled and ran of keys, and take(name, reader)."""
+    """Report attention to a session, which has names {key: name}, the sets of keys compiled and ran, and take(name, reader)."""
     global sessions
     thread = this_thread()
     thread.switch(thread.switch(True))  # raises before anything is installed where torch lacks what it takes
@@ -150,7 +150,7 @@ def install() -> None:
 
 
 def uninstall_if_idle() -> None:
-    """Threads that began under a watch may go on after its end: they take down the rest."""
+    """Threads that outlive the watch under which they began uninstall the rest themselves."""
     with lock:
         if not sessions and not busy:
             while installed:
@@ -186,7 +186,7 @@ def leave(module: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
 
 
 def read_module(entry: Entry, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Report the attention of torch's own modules, which the mode does not see."""
+    """Report the attention of torch's own modules, which the mode cannot see."""
     module: Any = entry.module
     forward = type(module).forward
     for session in sessions:
@@ -198,7 +198,7 @@ def read_module(entry: Entry, arguments: tuple[Any, ...], keywords: dict[str, An
 
 
 def report(reader: Callable[[], list[read.Call]], *inside: nn.Module) -> None:
-    """Let every watch that knows a running module, or one inside, hear of its attention; reader may raise Unreadable."""
+    """Report attention to every watch of a running module or of a module in it; reader may raise Unreadable."""
     if tracing_context() is not None or current_graph_task() != -1:
         return  # a compiler tries the call out, or a checkpoint repeats it in the backward
     if torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
@@ -213,7 +213,7 @@ def report(reader: Callable[[], list[read.Call]], *inside: nn.Module) -> None:
 
 
 def patch_transformers(interface: Any) -> Callable[[], None]:
-    """Let transformers' models ask a wrapper for their attention function; returns what undoes it."""
+    """Wrap the attention functions that transformers' models look up; returns a function that undoes it."""
     get_interface = interface.get_interface
 
     @wraps(get_interface)
@@ -232,9 +232,9 @@ def patch_transformers(interface: Any) -> Callable[[], None]:
 
 
 def watched(attend: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of transformers' attention interface that reports its calls; itself if it is not known how to read them.
+    """A function of transformers' attention interface, wrapped to report its calls; unchanged if they cannot be read.
 
-    The mode sees what scaled_dot_product_attention a function that is not known calls.
+    If an unknown function calls scaled_dot_product_attention, the mode sees that.
     """
     kind = read.kind_of(getattr(attend, "watches", attend), default)
     if kind is None:

@@ -1,4 +1,4 @@
-"""What queries see, from masks, lengths of texts and causality, in parts that `nearfar.attention_statistics` can compute."""
+"""Which keys queries see, by masks, text lengths and causality, in parts that `nearfar.attention_statistics` can compute."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from nearfar.localities import SlidingWindow
 
 
 class Unreadable(Exception):
-    """Attention whose weights watch cannot compute; the message is the reason."""
+    """Raised for attention whose weights a watch cannot compute; the message is the reason."""
 
 
 class Part(NamedTuple):
-    """Queries that see a window of keys, counted from the last of both: one text of a batch element, or of all of them."""
+    """Queries and the window of keys that they see, aligned at the last of both: one text, in one batch element or in all."""
 
     batch: slice
     queries: slice
@@ -35,7 +35,7 @@ def causal_from_the_first(num_queries: int, num_keys: int) -> list[Part]:
 
 
 def packed(ends_q: list[int], ends_k: list[int], locality: SlidingWindow | None) -> list[Part]:
-    """A part for each text of one packed sequence; ends: 0 and the end of each text, of queries and of keys."""
+    """One part for each text of a packed sequence. ends: 0 and the end of each text, for queries and for keys."""
     if len(ends_q) != len(ends_k):
         raise Unreadable(f"cu_seqlens count {len(ends_q) - 1} texts of queries and {len(ends_k) - 1} of keys")
     texts = zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
@@ -43,7 +43,7 @@ def packed(ends_q: list[int], ends_k: list[int], locality: SlidingWindow | None)
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """The mask as bools: True where a key is seen. Other masks are added to scores; they hold 0 or (next to) -inf."""
+    """The mask as bools, True where a key is visible. Masks of numbers are added to scores and hold 0 or (nearly) -inf."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
@@ -55,7 +55,7 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
 
 
 def parts_of_mask(visible: torch.Tensor) -> list[Part]:
-    """The parts of a mask (B, H, N, M) of bools, whose dimensions of B and H may be expanded.
+    """The parts of a mask (B, H, N, M) of bools; B and H may be expanded dimensions.
 
     Queries that see no key are left out: they have no weights.
     """
@@ -69,7 +69,7 @@ def parts_of_mask(visible: torch.Tensor) -> list[Part]:
 
 
 def windows(mask: torch.Tensor) -> list[tuple[slice, slice, SlidingWindow | None]]:
-    """(queries, keys, locality) of each text in a mask (N, M): all in one window, or texts one after the other."""
+    """(queries, keys, locality) of each text in a mask (N, M): one window, or several texts one after the other."""
     num_queries, num_keys = mask.shape
     if not num_queries:
         return []
@@ -101,7 +101,7 @@ def windows(mask: torch.Tensor) -> list[tuple[slice, slice, SlidingWindow | None
 def window(
     rows: torch.Tensor, first: torch.Tensor, end: torch.Tensor, num_queries: int, num_keys: int
 ) -> tuple[slice, slice, SlidingWindow | None] | None:
-    """(queries, keys, locality) of the rows of a mask that see the keys from first up to end, or None if that is no window."""
+    """(queries, keys, locality) of the mask's rows that see the keys from first to end; None if that is not a window."""
     start, stop, count = int(first.min()), int(end.max()), len(rows)
     queries, keys = slice(int(rows[0]), int(rows[-1]) + 1), slice(start, stop)
     if queries.stop - queries.start != count:

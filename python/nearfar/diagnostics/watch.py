@@ -1,4 +1,4 @@
-"""A watch over the attention of a model while it reads: per layer and head, what `nearfar.head_regimes` tells, and more."""
+"""A watch over the attention of a model: per layer and head, the results of `nearfar.head_regimes`, and more."""
 
 import threading
 import warnings
@@ -12,7 +12,7 @@ from nearfar.diagnostics import running
 from nearfar.diagnostics.read import Call
 from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
 from nearfar.diagnostics.visible import Unreadable
-from nearfar.dispatch import Backend
+from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.private import is_compiled
 
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))
@@ -23,13 +23,13 @@ merging = threading.Lock()  # of means, which several threads may add to
 
 
 class Watch:
-    """What a `watch` has seen: for each layer means over its calls, each weighted by its batch times its queries.
+    """Results of a `watch`: for each layer, means over its calls, weighted by batch size times queries.
 
     layers: {name of the module that called attention: {quantity: (Hq,) float64 tensor on the CPU}}, in order of the first call.
-        The quantities are those of `HeadRegimes` but sink_key and regime, with sink_at_start, the share of texts whose sink is
-        their first key, and geometry, (3, sweep, Hq) precision, recall and F for each top_n of the sweep. Calls of one module
-        with another number of heads are a layer of their own, "name#2".
-    skipped: {name of the layer: why a call of it was not taken in}, the first reason of each.
+        The quantities are those of `HeadRegimes` except sink_key and regime. In addition there are sink_at_start, the share of
+        texts whose sink is their first key, and geometry, (3, sweep, Hq): precision, recall and F for each top_n of the sweep.
+        If a module is called with another number of heads, these calls form a layer "name#2".
+    skipped: {name of the layer: why a call of it was skipped}, the first reason of each.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Watch:
         self._weights: dict[str, int] = {}
 
     def record(self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> None:
-        """Take in one call of attention; `watch` does it, and so may any code that has q, k and v.
+        """Record one attention call. `watch` calls this, and so may any code that has q, k and v.
 
         A call without queries, or of an empty batch, changes nothing.
 
@@ -55,14 +55,14 @@ class Watch:
         self._merge(layer, [self._measured(q, k, v, **keywords)])
 
     def _take(self, layer: str, calls: list[Call]) -> None:
-        """Take in calls all of whose parts can be measured, or else none of them."""
+        """Record the calls if all their parts can be measured, else none of them."""
         parts = [
             self._measured(
                 call.q[part.batch, :, part.queries], call.k[part.batch, :, part.keys], call.v[part.batch, :, part.keys],
                 scale=call.scale, locality=part.locality,
             )
             for call in calls for part in call.parts
-        ]  # fmt: skip
+        ]
         self._merge(layer, parts)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Watch:
                 self._weights[layer] = before + weight
 
     def _layer(self, module: str, heads: torch.Size) -> str:
-        """Name of the first layer of a module that has this many heads, or has none yet."""
+        """Name of the module's first layer with this many heads, or of a new one."""
         layer, count = module, 1
         while layer in self.layers and self.layers[layer]["entropy"].shape != heads:
             count += 1
@@ -101,7 +101,7 @@ class Watch:
         return layer
 
     def regimes(self) -> dict[str, torch.Tensor]:
-        """{layer: (Hq,) int64 index into nearfar.diagnostics.REGIMES}, of the means."""
+        """{layer: (Hq,) int64 index into nearfar.diagnostics.REGIMES}, by the means."""
         heads = {
             layer: HeadRegimes(**{name: means[name] for name in AVERAGED}, sink_key=None, regime=None)  # type: ignore[arg-type]
             for layer, means in self.layers.items()
@@ -109,7 +109,7 @@ class Watch:
         return {layer: classify(found, self.top_n, self.thresholds) for layer, found in heads.items()}
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict a head: layer, head, means, effective_support = exp(entropy), sink_norm relative to the others, regime."""
+        """One dict per head: layer, head, means, effective_support = exp(entropy), relative sink_norm, regime."""
         rows = []
         for (layer, means), regimes in zip(self.layers.items(), self.regimes().values(), strict=True):
             for head, regime in enumerate(regimes.tolist()):
@@ -123,7 +123,7 @@ class Watch:
         columns = (
             "entropy", "effective_support", "sink_mass", "sink_norm", "sink_similarity", "precision", "recall", "f_score",
             "control_f_score",
-        )  # fmt: skip
+        )
         rows = self.table()
         width = max((len(row["layer"]) for row in rows), default=5)
         lines = [f"{'layer':{width}} head " + " ".join(f"{name:>{max(len(name), 6)}}" for name in columns) + "  regime"]
@@ -134,7 +134,7 @@ class Watch:
 
 
 class Session:
-    """One `watch` while it is open: what hears of calls of attention (`running.report`)."""
+    """An open `watch`, to which `running.report` reports attention calls."""
 
     def __init__(self, model: torch.nn.Module, watched: Watch, on_unsupported: str) -> None:
         self.modules = [(name or "model", module) for name, module in model.named_modules()]  # held: keys must stay theirs
@@ -155,7 +155,7 @@ class Session:
                 raise ValueError(f"watch cannot read the attention of {layer}: {reason}") from error
 
     def close(self) -> None:
-        """Say what was not seen: in `skipped`, and in a warning if nothing was."""
+        """Note in `skipped` what was not seen, and warn if nothing was."""
         watched = self.watched
         for name, module in self.modules:
             if reason := self.unseen(module):
@@ -179,7 +179,7 @@ class Session:
 
 
 def is_inside(name: str, other: str) -> bool:
-    """Whether a module is another one, or in it."""
+    """Whether a module is another one, or is inside it."""
     return other == "model" or f"{name.split('#')[0]}.".startswith(f"{other}.")
 
 
@@ -200,20 +200,20 @@ def watch(
         print(watched)
         nearfar.diagnostics.plot(watched, "heads.png")
 
-    Watched are, in every thread in which modules of the model run: torch.nn.functional.scaled_dot_product_attention,
-    torch.nn.MultiheadAttention, torch's encoder layers (their fast path, too), and Hugging Face models through transformers'
-    attention interface (5.0 or later) with "eager", "sdpa", "flex_attention" and FlashAttention. Other attention can call
-    `Watch.record` itself. The model computes what it computes anyway, and nothing is registered on it or on a copy of it.
-    Dropout is not part of what is watched, nor are forwards that a checkpoint repeats in the backward.
+    In every thread that runs modules of the model, it sees torch.nn.functional.scaled_dot_product_attention,
+    torch.nn.MultiheadAttention, torch's encoder layers (including their fast path), and Hugging Face models that use
+    transformers' attention interface (5.0 or later) with "eager", "sdpa", "flex_attention" or FlashAttention. Other attention
+    can call `Watch.record` itself. The outputs of the model do not change, and nothing is registered on it or on replicas of
+    it. The watch ignores dropout, and forwards that checkpointing repeats in the backward.
 
-    A query may see all keys, or a causal or sliding window of them. Padding on the left and several texts in one sequence, one
-    after the other, are read as texts of their own; queries that see no key are left out. Whatever else changes the weights
-    (other masks, biases, soft caps, learned sinks) cannot be read, nor can what torch.compile or a CUDA graph runs. It is
-    skipped, with a reason in `Watch.skipped`.
+    A query may see all keys, or a causal or sliding window of them. Padding on the left and several texts in one sequence are
+    supported: each text is read on its own, and queries that see no key are left out. Attention with anything else that changes
+    the weights (other masks, biases, soft caps, learned sinks) cannot be read, nor can attention inside torch.compile or a CUDA
+    graph. Such calls are skipped, with a reason in `Watch.skipped`.
 
     Args:
         model: a torch.nn.Module; the names of its modules name the layers.
-        top_n: how many keys a query selects, of the regimes.
+        top_n: how many keys a query selects, for the regimes.
         sweep: the values of top_n for which precision, recall and F are recorded.
         thresholds: of the regimes.
         backend: of the diagnostics, as for `nearfar.attention_statistics`.
@@ -221,11 +221,12 @@ def watch(
 
     Raises:
         TypeError: model is no torch.nn.Module.
-        ValueError: on_unsupported is neither "skip" nor "raise"; with "raise", from a call that cannot be read, with the layer
-            and the reason.
+        ValueError: on_unsupported is neither "skip" nor "raise". With "raise", a call that cannot be read raises one with the
+            layer and the reason.
 
     Warns:
-        UserWarning: the watch ends without an error and without any attention that it could read; it names what looks like it.
+        UserWarning: the watch ends without an error and has read no attention; the warning names modules that look like
+            attention.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

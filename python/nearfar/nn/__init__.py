@@ -1,4 +1,4 @@
-"""Drop-in attention layers, x (B, N, dim) -> (B, N, dim), one file per operator."""
+"""Self-attention layers, x (B, N, dim) -> (B, N, dim): one file per operator."""
 
 from nearfar.nn.affine import AffineScaledAttention
 from nearfar.nn.krause import KrauseAttention

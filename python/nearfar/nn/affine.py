@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nearfar.checks import check_cu_seqlens, require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.affine import affine_attention, softmax_attention
-from nearfar.ops.packing import token_bounds
+from nearfar.runtime.checks import check_cu_seqlens, require
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.packing import token_bounds
 from nearfar.runtime.private import current_graph_task, process_group_of, register_dataclass
 
 PHI = {"clip": lambda logits: (0.1 * logits + 0.5).clamp(0, 1), "sigmoid": torch.sigmoid}  # eq. 11, and its ablation
@@ -21,13 +21,13 @@ REMEMBERED = 256  # forwards of a layer that may lie between one and its recompu
 
 @dataclasses.dataclass
 class Cache:
-    """What `AffineScaledAttention.step` goes on from: keys, values and the sum of the values.
+    """Decoding cache of `AffineScaledAttention.step`: keys, values and the sum of the values.
 
     Attributes:
-        k, v: (B, num_kv_heads, max_length, head_dim), filled up to `length`; keys are rotated already.
+        k, v: (B, num_kv_heads, max_length, head_dim), filled up to `length`; keys are stored rotated.
         total: (B, num_kv_heads, head_dim) float32 (float64 in a float64 layer), the sum of v[:, :, :length].
-        length: how many tokens there are. Set back, it drops the tokens behind it: those of a draft, or all with 0.
-        summed: how many tokens total is the sum of; `step` sums anew where it is not length.
+        length: number of tokens in the cache. Lower it to drop the last tokens, such as those of a rejected draft.
+        summed: number of tokens in `total`; if it differs from length, `step` computes the sum again.
     """
 
     k: torch.Tensor
@@ -41,45 +41,46 @@ register_dataclass(Cache, serialized_type_name="nearfar.nn.affine.Cache")  # for
 
 
 class AffineScaledAttention(SelfAttention):
-    """Softmax attention with weights scaled and shifted by query: projections around `nearfar.affine_attention`.
+    """Softmax attention with weights scaled and shifted per query: projections around `nearfar.affine_attention`.
 
         a = phi(W_a x), one number per token and query head                            [eq. 7, 11]
         b = (a_ma - a) / N, N the number of keys of the (padded) sequence              [eq. 8]
         a_ma <- momentum a_ma + (1 - momentum) mean(a), when training                  [eq. 9]
 
-    Source: arXiv 2602.23057. We read eq. 9 as defining the a_ma of eq. 8, so that b uses the average that the tokens at hand
-    have already entered. In training, a token therefore depends on all tokens of the batch through their mean, as it does in
-    batch normalization; in eval the average is frozen and a causal layer is causal bit for bit. a has a gradient inside b too,
-    a_ma has none.
+    Source: arXiv 2602.23057. We read eq. 9 as defining the a_ma of eq. 8: b uses the average that already includes the current
+    tokens. In training, a token therefore depends on all tokens of the batch through their mean, as in batch normalization. In
+    eval the average is frozen, and a causal layer is causal bit for bit. Gradients flow through the a in b, but not through
+    a_ma.
 
-    Every forward in training mode is one update of a_ma, from all positions, padding included: each micro-batch of an
-    accumulated gradient is one. Where torch.distributed is initialised, the mean is over the tokens of all ranks of
-    process_group, so that a_ma is the same everywhere and what DistributedDataParallel broadcasts changes nothing; every rank
-    of that group has to train the layer, equally often.
+    Every forward in training mode updates a_ma once, from all positions, padding included; with gradient accumulation, each
+    micro-batch updates it. If torch.distributed is initialised, the mean is over the tokens of all ranks of process_group, so
+    that a_ma is the same on all of them and the broadcast of DistributedDataParallel changes nothing. Every rank of that group
+    has to train the layer, equally often.
 
-    Activation checkpointing calls forward again inside the backward. That call updates nothing and uses the a_ma that the
-    first one used, which the layer finds by the mean of a, among its last 256 forwards. So gradients are exact in both kinds of
-    checkpointing, nested, with several micro-batches under way and several calls of one layer. It cannot tell calls apart
-    whose tokens have the same mean of a to the last bit, as those of equal x: the last one's a_ma is used for all of them. A
-    compiled layer may be checkpointed; to compile a function that checkpoints the layer raises in the backward.
+    Activation checkpointing repeats forward inside the backward. The repeated call updates nothing and uses the a_ma of the
+    first one, which the layer finds by the mean of a among its last 256 forwards. Gradients are therefore exact with both kinds
+    of checkpointing, also nested, with several micro-batches in flight, and with several calls of one layer. Calls whose tokens
+    have the same mean of a to the last bit, such as calls with equal x, cannot be distinguished: all use the a_ma of the last
+    one. You can checkpoint a compiled layer; a compiled function that checkpoints the layer raises in the backward.
 
-    Under autocast the projections and the attention run in the autocast dtype. a and b are computed, and a_ma is kept, in
-    float32, also in a layer cast to half precision.
+    Under autocast the projections and the attention run in the autocast dtype. a, b and a_ma are float32, even in a
+    half-precision layer.
 
     Args:
         dim: width of the input and of the output.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
-        head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        causal: whether a token sees only itself and those before it, which `step` needs.
-        window_size: (left, right), how many keys before and after its own a query sees, -1 for all; b sums over these too.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
+        head_dim: width of a head; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        causal: whether a token sees only itself and earlier tokens; `step` requires it.
+        window_size: (left, right), how many keys before and after its own a query sees, -1 for all; the sum that b multiplies
+            runs over the same keys.
         phi: "clip" for clip(0.1 W_a x + 0.5, 0, 1), the paper's, or "sigmoid" for sigmoid(W_a x).
         momentum: of a_ma, from 0 to 1.
         output_gate: multiply the heads' outputs by sigmoid(W_g x), elementwise.
-        sink: add exp of a learnable logit per query head, initially 0, to the denominators of softmax (eq. 3).
-        bias: whether the projections, W_a and W_g too, add a bias.
-        process_group: the ranks whose tokens a_ma is the mean of; None: those of the default group. Under pipeline
-            parallelism it must be named, as only some ranks train this layer. The layer keeps its name.
+        sink: add exp(s) to the softmax denominators, s a learnable logit per query head that starts at 0 (eq. 3).
+        bias: whether the projections, including W_a and W_g, add a bias.
+        process_group: the ranks over whose tokens a_ma averages; None for the default group. Pass it with pipeline parallelism,
+            where only some ranks train this layer. The layer stores the group's name.
         backend: as in `nearfar.affine_attention`, which also checks window_size.
 
     Attributes:
@@ -128,7 +129,7 @@ class AffineScaledAttention(SelfAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the sink and the average to 0; projections have a reset_parameters of their own."""
+        """Set the sink and the average to 0; each projection has its own reset_parameters."""
         nn.init.zeros_(self.alpha_average)
         if self.sink is not None:
             nn.init.zeros_(self.sink)
@@ -138,10 +139,10 @@ class AffineScaledAttention(SelfAttention):
 
         Args:
             x: (B, N, dim).
-            rotary: None, or (cos, sin), each broadcastable to (B, 1, N, head_dim), that turn q and k by position: the pairs of
-                a head are the dimensions i and i + head_dim / 2, so the halves of cos and of sin are usually equal.
-            cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0. The N of b is
-                then the length of a token's own sequence.
+            rotary: None, or (cos, sin), each broadcastable to (B, 1, N, head_dim), to rotate q and k by position. Dimensions i
+                and i + head_dim / 2 form a pair, so the two halves of cos, and of sin, are usually equal.
+            cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0. The N of
+                b is then the length of the token's sequence.
 
         Returns:
             (B, N, dim), in the dtype of the projections.
@@ -160,19 +161,19 @@ class AffineScaledAttention(SelfAttention):
         o = affine_attention(
             q, k, v, alpha, _beta(alpha, average, length), causal=self.causal, window_size=self.window_size,
             sink=self._sink(q), cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         return self._gated_out(o, x)
 
     @torch.no_grad()
     def init_cache(
         self, batch: int, max_length: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Cache:
-        """An empty `Cache` of room for max_length tokens, in the dtype of the projections (under autocast, of autocast).
+        """An empty `Cache` for max_length tokens, in the dtype of the projections or, under autocast, of autocast.
 
         Args:
             batch: sequences.
             max_length: tokens of each.
-            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
+            dtype, device: of the tokens to come; None for those of the parameters. Quantized projections may need them.
         """
         k, v = self.probe(batch, dtype, device)
         shape = batch, k.shape[1], max_length, self.head_dim
@@ -188,22 +189,23 @@ class AffineScaledAttention(SelfAttention):
         length: int | torch.Tensor | None = None,
         rotary: Rotary | None = None,
     ) -> torch.Tensor:
-        """Decode T tokens after those of the cache, one at a time or a prompt at once.
+        """Decode T tokens after those of the cache: one at a time, or a whole prompt.
 
-        Without a left side of the window the bias term costs O(1) a token, from the running sum of v. a_ma is not updated.
+        If the window has no limit on the left, the bias term costs O(1) per token, from the running sum of v. a_ma is not
+        updated.
 
         Args:
             x: (B, T, dim).
             cache: from `init_cache`. It is updated in place.
-            length: the N of b. None: for each token the number of keys so far, itself included, which is not the padded length
-                that a row of `forward` divides by; with that length, steps equal the causal forward of an eval layer.
+            length: the N of b; None for the number of keys up to each token, its own included. `forward` divides by the padded
+                length instead: pass that length for steps that equal the causal forward of an eval layer.
             rotary: as in `forward`, for the positions of these T tokens.
 
         Returns:
-            (B, T, dim), without gradient.
+            (B, T, dim), not differentiable.
 
         Raises:
-            ValueError: the layer is not causal, the cache has no room, or x or rotary do not fit.
+            ValueError: the layer is not causal, the cache is too short, or x or rotary do not fit.
         """
         require(self.causal, "step decodes with causal attention; this AffineScaledAttention has causal=False")
         before, after = cache.length, cache.length + x.shape[1]

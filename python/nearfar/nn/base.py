@@ -1,4 +1,4 @@
-"""What the layers share: tensors of their own in float32, heads of a projection, and grouped-query self-attention."""
+"""Base classes of the layers: float32 tensors of their own, heads of a projection, and grouped-query self-attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 
 class Layer(nn.Module):
-    """A module whose own tensors (bandwidths, sinks, averages; not those of its projections) stay float32, or become float64.
+    """A module whose own tensors (bandwidths, sinks, averages; not those of its projections) stay float32 or float64.
 
-    Casts to half precision, checkpoints in half precision and a half default dtype leave them so. Whoever replaces them past
-    `nn.Module` (FSDP with mixed precision does) may bring any dtype: `own` casts them where they are used.
+    Casts to half precision, half-precision checkpoints and a half-precision default dtype do not change that. Code that
+    replaces them without `nn.Module` (FSDP with mixed precision) may bring any dtype: `own` casts them at use.
     """
 
     per_head: tuple[str, ...] = ()  # the names of own tensors with one number a head; the others belong to all heads
 
     def reset_parameters(self) -> None:
-        """Initialise the tensors that this module holds itself; projections have a reset_parameters of their own."""
+        """Initialise the tensors that this module holds itself; each projection has its own reset_parameters."""
 
     def own(self, name: str, heads: int | None = None) -> torch.Tensor:
-        """The own tensor `name`, float32 or float64; heads: of how many heads it must hold the numbers."""
+        """The layer's tensor `name`, float32 or float64. heads: the number of heads that it must have."""
         tensor = getattr(self, name)
         if hasattr(tensor, "to_local"):  # a DTensor of nearfar.nn.parallel
             tensor = local(tensor, partial=name not in self.per_head)
@@ -61,31 +61,31 @@ class Layer(nn.Module):
 
 
 def _widened(result: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """What a function made of a tensor, in float32 where it is narrower: from the tensor, if that has the digits."""
+    """result = function(tensor), in float32 if it is narrower; taken from the tensor where that has the digits."""
     if not result.is_floating_point() or result.dtype.itemsize >= 4:
         return result
     return (result if tensor.dtype.itemsize < 4 else tensor).to(result.device, torch.float32)
 
 
 def local(tensor: Any, partial: bool) -> torch.Tensor:
-    """This rank's part of a DTensor; partial: each rank's gradient is that of its own heads, and their sum the whole."""
+    """This rank's part of a DTensor. partial: the gradient is the sum of the ranks' gradients, each of its own heads."""
     from torch.distributed.tensor import Partial  # takes seconds; with a DTensor here, somebody has imported it
 
     return tensor.to_local(grad_placements=[Partial() if partial else placement for placement in tensor.placements])
 
 
 def own_dtype() -> torch.dtype:
-    """The dtype in which own tensors are made: float32, or float64 where that is the default."""
+    """The dtype of a layer's own tensors: float32, or float64 if that is the default dtype."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 class SelfAttention(Layer):
-    """Projections of x (B, N, dim) to the q, k and v of heads, and of their output back; a layer puts its operator between.
+    """Projections of x (B, N, dim) to q, k and v, and of the heads' outputs back; a layer calls its operator between them.
 
     Args:
         dim, num_heads, num_kv_heads, bias: as for `nearfar.nn.KrauseAttention`.
-        head_dim: width of a head of q and k; None: dim / num_heads.
-        value_dim: width of a head of v; None: dim / num_heads.
+        head_dim: width of a head of q and k; None for dim / num_heads.
+        value_dim: width of a head of v; None for dim / num_heads.
 
     Raises:
         ValueError: a width or a number of heads does not fit.
@@ -143,10 +143,10 @@ class SelfAttention(Layer):
     def probe(
         self, batch: int, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values (batch, H, 1, width) of a token of zeros, to learn their heads, dtype and device from.
+        """Keys and values (batch, H, 1, width) of a zero token: they have the heads, dtype and device of real ones.
 
-        dtype, device: of the token; None: those of the first floating tensor of k_proj, else of the layer, else the defaults.
-        Projections that were quantized or wrapped need not have a `weight` that tells.
+        dtype, device: of the token; None for those of the first floating tensor of k_proj, else of the layer, else the
+        defaults. Quantized or wrapped projections may have no such `weight`.
         """
         tensors = (*self.k_proj.parameters(), *self.k_proj.buffers(), *self.parameters(), *self.buffers())
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))

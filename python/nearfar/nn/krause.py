@@ -5,34 +5,34 @@ import math
 import torch
 from torch import nn
 
-from nearfar.checks import require
-from nearfar.dispatch import Backend
 from nearfar.localities import SlidingWindow
 from nearfar.nn.base import SelfAttention, own_dtype
 from nearfar.ops.krause import krause_attention
 from nearfar.ops.krause_step import KrauseCache, krause_attention_step
+from nearfar.runtime.checks import require
+from nearfar.runtime.dispatch import Backend
 
 
 class KrauseAttention(SelfAttention):
     """Multi-head self-attention by distance: projections around `nearfar.krause_attention`, with a learnable bandwidth.
 
-    Source: arXiv 2602.11534. Each query head learns sigma = exp(log_sigma), positive whatever the optimizer does. Under
-    autocast the projections and the attention run in the autocast dtype; sigma stays float32.
+    Source: arXiv 2602.11534. Each query head learns sigma = exp(log_sigma), which stays positive. Under autocast the
+    projections and the attention run in the autocast dtype; sigma stays float32.
 
     Args:
         dim: width of the input and of the output.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
-        head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        locality: keys a query may see: None for all, or a `nearfar.SlidingWindow`; its right=0 is causal. `step` needs one that
-            is causal and limited to the left.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
+        head_dim: width of a head; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        locality: which keys a query sees: None for all, or a `nearfar.SlidingWindow`, causal with right=0. `step` requires a
+            causal one with a limit on the left.
         top_k: how many keys of its locality a query keeps, None for all.
         sigma_init: initial bandwidth of every head, in units of |q - k|.
         bias: whether the projections add a bias.
         backend: as in `nearfar.krause_attention`, which also checks locality and top_k.
 
     Attributes:
-        log_sigma: (num_heads,) parameter, float32 in layers of half precision too (float64 in a float64 layer).
+        log_sigma: (num_heads,) parameter, float32 even in a half-precision layer (float64 in a float64 layer).
 
     Raises:
         ValueError: dim, num_heads, num_kv_heads, head_dim or sigma_init do not fit.
@@ -63,7 +63,7 @@ class KrauseAttention(SelfAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set log_sigma to its initial value; projections have a reset_parameters of their own."""
+        """Set log_sigma to its initial value; each projection has its own reset_parameters."""
         nn.init.constant_(self.log_sigma, math.log(self.sigma_init))
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,7 +71,7 @@ class KrauseAttention(SelfAttention):
 
         Args:
             x: (B, N, dim).
-            cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
+            cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
 
         Returns:
             (B, N, dim), in the dtype of the projections.
@@ -80,21 +80,21 @@ class KrauseAttention(SelfAttention):
         o = krause_attention(
             q, k, v, self._sigma(q), self.locality,
             top_k=self.top_k, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.merge_heads(o)
 
     @torch.no_grad()
     def init_cache(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> KrauseCache:
-        """An empty `nearfar.KrauseCache` of left + 1 slots, in the dtype of the projections (under autocast, of autocast).
+        """An empty `nearfar.KrauseCache` of left + 1 slots, in the dtype of the projections or, under autocast, of autocast.
 
         Args:
             batch: sequences.
-            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
+            dtype, device: of the tokens to come; None for those of the parameters. Quantized projections may need them.
 
         Raises:
-            ValueError: the locality is no causal SlidingWindow that is limited to the left.
+            ValueError: the locality is not a causal SlidingWindow with a limit on the left.
         """
         window = self._causal_window()
         k, _ = self.probe(batch, dtype, device)
@@ -102,10 +102,10 @@ class KrauseAttention(SelfAttention):
 
     @torch.no_grad()
     def cache_after(self, x: torch.Tensor) -> KrauseCache:
-        """The cache that the tokens x (B, N, dim) leave behind: what `step` goes on from when `forward` has read a prompt.
+        """The cache after the tokens x (B, N, dim), such as a prompt: `step` continues from it.
 
         Raises:
-            ValueError: the locality is no causal SlidingWindow that is limited to the left.
+            ValueError: the locality is not a causal SlidingWindow with a limit on the left.
         """
         window = self._causal_window()
         _, k, v = self.split_heads(x[:, -window:])
@@ -113,19 +113,19 @@ class KrauseAttention(SelfAttention):
 
     @torch.no_grad()
     def step(self, x: torch.Tensor, cache: KrauseCache) -> torch.Tensor:
-        """Decode one token of each sequence as the causal forward would, in time and memory that depend on the window alone.
+        """Decode one token of each sequence as the causal forward would. Time and memory depend on the window alone.
 
         Args:
             x: (B, 1, dim).
             cache: from `init_cache` or `cache_after`. It is updated in place.
 
         Returns:
-            (B, 1, dim), without gradient.
+            (B, 1, dim), not differentiable.
 
         Raises:
-            TypeError: cache is no KrauseCache, or of another dtype.
-            ValueError: the locality is no causal SlidingWindow that is limited to the left, x is longer than one token, or
-                cache does not fit.
+            TypeError: cache is not a KrauseCache, or has another dtype.
+            ValueError: the locality is not a causal SlidingWindow with a limit on the left, x has more than one token, or cache
+                does not fit.
         """
         window = self._causal_window()
         q, k, v = self.split_heads(x)

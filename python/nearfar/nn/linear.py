@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from nearfar.checks import is_plain, require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import SelfAttention
 from nearfar.ops.linear import (
     FeatureMap,
@@ -15,10 +13,12 @@ from nearfar.ops.linear import (
     linear_attention,
     linear_attention_step,
 )
+from nearfar.runtime.checks import is_plain, require
+from nearfar.runtime.dispatch import Backend
 
 
 class _StatefulAttention(SelfAttention):
-    """What the two layers share. They name their operators and say how the factors lie in a projection."""
+    """Base of the two layers, which name their operators and split projections into factors."""
 
     operator: Callable[..., Any]
     step_operator: Callable[..., torch.Tensor]
@@ -44,7 +44,7 @@ class _StatefulAttention(SelfAttention):
         self._maps_token_by_token = isinstance(feature_map, str)  # functions are tried before the first state
 
     def factors(self, heads: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """q or k (B, H, N, head_dim) as the operator takes it."""
+        """q or k (B, H, N, head_dim) in the form that the operator takes."""
         return heads
 
     def forward(
@@ -55,17 +55,17 @@ class _StatefulAttention(SelfAttention):
         state: torch.Tensor | None = None,
         return_state: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attend within x, and to what `state` holds.
+        """Attend within x and, through `state`, to earlier tokens.
 
         Args:
             x: (B, N, dim).
-            cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-            state: what earlier tokens have left, from `init_state`, from an earlier call or from `step`; with cu_seqlens one
-                for each sequence. It is not changed.
-            return_state: return (output, state after the last token), to go on from; gradients flow through both states.
+            cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+            state: the state after earlier tokens, from `init_state`, an earlier call or `step`; with cu_seqlens, one per
+                sequence. It is not changed.
+            return_state: return (output, state after the last token). Gradients flow through both states.
 
         Returns:
-            (B, N, dim), in the dtype of the projections, or (that, state).
+            output (B, N, dim), in the dtype of the projections, or (output, state).
         """
         q, k, v = self.split_heads(x)
         if state is not None or return_state:
@@ -73,7 +73,7 @@ class _StatefulAttention(SelfAttention):
         result = self.operator(
             self.factors(q), self.factors(k), v, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal,
             initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
+        )
         if return_state:
             o, state = result
             return self.merge_heads(o), state
@@ -89,10 +89,10 @@ class _StatefulAttention(SelfAttention):
 
         Args:
             batch: sequences.
-            dtype, device: of the tokens to come; None: those of the parameters. Quantized projections may need them.
+            dtype, device: of the tokens to come; None for those of the parameters. Quantized projections may need them.
 
         Raises:
-            ValueError: feature_map looks at more than one token at a time.
+            ValueError: feature_map mixes tokens.
         """
         k, v = self.probe(batch, dtype, device)
         self._check_feature_map(k)
@@ -103,18 +103,17 @@ class _StatefulAttention(SelfAttention):
 
     @torch.no_grad()
     def step(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Decode one token as the causal forward would, in time and memory that do not depend on the tokens before.
+        """Decode one token as the causal forward would. Time and memory do not depend on the number of earlier tokens.
 
         Args:
             x: (B, 1, dim).
-            state: from `init_state`, from `forward` or from earlier steps. It is updated in place.
+            state: from `init_state`, `forward` or earlier steps. It is updated in place.
 
         Returns:
-            (B, 1, dim), without gradient.
+            (B, 1, dim), not differentiable.
 
         Raises:
-            ValueError: the layer is not causal, x is longer than one token, state does not fit, or feature_map looks at more
-                than one token at a time.
+            ValueError: the layer is not causal, x has more than one token, state does not fit, or feature_map mixes tokens.
         """
         require(self.causal, f"step decodes with causal attention; this {type(self).__name__} has causal={self.causal}")
         q, k, v = self.split_heads(x)
@@ -122,7 +121,7 @@ class _StatefulAttention(SelfAttention):
         o = self.step_operator(
             self.factors(q), self.factors(k), v, state,
             feature_map=self.feature_map, normalize=self.normalize, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.merge_heads(o)
 
     def _factor_list(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -131,7 +130,7 @@ class _StatefulAttention(SelfAttention):
 
     @torch.no_grad()
     def _check_feature_map(self, k: torch.Tensor) -> None:
-        """Refuse a function that looks across tokens, as no state can stand for it: two tokens at once, and one by one."""
+        """Refuse a function that mixes tokens, as no state represents it: compare two tokens at once with one by one."""
         if self._maps_token_by_token or not is_plain(k) or k.is_meta:
             return
         for factor in self._factor_list(k):
@@ -159,17 +158,17 @@ class _StatefulAttention(SelfAttention):
 class LinearAttention(_StatefulAttention):
     """Multi-head self-attention in linear time: projections around `nearfar.linear_attention`.
 
-    Source: arXiv 2602.12128 with one factor. Under autocast the projections and the attention run in the autocast dtype; the
+    Source: arXiv 2602.12128, with one factor. Under autocast the projections and the attention run in the autocast dtype; the
     state stays float32.
 
     Args:
         dim: width of the input and of the output.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
-        head_dim: width of a head of q and k; None: dim / num_heads. Kernels take multiples of 8 up to 256.
-        value_dim: width of a head of v; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        feature_map: as in `nearfar.linear_attention`; a module's parameters are those of the layer.
-        causal: whether a token sees only itself and those before it, which `step` needs.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
+        head_dim: width of a head of q and k; None for dim / num_heads. Kernels take multiples of 8 up to 256.
+        value_dim: width of a head of v; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        feature_map: as in `nearfar.linear_attention`; the parameters of a module become the layer's.
+        causal: whether a token sees only itself and earlier tokens; `step` requires it.
         normalize: whether the weights of a query are divided by their sum.
         bias: whether the projections add a bias.
         backend: as in `nearfar.linear_attention`, which also checks feature_map.
@@ -202,19 +201,19 @@ class LinearAttention(_StatefulAttention):
 
 
 class HadamardAttention(_StatefulAttention):
-    """Multi-head self-attention by products of kernels in linear time: projections around `nearfar.hadamard_attention`.
+    """Multi-head self-attention by products of kernels, in linear time: projections around `nearfar.hadamard_attention`.
 
-    Source: arXiv 2602.12128. Each head projects the input to every factor of q and of k on its own: in the rows of
-    q_proj.weight and k_proj.weight, the factors of a head follow one another. Under autocast the projections and the attention
-    run in the autocast dtype; the state stays float32.
+    Source: arXiv 2602.12128. Each head has its own projection for every factor of q and of k: in the rows of q_proj.weight and
+    k_proj.weight, the factors of a head follow one another. Under autocast the projections and the attention run in the
+    autocast dtype; the state stays float32.
 
     Args:
         dim: width of the input and of the output.
         num_heads: query heads.
-        factor_widths: (d_1, .., d_R), the widths of the factors of a head of q and k. Kernels take up to three, multiples of 8
-            up to 256, whose product is at most 16,384.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None: num_heads.
-        value_dim: width of a head of v; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        factor_widths: (d_1, .., d_R), widths of the factors of a head of q and k. Kernels take up to three factors, of widths
+            that are multiples of 8 up to 256 and have a product of at most 16,384.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
+        value_dim: width of a head of v; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
         feature_map, causal, normalize, bias, backend: as for `nearfar.nn.LinearAttention`.
 
     Raises:

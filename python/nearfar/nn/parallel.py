@@ -1,4 +1,4 @@
-"""Tensor parallelism of the layers over their heads, in the terms of torch.distributed.tensor.parallel."""
+"""Tensor parallelism of the layers over their heads, for torch.distributed.tensor.parallel."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from nearfar.checks import require
 from nearfar.nn.base import Layer
+from nearfar.runtime.checks import require
 
 
 class HeadParallel(ParallelStyle):
-    """The plan of a nearfar layer for `parallelize_module`: each rank of a mesh computes num_heads / ranks heads.
+    """Plan of a nearfar layer for `parallelize_module`: each rank of a mesh computes num_heads / ranks heads.
 
         parallelize_module(model, mesh, {"blocks.*.attention": HeadParallel(), "blocks.*.ffn.0": ColwiseParallel(), ...})
 
-    The projections are sharded by ColwiseParallel and, the last one, by RowwiseParallel, and with them what the layer holds
-    of each head (bandwidths, sinks, averages). Numbers and feature maps that all heads share are replicated, and their
-    gradients added up. x and the layer's output are whole on every rank.
+    ColwiseParallel shards the projections and RowwiseParallel the output projection. Tensors with one number per head
+    (bandwidths, sinks, averages) are sharded with them. Numbers and feature maps that all heads share are replicated, and their
+    gradients are summed. x and the output of the layer are whole on every rank.
 
     Raises (from parallelize_module):
-        TypeError: the module is no nearfar layer with heads.
-        ValueError: num_heads or num_kv_heads is no multiple of the number of ranks.
+        TypeError: the module is not a nearfar layer with heads.
+        ValueError: num_heads or num_kv_heads is not a multiple of the number of ranks.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

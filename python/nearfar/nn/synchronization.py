@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nearfar.checks import require
-from nearfar.dispatch import Backend
 from nearfar.nn.base import Layer, own_dtype
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
+from nearfar.runtime.checks import require
+from nearfar.runtime.dispatch import Backend
 
 RAW_INIT = 1.0  # of K and alpha before softplus, as in the paper
 
@@ -17,32 +17,32 @@ RAW_INIT = 1.0  # of K and alpha before softplus, as in the paper
 class SynchronizationAttention(Layer):
     """Multi-head self-attention among phase-locked oscillators: projections around `nearfar.synchronization_attention`.
 
-    Source: arXiv 2602.14445. Each token has natural frequencies omega and phases theta, linear in x. The coupling
-    K = softplus(raw_coupling) is one number, the bandwidth alpha = softplus(raw_bandwidth) one a head; all start at
-    softplus(1) = 1.31. The order parameter r comes from theta by `nearfar.order_parameter`.
+    Source: arXiv 2602.14445. Each token has natural frequencies omega and phases theta, linear in x. The coupling K =
+    softplus(raw_coupling) is one number for all heads, the bandwidth alpha = softplus(raw_bandwidth) one per head; all start at
+    softplus(1) = 1.31. `nearfar.order_parameter` computes the order parameter r from theta.
 
-    With the paper's frequency_scale of 1 no two tokens of a head of 64 lock at first (they are about 6.5 apart where 0.6 would
-    lock): the layer is linear in v of the token itself, and neither omega nor theta gets a gradient. Of the order of
-    head_dim**-0.5 distances do not grow with the width: of normalised random tokens that times 1 lets about 1% of the pairs
-    lock at first, times 0.5 all of them; we recommend a factor between these. `locked_share` tells the share.
+    With the paper's frequency_scale of 1 and heads of 64, no two tokens lock at first: they are about 6.5 apart, and would lock
+    within 0.6. The layer then passes on the token's own v, and neither omega nor theta gets a gradient. With a frequency_scale
+    of c head_dim**-0.5, distances do not grow with the width. For normalised random tokens, about 1% of the pairs lock at first
+    with c = 1, and all of them with c = 0.5; we recommend a c between these. `locked_share` measures the share.
 
     Under autocast the projections and the attention run in the autocast dtype; r, K and alpha stay float32.
 
     Args:
         dim: width of the input and of the output.
         num_heads: heads.
-        head_dim: width of a head; None: dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        causal: whether a token sees only itself and those before it; r is then that of the tokens so far.
+        head_dim: width of a head; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
+        causal: whether a token sees only itself and earlier tokens; its r is then that of these tokens.
         top_k: how many keys a query keeps, None for all that lock.
-        frequency_scale: what omega is multiplied with, positive; 1 in the paper.
+        frequency_scale: factor of omega, positive; 1 in the paper.
         sort: as in `nearfar.synchronization_attention`.
         grad_floor: as in `nearfar.synchronization_attention`.
         bias: whether the projections add a bias, as the paper's do.
         backend: as in `nearfar.synchronization_attention`, which also checks top_k, sort and grad_floor.
 
     Attributes:
-        raw_coupling: (1,) parameter; state dicts of before with a 0-d one load. raw_bandwidth: (num_heads,) parameter. Both
-            are float32 in layers of half precision too (float64 in a float64 layer).
+        raw_coupling: (1,) parameter; older state dicts, in which it is 0-d, load. raw_bandwidth: (num_heads,) parameter. Both
+            are float32 even in a half-precision layer (float64 in a float64 layer).
 
     Raises:
         ValueError: dim, num_heads, head_dim or frequency_scale do not fit.
@@ -92,7 +92,7 @@ class SynchronizationAttention(Layer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set raw_coupling and raw_bandwidth to their initial value; projections have a reset_parameters of their own."""
+        """Set raw_coupling and raw_bandwidth to their initial value; each projection has its own reset_parameters."""
         nn.init.constant_(self.raw_coupling, RAW_INIT)
         nn.init.constant_(self.raw_bandwidth, RAW_INIT)
 
@@ -109,12 +109,12 @@ class SynchronizationAttention(Layer):
         o = synchronization_attention(
             omega, self.heads("v_proj", x, self.head_dim), *parameters, causal=self.causal, top_k=self.top_k, sort=self.sort,
             grad_floor=self.grad_floor, backend=self.backend,
-        )  # fmt: skip
+        )
         return self.out_proj(o.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def locked_share(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, num_heads): which share of the pairs of different tokens of x (B, N, dim) locks; `nearfar.locked_share`."""
+        """(B, num_heads): share of the pairs of different tokens of x (B, N, dim) that lock, by `nearfar.locked_share`."""
         return locked_share(*self._oscillators(x), causal=self.causal)
 
     def _oscillators(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,7 +139,7 @@ class OSNBlock(Layer):
     Args:
         dim: width of the input and of the output.
         num_heads: heads.
-        hidden_dim: width inside the FFN; None: 4 dim.
+        hidden_dim: width inside the FFN; None for 4 dim.
         **options: of `nearfar.nn.SynchronizationAttention`.
 
     Raises:

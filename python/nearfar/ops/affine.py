@@ -1,19 +1,18 @@
-"""Affine-scaled attention (arXiv 2602.23057), and softmax attention, which is the case of alpha = 1 and beta = 0."""
+"""Affine-scaled attention (arXiv 2602.23057), and softmax attention, its case of alpha = 1 and beta = 0."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels.affine import affine
 from nearfar.localities import UNLIMITED, within_reach
-from nearfar.ops import eager, softmax
-from nearfar.ops.opaque import opaque
-from nearfar.ops.packing import token_bounds
-from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference.affine import affine_attention as reference_affine_attention
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 _reference = opaque(
     "affine_attention",
@@ -25,7 +24,7 @@ _reference = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with. layouts: of q, k and v in a plain call."""
+    """A checked call: what every backend computes with. plain: q, k and v are those of a plain eager call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -38,7 +37,7 @@ class Call(NamedTuple):
     scale: float
     cu_seqlens: torch.Tensor | None
     backends: dispatch.Backends
-    layouts: Layouts | None
+    plain: bool
 
 
 def affine_attention(
@@ -55,35 +54,36 @@ def affine_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Softmax attention scaled and shifted by query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
+    """Softmax attention scaled and shifted per query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
 
-    Source: arXiv 2602.23057. Both terms are over the keys j that query i may see; the second is a sum of v that no N x N
-    product makes. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than
-    queries, the queries are the last N positions; with fewer, the first N - M stand before every key. A query that sees no
-    key returns zeros, with a sink too. Under autocast q, k and v are cast to the autocast dtype, as
-    scaled_dot_product_attention does. What a query cannot see changes no bit of its row, as long as it is finite and no
-    score exceeds 2^29 in size: there float32 rounds scores by 32, and beyond it the kernels' weights may overflow into NaN.
+    Source: arXiv 2602.23057. Both terms run over the keys j that query i sees; the second needs no N x N product. Query heads
+    share key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than queries, the queries are the
+    last N positions; with fewer, the first N - M queries come before every key. A query that sees no key returns zeros, even
+    with a sink. Under autocast q, k and v are cast to the autocast dtype, as in scaled_dot_product_attention. Keys that a query
+    cannot see change no bit of its row, as long as they are finite and no score exceeds 2^29 in absolute value: float32 rounds
+    such scores to multiples of 32, and the kernels' weights may overflow to NaN.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        alpha: (B, Hq, N) factors of the softmax part, any floating dtype, computed in float32; None for 1.
-        beta: (B, Hq, N) factors of the sum of values, likewise; None for 0.
+        alpha: (B, Hq, N), the factor of the softmax term, any floating dtype, computed in float32; None for 1.
+        beta: (B, Hq, N), the factor of the sum of values, likewise; None for 0.
         causal: a query sees the keys up to its own position.
         window_size: (left, right), how many keys before and after its own a query sees, as in flash-attn: both inclusive, -1
-            for all of them. causal is a right of 0.
-        scale: of the products q . k, a finite number; None for D^-0.5.
-        sink: (Hq,) logits of the attention sink, which adds exp(sink) to the denominators of its head; None for none.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+            for all of them. causal sets right to 0.
+        scale: factor of the products q . k, a finite number; None for D^-0.5.
+        sink: (Hq,), logits of an attention sink, which adds exp(sink) to the softmax denominators of its head; None for no
+            sink.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, alpha, beta and sink (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend)
 
@@ -102,8 +102,8 @@ def softmax_attention(
 ) -> torch.Tensor:
     """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
 
-    Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0; what that says of grouped heads,
-    unequal lengths, queries without keys and autocast holds here too.
+    Source: arXiv 1706.03762. It is `nearfar.affine_attention` with alpha = 1 and beta = 0, and treats grouped heads, unequal
+    lengths, queries without keys and autocast in the same way.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
@@ -116,7 +116,7 @@ def softmax_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens, backend)
 
@@ -166,18 +166,17 @@ def _attend(
     cu_seqlens: torch.Tensor | None,
     backend: Backend,
 ) -> torch.Tensor:
-    given = [x for x in (alpha, beta, sink) if x is not None]
-    absent = alpha is None, beta is None, sink is None
-    repeats = None if cu_seqlens is not None else eager.repeats(softmax, causal, window_size, scale, absent, backend)
-    if repeats and (plan := repeats.find(q, k, v, *given)):
-        return plan(q, k, v, alpha, beta, sink, None)
+    tensors = q, k, v, alpha, beta, sink, cu_seqlens
+    absent = tuple([x is None for x in tensors])
+    repeats = plans.repeats(affine, causal, window_size, scale, absent, backend)
+    if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
+        return plan(*tensors)
     call = _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
-    *tensors, left, right, scale, cu_seqlens, backends, layouts = call
+    *tensors, left, right, scale, cu_seqlens, backends, plain = call
     forward, backward = backends.served(backend, call.q)
     if forward == "reference":
         return _reference(*tensors, left, right, scale, cu_seqlens)
-    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, call.q.shape[2])
-    return softmax.attend(repeats, layouts, *tensors, bounds, left, right, scale, forward, backward)
+    return affine(repeats, plain, (*tensors, cu_seqlens), left, right, scale, forward, backward)
 
 
 def _prepare(
@@ -203,7 +202,7 @@ def _prepare(
     sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts is not None)
 
 
 @checks.once
@@ -214,7 +213,7 @@ def _checked(metas: list[Layout], left: int, scale: float | None, packed: bool) 
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     orders = choices.orders("affine_attention", q.device, head_dim=int(q.shape[3]), keys=k.shape[2])
     scale = checks.default_scale(q.shape[3]) if scale is None else scale
-    cuda_reason = reason or _cuda.softmax_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
+    cuda_reason = reason or _cuda.affine_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
     return scale, dispatch.Backends(cuda_reason, reason, orders)
 
 

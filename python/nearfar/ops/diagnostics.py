@@ -1,17 +1,17 @@
-"""Streamed diagnostics of attention: statistics of its weights, and the geometry of what it selects (arXiv 2602.01893)."""
+"""Streamed diagnostics of attention: statistics of its weights, and geometry of the selected keys (arXiv 2602.01893)."""
 
 from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels import diagnostics as _kernels  # noqa: F401  (registers the torch operators)
 from nearfar.localities import UNLIMITED, SlidingWindow, within_reach
-from nearfar.ops import statistics  # noqa: F401  (registers the torch operators)
-from nearfar.ops.opaque import opaque
-from nearfar.ops.torch_operator import Layout, unit_stride
 from nearfar.reference import diagnostics as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout, unit_stride
 
 MAX_TOP_N = 256
 
@@ -45,7 +45,7 @@ _reference_geometry = opaque(
 
 
 class AttentionStatistics(NamedTuple):
-    """What `nearfar.attention_statistics` returns. lse and entropy are differentiable, the others are constants."""
+    """Result of `nearfar.attention_statistics`. lse and entropy are differentiable, the others are constants."""
 
     lse: torch.Tensor  # (B, Hq, N) log of the sum of exp(score), in nats
     entropy: torch.Tensor  # (B, Hq, N) of a query's weights, in nats
@@ -55,12 +55,12 @@ class AttentionStatistics(NamedTuple):
 
     @property
     def effective_support(self) -> torch.Tensor:
-        """exp(entropy), from 1 (one key) to the number of keys that a query sees (all alike), (B, Hq, N)."""
+        """exp(entropy), (B, Hq, N): from 1 (one key has all weight) to the number of visible keys (equal weights)."""
         return self.entropy.exp()
 
 
 class SelectionGeometry(NamedTuple):
-    """What `nearfar.selection_geometry` returns; each (B, Hq, N), from 0 to 1."""
+    """Result of `nearfar.selection_geometry`; each (B, Hq, N), from 0 to 1."""
 
     precision: torch.Tensor
     recall: torch.Tensor
@@ -92,31 +92,31 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Log-sum-exp, entropy and largest weight of each query's attention, and the weight that each key receives.
 
-    Source: arXiv 2603.06248, for the entropy that gradient flow drives down; received mass for attention sinks. The weights are
-    those of softmax attention, scale q_i . k_j, or with a sigma those of Krause attention, -|q_i - k_j|^2 / (2 sigma_h^2), over
-    the keys that query i sees. Nothing of size N x M is made. Query heads share key heads when Hq is a multiple of Hkv
-    (grouped-query attention). Under autocast q and k are cast to the autocast dtype.
+    Entropy shows how far gradient flow has concentrated the weights (source: arXiv 2603.06248), received weight shows attention
+    sinks. The weights are the softmax of scale q_i . k_j or, with sigma, of Krause attention's scores -|q_i - k_j|^2 / (2
+    sigma_h^2), over the keys that query i sees. Nothing of size N x M is allocated. Query heads share key heads when Hq is a
+    multiple of Hkv (grouped-query attention). Under autocast q and k are cast to the autocast dtype.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         causal: a query sees the keys up to its own position; with more keys than queries, the queries are the last N positions.
-        scale: of the dot products, a finite number; None for D^-0.5. Not with a sigma.
-        sigma: bandwidth of scores by distance, positive: a float, a 0-d or a (Hq,) tensor; None for dot products. On CUDA a
-            tensor is not read back: a sigma that is not positive turns the floating results of its head into NaN.
-        locality: keys that a query may see: None for all, or a SlidingWindow.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
-            "cuda" are computed by Triton's kernels.
+        scale: factor of the dot products, a finite number; None for D^-0.5. Not with sigma.
+        sigma: bandwidth of scores by distance, positive: a float, a 0-d or a (Hq,) tensor; None for dot products. A CUDA tensor
+            is not checked: a sigma that is not positive makes the floating-point results of its head NaN.
+        locality: which keys a query sees: None for all, or a SlidingWindow.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call. Triton's kernels
+            compute the gradients of "cuda".
 
     Returns:
         AttentionStatistics: lse, entropy, max_weight, max_key (B, Hq, N) and key_mass (B, Hq, M), in float32 (float64 for
-        float64) but for the int64 max_key. lse is that of the whole score, its -|q|^2 / (2 sigma^2) included. lse and entropy
-        are differentiable in q, k and sigma (twice on the reference), for entropy regularisation; the others are constants.
+        float64 inputs); max_key is int64. lse is that of the whole score, -|q|^2 / (2 sigma^2) included. lse and entropy are
+        differentiable in q, k and sigma (twice on the reference), for entropy regularisation; the others are constants.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, a query that sees no key (none at all, or fewer keys than queries
-            where causality or a locality counts positions), or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, a query sees no key (there are none, or fewer keys than queries with
+            causal or a locality), or the backend cannot serve the call.
     """
     call = prepare_attention_statistics(q, k, causal=causal, scale=scale, sigma=sigma, locality=locality)
     q, k, sigma, options = call.q, call.k, call.sigma, call[4:7]
@@ -139,7 +139,7 @@ def selection_geometry(
     locality: SlidingWindow | None = None,
     backend: Backend = "auto",
 ) -> SelectionGeometry:
-    """How well the top_n keys of each query stand apart from the others, as precision, recall and F.
+    """How well the top_n keys of each query are separated from the others, as precision, recall and F.
 
     Source: arXiv 2602.01893. With weights alpha_ij, y_j = alpha_ij v_j, S the top_n keys by weight (of equal ones the first),
     s = sum_{j in S} y_j and D_j = |y_j - s|:
@@ -148,9 +148,9 @@ def selection_geometry(
         recall = #{j in S: D_j < min_{j not in S} D_j} / n
         F = 2 precision recall / (precision + recall)
 
-    A query that sees at most top_n keys selects them all and has 1 in each. The scores are those of
-    `nearfar.attention_statistics`, and so are q, k and the keywords. For monitoring: the results are constants. Kernels need
-    12 top_n bytes a query and head besides the tensors, and read the keys twice, once more for every 8 of top_n beyond 8.
+    A query that sees at most top_n keys selects them all: each result is 1. Scores and keywords are those of
+    `nearfar.attention_statistics`. The results are constants, for monitoring. Kernels allocate 12 top_n bytes per query and
+    head. They read the keys twice, and once more for every 8 of top_n beyond 8.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
@@ -160,12 +160,11 @@ def selection_geometry(
         causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
 
     Returns:
-        SelectionGeometry: precision, recall and f_score, each (B, Hq, N) in float32 (float64 for float64).
+        SelectionGeometry: precision, recall and f_score, each (B, Hq, N) in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, a query that sees no key, or a backend that cannot serve the
-            call.
+        ValueError: shapes, devices or values do not fit, a query sees no key, or the backend cannot serve the call.
     """
     call = prepare_selection_geometry(q, k, v, top_n, causal=causal, scale=scale, sigma=sigma, locality=locality)
     sigma, options = call.sigma, call[4:7]

@@ -1,24 +1,19 @@
 """Krause attention (arXiv 2602.11534, "Krause Synchronization Transformers"): localized, distance-based, sparse."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
+from nearfar import _cuda
+from nearfar.kernels.krause import MAX_CANDIDATES, krause, selection_words
 from nearfar.localities import UNLIMITED, GridNeighborhood, Locality, ShiftedWindow, SlidingWindow, keys_in_window, within_reach
-from nearfar.ops import eager, grid
-from nearfar.ops.opaque import opaque
-from nearfar.ops.packing import token_bounds
-from nearfar.ops.pairwise import MAX_CANDIDATES, PairwiseOp, selection_words
-from nearfar.ops.torch_operator import Layout, Layouts
+from nearfar.ops import grid
 from nearfar.reference.krause import krause_attention as reference_krause_attention
-from nearfar.runtime import choices
-
-_op = PairwiseOp(
-    "krause_attention", "nearfar.triton_kernels.krause", _cuda.KrauseForward, _cuda.KrauseBackward
-)
-
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 _reference = opaque(
     "krause_attention",
@@ -29,7 +24,7 @@ _reference = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: the tensors every backend computes with. rows: layouts of q, k and v in a plain call."""
+    """A checked call: the tensors every backend computes with. plain: q, k and v are those of a plain eager call."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -38,7 +33,7 @@ class Call(NamedTuple):
     left: int
     right: int
     backends: dispatch.Backends
-    rows: Layouts | None
+    plain: bool
 
 
 def krause_attention(
@@ -55,47 +50,48 @@ def krause_attention(
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
 
-    Source: arXiv 2602.11534. The selection is a constant of the backward pass, as in the authors' code; of equal scores the
-    one with the smaller key index is kept. Query heads share key heads when Hq is a multiple of Hkv (grouped-query
-    attention). With more keys than queries, the queries are the last N positions. A query that reaches no key returns zeros.
-    Under autocast q, k and v are cast to the autocast dtype, as scaled_dot_product_attention does. What a query cannot reach
-    changes no bit of its row, as long as it is finite and its products are finite in float32.
+    Source: arXiv 2602.11534. The selection of keys is a constant in the backward, as in the authors' code; among equal scores
+    the smaller key index wins. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more
+    keys than queries, the queries are the last N positions. A query that sees no key returns zeros. Under autocast q, k and v
+    are cast to the autocast dtype, as in scaled_dot_product_attention. Keys that a query cannot see change no bit of its row,
+    as long as they and their products are finite in float32.
 
     Args:
-        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides but a contiguous last dimension.
+        q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. On CUDA a tensor is not read back,
-            which would stall the stream: a sigma that is not positive turns the output of its head into NaN.
-        locality: keys a query may see: None for all, a SlidingWindow, a GridNeighborhood, or a ShiftedWindow.
-        top_k: how many keys of its locality a query keeps, None for all. Kernels choose among at most 1,024 candidates.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0; not for grids.
+        sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. A CUDA tensor is not checked, as that
+            would stall the stream: a sigma that is not positive makes the output of its head NaN.
+        locality: which keys a query sees: None for all, a SlidingWindow, a GridNeighborhood, or a ShiftedWindow.
+        top_k: how many keys of its locality a query keeps, None for all. With it, kernels take localities of up to 1,024 keys.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+            Grids cannot be packed.
         bias: (Hq, locality.bias_size), the relative position table of a ShiftedWindow: added to the scores, before the
             selection, by the offset of the query from the key, row-major from 1 - window along each axis.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, a tensor sigma and bias (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.krause_attention(q, k, v, sigma, locality, top_k, cu_seqlens, bias, backend)
     _check_no_bias(bias)
-    repeats = None if cu_seqlens is not None else eager.repeats(_op, locality, top_k, backend)
+    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
-        if plan := repeats.find(q, k, v, sigma):
-            return plan(q, k, v, sigma, None)
+        packed = () if cu_seqlens is None else (cu_seqlens,)
+        if plan := repeats.find(q, k, v, sigma, *packed):
+            return plan(q, k, v, sigma, cu_seqlens)
     call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
-    q, k, v, sigma, left, right, backends, rows = call
+    q, k, v, sigma, left, right, backends, plain = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
         return _reference(q, k, v, sigma, left, right, top_k, cu_seqlens)
-    bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
-    return _op(repeats, rows, q, k, v, sigma, bounds, left, right, top_k, forward, backward)
+    return krause(repeats, plain, (q, k, v, sigma, cu_seqlens), left, right, top_k, forward, backward)
 
 
 def prepare(
@@ -123,7 +119,7 @@ def prepare(
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, sigma, left, right, backends, rows)
+    return Call(q, k, v, sigma, left, right, backends, rows is not None)
 
 
 def _check_no_bias(bias: torch.Tensor | None) -> None:
@@ -137,17 +133,17 @@ def _checked(metas: list[Layout], locality: SlidingWindow | None, top_k: int | N
     checks.check_qkv(q, k, v)
     left, right = (UNLIMITED, UNLIMITED) if locality is None else within_reach(locality.left, locality.right)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    if top_k is not None:
-        reason = reason or _candidates_reason(left, right, k.shape[2])
     words = selection_words(left, right, MAX_CANDIDATES)
     orders = choices.orders(
         "krause_attention", q.device, head_dim=int(q.shape[3]), selection_words=words, selects=top_k is not None
     )
-    return left, right, dispatch.Backends(reason or _cuda.krause_reason(q, k, v, left, right), reason, orders)
+    cuda_reason = reason or _cuda.krause_reason(q, k, v, left, right)
+    too_many = functools.partial(_candidates_reason, left, right, k.shape[2], top_k)
+    return left, right, dispatch.Backends(cuda_reason, reason, orders, too_many)
 
 
-def _candidates_reason(left: int, right: int, num_keys: int) -> str | None:
+def _candidates_reason(left: int, right: int, num_keys: int, top_k: int | None) -> str | None:
     candidates = keys_in_window(left, right, num_keys)
-    if candidates > MAX_CANDIDATES:
+    if top_k is not None and candidates > MAX_CANDIDATES:
         return f"top_k over {candidates} candidate keys a query; kernels take at most {MAX_CANDIDATES} (a narrower locality)"
     return None

@@ -1,4 +1,4 @@
-"""Decoding with Krause attention (arXiv 2602.11534): one query a sequence against a rolling cache of the last keys."""
+"""Decoding with Krause attention (arXiv 2602.11534): one query per sequence against a rolling cache of the last keys."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,25 +6,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.step import check_out, check_writes, define_step
-from nearfar.ops.torch_operator import Layout, device_of, kernels, unit_stride
+from nearfar import _cuda
+from nearfar.kernels.krause import MAX_CANDIDATES
 from nearfar.reference.krause import krause_attention_step as reference_step
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.step import check_out, check_writes, define_step, plain_layouts
+from nearfar.runtime.tensors import Layout, device_of, triton_module, unit_stride
 
 
 class KrauseCache(NamedTuple):
-    """The last W keys and values of each sequence, which `nearfar.krause_attention_step` goes on from; it never grows.
+    """The last W keys and values of each sequence, from which `nearfar.krause_attention_step` continues; its size is fixed.
 
-    `empty` makes it before the first token, `after` after a prompt.
+    `empty` makes the cache before the first token, `after` the cache after a prompt.
 
     Attributes:
-        k: (B, Hkv, W, D), contiguous: the key at position p is in slot p mod W; slots that no token has filled hold anything.
+        k: (B, Hkv, W, D), contiguous: the key at position p is in slot p mod W; slots not yet filled hold arbitrary values.
         v: (B, Hkv, W, Dv), contiguous, in the same slots.
-        length: (B,) int32, how many tokens each sequence has had (up to 2^31 - 1), on the device, so that a CUDA graph can
-            replay a step. A sequence whose number is set to 0 starts anew.
+        length: (B,) int32, how many tokens each sequence has so far (up to 2^31 - 1), on the device, so that a CUDA graph can
+            replay a step. Set an entry to 0 to restart its sequence.
     """
 
     k: torch.Tensor
@@ -61,10 +61,10 @@ class KrauseCache(NamedTuple):
     @classmethod
     @torch.no_grad()
     def after(cls, k: torch.Tensor, v: torch.Tensor, window: int, length: int | None = None) -> "KrauseCache":
-        """The cache after a prompt, which `nearfar.krause_attention` has read.
+        """The cache after a prompt, on which `nearfar.krause_attention` computes.
 
         Args:
-            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), of its tokens, or of its last ones, `window` of them at least.
+            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), of all tokens of the prompt, or of at least its last `window` ones.
             window: W = left + 1, for the keys of SlidingWindow(left).
             length: how many tokens the prompt has; None: N.
 
@@ -104,30 +104,30 @@ def krause_attention_step(
 ) -> torch.Tensor:
     """Decode one token of each sequence with `nearfar.krause_attention` (arXiv 2602.11534).
 
-    The token of a sequence that has had p tokens goes to slot p mod W of the cache; its query then attends to the last
-    min(p + 1, W) keys, its own included, as the last row of krause_attention with SlidingWindow(W - 1) over the whole sequence
-    does: of equal scores the one at the smaller position is kept, whatever its slot. Sequences may have different lengths.
-    Nothing is read back to the host.
+    In a sequence of p tokens so far, the new token goes to slot p mod W of the cache, and its query attends to the last min(p +
+    1, W) keys, its own included. The result is the last row of krause_attention with SlidingWindow(W - 1) over the whole
+    sequence; among equal scores the smaller position wins, whatever its slot. Sequences may have different lengths. Nothing is
+    copied to the host.
 
     Args:
         q: (B, Hq, 1, D), float32, float16 or bfloat16 (float64 on the reference). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of
             one dtype and device.
-        cache: a `nearfar.KrauseCache` with the heads and widths of k and v, in their dtype. It is updated in place, which
-            autograd sees; its tensors share no memory with one another or with another argument.
+        cache: a `nearfar.KrauseCache` with the heads and widths of k and v, in their dtype. It is updated in place, visibly to
+            autograd; its tensors must not share memory with one another or with another argument.
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor, as for `nearfar.krause_attention`. A
-            float32 tensor is used as it is, a float takes an allocation.
+            float32 tensor is used as it is; a float costs an allocation.
         top_k: how many of its keys a query keeps, None for all.
-        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it. Each element
-            has a place of its own in memory, shared with no other argument.
+        out: where to write o: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous; None allocates it. It must not
+            overlap itself or another argument in memory.
         backend: "auto", "cuda", "triton" or "reference". Kernels take W up to 1,024.
 
     Returns:
-        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+        o (B, Hq, 1, Dv), which is `out` if given. Not differentiable.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, a backend that cannot serve the call, or, where gradients are
-            recorded, a cache or out that requires one.
+        ValueError: shapes, devices or values do not fit, the backend cannot serve the call, or, while gradients are recorded,
+            the cache or out requires one.
     """
     q, k, v = checks.autocast(q, k, v)
     checks.check_top_k(top_k)
@@ -140,7 +140,7 @@ def krause_attention_step(
     names, tensors = [*names, "cache.k", "cache.v", "cache.length"], [*tensors, *cache]
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     shape, order, kernel_reason = _checked(layouts, names, tensors, num_read, top_k is not None)
     check_writes(layouts, names, tensors, num_read)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
@@ -181,13 +181,13 @@ def _checked(metas: list[Layout], num_read: int, selects: bool) -> tuple[tuple[i
     return shape, order, reason
 
 
-_kernels = kernels("krause_step")
+_kernels = triton_module("krause_step")
 
 
 def _step(
     q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, out: Tensor,
     top_k: int | None, backend: str,
-) -> None:  # fmt: skip
+) -> None:
     """Fill out and the slots of the new tokens, and count them."""
     cache = KrauseCache(cache_k, cache_v, length)
     if backend == "reference":

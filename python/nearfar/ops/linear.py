@@ -6,14 +6,15 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops import eager, factored
-from nearfar.ops.opaque import opaque
-from nearfar.ops.step import check_out, check_writes
-from nearfar.ops.torch_operator import Layout, Layouts
+from nearfar import _cuda
+from nearfar.kernels import linear_states
+from nearfar.kernels.linear import linear, step
 from nearfar.reference import linear as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.step import check_out, check_writes, plain_layouts
+from nearfar.runtime.tensors import Layout
 
 FeatureMap = Literal["identity", "elu", "relu", "softplus", "exp"] | Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,7 +36,7 @@ def _reference_attention(
 ) -> Any:
     return reference.hadamard_attention(
         qs, ks, v, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens
-    )  # fmt: skip
+    )
 
 
 def _empty_reference(
@@ -82,7 +83,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     backends: dispatch.Backends
-    layouts: Layouts | None  # of qs, ks and v in a plain call
+    plain: bool  # qs, ks and v are those of a plain eager call
 
     @property
     def q(self) -> torch.Tensor:
@@ -95,21 +96,21 @@ def linear_attention(
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 @overload
 def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -124,35 +125,36 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention by a kernel of features, in time linear in the length: o_i = sum_j A_ij v_j / (sum_j A_ij + eps).
+    """Attention with weights phi(q_i) . phi(k_j), in time linear in the length: o_i = sum_j A_ij v_j / (sum_j A_ij + eps).
 
-    A_ij = phi(q_i) . phi(k_j), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128, whose Hadamard linear
-    attention (`nearfar.hadamard_attention`) has this as its case of one factor. Query heads share key heads when Hq is a
-    multiple of Hkv (grouped-query attention). Under autocast q, k and v are cast to the autocast dtype, as
-    scaled_dot_product_attention does; the state stays float32. A query whose weights and eps sum to 0 returns zeros.
+    A_ij = phi(q_i) . phi(k_j), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128; it is
+    `nearfar.hadamard_attention` with one factor. Query heads share key heads when Hq is a multiple of Hkv (grouped-query
+    attention). Under autocast q, k and v are cast to the autocast dtype, as in scaled_dot_product_attention; the state stays
+    float32. A query whose weights and eps sum to 0 returns zeros.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q; M must be N when causal or packed.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        feature_map: phi: "identity", "elu" (elu(x) + 1), "relu", "softplus" or "exp", fused into the kernels, or a function
-            that is applied to q and to k before them and keeps all but the width.
-        normalize: False leaves the numerator.
-        causal: only keys at or before a query count.
-        eps: what is added to the denominator, not negative.
-        initial_state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs): sums over earlier keys, which every query
-            sees, of phi(k) v and in the last column of phi(k), normalised or not. With cu_seqlens B is S.
+        feature_map: phi: "identity", "elu" (elu(x) + 1), "relu", "softplus" or "exp", fused into the kernels; or a function
+            that is applied to q and to k first and may change only the width.
+        normalize: False returns the numerator, without the division.
+        causal: a query sees the keys up to its own position.
+        eps: added to the denominator, not negative.
+        initial_state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs): the state after earlier keys, which every query
+            sees: the sum of phi(k) v^T and, in the last column, the sum of phi(k), whatever normalize is. With cu_seqlens B is
+            S.
         return_state: return (o, state) with the state after the last key, in the same form.
-        cu_seqlens: (S + 1,) int32, the ends of sequences packed along N in a batch of 1, starting with 0.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
-        o (B, Hq, N, Dv) in the dtype of q, or (o, state); differentiable in q, k, v and initial_state (twice and more often
-        on the reference).
+        o (B, Hq, N, Dv) in the dtype of q, or (o, state); differentiable in q, k, v and initial_state (any number of times on
+        the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(
         (q,), (k,), v, False, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
@@ -165,21 +167,21 @@ def hadamard_attention(
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[False] = ..., cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 @overload
 def hadamard_attention(
     qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: Literal[True], cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def hadamard_attention(
     qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], v: torch.Tensor, *,
     feature_map: FeatureMap = ..., normalize: bool = ..., causal: bool = ..., eps: float = ...,
     initial_state: torch.Tensor | None = ..., return_state: bool, cu_seqlens: torch.Tensor | None = ...,
     backend: Backend = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def hadamard_attention(
     qs: Sequence[torch.Tensor],
     ks: Sequence[torch.Tensor],
@@ -196,26 +198,26 @@ def hadamard_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Linear attention whose weights are a product of R kernels: A_ij = prod_r phi(q^r_i) . phi(k^r_j).
 
-    o_i = sum_j A_ij v_j / (sum_j A_ij + eps), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128. It costs
-    O(N prod d_r Dv), or O(N^2 (sum d_r + Dv)) where that is less; shapes decide. What `nearfar.linear_attention` says of
-    grouped heads, autocast and rows without weight holds here too.
+    o_i = sum_j A_ij v_j / (sum_j A_ij + eps), over all keys j, or over j <= i when causal. Source: arXiv 2602.12128. The cost
+    is O(N prod d_r Dv), or O(N^2 (sum d_r + Dv)) for shapes where that is less. Grouped heads, autocast and queries without
+    weight are treated as in `nearfar.linear_attention`.
 
     Args:
         qs: R tensors (B, Hq, N, d_r), float32, float16 or bfloat16 (float64 on the reference); any strides.
         ks: R tensors (B, Hkv, M, d_r), dtype and device of qs[0]; M must be N when causal or packed.
         v: (B, Hkv, M, Dv), dtype and device of qs[0].
-        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1) float32 (float64 for float64 inputs): sums over earlier keys of the outer
-            products of phi(k^1), .., phi(k^R) with v and, in the last column, with 1. With cu_seqlens B is S.
+        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1) float32 (float64 for float64 inputs): the state after earlier keys: the
+            sum of the outer products of phi(k^1), .., phi(k^R) with v and, in the last column, with 1. With cu_seqlens B is S.
         feature_map, normalize, causal, eps, return_state, cu_seqlens, backend: as for `nearfar.linear_attention`. Kernels take
             up to 3 factors and prod d_r up to 16,384.
 
     Returns:
-        o (B, Hq, N, Dv) in the dtype of qs[0], or (o, state); differentiable in qs, ks, v and initial_state (twice and more
-        often on the reference).
+        o (B, Hq, N, Dv) in the dtype of qs[0], or (o, state); differentiable in qs, ks, v and initial_state (any number of
+        times on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: lists, shapes, devices or values that do not fit, or a backend that cannot serve the call.
+        ValueError: lists, shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     return _attend(
         qs, ks, v, True, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend
@@ -238,18 +240,18 @@ def linear_attention_step(
 
     Args:
         q: (B, Hq, 1, D). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv), of one dtype and device.
-        state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs), contiguous: what the tokens before have left, zeros
-            before the first. It is updated in place, which autograd sees, and shares no memory with another argument.
+        state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs), contiguous: the state after the tokens so far, zeros
+            before the first. It is updated in place, visibly to autograd, and must not share memory with another argument.
         feature_map, normalize, eps, backend: as for `nearfar.linear_attention`.
-        out: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous, to be written; None allocates it. Each element
-            has a place of its own in memory, shared with no other argument.
+        out: where to write o: (B, Hq, 1, Dv) in the dtype of q, its last dimension contiguous; None allocates it. It must not
+            overlap itself or another argument in memory.
 
     Returns:
-        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+        o (B, Hq, 1, Dv), which is `out` if given. Not differentiable.
 
     Raises:
-        TypeError, ValueError: as `nearfar.linear_attention`, where there is more than one token, and, where gradients are
-            recorded, for a state or out that requires one.
+        TypeError, ValueError: as `nearfar.linear_attention`; also for more than one token, and, while gradients are recorded,
+            for a state or out that requires one.
     """
     return _step((q,), (k,), v, False, state, feature_map, normalize, eps, out, backend)
 
@@ -273,10 +275,10 @@ def hadamard_attention_step(
         state: (B, Hkv, d_1, .., d_R, Dv + 1); it and the other arguments are as for `nearfar.linear_attention_step`.
 
     Returns:
-        o (B, Hq, 1, Dv), which is `out` if given. No gradient flows.
+        o (B, Hq, 1, Dv), which is `out` if given. Not differentiable.
 
     Raises:
-        TypeError, ValueError: as `nearfar.hadamard_attention`, and where there is more than one token.
+        TypeError, ValueError: as `nearfar.hadamard_attention` and `nearfar.linear_attention_step`.
     """
     return _step(qs, ks, v, True, state, feature_map, normalize, eps, out, backend)
 
@@ -335,13 +337,13 @@ def _attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     repeats = None
     # A function as feature_map makes other tensors of these, for which a call is kept.
-    if cu_seqlens is None and type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
-        tensors = *qs, *ks, v, initial_state
-        given = tensors[:-1] if initial_state is None else tensors
-        options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, initial_state is None, return_state
-        repeats = eager.repeats(factored, *options, backend)
-        if repeats and (plan := repeats.find(*given)):
-            o, state = plan(*tensors, None)
+    if type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
+        tensors = *qs, *ks, v, initial_state, cu_seqlens
+        absent = initial_state is None, cu_seqlens is None
+        options = len(qs), len(ks), listed, feature_map, normalize, causal, eps, return_state, absent
+        repeats = plans.repeats(linear, *options, backend)
+        if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
+            o, state = plan(*tensors)
             return (o, state) if return_state else o
     call = _prepare(
         qs, ks, v, listed, feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, "initial_state"
@@ -350,7 +352,8 @@ def _attend(
     if forward == "reference":
         o, state = _reference(*call[:10])
     else:
-        o, state = factored.attend(repeats, call.layouts, *call[:10], forward, backward)
+        tensors = *call.qs, *call.ks, call.v, call.initial_state, call.cu_seqlens
+        o, state = linear(repeats, call.plain, tensors, *call[5:10], forward, backward)
     return (o, state) if call.return_state else o
 
 
@@ -368,23 +371,24 @@ def _step(
 ) -> torch.Tensor:
     checks.meta("state", state)
     call = _prepare(qs, ks, v, listed, feature_map, normalize, True, eps, state, True, None, "state")
-    shape = (*call.q.shape[:3], call.v.shape[3])
+    q = call.qs[0]  # Dynamo of torch 2.9 cannot trace the property
+    shape = (*q.shape[:3], call.v.shape[3])
     if shape[2] != 1:
         raise ValueError(f"a step takes 1 token, got q of length {shape[2]}; nearfar.hadamard_attention takes more")
     names, tensors = [*_names("q", qs, listed), *_names("k", ks, listed), "v", "state"], [*call.qs, *call.ks, call.v, state]
     num_read = len(tensors) - 1
     if out is not None:
         names, tensors = [*names, "out"], [*tensors, out]
-    layouts = checks.plain_layouts(*tensors)
+    layouts = plain_layouts(*tensors)
     if out is not None:
         _check_out(layouts, names, tensors)
     check_writes(layouts, names, tensors, num_read)
-    reasons = {**call.backends.reasons(call.q), "cuda": "there is no CUDA kernel of a decoding step yet"}
-    chosen = dispatch.choose(backend, reasons, call.q.device)
+    reasons = {**call.backends.reasons(q), "cuda": "there is no CUDA kernel of a decoding step yet"}
+    chosen = dispatch.choose(backend, reasons, q.device)
     if out is None:
         out = state.new_empty(shape, dtype=call.v.dtype)  # under vmap it is mapped over, as the state has to be
     options = call.feature_map, call.normalize, call.eps, chosen
-    factored.step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
+    step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
     return out
 
 
@@ -433,7 +437,7 @@ def _prepare(
             shape = (cu_seqlens.numel() - 1, *shape[1:])
         checks.check_exactly(state_name, state, shape, dtype, device)
     flags = bool(normalize), bool(causal), float(eps), bool(return_state)
-    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts)
+    return Call(qs, ks, v, initial_state, cu_seqlens, name_of_map, *flags, backends, layouts is not None)
 
 
 def _map_outside(
@@ -485,7 +489,7 @@ def _checked(
     )
     cuda_reason = reason or _cuda.linear_reason(qs, ks, v, causal, packed)
     queries, keys = qs[0].shape[2], v.shape[2]
-    if cuda_reason is None and not causal and factored.prefers_direct(widths, v.shape[3], queries, keys):
+    if cuda_reason is None and not causal and linear_states.prefers_direct(widths, v.shape[3], queries, keys):
         cuda_reason = f"{queries} queries and {keys} keys are few enough to go pair by pair, as no CUDA kernel does"
     return dispatch.Backends(cuda_reason, reason, orders), (shape, dtype, v.device)
 

@@ -13,15 +13,20 @@ def by_frequency(omega: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = omega.to(torch.promote_types(omega.dtype, torch.float32))
     wide = wide - wide.mean(2, keepdim=True)
     # From the farthest token rather than from random numbers: the same input is ordered alike each time.
-    farthest = wide.square().sum(-1).argmax(2)[..., None, None] if wide.shape[2] else None
+    farthest = wide.square().sum(-1).argmax(2)[..., None] if wide.shape[2] else None
     if farthest is None:
         permutation = torch.zeros(omega.shape[:3], dtype=torch.int64, device=omega.device)
         return permutation, permutation
-    direction = wide.take_along_dim(farthest, 2).mT
+    direction = _rows(wide, farthest).mT
     for _ in range(ITERATIONS):
         direction = torch.nn.functional.normalize(wide.mT @ (wide @ direction), dim=2)
     permutation = (wide @ direction)[..., 0].argsort(dim=2, stable=True)
     return permutation, permutation.argsort(dim=2)
+
+
+def _rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The rows of tensor (B, H, N, D) at indices (B, H, M). take_along_dim would bind a compiled call to its length."""
+    return tensor.gather(2, indices[..., None].expand(*indices.shape, tensor.shape[3]))
 
 
 def permute(tensor: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -34,7 +39,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return tensor.take_along_dim(permutation[..., None], 2)
+        return _rows(tensor, permutation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

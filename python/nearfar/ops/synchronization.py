@@ -1,19 +1,21 @@
 """Selective synchronization attention (arXiv 2602.14445): tokens are Kuramoto oscillators that attend where they phase-lock."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 
-from nearfar import _cuda, checks, dispatch
-from nearfar.dispatch import Backend
-from nearfar.ops import eager, kuramoto, phases
-from nearfar.ops.opaque import opaque
+from nearfar import _cuda
+from nearfar.kernels import order_parameter as order_kernels
+from nearfar.kernels.krause import MAX_CANDIDATES
+from nearfar.kernels.synchronization import synchronization
 from nearfar.ops.ordering import by_frequency, permute
-from nearfar.ops.pairwise import MAX_CANDIDATES
-from nearfar.ops.torch_operator import Layout, Layouts
 from nearfar.reference import synchronization as reference
-from nearfar.runtime import choices
+from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.tensors import Layout
 
 ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
 
@@ -54,26 +56,26 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     backends: dispatch.Backends
-    layouts: Layouts | None  # of q, v and, where it is given, k in a plain call
+    plain: bool  # q, k and v are those of a plain eager call
 
 
 def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backend = "auto") -> torch.Tensor:
-    """How far oscillators agree in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
+    """Agreement of oscillators in phase: r = mean over channels of |mean over tokens of exp(i theta)|, between 0 and 1.
 
     Source: arXiv 2602.14445. The gradient of a channel whose mean is 0 is 0.
 
     Args:
         theta: (B, H, N, D) phases in radians, any floating dtype, computed in float32 (float64 in float64 on the reference).
-        causal: take the mean of token i over the tokens up to it: one number a token, which no later token changes.
+        causal: average over the tokens up to token i: one number per token, which later tokens do not change.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
         (B, H), or (B, H, N) when causal, float32 (float64 for float64 phases); differentiable in theta (twice on the
-        reference). No tokens have r = 0.
+        reference). r is 0 if N is 0.
 
     Raises:
-        TypeError: theta is no floating-point tensor.
-        ValueError: theta does not have 4 dimensions, or a backend that cannot serve the call.
+        TypeError: theta is not a floating-point tensor.
+        ValueError: theta does not have 4 dimensions, or the backend cannot serve the call.
     """
     meta = checks.meta("theta", theta)
     if meta.dtype not in checks.FLOATING:
@@ -84,7 +86,7 @@ def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backe
     reasons = dispatch.Backends("there is no CUDA kernel of order_parameter yet", width_reason).reasons(theta)
     if dispatch.choose(backend, reasons, theta.device) == "reference":
         return _reference_order(theta, bool(causal))
-    return phases.order_parameter(theta, bool(causal))
+    return order_kernels.order_parameter(theta, bool(causal))
 
 
 def synchronization_attention(
@@ -105,34 +107,36 @@ def synchronization_attention(
 
         S_ij = sqrt(max(0, exp(-2 alpha d_ij^2) - d_ij^2 / (K r_i)^2)),    d_ij = |omega_i - omega_j|
 
-    Source: arXiv 2602.14445, in an equal form that needs no square root of a distance. A pair with S_ij = 0 is not locked: it
-    has no weight and no gradient, and the kernels skip blocks of tokens that lie beyond the lock radius of each other. A query
-    that locks with no key returns zeros. Where S_ij is small its derivative grows like 1 / S_ij; see grad_floor. Query heads
-    share key heads when Hq is a multiple of Hkv, which takes omega_k. Under autocast omega, omega_k and v are cast to the
-    autocast dtype: bfloat16 keeps 8 bits of each frequency, so that distances below a few thousandths of |omega| are rounding;
-    pass frequencies in float32 outside autocast where the lock radius is that small. With omega_k, the distance of equal rows
-    is 0 to rounding only.
+    Source: arXiv 2602.14445, in an equivalent form without the square root of a distance. A pair with S_ij = 0 is not locked:
+    it has no weight and no gradient, and the kernels skip blocks of tokens that are farther apart than the lock radius. A query
+    that locks with no key returns zeros. For small S_ij the derivative grows like 1 / S_ij; see grad_floor. With omega_k, query
+    heads share key heads when Hq is a multiple of Hkv (grouped-query attention), and the distance of equal rows is 0 up to
+    rounding.
+
+    Under autocast omega, omega_k and v are cast to the autocast dtype. bfloat16 keeps 8 bits of each frequency, so distances
+    below a few thousandths of |omega| are lost to rounding: where the lock radius is that small, pass float32 frequencies
+    outside autocast.
 
     Args:
         omega: (B, Hq, N, D) natural frequencies, float32, float16 or bfloat16 (float64 on the reference); any strides.
         v: (B, Hkv, M, Dv), dtype and device of omega.
         coupling: K > 0: a float, a 0-d or a (Hq,) tensor.
         bandwidth: alpha > 0: a float, a 0-d or a (Hq,) tensor.
-        order: r, between 0 and 1, as from `nearfar.order_parameter`: (B, Hq), or (B, Hq, N), a threshold for each query.
-        omega_k: (B, Hkv, M, D) frequencies of the keys where they are not the queries, as in decoding; None for omega.
-        top_k: how many keys a query keeps, those of the largest S_ij, equal ones by smaller j; None for all that lock. Kernels
-            choose among at most 1,024 keys.
+        order: r, between 0 and 1, as `nearfar.order_parameter` returns it: (B, Hq), or (B, Hq, N) for one r per query.
+        omega_k: (B, Hkv, M, D), frequencies of the keys where they differ from the queries', as in decoding; None for omega.
+        top_k: how many keys a query keeps: those of the largest S_ij, and among equal ones the smaller j; None for all that
+            lock. With it, kernels take up to 1,024 keys.
         causal: a query sees the keys up to its own position. With more keys than queries, the queries are the last positions.
-        sort: order the tokens by their frequencies along the direction in which these differ most, so that blocks are compact
-            and more of them are skipped; the output comes back in the order of the input. Not with causal, omega_k or top_k. It
-            pays where few pairs lock and tokens that do are far apart in the sequence.
-        grad_floor: the derivative of S_ij is taken as that of max(S_ij, grad_floor), so that gradients stay finite at the lock
-            boundary; positive.
-        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` tells which one serves a call. The gradients of
-            "cuda" with causal or an order for each query are computed by Triton's kernels.
+        sort: sort the tokens along the main direction in which their frequencies vary, so that blocks are compact and more of
+            them are skipped; the output is in the order of the input. Not with causal, omega_k or top_k. It pays where few
+            pairs lock and locked tokens are far apart in the sequence.
+        grad_floor: positive. Derivatives divide by max(S_ij, grad_floor) instead of S_ij, so that they stay finite at the lock
+            boundary.
+        backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call. With causal, or
+            with one r per query, Triton's kernels compute the gradients of "cuda".
 
-    coupling, bandwidth and order on CUDA are not read back, which would stall the stream: values out of range turn the outputs
-    of their tokens into NaN.
+    CUDA tensors of coupling, bandwidth and order are not checked, as that would stall the stream: values out of range make the
+    outputs of their tokens NaN.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of omega, differentiable in omega, v, omega_k, order and, where they are tensors, coupling
@@ -140,34 +144,33 @@ def synchronization_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, among them an order of (B, Hq) with causal, through which later
-            tokens would leak; or a backend that cannot serve the call.
+        ValueError: shapes, devices or values do not fit (an order of (B, Hq) with causal is one: later tokens would leak
+            through it), or the backend cannot serve the call.
     """
     # Tokens in another order are other tensors than these, for which a call is kept.
-    repeats = None if sort else eager.repeats(kuramoto, omega_k is None, top_k, causal, grad_floor, backend)
+    repeats = None if sort else plans.repeats(synchronization, omega_k is None, top_k, causal, grad_floor, backend)
     if repeats:
         coupling, bandwidth = (checks.parameter(number, omega) for number in (coupling, bandwidth))
-        omegas = (omega,) if omega_k is None else (omega, omega_k)
-        if plan := repeats.find(*omegas, v, coupling, bandwidth, order):
-            return plan(omega, omega_k, v, coupling, bandwidth, order)
+        given = omega, omega_k, v, coupling, bandwidth, order
+        if plan := repeats.find(*[x for x in given if x is not None]):
+            return plan(*given)
     call = prepare(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
-    )  # fmt: skip
+    )
     tensors: list[Any]
-    *tensors, backends, rows = call
+    *tensors, backends, plain = call
     forward, backward = backends.served(backend, call.q)
     if sort:
         permutation, inverse = by_frequency(call.q)
         tensors[0], tensors[2] = permute(call.q, permutation, inverse), permute(call.v, permutation, inverse)
-        rows = checks.plain_layouts(tensors[0], tensors[2])
         if call.order.dim() == 3:
             tensors[5] = permute(call.order[..., None], permutation, inverse)[..., 0]
     if forward == "reference":
         q, k, v, *parameters = tensors
         o = _reference(q, v, *parameters, k, top_k, bool(causal), float(grad_floor))
     else:
-        o = kuramoto.attend(repeats, rows, *tensors, bool(causal), top_k, float(grad_floor), forward, backward)
+        o = synchronization(repeats, plain, tensors, bool(causal), top_k, float(grad_floor), forward, backward)
     return permute(o, inverse, permutation) if sort else o
 
 
@@ -180,11 +183,11 @@ def locked_share(
     omega_k: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """Which share of the pairs of tokens locks in `nearfar.synchronization_attention` (arXiv 2602.14445).
+    """Share of the token pairs that lock in `nearfar.synchronization_attention` (arXiv 2602.14445).
 
-    Of the pairs of different tokens that causality allows, or of all pairs with omega_k. A share near 0 means that the
-    operator is the identity on v, as at the paper's defaults with heads of 64; smaller frequencies, a smaller bandwidth or a
-    larger coupling raise it. Plain PyTorch, in blocks of rows: N^2 work, for looking at a model, not for its training loop.
+    It counts the pairs of different tokens that causality allows, or all pairs with omega_k. If the share is near 0, the
+    operator returns v, as at the paper's defaults with heads of 64; smaller frequencies, a smaller bandwidth or a larger
+    coupling raise it. Plain PyTorch in blocks of rows, at a cost of N^2: for inspecting a model, not for its training loop.
 
     Args:
         omega, coupling, bandwidth, order, omega_k, causal: as for `nearfar.synchronization_attention`.
@@ -226,12 +229,12 @@ def prepare(
     tensors = (omega, v) if omega_k is None else (omega, v, omega_k)
     layouts = checks.plain_layouts(*tensors)
     checks.check_tensor("order", order)
-    symmetric = kuramoto.is_symmetric(causal, order)
+    symmetric = not causal and order.dim() == 2
     backends = _checked(layouts, ("omega", "v", "omega_k")[: len(tensors)], tensors, top_k, symmetric)
     heads = omega.shape[1]
     coupling = checks.positive_per_head("coupling", coupling, omega, heads)
     bandwidth = checks.positive_per_head("bandwidth", bandwidth, omega, heads)
-    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts)
+    return Call(omega, omega_k, v, coupling, bandwidth, _order(order, omega, causal), backends, layouts is not None)
 
 
 @checks.once
@@ -241,11 +244,16 @@ def _checked(metas: list[Layout], top_k: int | None, symmetric: bool) -> dispatc
     keys, key_name = (metas[2], "omega_k") if separate else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
     reason = checks.kernel_width_reason("omega", omega.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
-    if top_k is not None and keys.shape[2] > MAX_CANDIDATES:
-        reason = reason or f"top_k over {keys.shape[2]} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
     forward, backward = choices.orders("synchronization_attention", v.device, value_width=int(v.shape[3]))
     orders = forward, backward if symmetric else dispatch.TRITON_FIRST
-    return dispatch.Backends(reason or _cuda.synchronization_reason(omega, v, separate, top_k), reason, orders)
+    cuda_reason = reason or _cuda.synchronization_reason(omega, v, separate, top_k)
+    return dispatch.Backends(cuda_reason, reason, orders, functools.partial(_candidates_reason, keys.shape[2], top_k))
+
+
+def _candidates_reason(num_keys: int, top_k: int | None) -> str | None:
+    if top_k is not None and num_keys > MAX_CANDIDATES:
+        return f"top_k over {num_keys} candidate keys a query; kernels take at most {MAX_CANDIDATES}"
+    return None
 
 
 def _check_grad_floor(grad_floor: float) -> None:

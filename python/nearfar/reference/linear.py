@@ -15,9 +15,9 @@ import math
 import torch
 from torch.nn.functional import softplus
 
-from nearfar.ops.torch_operator import map_batched_gradients
 from nearfar.reference import pairwise
 from nearfar.reference.pairwise import sequence_lengths, split_rows
+from nearfar.runtime.library import map_batched_gradients
 from nearfar.runtime.private import is_legacy_batchedtensor
 
 FEATURE_MAPS = {
@@ -32,7 +32,7 @@ FEATURE_MAPS = {
 def hadamard_attention(
     qs, ks, v, feature_map="elu", normalize=True, causal=False, eps=1e-6,
     initial_state=None, return_state=False, cu_seqlens=None,
-):  # fmt: skip
+):
     """Reference of `nearfar.hadamard_attention`.
 
     Args:

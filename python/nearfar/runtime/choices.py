@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nearfar.dispatch import CUDA_FIRST, TRITON_FIRST, Orders
+from nearfar.runtime.dispatch import CUDA_FIRST, TRITON_FIRST, Orders
 from nearfar.runtime.private import constant_while_traced
 
 TABLE = Path(__file__).with_name("choices.json")
@@ -24,10 +24,15 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-@constant_while_traced  # it reads a file
 def rows(operator: str) -> list[dict[str, Any]]:
     """Those of an operator."""
     return table()["choices"][operator]
+
+
+@constant_while_traced  # it reads a file, and Dynamo of torch 2.11 cannot trace `order`
+def _decided(operator: str) -> list[tuple[Mapping[str, Any], Orders]]:
+    """The key and the orders of each row of an operator."""
+    return [(row["key"], (order(row, "forward"), order(row, "backward"))) for row in rows(operator)]
 
 
 def orders(operator: str, device: torch.device, **key: Any) -> Orders:
@@ -38,9 +43,9 @@ def orders(operator: str, device: torch.device, **key: Any) -> Orders:
     """
     if device.type == "cuda":
         key = {"capability": _capability(device.index), **key}
-        for row in rows(operator):
-            if _fits(row["key"], key):
-                return order(row, "forward"), order(row, "backward")
+        for measured, found in _decided(operator):
+            if _fits(measured, key):
+                return found
     return TRITON_FIRST, TRITON_FIRST
 
 

@@ -1,4 +1,4 @@
-"""Theory of attention made runnable: plain PyTorch, small, one file per paper."""
+"""Theory of attention as small experiments in plain PyTorch, one file per paper."""
 
 from nearfar.theory.malleability import (
     InfluenceMalleability,

@@ -1,4 +1,4 @@
-"""Influence malleability of linearized attention, arXiv 2603.13085: do training points keep their say when points move?"""
+"""Influence malleability of linearized attention, arXiv 2603.13085: does an attack change which training points matter?"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 # Features of queries q (.., M, D) given the training rows x (.., N, D).
 FEATURES = {
@@ -30,13 +30,13 @@ class InfluenceMalleability(NamedTuple):
 
 
 def neural_tangent_kernel(q: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Tangent kernel at its initial weights of f(x) = m^-1/2 sum_r a_r relu(w_r . x), a_r = +-1 fixed.
+    """Tangent kernel, at the initial weights, of f(x) = m^-1/2 sum_r a_r relu(w_r . x) with fixed a_r = +-1.
 
-    q (.., M, D), x (.., N, D), w (.., m, D) to (.., M, N):
+    From q (.., M, D), x (.., N, D) and w (.., m, D) to (.., M, N):
 
         K(q, x) = sum_r df(q)/dw_r . df(x)/dw_r = (q . x) / m #{r: w_r . q > 0 and w_r . x > 0}
 
-    The signs a_r cancel. Its limit for wide networks is (q . x) (pi - angle(q, x)) / (2 pi).
+    The signs a_r cancel. The limit for wide networks is (q . x) (pi - angle(q, x)) / (2 pi).
     """
     active_q, active_x = ((points @ w.mT > 0).to(w.dtype) for points in (q, x))
     return (active_q @ active_x.mT / w.shape[-2]) * (q @ x.mT)
@@ -45,13 +45,13 @@ def neural_tangent_kernel(q: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> 
 def leave_one_out_influence(
     kernel: torch.Tensor, test_kernel: torch.Tensor, y: torch.Tensor, y_test: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How far training on point i moves the prediction at test point t towards its label, by kernel ridge regression.
+    """How far training point i moves the prediction at test point t towards its label, in kernel ridge regression.
 
         P = (K + lambda I)^-1,   alpha = P y,   f(t) - f_-i(t) = (k_t P)_i alpha_i / P_ii,   lambda = ridge * mean(diag K)
 
-    kernel (.., N, N), test_kernel (.., T, N), y (N, C), y_test (T, C) to (influence (.., T, N), prediction (.., T, C),
-    alpha (.., N, C)); the influence is y_test[t] . (f(t) - f_-i(t)), exact: nothing is fitted N times. Only the label of i is
-    left out: the features stay, to which i contributes as a token where they attend.
+    From kernel (.., N, N), test_kernel (.., T, N), y (N, C) and y_test (T, C) to (influence (.., T, N), prediction (.., T, C),
+    alpha (.., N, C)). The influence is y_test[t] . (f(t) - f_-i(t)), exact and without N fits. Only the label of i is left out.
+    The features do not change, though with attention i contributes to them as a token.
     """
     damping = ridge * kernel.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(kernel.shape[-1]).to(kernel)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + damping))
@@ -61,7 +61,7 @@ def leave_one_out_influence(
 
 
 def most_influential(influence: torch.Tensor, share: float) -> torch.Tensor:
-    """(.., k) indices of the k = round(share N), at least 1, points of largest absolute influence (.., N)."""
+    """Indices (.., k) of the k = max(1, round(share N)) points of largest absolute influence (.., N)."""
     return influence.abs().topk(max(1, round(share * influence.shape[-1])), dim=-1).indices
 
 
@@ -81,16 +81,16 @@ def perturb(
     attack_steps: int = 10,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Move x (.., N, D) by at most eps a coordinate to raise the squared error of predict(x) (.., N, C) against y.
+    """Move each coordinate of x (.., N, D) by at most eps, to raise the squared error of predict(x) (.., N, C) against y.
 
     attack:   "fgsm"  one step of eps along the sign of the gradient (arXiv 1412.6572)
               "pgd"   attack_steps steps of eps / 4 from a random start, projected (arXiv 1706.06083)
               "mim"   attack_steps steps of eps / attack_steps along the sign of the accumulated gradient (arXiv 1710.06081)
               "noise" one step of eps along random signs: no adversary, for comparison
-    moved:    (.., N) bool, which points move; None: all of them
+    moved:    (.., N) bool, which points move; None for all
     bounds:   lowest and highest value of a coordinate, which x must keep to already (else ValueError)
 
-    Raises ValueError for an attack of another name, x outside bounds and attack_steps below 1.
+    Raises ValueError for an unknown attack, for x outside bounds and for attack_steps below 1.
     """
     check_attack(attack)
     require(attack_steps >= 1, f"attack_steps must be at least 1, got {attack_steps}")
@@ -130,8 +130,8 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def spectral_amplification(x: torch.Tensor) -> torch.Tensor:
     """cond(G)^3 of G = X X^T on its range, (.., N, D) to (..): the condition number of the kernel G^3 of f(X) = X X^T X.
 
-    The range is the numerical rank of X, as torch.linalg.matrix_rank counts it: with more points than dimensions G is singular.
-    NaN where X is of rank 0: nothing is amplified. Raises ValueError if X has no points or no dimensions.
+    With more points than dimensions G is singular: its range has the numerical rank of X, by torch.linalg.matrix_rank. NaN
+    where X has rank 0. Raises ValueError if X has no points or no dimensions.
     """
     require(x.ndim >= 2 and x.shape[-2] > 0 and x.shape[-1] > 0, f"x must be (.., N, D), not empty, got {tuple(x.shape)}")
     values = torch.linalg.svdvals(x)
@@ -159,8 +159,9 @@ def influence_malleability(
 ) -> InfluenceMalleability:
     """Share of the most influential training points whose influence changes sign under an attack, arXiv 2603.13085.
 
-    Each of `networks` random networks m^-1/2 sum_r a_r relu(w_r . x~) is trained in the kernel regime on the points, attacked
-    through its inputs, and trained again on what the attack made of them; influences are those of leave_one_out_influence.
+    Each of `networks` random networks m^-1/2 sum_r a_r relu(w_r . x~) is trained on the points in the kernel regime. Then the
+    points are attacked, and the network is trained again on the attacked points. leave_one_out_influence computes the
+    influences.
 
     x, y:            (N, D) training points and (N, C) labels, -1 or 1; floating, of one dtype: float64 is advised
     x_test, y_test:  (T, D), (T, C); never perturbed themselves

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nearfar.checks import require
+from nearfar.runtime.checks import require
 
 
 class ValueSoftmax(NamedTuple):
-    """Batch of B value-softmax models; z = v @ s(a) is what the loss sees."""
+    """Batch of B value-softmax models; the loss is a function of z = v @ s(a)."""
 
     v: torch.Tensor  # (B, d, n) values, a column a token
     a: torch.Tensor  # (B, n) logits of the weights s(a)
@@ -30,7 +30,7 @@ class ValueSoftmaxFlow(NamedTuple):
 
     @property
     def effective_support(self) -> torch.Tensor:
-        """exp(entropy), from 1 (one token) to n (all alike), (T, B)."""
+        """exp(entropy), (T, B): from 1 (one token has all weight) to n (equal weights)."""
         return self.entropy.exp()
 
 
@@ -56,7 +56,7 @@ LOSSES = {
 
 
 def centred(s: torch.Tensor, ds: torch.Tensor) -> torch.Tensor:
-    """dL/ds less its mean under s: what every normaliser with sum(s) = 1 passes on."""
+    """dL/ds minus its mean under s, the part that reaches a through a normaliser with sum(s) = 1."""
     return ds - (s * ds).sum(-1, keepdim=True)
 
 
@@ -96,8 +96,8 @@ def draw_value_softmax(
     beta:       (d,) or (B, d) target; None draws directions uniformly from the unit sphere
     generator:  torch.Generator, on whose device the tensors are made; None takes torch's own, on the CPU
 
-    Returns a ValueSoftmax. The normalisers "l1", "square" and "relu" cannot start from a = 0: the paper's code takes
-    logit_mean = 1 and logit_std = 0.1 there. "cross_entropy" wants a distribution for beta.
+    Returns a ValueSoftmax. The normalisers "l1", "square" and "relu" cannot start from a = 0: the paper's code takes logit_mean
+    = 1 and logit_std = 0.1 for them. "cross_entropy" requires a distribution as beta.
     """
     options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": generator.device if generator else "cpu"}
     v = value_std * torch.randn(models, d, n, **options)
@@ -141,8 +141,8 @@ def value_softmax_flow(
     on_record:   called with the number of steps after each record, for a progress bar
 
     Returns a ValueSoftmaxFlow. Conserved: under softmax the sum of a; under "l1", "square" and "relu" the norm of a, up to the
-    step size; under the logistic loss the part of V orthogonal to beta, under cross-entropy the column sums of V.
-    Raises ValueError for names, steps or shapes that do not fit, and where a normaliser would divide by 0 at the start.
+    step size; under the logistic loss the part of V orthogonal to beta, under cross-entropy the column sums of V. Raises
+    ValueError for names, steps or shapes that do not fit, and if a normaliser would divide by 0 at the start.
     """
     v, a, beta = initial
     require(loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")

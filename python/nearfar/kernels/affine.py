@@ -1,0 +1,128 @@
+"""Affine-scaled and softmax attention on their kernels: `torch.ops.nearfar.affine_attention`."""
+
+from typing import Any
+
+import torch
+
+from nearfar import _cuda
+from nearfar.runtime.backend import Backend
+from nearfar.runtime.operator import Operator
+from nearfar.runtime.program import Program
+from nearfar.runtime.tensors import empty_rows, triton_module
+
+_packing, _launchers = triton_module("packing"), triton_module("affine_launch")
+
+
+class Affine(Operator):
+    """It serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
+
+    The backward reads lse (B, Hq, N) and u, the plain attention output, which is o, and not saved, without alpha and beta.
+    """
+
+    name = "affine_attention"
+    serves = "affine_attention and softmax_attention"
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? cu_seqlens"
+    options = "int left, int right, float scale"
+    rows = "q", "k", "v"
+    constants = 1
+    outputs = "o", "u", "lse"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends = {"cuda": AffineCuda(), "triton": AffineTriton()}
+
+    def empty(self, tensors: Any, *_: Any) -> Any:
+        q, _, v, alpha, beta, *_ = tensors
+        u = None if alpha is None and beta is None else q.new_empty((*q.shape[:3], v.shape[3]))
+        return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=_precision(q))
+
+
+class AffineTriton(Backend):
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float) -> Program:
+        q, k, v, alpha, beta, sink, cu_seqlens = tensors
+        launch, (o, *_) = _launchers(), outputs
+        bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
+        call = launch.signature(q, k, v, None, bounds is not None, left, right)
+        sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_attend"))
+        attend = launch.plan_attend(call, o.stride(), scale), (q, k, v, alpha, beta, sink, sums, *outputs, bounds)
+        return Program(tensors, outputs, [*launches, *sum_values, attend])
+
+    def backward(
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float
+    ) -> Program:
+        q, k, v, alpha, beta, sink, cu_seqlens = tensors
+        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, _) = gradients, saved, results
+        u, launch = o if u is None else u, _launchers()
+        bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
+        call = launch.signature(q, k, v, None, bounds is not None, left, right)
+        sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_grad_queries"))
+        m = _row_terms(lse, dalpha)
+        exact = q.dtype != torch.float32 and _is_exact(alpha, sink)
+        queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
+        keys = launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
+        launches += [
+            *sum_values,
+            (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, bounds)),
+            (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, bounds)),
+            *_grad_sink(q, sink, lse, m, alpha, dsink),
+        ]
+        return Program((*gradients, *tensors, *saved), results, launches)
+
+
+class AffineCuda(_cuda.CudaBackend):
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float) -> Program:
+        q, k, v, alpha, beta, sink, _ = tensors
+        call = _launchers().signature(q, k, v, None, False, left, right)
+        sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
+        counter = q.new_empty(1, dtype=torch.int32)
+        attend = _cuda.AffineForward(q, k, v, outputs[0], right, scale)
+        return Program(tensors, outputs, [*sum_values, (attend, (q, k, v, alpha, beta, sink, sums, *outputs, counter))])
+
+    def backward(
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float
+    ) -> Program:
+        q, k, v, alpha, beta, sink, _ = tensors
+        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, _) = gradients, saved, results
+        u = o if u is None else u
+        call = _launchers().signature(q, k, v, None, False, left, right)
+        sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
+        m, terms = _row_terms(lse, dalpha), lse.new_empty(_cuda.affine_terms_shape(q))
+        counters = q.new_empty(2, dtype=torch.int32)
+        launch = _cuda.AffineBackward(q, k, v, u, do, dq, dk, dv, _is_exact(alpha, sink), right, scale)
+        given = q, k, v, u, do, alpha, beta, sums, lse, dq, dk, dv, m, dbeta, terms, counters
+        launches = [*sum_values, (launch, given), *_grad_sink(q, sink, lse, m, alpha, dsink)]
+        return Program((*gradients, *tensors, *saved), results, launches)
+
+    def aligned_gradient(self, gradient: torch.Tensor, *_: Any) -> torch.Tensor:
+        return _cuda.aligned_boxes(gradient)
+
+
+def _precision(q: torch.Tensor) -> torch.dtype:
+    """The dtype of lse and of sums over tiles."""
+    return torch.float64 if q.dtype == torch.float32 else torch.float32
+
+
+def _is_exact(alpha: torch.Tensor | None, sink: torch.Tensor | None) -> bool:
+    """Whether m is a gradient, or in a sum that is one, and must not hold what rounding u has left."""
+    return alpha is not None or sink is not None
+
+
+def _row_terms(lse: torch.Tensor, dalpha: torch.Tensor | None) -> torch.Tensor:
+    """m = dO . u of each row (B, Hq, N), which is the gradient of alpha."""
+    return torch.empty(lse.shape, dtype=torch.float32, device=lse.device) if dalpha is None else dalpha
+
+
+def _sums(call: Any, v: torch.Tensor, beta: torch.Tensor | None, chunk: int) -> Any:
+    """The sums of chunks of values that a kernel reads for the bias, not filled, and what fills them; None without beta."""
+    if beta is None:
+        return None, []
+    launch = _launchers()
+    sums = v.new_empty(launch.sums_shape(call, chunk), dtype=_precision(v))
+    return sums, [*zip(launch.plan_sums(call, chunk), ((v, sums), (sums,)), strict=False)]
+
+
+def _grad_sink(q: Any, sink: Any, lse: Any, m: Any, alpha: Any, dsink: Any) -> list[Any]:
+    return [] if sink is None else [(_launchers().plan_grad_sink(q.shape), (sink, lse, m, alpha, dsink))]
+
+
+affine = Affine()

@@ -1,0 +1,172 @@
+"""The streamed diagnostics as torch operators: schema, fake and autograd.
+
+They are called through the dispatcher in eager mode, too: they monitor, so that its microseconds are no one's loss. The last
+dimension of q, k and v must be contiguous.
+"""
+
+import functools
+import math
+
+import torch
+
+from nearfar import _cuda
+from nearfar.runtime.library import define, register
+from nearfar.runtime.tensors import device_of, empty_rows, tf32_allowed, triton_module
+
+_STATISTICS = (
+    '(Tensor q, Tensor k, Tensor? sigma, int left, int right, float scale, str backend="triton")'
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_STATISTICS_BACKWARD = (
+    "(Tensor dlse, Tensor dentropy, Tensor q, Tensor k, Tensor? sigma, Tensor lse, Tensor entropy, int left, int right,"
+    " float scale) -> (Tensor, Tensor, Tensor)"
+)
+_GEOMETRY = (
+    '(Tensor q, Tensor k, Tensor v, Tensor? sigma, int top_n, int left, int right, float scale, str backend="triton")'
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+# The products of the backward see upstream gradients below 2^11, the largest above 2^10. Weights of long rows, and the
+# gradients of a mean over many rows, are below what float16 holds; with |P log2(P)| and the entropy at most 20 in all, this
+# stays below its largest.
+UPSTREAM_EXPONENT = 11
+
+
+_launchers = triton_module("diagnostics_launch")
+
+
+def _per_query(q, count, dtype=torch.float32):
+    return tuple(q.new_empty(q.shape[:3], dtype=dtype) for _ in range(count))
+
+
+def _squares(x, wanted=True):
+    """What the kernels fill with the squared norms of rows."""
+    return x.new_empty(x.shape[:3], dtype=torch.float32) if wanted else None
+
+
+def _empty_statistics(q, k, *_):
+    """lse, entropy, max_weight, max_key and key_mass, not filled."""
+    mass = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    return *_per_query(q, 3), *_per_query(q, 1, torch.int64), mass
+
+
+def _common(q, sigma):
+    """What the kernels leave out of all scores of a query by distance: -|q|^2 / (2 sigma^2), where tokens are not float32."""
+    if q.dtype == torch.float32 and not tf32_allowed(q.dtype):
+        return 0.0
+    return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
+
+
+def _gain(key_heads, *gradients):
+    """(B, Hkv) powers of two that bring the gradients (B, Hq, N) near 2^UPSTREAM_EXPONENT.
+
+    One for each key head, whose queries a sum over them meets: no other head or batch element changes a bit of its gradients,
+    and what is not finite in a row stays there.
+    """
+    largest = [x.abs().nan_to_num(0, 0, 0).unflatten(1, (key_heads, -1)).amax((2, 3)) for x in gradients]
+    exponent = torch.frexp(functools.reduce(torch.maximum, largest)).exponent
+    # The bits of a float32, bounded so that its inverse is a normal number, too.
+    return (127 + UPSTREAM_EXPONENT - exponent).clamp(1, 253).bitwise_left_shift(23).view(torch.float32)
+
+
+def statistics(q, k, sigma, left, right, scale, backend="triton"):
+    """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
+    outputs = _empty_statistics(q, k)
+    if not q.numel():
+        return *outputs[:4], outputs[4].zero_()
+    if backend == "cuda":
+        _cuda.statistics(q, k, left, right, scale, *outputs)
+        return outputs
+    with device_of(q):
+        _launchers().statistics(q, k, sigma, left, right, scale, _squares(k, sigma is not None), *outputs)
+    if sigma is not None:
+        outputs[0].add_(_common(q, sigma))
+    return outputs
+
+
+def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, scale):
+    """(dq, dk, dsigma): dS = P (dlse - dentropy (log P + entropy)); an empty dsigma without a sigma."""
+    dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
+    if not q.numel():
+        return dq, dk.zero_(), dsigma.zero_()
+    dlse, dentropy = dlse.contiguous(), dentropy.contiguous()  # the kernels read (B, Hq, N) as it lies
+    gain = _gain(k.shape[1], dlse, dentropy)
+    of_rows = gain.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
+    level, slope = of_rows * (dlse - dentropy * entropy), -math.log(2) * of_rows * dentropy
+    weighted, of_raw = (None, lse) if sigma is None else (torch.empty_like(lse), lse - _common(q, sigma))
+    with device_of(q):
+        _launchers().statistics_backward(
+            q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain,
+            dq, dk, weighted,
+        )  # fmt: skip
+    if sigma is None:
+        return dq, dk, dsigma
+    # Scores are distances / sigma^2, of which weighted has the sums.
+    of_distances = (weighted / of_rows).sum((0, 2))
+    return dq, dk, -2 / sigma**3 * (of_distances if sigma.numel() > 1 else of_distances.sum())
+
+
+def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
+    """(precision, recall, f_score). backend: "triton" or "cuda"."""
+    outputs = _per_query(q, 3)
+    if not q.numel():
+        return outputs
+    entries = (*q.shape[:3], top_n)
+    scores, excess = (q.new_empty(entries, dtype=torch.float32) for _ in range(2))
+    chosen = q.new_empty(entries, dtype=torch.int32)
+    s = v.new_empty((*q.shape[:3], v.shape[3]))
+    shift, farthest = _per_query(q, 2)
+    centred = scores, chosen, s, shift, excess, farthest
+    with device_of(q):
+        if backend == "cuda":
+            centre = functools.partial(_launchers().centre, q, k, v, left, right, scale, *centred)
+            _cuda.geometry(q, k, v, left, right, scale, *centred, *outputs, centre)
+        else:
+            squares = _squares(k, sigma is not None), _squares(v)
+            _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
+    hidden = _sees_nan(q, k, v, left, right)
+    for output in outputs:
+        output.masked_fill_(hidden, math.nan)
+    return outputs
+
+
+def _sees_nan(q, k, v, left, right):
+    """(B, Hq, N): whether a query or anything of the keys and values that it sees is NaN.
+
+    The kernels compare scores and distances, which NaN passes by: a row without a number would look like a perfect one.
+    """
+    own, keys, values = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).isnan() for x in (q, k, v))
+    before = torch.nn.functional.pad((keys | values).cumsum(2, dtype=torch.int32), (1, 0))
+    last, positions = k.shape[2], torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+    begin = positions - left if left >= 0 else torch.zeros_like(positions)
+    end = positions + right + 1 if right >= 0 else torch.full_like(positions, last)
+    seen = before[..., end.clamp(0, last)] > before[..., begin.clamp(0, last)]
+    return own | seen.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def _fake_backward(dlse, dentropy, q, k, sigma, *_):
+    dsigma = q.new_empty(0, dtype=torch.float32) if sigma is None else torch.empty_like(sigma)
+    return empty_rows(q, q.shape[3]), empty_rows(k, k.shape[3]), dsigma
+
+
+def _save(ctx, inputs, output):
+    q, k, sigma, *options, _ = inputs
+    ctx.save_for_backward(q, k, sigma, *output[:2])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.options = options
+
+
+def _autograd_backward(ctx, dlse, dentropy, *_):
+    saved = ctx.saved_tensors
+    dq, dk, dsigma = torch.ops.nearfar.attention_statistics_backward(dlse, dentropy, *saved, *ctx.options)
+    return dq, dk, None if saved[2] is None else dsigma, None, None, None, None
+
+
+register(
+    "attention_statistics",
+    (_STATISTICS, statistics, _empty_statistics),
+    (_STATISTICS_BACKWARD, statistics_backward, _fake_backward),
+    _autograd_backward,
+    _save,
+)
+define("selection_geometry", _GEOMETRY, geometry, lambda q, *_: _per_query(q, 3))

@@ -1,0 +1,140 @@
+"""Launches in order with everything fixed but addresses: what a direction of an operator comes to in a call."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nearfar._cuda import BuiltLaunch
+from nearfar.runtime.private import current_stream, empty_cuda
+from nearfar.runtime.tensors import allocate, device_of, layouts, takes_the_short_way, triton_module
+
+_launch = triton_module("launch")
+
+ALIGNED = 16  # alignment in bytes that the address-only launch requires
+PART_ALIGNMENT = 128  # bytes, of the parts of a workspace
+
+
+class Program:
+    """Fills the outputs of a signature, with zeros if it has no launches. It is made of meta tensors, once.
+
+    inputs, outputs: None for what is absent. launches: pairs of a launch and the tensors that it is given, None and tuples of
+    tensors among them. Those that are neither inputs nor outputs are workspaces: a call allocates all of them as one, and makes
+    no tensors of its parts, because kernels need no more than addresses.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor | None],
+        outputs: Sequence[torch.Tensor | None],
+        launches: Sequence[tuple[Any, Sequence[Any]]],
+    ) -> None:
+        self._outputs, self._launches = layouts(*outputs), launches
+        values = [*inputs, *outputs, None]
+        known = {id(x) for x in values}
+        tuples = [x for _, given in launches for x in given if type(x) is tuple]
+        parts = [x for group in (*tuples, *[given for _, given in launches]) for x in group if type(x) is not tuple]
+        workspaces = list({id(x): x for x in parts if id(x) not in known}.values())
+        self._size, self._workspaces = 0, []
+        for x in workspaces:
+            self._workspaces.append((self._size, x.nbytes, x.dtype, x.shape))
+            self._size += -(-x.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
+        # The values of a call, tensors or addresses: those above, workspaces, and tuples of such, as kernels take them.
+        places = {id(x): place for place, x in enumerate([*values, *workspaces, *tuples])}
+        self._tuples = [_selection(places, group) for group in tuples]
+        self._selections = [_selection(places, given) for _, given in launches]
+        self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # what empty_cuda takes
+        self._offsets = [offset for offset, *_ in self._workspaces]
+        # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
+        self._device: Any = None
+        self._hooks_are_set: Any = None
+        self._steps: Sequence[Any] = ()
+
+    def __call__(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+        """The outputs."""
+        first: Any = inputs[0]
+        with device_of(first):
+            if first.is_cuda and not self._steps:
+                self._compile(first)
+            outputs = self.at_once(*inputs)
+            if outputs is None:
+                outputs = allocate(self._outputs, first.device)
+                self._launch_tensors(inputs, outputs)
+        return outputs
+
+    def at_once(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None] | None:
+        """The outputs, by allocations and address-only launches alone; None where that does not serve the call.
+
+        It does not while kernels are not compiled, and never where they are interpreted, where an input does not start at a
+        multiple of 16 bytes, where another device is current, where torch is to be deterministic, and where Triton has a hook.
+        """
+        if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
+            return None
+        addresses: list[Any] = []
+        low_bits = 0
+        for tensor in inputs:
+            address = 0 if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            low_bits |= address
+        if low_bits % ALIGNED:
+            return None
+        outputs = []
+        for layout in self._allocations:
+            tensor = None if layout is None else empty_cuda(*layout)
+            addresses.append(0 if tensor is None else tensor.data_ptr())
+            outputs.append(tensor)
+        addresses.append(0)
+        if self._workspaces:
+            workspace = empty_cuda((self._size,), (1,), torch.uint8)
+            start = workspace.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
+        if self._tuples:
+            addresses += [select(addresses) for select in self._tuples]
+        stream = current_stream(self._device.index)
+        for launch, select in self._steps:
+            launch(select(addresses), stream)
+        return outputs
+
+    def build_ahead(self, device: torch.device) -> None:
+        """Start to build the kernels for a call to come on this device, in threads."""
+        with torch.cuda.device(device):
+            _launch().build_ahead(*self._launches)
+
+    def _launch_tensors(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> None:
+        """Launch with tensors, which may be interpreted or not aligned."""
+        if not self._launches:
+            for tensor in outputs:
+                if tensor is not None:
+                    tensor.zero_()
+            return
+        values: list[Any] = [*inputs, *outputs, None]
+        workspace: Any = inputs[0].new_empty(self._size, dtype=torch.uint8) if self._workspaces else None
+        values += [workspace[start : start + size].view(dtype).view(shape) for start, size, dtype, shape in self._workspaces]
+        values += [select(values) for select in self._tuples]
+        launches = zip(self._launches, self._selections, strict=True)
+        _launch().launch_all(*[(launch, select(values)) for (launch, _), select in launches])
+
+    def _compile(self, first: torch.Tensor) -> None:
+        """Compile what is new and prepare the steps, none where kernels are interpreted."""
+        device, launches = first.get_device(), [launch for launch, _ in self._launches]
+        kinds: list[Any] = [None] * len(launches)
+        hooks_are_set: Callable[[], bool] = bool  # bool() is False
+        if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # else Triton is not needed
+            launcher, surveyed = _launch(), []
+            if launcher.knobs.runtime.interpret:
+                return
+            for launch, given in self._launches:
+                addresses, (_, *dtypes), aligned = launcher.survey(given)  # of the meta device; addresses are 0
+                surveyed.append((launch, given, (addresses, (device, *dtypes), aligned)))
+            launcher.compile_new(surveyed)
+            kinds, hooks_are_set = [seen[1] for _, _, seen in surveyed], launcher.hooks_are_set
+        bound = [launch.bound(device, of) for launch, of in zip(launches, kinds, strict=True)]
+        self._device, self._hooks_are_set = first.device, hooks_are_set
+        self._steps = [*zip(bound, self._selections, strict=True)]
+
+
+def _selection(places: Mapping[int, int], given: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes what is given, tensors in their places, from the values of a call."""
+    indices = [places[id(x)] for x in given]
+    return operator.itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)

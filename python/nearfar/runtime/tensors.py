@@ -1,0 +1,80 @@
+"""Tensors as the kernels need them: layouts, allocation, alignment, devices and streams."""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from nearfar.runtime.private import current_device, current_stream, empty_cuda, is_deterministic
+
+META = torch.device("meta")
+
+
+def triton_module(name: str) -> Callable[[], ModuleType]:
+    """A function that returns `nearfar.triton_kernels.<name>`: Triton comes with the first launch, not with the package."""
+    return functools.cache(lambda: importlib.import_module(f"nearfar.triton_kernels.{name}"))
+
+
+class Layout(NamedTuple):
+    """All of a tensor but its values and its address."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def layouts(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The fields of a Layout for each tensor, None for None: the key of checks and plans."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+
+
+def takes_the_short_way(device: torch.device) -> bool:
+    """True if `empty_cuda` allocates as torch.empty does: on the current device, and unless torch fills what it allocates."""
+    return empty_cuda is not None and device.index == current_device() and not is_deterministic()
+
+
+def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
+    """Tensors of these layouts on this device, not filled; None for None."""
+    if device.type == "cuda" and takes_the_short_way(device):
+        return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
+    return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
+
+
+def tf32_allowed(dtype: torch.dtype) -> bool:
+    """True if the user lets torch round products of this dtype to tf32. Plans depend on it (launch.dot_precision).
+
+    All switches end in this one, the older ones (allow_tf32, set_float32_matmul_precision) too; where nothing is set here, it
+    reads torch.backends.fp32_precision. The getter of allow_tf32 raises when switches of both kinds were set.
+    """
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Context in which the device of the tensor is the current one; free when it already is."""
+    if not tensor.is_cuda or tensor.get_device() == current_device():  # CUDA is up where there is such a tensor
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    return current_stream(tensor.get_device())
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
+
+
+def empty_rows(like: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
+    batch, heads, length, like_width = like.shape
+    if width == like_width:
+        return torch.empty_like(like)
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty(batch, length, heads, width).transpose(1, 2)
+    return like.new_empty(batch, heads, length, width)

@@ -1,0 +1,672 @@
+"""The benchmark room: floors, the oracle check, the command line on a CPU, and the tables it writes into documents."""
+
+import functools
+import json
+import math
+import sys
+import time
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import needs_gpu
+from torch.nn.attention.flex_attention import create_block_mask
+
+from bench import __main__ as bench
+from bench import check, crossover, report, suite
+from bench.baselines import affine as affine_baselines
+from bench.baselines import krause as krause_baselines
+from bench.baselines import linear as linear_baselines
+from bench.cases import BaseCase, Provider, Work, affine, diagnostics, krause, linear, rooms
+from bench.environment import short_name
+from bench.formulas import Softmax, Window
+from bench.formulas.affine import Affine
+from bench.formulas.krause import Rbf
+from bench.formulas.linear import Hadamard
+from bench.timing import median_time
+from nearfar import registry
+
+CASE = krause.Case(
+    name="krause-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
+    left=31, right=5,
+)
+LINEAR = linear.Case(
+    name="linear-test", batch=1, heads=4, kv_heads=2, length=256, width=24, dtype="float32", providers=("nearfar",),
+    factors=(16,),
+)
+HADAMARD = replace(LINEAR, factors=(8, 4))
+AFFINE = affine.Case(
+    name="affine-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",)
+)
+STATISTICS = diagnostics.Case(
+    name="statistics-test", batch=1, heads=4, kv_heads=2, length=200, width=16, dtype="float32", providers=("nearfar",),
+)
+GEOMETRY = replace(STATISTICS, top_n=4)
+CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "OUT", tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def wrong_nearfar(monkeypatch):
+    """nearfar with outputs that are off by 32 roundings, eight times what a formula without errors is allowed."""
+    call = krause.Case.call
+
+    def wrong(case, backend):
+        factor = 1 + 32 * torch.finfo(getattr(torch, case.dtype)).eps
+        return lambda *inputs: factor * call(case, backend)(*inputs)
+
+    monkeypatch.setattr(krause.Case, "call", wrong)
+
+
+def test_every_room_here_is_an_operator_and_offers_what_the_suite_needs():
+    found = rooms()
+    assert found and set(found) <= {operator.room for operator in registry.OPERATORS}
+    for module in found.values():
+        for device in (CPU, torch.device("cuda")):
+            for case in module.suite(device):
+                assert isinstance(case, BaseCase) and set(case.providers) <= set(module.PROVIDERS)
+
+
+@pytest.mark.parametrize("room", rooms())
+@pytest.mark.parametrize("gpu", [False, True])
+def test_single_problems_have_providers_by_default(monkeypatch, room, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = bench.make_parser().parse_args([room, "--shapes", "1,2,64,16"])
+    case = rooms()[room].from_arguments(args.shapes[0], args)
+    assert case.providers[0] == "nearfar" and set(case.providers) <= set(rooms()[room].PROVIDERS)
+    assert case.output_shape == (1, 2, 64, 16)
+
+
+@pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (3, 2), (-1, 0), (0, -1), (-1, -1), (50, 50)])
+@pytest.mark.parametrize("length", [1, 4, 17])
+def test_pairs_of_a_window(length, left, right):
+    window = Window(left, right)
+    pairs = sum(
+        (left < 0 or i - j <= left) and (right < 0 or j - i <= right) for i in range(length) for j in range(length)
+    )
+    assert window.pairs(length) == pairs == int(window.visible(length, length, "cpu").sum())
+
+
+def test_work_counts_tensors_and_products():
+    forward, backward = CASE.work(Rbf(31, 5))
+    q, kv = 200 * 4 * 16 * 4, 200 * 2 * 16 * 4
+    pairs = 4 * int(Window(31, 5).visible(200, 200, "cpu").sum())
+    assert forward == Work(bytes=2 * q + 2 * kv, flops=4 * pairs * 16)
+    assert backward == Work(bytes=4 * q + 4 * kv, flops=10 * pairs * 16)
+
+
+@pytest.mark.parametrize(
+    "name, floor",
+    [
+        ("krause-window", (0.089, 0.18)),
+        ("linear-causal", (0.089, 0.18)),
+        ("linear-full", (0.089, 0.18)),
+        ("hadamard-full", (0.067, 0.133)),
+        ("hadamard-video", (1.2, 2.4)),
+        ("affine-causal", (0.40, 1.0)),
+        ("statistics", (3.1, 0.27)),
+        ("geometry", (4.7, 0.36)),
+    ],
+)
+def test_floors_of_the_performance_page(name, floor):
+    core = next(case for module in rooms().values() for case in module.gpu_suite() if case.name == name)
+    ceilings = {"bytes_per_s": 3.02e12, "flops_per_s": 700e12}
+    floors = [work.floor_ms(ceilings) for work in core.work(core.formula("nearfar"))]
+    assert floors == pytest.approx(floor, rel=0.02)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [30, 4000])
+def test_work_of_the_cheaper_form(length, causal):
+    """Direct: 12 similarities and 25 values for each pair; factored: 32 x 25 into the state and out of it for each token."""
+    case = replace(HADAMARD, kv_heads=4, length=length, causal=causal)
+    forward, backward = case.work(case.formula("nearfar"))
+    tokens = 4 * length
+    assert forward.bytes * 2 == backward.bytes == 2 * 4 * tokens * (12 + 12 + 24 + 24)
+    if length == 30:
+        pairs = tokens * (31 / 2 if causal else 30)
+        assert (forward.flops, backward.flops) == (2 * pairs * (12 + 25), 2 * pairs * (3 * 12 + 2 * 25))
+    else:
+        assert (forward.flops, backward.flops) == (4 * tokens * 32 * 25, 8 * tokens * 32 * 25)
+
+
+FORMULAS = [
+    *((CASE, formula) for formula in (Rbf(31, 5), Rbf(31, 5, 12), Rbf(-1, 0), Softmax(31, 0), Softmax(-1, 0))),
+    (LINEAR, Softmax(-1, -1)),
+    (LINEAR, Hadamard(-1, 0, (16,))),
+    (LINEAR, Hadamard(-1, -1, (16,), "identity", normalize=False)),
+    (HADAMARD, Hadamard(-1, -1, (8, 4))),
+    (HADAMARD, Hadamard(-1, 0, (8, 4), "softplus")),
+    (AFFINE, Affine(-1, 0)),
+    (AFFINE, Affine(-1, -1)),
+]
+
+
+@pytest.mark.parametrize("case, formula", FORMULAS)
+def test_check_approves_the_plain_formula_and_sees_a_small_error(case, formula):
+    inputs = case.inputs(CPU, formula)
+    expected = check.expect(formula, case, inputs)
+    names = [*formula.inputs(case), *formula.rows, *formula.parameters]
+
+    def every_head(inputs):
+        return [t.repeat_interleave(2, 1) if name[0] in "kv" else t for name, t in zip(names, inputs, strict=True)]
+
+    keep, _ = formula.selection(*every_head([t.detach() for t in inputs]))
+
+    def plain(*inputs):
+        return formula.plain(*every_head(inputs), keep=keep)
+
+    def checked(run):
+        return check.check(expected, check.outputs_of(run, inputs, expected, ours=True), ours=True)
+
+    right = checked(plain)
+    assert set(right.errors) == {"o", *(f"d{name}" for name in names)}
+    assert right.passed, right.worst
+    wrong = checked(lambda *inputs: 1.0001 * plain(*inputs))
+    assert all(wrong.excess(name) > 1 for name in wrong.errors)
+
+
+@pytest.mark.parametrize("feature_map", linear.FEATURE_MAPS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_hadamard_oracle_is_the_recurrence(feature_map, causal):
+    """Token by token through the state: no pairs, no chunks, nothing shared with the formula."""
+    maps = {
+        "identity": lambda x: x,
+        "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),
+        "relu": lambda x: x.clamp(min=0),
+        "softplus": lambda x: (1 + x.exp()).log(),
+        "exp": lambda x: math.e**x,
+    }
+    case = replace(HADAMARD, heads=2, length=9, causal=causal, feature_map=feature_map, normalize=feature_map != "identity")
+    formula = case.formula("nearfar")
+    inputs = [t.detach().double() for t in case.inputs(CPU, formula)]
+    q1, q2, k1, k2 = (maps[feature_map](t[0]) for t in inputs[:4])
+    values = torch.cat([inputs[4][0], torch.ones(2, 9, 1, dtype=torch.float64)], -1)
+    states = torch.stack([torch.einsum("ha,hb,hv->habv", k1[:, j], k2[:, j], values[:, j]) for j in range(9)])
+    states = states.cumsum(0) if causal else states.sum(0).expand(9, *states.shape[1:])
+    read = torch.einsum("hna,hnb,nhabv->hnv", q1, q2, states)
+    expected = read[..., :-1] / (read[..., -1:] + 1e-6) if formula.normalize else read[..., :-1]
+    torch.testing.assert_close(formula.oracle(*inputs)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_check_refuses_nan_and_a_missing_gradient():
+    inputs = CASE.inputs(CPU, Rbf(31, 5))
+    expected = check.expect(Rbf(31, 5), CASE, inputs)
+    broken = check.check(expected, {"o": CASE.call()(*inputs).detach() * float("nan")}, ours=True)
+    assert not broken.passed and broken.worst[0] == "o"
+    with pytest.raises(RuntimeError, match="not have been used"):
+        check.outputs_of(lambda q, k, v, sigma: CASE.call()(q, k, v, sigma.detach()), inputs, expected, ours=True)
+
+
+PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=512, left=127, right=0)
+
+
+class LostGradient(torch.autograd.Function):
+    """o, whose first rows pass no gradient on."""
+
+    @staticmethod
+    def forward(ctx, o):
+        return o.clone()
+
+    @staticmethod
+    def backward(ctx, do):
+        do = do.clone()
+        do[:, :, : do.shape[2] // 2] = 0
+        return do
+
+
+def first_quarter_constant(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((torch.full_like(o[:, :, :128], 7.0), o[:, :, 128:]), 2)
+
+
+def only_the_last_head(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((0 * o[:, :-1], o[:, -1:]), 1)
+
+
+def only_the_last_batch_element(call, *inputs):
+    o = call(*inputs)
+    return torch.cat((float("nan") * o[:-1], o[-1:]), 0)
+
+
+def head_0_for_all(call, q, k, v, sigma):
+    return call(q, *(torch.cat((x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]), 1) for x in (k, v)), sigma)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "plant",
+    [
+        first_quarter_constant,
+        only_the_last_head,
+        only_the_last_batch_element,
+        head_0_for_all,
+        lambda call, *inputs: LostGradient.apply(call(*inputs)),
+        lambda call, *inputs: 1.03 * call(*inputs),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("provider", ["nearfar", "eager"])
+def test_planted_errors_are_seen(monkeypatch, plant, dtype, provider):
+    case = replace(PLANTED, dtype=dtype)
+    assert suite.measure(case, provider, CPU, {}, CEILINGS)["status"] == "ok"
+    of_case = krause.Case.provider
+
+    def planted(case, name, inputs):
+        right = of_case(case, name, inputs)
+        return right._replace(run=functools.partial(plant, right.run))
+
+    monkeypatch.setattr(krause.Case, "provider", planted)
+    row = suite.measure(case, provider, CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and row["forward"] is row["backward"] is None
+
+
+def one_rounding_off(o):
+    o.view(-1)[0].nextafter_(o.new_tensor(9.0))
+    return o
+
+
+@pytest.mark.parametrize("later, note", [(lambda o: 0 * o, "is off by"), (one_rounding_off, "of a later call differ")])
+def test_what_is_right_at_first_and_wrong_later_is_seen(monkeypatch, later, note):
+    of_case, calls = krause.Case.provider, []
+
+    def planted(case, name, inputs):
+        right = of_case(case, name, inputs)
+
+        def run(*inputs):
+            calls.append(1)
+            return right.run(*inputs) if len(calls) == 1 else later(right.run(*inputs))
+
+        return right._replace(run=run)
+
+    monkeypatch.setattr(krause.Case, "provider", planted)
+    row = suite.measure(replace(PLANTED, backward=False), "nearfar", CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and note in row["note"] and row["forward"] is None
+
+
+def test_a_case_that_can_show_nothing_says_so(monkeypatch):
+    """The plain formula itself is off by more than the cap: with float32 far from the origin it has no digits left."""
+    right = krause.Case.inputs
+
+    def far(case, device, formula):
+        return [(x + 1000).detach().requires_grad_() if x.dim() == 4 else x for x in right(case, device, formula)]
+
+    monkeypatch.setattr(krause.Case, "inputs", far)
+    row = suite.measure(PLANTED, "nearfar", CPU, {}, CEILINGS)
+    assert row["status"] == "wrong" and "shows nothing" in row["note"]
+
+
+@pytest.mark.parametrize("length", [300, 512])
+@pytest.mark.parametrize("left, right", [(127, 0), (200, 100), (-1, 0)])
+def test_block_mask_is_the_one_torch_finds_pair_by_pair(left, right, length):
+    window = Window(left, right)
+    visible = window.visible(length, length, "cpu")
+    theirs = create_block_mask(lambda b, h, row, key: visible[row, key], None, None, length, length, device="cpu")
+    ours = krause_baselines.window_block_mask(window, length, CPU)
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.parametrize("formula", [Rbf(63, 0), Softmax(-1, 0)])
+def test_flex_agrees_with_the_oracle(formula):
+    """Uncompiled, forward: all that FlexAttention does on a CPU."""
+    case = replace(CASE, backward=False)
+    inputs = case.inputs(CPU, formula)
+    expected = check.expect(formula, case, inputs)
+    run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
+    assert check.check(expected, {"o": run(*inputs).detach()}, ours=False).passed
+
+
+@pytest.mark.parametrize("top_k", [None, 12])
+def test_eager_agrees_with_the_oracle(top_k):
+    row = suite.measure(replace(CASE, top_k=top_k), "eager", CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["forward"]["ms"] > 0 and row["backward"]["samples"] >= 3
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "eager", "sdpa"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [LINEAR, HADAMARD], ids=["linear", "hadamard"])
+def test_linear_providers_agree_with_the_oracle(case, causal, provider):
+    row = suite.measure(replace(case, causal=causal), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok", row["note"]
+    names = ("q", "k", "v") if provider == "sdpa" or case is LINEAR else ("q1", "q2", "k1", "k2", "v")
+    assert set(row["check"]["errors"]) == {"o", *(f"d{name}" for name in names)}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_linear_compiles_as_one_graph(causal):
+    case = replace(HADAMARD, causal=causal, backward=False)
+    formula = case.formula("compile")
+    inputs = case.inputs(CPU, formula)
+    run = linear_baselines.plain(formula)
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(*inputs), run(*inputs))
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "eager", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [STATISTICS, GEOMETRY], ids=["statistics", "geometry"])
+def test_diagnostics_agree_with_the_oracle(case, causal, dtype, provider):
+    row = suite.measure(replace(case, causal=causal, dtype=dtype), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"] is None, row["note"]
+    assert row["check"]["rows_left_out"] < row["check"]["rows"] / 2
+    assert set(row["check"]["errors"]) == {"o"}
+
+
+@pytest.mark.parametrize("case, column", [*((STATISTICS, column) for column in range(4)), *((GEOMETRY, c) for c in range(3))])
+def test_errors_of_diagnostics_are_seen_in_every_column(monkeypatch, case, column):
+    call = case.call("reference")
+
+    def wrong(case, backend):
+        def run(*inputs):
+            o = call(*inputs)
+            o[..., column] *= 1 + 1e-3
+            return o
+
+        return run
+
+    monkeypatch.setattr(diagnostics.Case, "call", wrong)
+    assert suite.measure(case, "nearfar", CPU, {}, CEILINGS)["status"] == "wrong"
+
+
+def test_times_over_a_baseline_have_goals():
+    case = replace(GEOMETRY, providers=("nearfar", "sdpa"), goal_over=("sdpa", 2.5))
+    longer = replace(case, length=400)
+    times = ((case, "nearfar", 6.0), (case, "sdpa", 3.0), (longer, "nearfar", 8.0), (longer, "sdpa", 2.0))
+    rows = [suite.new_row(c, name) | {"forward": {"ms": ms}} for c, name, ms in times]
+    measures = suite.relative(rows)
+    assert [(m["value"], report.met(m)) for m in measures] == [(2.0, True), (4.0, False)]
+    assert measures[0]["what"] == "forward of nearfar over sdpa, geometry, top_n 4, causal"
+    rows[1]["forward"] = None
+    assert [m["value"] for m in suite.relative(rows)] == [None, 4.0]
+    assert suite.relative([suite.new_row(CASE, "nearfar")]) == []
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Epilogues as they are: compiling them takes seconds."""
+    composed = functools.partial(affine_baselines.composed, compiled=lambda function: function)
+    monkeypatch.setattr(affine_baselines, "composed", composed)
+
+
+@pytest.mark.parametrize("provider", ["nearfar", "sdpa", "sdpa-epilogue"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", [AFFINE, replace(AFFINE, affine=False)], ids=["affine", "softmax"])
+def test_affine_providers_agree_with_the_oracle(uncompiled, case, causal, provider):
+    row = suite.measure(replace(case, causal=causal), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"]["ms"] > 0, row["note"]
+    rows = ("alpha", "beta") if provider == "sdpa-epilogue" or (provider == "nearfar" and case.affine) else ()
+    assert set(row["check"]["errors"]) == {"o", *(f"d{name}" for name in ("q", "k", "v", *rows))}
+
+
+@pytest.mark.parametrize("epilogue", [affine_baselines.causal_epilogue, affine_baselines.full_epilogue])
+def test_epilogues_compile_as_one_graph(epilogue):
+    o, v, alpha, beta = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 4, 9), torch.randn(1, 4, 9)
+    assert torch.equal(torch.compile(epilogue, fullgraph=True, backend="eager")(o, v, alpha, beta), epilogue(o, v, alpha, beta))
+
+
+def test_the_check_of_affine_attention_sees_either_term(monkeypatch):
+    """beta is such that an error in the sum of values shows beside the softmax, and the other way round."""
+    right = affine.Case.call
+    for wrong in ("alpha", "beta"):
+
+        def call(case, backend="auto", wrong=wrong):
+            def run(q, k, v, alpha, beta):
+                factors = {"alpha": alpha, "beta": beta}
+                factors[wrong] = 1.0001 * factors[wrong]
+                return right(case, backend)(q, k, v, **factors)
+
+            return run
+
+        monkeypatch.setattr(affine.Case, "call", call)
+        row = suite.measure(replace(AFFINE, backward=False), "nearfar", CPU, {}, CEILINGS)
+        assert row["status"] == "wrong" and "o is off by" in row["note"]
+
+
+def test_flash_attention_4_is_called_in_its_layout_or_missed(monkeypatch):
+    case = replace(AFFINE, kv_heads=4)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    row = suite.measure(case, "fa4", CPU, {}, CEILINGS)
+    assert row["status"] == "unavailable" and "flash_attn.cute" in row["note"]
+
+    def attention(q, k, v, causal):
+        assert all(t.is_contiguous() for t in (q, k, v)), "it would copy"
+        o = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
+        return o.transpose(1, 2), None
+
+    module = types.ModuleType("flash_attn.cute")
+    module.flash_attn_func = attention
+    for stand_in in (types.ModuleType("flash_attn"), module):
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    row = suite.measure(case, "fa4", CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"], row["note"]
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    """A stand-in for fla, which runs on a GPU alone: its layout, its arguments and its recurrence."""
+
+    def attention(kernel, q, k, v, scale, normalize):
+        assert all(t.is_contiguous() for t in (q, k, v)), "fla would copy"
+        scores = torch.einsum("bnhd,bmhd->bhnm", scale * q.float(), k.float()).tril()
+        o = torch.einsum("bhnm,bmhd->bnhd", scores, v.float())
+        o = o / scores.sum(-1).transpose(1, 2)[..., None] if normalize else o
+        return o.to(v.dtype), f"state of {kernel}"
+
+    module = types.ModuleType("fla.ops.linear_attn")
+    for kernel in ("fused_chunk", "chunk"):
+        setattr(module, f"{kernel}_linear_attn", functools.partial(attention, kernel))
+    for stand_in in (types.ModuleType("fla"), types.ModuleType("fla.ops"), module):
+        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    compiled = functools.partial(linear_baselines.fla, compiled=lambda function: function)
+    monkeypatch.setattr(linear_baselines, "fla", compiled)
+
+
+@pytest.mark.parametrize("provider", [*linear.FLA, *linear.FLA_BARE])
+def test_fla_is_called_in_its_layout_and_with_its_arguments(fla, provider):
+    """In bfloat16, as float32 would show that fla adds no eps to its denominators."""
+    row = suite.measure(replace(LINEAR, kv_heads=4, causal=True, dtype="bfloat16"), provider, CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["backward"], row["note"]
+
+
+@pytest.mark.parametrize(
+    "case, note", [(LINEAR, "causal"), (HADAMARD, "one factor"), (replace(LINEAR, causal=True), "a key head for each")]
+)
+def test_fla_says_what_it_does_not_have(fla, case, note):
+    row = suite.measure(case, "fla-chunk", CPU, {}, CEILINGS)
+    assert row["status"] == "unavailable" and note in row["note"]
+
+
+def test_a_failing_baseline_says_why_and_a_failing_nearfar_fails_the_run(monkeypatch):
+    def broken(case, name, inputs):
+        def run(*inputs):
+            raise RuntimeError("no such kernel\nat all")
+
+        return Provider(name, run)
+
+    monkeypatch.setattr(krause.Case, "provider", broken)
+    rows = suite.run([replace(CASE, providers=("sdpa", "nearfar"))], CPU, CEILINGS, lambda text: None)
+    assert [row["status"] for row in rows] == ["unavailable", "failed"]
+    assert rows[0]["note"] == "RuntimeError: no such kernel"
+    assert suite.sound(rows[:1]) and not suite.sound(rows)
+
+
+def test_scaling_measures():
+    def row(length, ms, peak, variant=""):
+        parts = {part: {"ms": ms, "bytes": 100} for part in ("forward", "backward")}
+        return {"ours": True, "case": {"length": length}, "variant": variant, "peak_bytes": peak, **parts}
+
+    measures = suite.scaling([row(8, 5.0, 140), row(4, 2.0, 70), row(2, 0.5, 70)])
+    assert [(m["value"], m["goal"]) for m in measures] == [(2.5, 2.1), (1.4, 1.5)]
+    assert [report.met(m) for m in measures] == [False, True]
+    assert measures[0]["what"] == "time at N=8 over N=4"
+    measures = suite.scaling([row(4, 1.0, None, "full"), row(4, 2.0, None, "causal"), row(8, 2.0, None, "full")])
+    assert [(m["what"], m["value"]) for m in measures] == [("time at N=8 over N=4, full", 2.0)]
+
+
+def swept(provider, times, causal=False):
+    """Rows of a sweep from {length: (forward, backward)}."""
+    return [
+        {"provider": provider, "label": provider, "variant": "causal" * causal, "case": {"length": length, "causal": causal},
+         "forward": {"ms": forward}, "backward": {"ms": backward}}
+        for length, (forward, backward) in times.items()
+    ]
+
+
+def test_crossover_of_straight_lines_is_exact():
+    """Ours takes N / 100 and 3 N / 100 ms, theirs N^2 / 30000 and 8 N^2 / 30000: forward 300, together 1200 / 9."""
+    lengths = [2**i for i in range(6, 12)]
+    ours = swept("nearfar", {n: (n / 100, 3 * n / 100) for n in lengths})
+    theirs = swept("sdpa-flash", {n: (n**2 / 30000, 8 * n**2 / 30000) for n in reversed(lengths)})
+    unlike = swept("sdpa-flash", {n: (1e-3, 1e-3) for n in lengths}, causal=True)
+    found = crossover.crossings([*ours, *theirs, *unlike, *swept("eager", {64: (1.0, 1.0)})])
+    assert [c.total for c in found] == ["forward", "forward + backward"]
+    assert [c.length for c in found] == pytest.approx([300, 1200 / 9])
+    assert [c.ms for c in found] == pytest.approx([3, 4 * 12 / 9])
+    measures = crossover.measures([*ours, *theirs])
+    assert measures[0]["what"] == "faster from this length: nearfar, over sdpa-flash, forward"
+    assert report.measured(measures[0]) == "300 tokens"
+
+
+def test_lines_of_several_widths_cross_at_their_own():
+    rows = []
+    for width, ms in ((64, 2.0), (128, 3.0)):
+        lines = swept("nearfar", {4: (1.0, 1.0), 8: (1.0, 1.0)}) + swept("sdpa", {4: (1 / ms, 1.0), 8: (ms, ms)})
+        rows += [{**row, "case": {**row["case"], "width": width}} for row in lines]
+    found = crossover.crossings(rows)
+    assert [c.what for c in found] == [
+        f"nearfar, D{width}, over sdpa, {total}" for width in (64, 128) for total in crossover.TOTALS
+    ]
+    assert [c.ms for c in found[::2]] == [1.0, 1.0]
+
+
+def test_a_sweep_at_fixed_tokens_keeps_them():
+    cases = [case for case in affine.gpu_suite() if case.name == "affine-length"]
+    assert {(case.width, case.batch * case.length) for case in cases if case.length <= 16384} == {(64, 16384), (128, 16384)}
+    assert {case.length for case in cases} == {4**i for i in range(5, 9)}
+    rows = [suite.new_row(case, "nearfar") for case in cases]
+    assert list(report.series(rows)) == ["nearfar, H16 D128 bfloat16", "nearfar, H32 D64 bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "theirs, note",
+    [
+        ({4: 2.0, 8: 3.0}, "faster at every length from 4"),
+        ({4: 2.0, 8: 0.5}, "slower at 8"),
+        ({16: 2.0}, "no length in common"),
+    ],
+)
+def test_lines_that_do_not_cross_say_so(theirs, note):
+    rows = swept("nearfar", {4: (1.0, 1.0), 8: (1.0, 1.0)}) + swept("sdpa", {n: (ms, ms) for n, ms in theirs.items()})
+    for found in crossover.crossings(rows):
+        assert found.length is None and note in found.note
+
+
+def test_the_last_crossing_counts():
+    ours = swept("nearfar", {n: (1.0, 1.0) for n in (1, 2, 4, 8)})
+    theirs = swept("sdpa", {n: (ms, ms) for n, ms in zip((1, 2, 4, 8), (2.0, 0.5, 0.5, 2.0), strict=True)})
+    assert [c.length for c in crossover.crossings(ours + theirs)] == pytest.approx([32**0.5, 32**0.5])
+
+
+@needs_gpu
+def test_times_of_a_gpu_leave_the_host_out():
+    x = torch.zeros(1, device="cuda")
+
+    def slow():
+        time.sleep(2e-3)
+        x.add_(1)
+
+    assert median_time(slow, x.device).ms < 0.5
+
+
+def test_command_line_on_a_tiny_case(out, capsys):
+    shapes = ["--shapes", "1,2,64,16", "1,2,128,16", "--window", "15,0", "--top-k", "8"]
+    assert bench.main(["krause", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
+    ours = "nearfar triton" if torch.cuda.is_available() else "nearfar reference"
+    record = json.loads((out / "krause-custom.json").read_text())
+    assert record["room"] == "krause" and record["environment"]["torch"] == torch.__version__
+    assert [row["label"] for row in record["rows"]] == 2 * [ours, "sdpa causal", "eager"]
+    assert all(row["status"] == "ok" and row["backward"]["ms"] > 0 for row in record["rows"])
+    assert (out / "krause-length.png").read_bytes().startswith(b"\x89PNG")
+    assert ours in capsys.readouterr().out
+
+
+def test_command_line_of_linear_attention(out):
+    shapes = ["--shapes", "1,2,64,16", "--factors", "8,16", "--causal", "--feature-map", "relu", "--no-normalize"]
+    assert bench.main(["linear", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
+    record = json.loads((out / "linear-custom.json").read_text())
+    ours = "nearfar triton" if torch.cuda.is_available() else "nearfar reference"
+    assert [row["label"] for row in record["rows"]] == [ours, "sdpa softmax", "eager"]
+    assert {row["variant"] for row in record["rows"]} == {"factors 8x16, causal, relu, not normalised"}
+
+
+def test_a_wrong_provider_is_not_timed_and_fails_the_run(out, wrong_nearfar):
+    assert bench.main(["krause", "--shapes", "1,2,64,16", "--providers", "nearfar,eager"]) == 1
+    wrong, right = json.loads((out / "krause-custom.json").read_text())["rows"]
+    assert wrong["status"] == "wrong" and wrong["forward"] is None and "o is off by" in wrong["note"]
+    assert right["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cases", "nonsense"], ["krause", "--shapes", "1,2,3"], ["krause"], ["krause", "--record"]]
+)
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert "error:" in capsys.readouterr().err
+
+
+def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
+    aimed = replace(CASE, goal_ms=(1.0, 2.0))
+    rows = [suite.measure(case, name, CPU, {}, CEILINGS) for case in (CASE, aimed) for name in ("nearfar", "sdpa")]
+    environment = dict(device="GPU", torch="2", triton="3", cuda="13", nearfar="0", date="2026-01-01T00:00")
+    measures = [
+        {"what": "first call", "value": 3.2, "unit": "s", "goal": 5.0, "note": None},
+        {"what": "crossover", "value": None, "unit": "tokens", "goal": None, "note": "faster at every length"},
+    ]
+    head = dict(name="krause-test", room="krause", environment=environment, ceilings=CEILINGS)
+    results = tmp_path / "results"
+    report.write_json(results / "h100", {**head, "rows": rows, "measures": measures})
+    report.write_json(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\n"
+                      "<!-- bench:overview -->\n<!-- /bench:overview -->\nThe end.\n")
+
+    assert report.main(["--check"], tmp_path, results) == 1
+    assert "old" in readme.read_text() and "out of date" in capsys.readouterr().out
+    assert report.main([], tmp_path, results) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("# Title\n") and text.endswith("The end.\n")
+    assert "| **nearfar reference** |" in text and "| first call | 3.20 s | ≤ 5 s |" in text
+    assert "| crossover | faster at every length |  |" in text
+    (line,) = [line for line in text.partition("<!-- bench:overview -->")[2].splitlines() if line.startswith("| krause")]
+    _, name, shape, ours, goal, other, label, _ = map(str.strip, line.split("|"))
+    assert (name, shape, goal, label) == (aimed.name, aimed.title, "1.00 / 2.00", rows[1]["label"])
+    times = [[row[part]["ms"] for part in ("forward", "backward")] for row in rows]  # two cases of one title, two providers
+    for cell, expected in ((ours, times[2]), (other, min(times[1], times[3], key=sum))):
+        assert [float(number) for number in cell.split("/")] == pytest.approx(expected, rel=0.01)
+    assert report.main(["--check"], tmp_path, results) == 0
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+    ],
+)
+def test_short_names_of_gpus(name, short):
+    assert short_name(name) == short
