@@ -231,6 +231,12 @@ def check_length(locality: Grid, num_queries: int, num_keys: int) -> None:
             )
 
 
+def check_not_packed(locality: Grid, cu_seqlens: Tensor | None) -> None:
+    """Raise a ValueError if a grid is asked for in a packed call."""
+    if cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens: a {type(locality).__name__} is one grid a batch element; grids cannot be packed")
+
+
 def within_reach(left: int, right: int) -> tuple[int, int]:
     """The sides of a window as kernels take them: those that reach beyond any tensor are unlimited."""
     return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])  # type: ignore[return-value]

@@ -106,7 +106,7 @@ def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) 
     """The Tiles with the fewest steps in all, None where no codes fit. selects: their lines of cells fit a word."""
 
     def cost(tiles: Tiles) -> tuple[int, ...]:
-        return math.prod(tiles.boxes(geometry)) * tiles.steps(geometry), -tiles.box[2], -tiles.box[1], tiles.key_h
+        return math.prod(tiles.boxes(geometry)) * tiles.steps(geometry), tiles.key_h, -tiles.box[2], -tiles.box[1]
 
     every = [x for x in _all_tiles(block_m, block_n) if forms(geometry, x)]
     if selects:

@@ -407,3 +407,58 @@ def test_heads_of_a_group_share_a_key_head():
     repeated = dict(q=q, k=to_query_heads(q, k), v=to_query_heads(q, v), sigma=sigma)
     o, same = (nf.krause_attention(**x, locality=G((2, 3), 1), backend="triton") for x in (sample.tensors, repeated))
     assert torch.equal(o, same) and by_head(sigma, 2).shape[1] == 2
+
+
+# --------------------------------------------------------------------------------------------------- softmax and affine
+
+
+def affine_sample(locality):
+    tensors = make(locality, torch.float64, device="cpu").tensors
+    tensors.pop("sigma")
+    rows = (1, 2, locality.num_tokens)
+    alpha, beta = (randn(*rows, dtype=torch.float64, seed=seed, device="cpu") for seed in (8, 9))
+    return {**tensors, "alpha": alpha, "beta": beta}
+
+
+@pytest.mark.parametrize("locality", LOCALITIES, ids=str)
+def test_affine_attention_on_a_grid(locality):
+    tensors = affine_sample(locality)
+    q, k, v, alpha, beta = tensors.values()
+    sink = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    seen, keys, values = mask(locality), to_query_heads(q, k), to_query_heads(q, v)
+    score = (q @ keys.mT / 4).masked_fill(~seen, float("-inf"))
+    softmax = torch.cat((score, sink[None, :, None, None].expand(*score.shape[:3], 1)), -1).softmax(-1)[..., :-1]
+    expected = alpha[..., None] * (softmax @ values) + beta[..., None] * (seen.double() @ values)
+    o = nf.affine_attention(**tensors, sink=sink, locality=locality)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-12)
+    o = nf.softmax_attention(q, k, v, locality=locality)
+    torch.testing.assert_close(o, score.softmax(-1) @ values, rtol=0, atol=1e-12)
+
+
+def test_affine_attention_on_a_grid_is_differentiable_twice():
+    locality = G((2, 3), 1, global_tokens=1)
+    tensors = [x[..., :3].requires_grad_() if x.dim() == 4 else x.requires_grad_() for x in affine_sample(locality).values()]
+    torch.autograd.gradcheck(lambda *x: nf.affine_attention(*x, locality=locality), tensors)
+    torch.autograd.gradgradcheck(lambda *x: nf.affine_attention(*x, locality=locality), tensors)
+
+
+def test_a_sliding_window_is_a_locality_of_softmax_attention():
+    q = randn(1, 2, 20, 16)
+    for backend in ("triton", "reference"):
+        o = nf.softmax_attention(q, q, q, locality=nf.SlidingWindow(5, 2), backend=backend)
+        assert torch.equal(o, nf.softmax_attention(q, q, q, window_size=(5, 2), backend=backend))
+
+
+def test_bad_input_of_softmax_attention():
+    q, locality = randn(1, 2, 6, 16), G((2, 3), 1)
+    for options in (dict(causal=True), dict(window_size=(3, 0))):
+        with pytest.raises(ValueError, match="leave window_size and causal out"):
+            nf.softmax_attention(q, q, q, locality=locality, **options)
+    with pytest.raises(ValueError, match="so q must have 12 tokens, got 6"):
+        nf.softmax_attention(q, q, q, locality=G((3, 4), 1))
+    with pytest.raises(ValueError, match="grids cannot be packed"):
+        nf.softmax_attention(q, q, q, locality=locality, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32, device=DEVICE))
+    with pytest.raises(TypeError, match="locality must be None, a SlidingWindow, a GridNeighborhood or a ShiftedWindow"):
+        nf.softmax_attention(q, q, q, locality=3)
+    with pytest.raises(ValueError, match="no kernel of softmax and affine attention serves grids yet"):
+        nf.softmax_attention(q, q, q, locality=locality, backend="triton")

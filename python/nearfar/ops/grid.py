@@ -6,7 +6,7 @@ import torch
 
 from nearfar import tiling
 from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
-from nearfar.localities import Grid, ShiftedWindow, check_length
+from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
 from nearfar.reference.grid import krause_attention as reference_krause_attention
 from nearfar.runtime import checks, dispatch, plans
 from nearfar.runtime.dispatch import Backend
@@ -87,12 +87,10 @@ def prepare(
 ) -> Call:
     """Check the arguments of krause_attention on a grid and return its Call."""
     q, k, v = checks.autocast(q, k, v)
-    metas = list(map(checks.meta, "qkv", (q, k, v)))
-    checks.check_qkv(*metas)
+    checks.check_qkv(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
     checks.check_top_k(top_k)
     check_length(locality, q.shape[2], k.shape[2])
-    if cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens: a {type(locality).__name__} is one grid a batch element; grids cannot be packed")
+    check_not_packed(locality, cu_seqlens)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     bias = _checked_bias(bias, locality, q)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])

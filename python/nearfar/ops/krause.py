@@ -79,14 +79,13 @@ def krause_attention(
     """
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.krause_attention(q, k, v, sigma, locality, top_k, cu_seqlens, bias, backend)
-    _check_no_bias(bias)
-    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend)
+    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend) if bias is None else None
     if repeats:
         sigma = checks.parameter(sigma, q)
         packed = () if cu_seqlens is None else (cu_seqlens,)
         if plan := repeats.find(q, k, v, sigma, *packed):
             return plan(q, k, v, sigma, cu_seqlens)
-    call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
+    call = _prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
     q, k, v, sigma, left, right, backends, plain = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
@@ -108,8 +107,21 @@ def prepare(
     """Check the arguments of krause_attention and return its Call."""
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
-    _check_no_bias(bias)
+    return _prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: SlidingWindow | None,
+    top_k: int | None,
+    cu_seqlens: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> Call:
     q, k, v = checks.autocast(q, k, v)
+    checks.require(bias is None, "bias is a table of a ShiftedWindow's offsets; this call has no such locality")
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
         kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
@@ -120,10 +132,6 @@ def prepare(
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     return Call(q, k, v, sigma, left, right, backends, rows is not None)
-
-
-def _check_no_bias(bias: torch.Tensor | None) -> None:
-    checks.require(bias is None, "bias is a table of a ShiftedWindow's offsets; locality is none")
 
 
 @checks.once

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nearfar.localities import Grid
+from nearfar.reference.affine import sink_softmax
 from nearfar.reference.pairwise import (
     CHUNK,
     by_chunk,
@@ -104,3 +105,34 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
     shared = per_head(sigma.to(compute), q.shape[1], heads_kv), *biases
     tensors = group_heads(q.to(compute), heads_kv), k.to(compute), v.to(compute)
     return attend_by_rows(attend, locality, shared, *tensors).flatten(1, 2).to(q.dtype)
+
+
+def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
+    """Reference of `nearfar.affine_attention` on a grid, and with alpha and beta None of `nearfar.softmax_attention`.
+
+    Args:
+        q: (B, Hq, N, D). k: (B, Hkv, N, D). v: (B, Hkv, N, Dv).
+        alpha: (B, Hq, N), None for 1. beta: (B, Hq, N), None for 0.
+        sink: (Hq,) logits in the denominator, None for none.
+        locality: a GridNeighborhood or a ShiftedWindow of N tokens.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32.
+    """
+    compute, heads_kv = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+    sinks = () if sink is None else (sink.to(compute).reshape(heads_kv, -1, 1, 1),)
+
+    def attend(rows, *arguments):
+        *sinks, q_rows, k_seen, v_seen = arguments
+        visible = rows.visible(q.device)
+        u = group_product(sink_softmax(group_product(q_rows, k_seen.mT), visible, *sinks), v_seen)
+        sums = (visible.to(v_seen.dtype) @ v_seen)[:, :, None].expand_as(u)
+        return torch.cat((u, sums), -1)
+
+    tensors = group_heads(q.to(compute), heads_kv) * scale, k.to(compute), v.to(compute)
+    o, sums = attend_by_rows(attend, locality, sinks, *tensors).tensor_split((v.shape[3],), -1)
+    if alpha is not None:
+        o = o * group_heads(alpha.to(compute), heads_kv)[..., None]
+    if beta is not None:
+        o = o + group_heads(beta.to(compute), heads_kv)[..., None] * sums
+    return o.flatten(1, 2).to(q.dtype)
