@@ -81,6 +81,7 @@ def test_the_reference_is_the_formula(locality, top_k, dtype):
         check(sample, like(o), o, gradients, selection(wide, "reference"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("locality", [G((3, 3), 1, global_tokens=1), S((4, 4), 2, 1)], ids=str)
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_the_reference_is_differentiable_twice(locality, top_k):
@@ -180,7 +181,8 @@ SERVED = {
     "cube, global token, top 4": (G((3, 4, 5), (1, 1, 2), global_tokens=1), 4),
     "top 99 of 9": (G((4, 5), 1), 99),
 }
-each_served = pytest.mark.parametrize("name", SERVED)
+FAST = ("square, global tokens", "square, global tokens, top 5", "one cell")
+each_served = pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.full) for n in SERVED])
 
 
 @each_dtype
@@ -217,6 +219,7 @@ def test_of_equal_scores_the_first_are_kept(name, high, dtype):
     assert torch.equal(selection(sample), best(sample))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["square, global tokens", "square, global tokens, top 5"])
 def test_two_calls_agree_bit_for_bit(name):
     locality, top_k = SERVED[name]
@@ -435,6 +438,7 @@ def test_affine_attention_on_a_grid(locality):
     torch.testing.assert_close(o, score.softmax(-1) @ values, rtol=0, atol=1e-12)
 
 
+@pytest.mark.full
 def test_affine_attention_on_a_grid_is_differentiable_twice():
     locality = G((2, 3), 1, global_tokens=1)
     tensors = [x[..., :3].requires_grad_() if x.dim() == 4 else x.requires_grad_() for x in affine_sample(locality).values()]
