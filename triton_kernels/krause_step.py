@@ -58,7 +58,7 @@ def decode(
         cut = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         if SELECT:
             counts, starts = tl.zeros_like(member) + count, tl.zeros_like(member) + oldest
-            scores, cut = cut_top_k(scores, counts, starts, highest, top_k, NUM_TILES * BLOCK_N, WINDOW)
+            scores, cut = cut_top_k(scores, counts, starts, highest, top_k, WINDOW)
 
         chosen = (scores[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
         weights = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))

@@ -88,19 +88,24 @@ def attend(
             score = tl.where(seen, score, float("-inf"))
         elif first < all_begin or first + BLOCK_N > all_end:
             score = tl.where(inside(keys, begin, end), score, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(score, 1))
-        # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weight = exp2(score - shift[:, None])
-        decay = exp2(highest - shift)
-        total = total * decay + tl.sum(weight, 1)
+        weight, decay, highest, total = online_softmax(score, highest, total)
         if token_bounds is not None:
             weight = tl.where(seen, weight + poison(v_tile)[None, :], 0.0)
             v_tile = finite_or_zero(v_tile)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
-        highest = new_highest
 
     write_rows(o, lse, o_strides, batch, head, num_heads, rows, num_queries, begin < end, highest, total, acc, DV, BLOCK_DV)
+
+
+@triton.jit
+def online_softmax(score, highest, total):
+    """(weights, decay of what was added up before, highest, total) after one more tile of scores."""
+    new_highest = tl.maximum(highest, tl.max(score, 1))
+    # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
+    shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weight = exp2(score - shift[:, None])
+    decay = exp2(highest - shift)
+    return weight, decay, new_highest, total * decay + tl.sum(weight, 1)
 
 
 @triton.jit
@@ -137,7 +142,7 @@ def attend_resident(
     RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
     count = tl.maximum(end - begin, 0)
-    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, BLOCK_N, RING)
+    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING)
 
     if AT_ONCE:
         v_tiles = load_tiles(v, first_key, v_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, DV, BLOCK_DV)
@@ -200,7 +205,7 @@ def select(
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
-    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, COLUMNS, RING)
+    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING)
     chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
@@ -249,9 +254,7 @@ def grad_queries(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     rounded_total = tl.zeros((BLOCK_M,), tl.float32)
-    ds_total = tl.zeros((BLOCK_M,), tl.float32)
-    ds_score = tl.zeros((BLOCK_M,), tl.float32)
-    mean_score = tl.zeros((BLOCK_M,), tl.float32)
+    sums = (tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
     highest = tl.full((BLOCK_M,), BLOCK_N - 1, tl.int32)  # bits of the greatest weight, the lowest of them its column
     nearest = tl.zeros((BLOCK_M,), tl.int32) + num_keys  # its key
     for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
@@ -275,21 +278,43 @@ def grad_queries(
         marked = tl.max((weight.to(tl.int32, bitcast=True) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :], 1)
         nearest = tl.where(marked > highest, first + (marked & (BLOCK_N - 1)), nearest)
         highest = tl.maximum(marked, highest)
-        ds_total += tl.sum(ds, 1)
-        ds_score += tl.sum(ds * log_weight, 1)
-        mean_score += tl.sum(weight * log_weight, 1)
+        sums = add_row_sums(sums, weight, ds, log_weight)
         rounded = ds.to(k_tile.dtype)
         rounded_total += tl.sum(rounded.to(tl.float32), 1)
         # Not tl.dot(..., acc): Triton (3.6, sm_90) then lets the product run on into the next step, but as k_tile also goes
         # through registers for |k|^2, it gives it no extra buffer, and the next load overwrites it: wrong dq, now and then.
         acc += scale * tl.dot(rounded, k_tile, input_precision=PRECISION)
 
+    write_grad_queries(
+        k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_queries, num_keys,
+        acc, scale * rounded_total, nearest, row_delta, sums, GRAD, D, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_row_sums(sums, weight, ds, log_weight):
+    """(sum of dS, of dS log P, of P log P) of each row after one more tile."""
+    ds_total, ds_score, mean_score = sums
+    return ds_total + tl.sum(ds, 1), ds_score + tl.sum(ds * log_weight, 1), mean_score + tl.sum(weight * log_weight, 1)
+
+
+@triton.jit
+def write_grad_queries(
+    k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_queries, num_keys,
+    acc, ds_total_rounded, nearest, row_delta, sums, GRAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store dq and delta of a tile of queries, and what it adds to the gradient of log(scale).
+
+    ds_total_rounded: of the dS that are in acc, in its units. nearest: the key of the greatest weight of each row.
+    """
+    ds_total, ds_score, mean_score = sums
     # Of the points that dq may be taken from, the nearest key is where the terms of a row cancel best.
     centre = load_tile(k, nearest, k_strides[2], num_keys, D, BLOCK_D)
-    dq_tile = GRAD(acc, scale * rounded_total[:, None], centre.to(tl.float32))
+    dq_tile = GRAD(acc, ds_total_rounded[:, None], centre.to(tl.float32))
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, dq_tile, D, BLOCK_D)
     # What dS sums to is the error of delta: grad_keys gets one without.
-    tl.store(delta + row_offset + rows, row_delta + ds_total, mask=rows < num_queries)
+    delta += (batch.to(tl.int64) * num_heads + head) * num_queries
+    tl.store(delta + rows, row_delta + ds_total, mask=rows < num_queries)
     # d log(scale) = sum dS * score, with any number taken off the scores of a row; off the mean, an error of delta cancels.
     dlog_row = ds_score - ds_total * mean_score
     tl.store(dlog_scale + tl.program_id(0), tl.sum(tl.where(rows < num_queries, dlog_row, 0.0), 0) * LN2)

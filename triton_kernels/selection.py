@@ -1,10 +1,10 @@
 """Exact top-k selection over score tiles that stay in registers.
 
-A row's candidates are spread over a tuple of (BLOCK_M, BLOCK_N) tiles; pairs outside its window hold -inf. The k-th largest
-score is bracketed by bisection on its value: each pass counts the scores above the midpoint, and a row stops as soon as
-exactly k lie above it, long before the bracket closes. Where equal scores straddle the cut, a second bisection over key
-order keeps those with the smaller index. Counts are held as float32 (exact below 2^24), because comparing to a float and
-adding floats issue on two different pipes, where a predicate and an integer sum compete for one.
+A row's candidates are spread over a tuple of tiles, as wide as each other but for the first; pairs outside its window hold
+-inf. The k-th largest score is bracketed by bisection on its value: each pass counts the scores above the midpoint, and a row
+stops as soon as exactly k lie above it, long before the bracket closes. Where equal scores straddle the cut, a second
+bisection over key order keeps those with the smaller index. Counts are held as float32 (exact below 2^24), because comparing
+to a float and adding floats issue on two different pipes, where a predicate and an integer sum compete for one.
 """
 
 import triton
@@ -33,10 +33,16 @@ def row_minimum(scores):
 @triton.jit
 def count_above(scores, threshold):
     """How many of each row's scores exceed its threshold."""
-    above = tl.where(scores[0] > threshold[:, None], 1.0, 0.0)
-    for t in tl.static_range(1, len(scores)):
+    LAST: tl.constexpr = len(scores) - 1
+    above = tl.where(scores[LAST] > threshold[:, None], 1.0, 0.0)
+    for t in tl.static_range(1, LAST):
         above += tl.where(scores[t] > threshold[:, None], 1.0, 0.0)
-    return tl.sum(above, 1)
+    if LAST == 0:
+        return tl.sum(above, 1)
+    elif scores[0].shape[1] == scores[LAST].shape[1]:
+        return tl.sum(above + tl.where(scores[0] > threshold[:, None], 1.0, 0.0), 1)
+    else:
+        return tl.sum(above, 1) + tl.sum(tl.where(scores[0] > threshold[:, None], 1.0, 0.0), 1)
 
 
 @triton.jit
@@ -56,7 +62,7 @@ def any_open(k, low, high, above_low):
 
 
 @triton.jit
-def drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+def drop_late_ties(scores, k, low, high, tied_row, start, RING: tl.constexpr):
     """In tied rows, whose scores in (low, high] are equal, drop the last of these in key order so that k remain."""
     needed = k - count_above(scores, high)
     limit = tl.full(k.shape, RING, tl.int32)
@@ -66,25 +72,27 @@ def drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N: tl.constexpr,
         tied_before = tl.zeros_like(k)
         for t in tl.static_range(len(scores)):
             tied = (scores[t] > low[:, None]) & (scores[t] <= high[:, None])
-            tied_before += tl.sum(tl.where(tied & (key_order(t, start, BLOCK_N, RING) < middle[:, None]), 1.0, 0.0), 1)
+            tied_before += tl.sum(tl.where(tied & (key_order(scores, t, start, RING) < middle[:, None]), 1.0, 0.0), 1)
         limit = tl.where(tied_before >= needed, middle, limit)
         short = tl.where(tied_before >= needed, short, middle)
     kept = ()
     for t in tl.static_range(len(scores)):
-        late = (scores[t] <= high[:, None]) & (key_order(t, start, BLOCK_N, RING) >= limit[:, None])
+        late = (scores[t] <= high[:, None]) & (key_order(scores, t, start, RING) >= limit[:, None])
         kept = kept + (tl.where(late, float("-inf"), scores[t]),)
     return kept
 
 
 @triton.jit
-def key_order(tile: tl.constexpr, start, BLOCK_N: tl.constexpr, RING: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) rank of each candidate among its row's keys; a row's first key stands in ring column `start`."""
-    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+def key_order(scores, tile: tl.constexpr, start, RING: tl.constexpr):
+    """Rank of each candidate of a tile among its row's keys; a row's first key stands in ring column `start`."""
+    WIDTH: tl.constexpr = scores[tile].shape[1]
+    FIRST: tl.constexpr = 0 if tile == 0 else scores[0].shape[1] + (tile - 1) * WIDTH
+    columns = FIRST + tl.arange(0, WIDTH)
     return (columns[None, :] - start[:, None] + RING) % RING
 
 
 @triton.jit
-def cut_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING: tl.constexpr):
+def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr):
     """(scores, cut) such that exactly the min(count, top_k) largest scores of a row, ties by key order, exceed its cut.
 
     count: candidates of each row. start: ring column of its first key. highest: its largest score. The scores come back
@@ -104,6 +112,6 @@ def cut_top_k(scores, count, start, highest, top_k, BLOCK_N: tl.constexpr, RING:
 
     tied_row = above_low > k
     if tl.max(tied_row.to(tl.int32), 0) > 0:
-        scores = drop_late_ties(scores, k, low, high, tied_row, start, BLOCK_N, RING)
+        scores = drop_late_ties(scores, k, low, high, tied_row, start, RING)
     # A row of NaN has no bracket: cut below everything, so that its masked pairs alone stay out.
     return scores, tl.where(low == low, low, float("-inf"))

@@ -258,7 +258,7 @@ def attend_top_k(
         scores = scores + (tl.where(score == 0.0, float("-inf"), score),)
 
     RING: tl.constexpr = NUM_KEY_TILES * BLOCK_N
-    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), row_maximum(scores), top_k, BLOCK_N, RING)
+    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), row_maximum(scores), top_k, RING)
 
     bits += row_offset * (RING // WORD)
     row_total = tl.zeros((BLOCK_M,), tl.float32)

@@ -5,7 +5,7 @@ import torch
 from nearfar import diagnostics, nn, theory
 from nearfar.diagnostics import head_regimes
 from nearfar.explain import explain
-from nearfar.localities import SlidingWindow
+from nearfar.localities import GridNeighborhood, ShiftedWindow, SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.diagnostics import attention_statistics, selection_geometry
 from nearfar.ops.krause import krause_attention
@@ -16,7 +16,9 @@ from nearfar.runtime.packing import check_cu_seqlens
 from nearfar.version import __version__
 
 __all__ = [
+    "GridNeighborhood",
     "KrauseCache",
+    "ShiftedWindow",
     "SlidingWindow",
     "__version__",
     "affine_attention",
@@ -41,4 +43,4 @@ __all__ = [
 ]
 
 # torch.load takes caches, and configurations with localities, as it is by default (weights_only=True).
-torch.serialization.add_safe_globals([KrauseCache, SlidingWindow, nn.affine.Cache])
+torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWindow, SlidingWindow, nn.affine.Cache])

@@ -174,7 +174,7 @@ def calls():
 
 if __name__ == "__main__":
     # The public functions refuse CPU tensors where Triton does not interpret; here nothing is launched.
-    nf.dispatch.triton_device_reason = lambda tensor: None
+    nf.runtime.dispatch.triton_device_reason = lambda tensor: None
     found = []
     for what, function, tensors in (call for call in calls() if call[0].startswith(sys.argv[1])):
         for launch, arguments in captured(function, tensors):

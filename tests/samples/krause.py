@@ -16,6 +16,7 @@ from harness import (
 )
 
 import nearfar as nf
+from samples import grid
 
 SAMPLES = {
     "krause_attention": {
@@ -61,6 +62,8 @@ def window(options):
 def visible(sample):
     """(N, M) mask of the pairs that locality and packing allow."""
     q, k = sample.tensors["q"], sample.tensors["k"]
+    if isinstance(sample.options.get("locality"), (nf.GridNeighborhood, nf.ShiftedWindow)):
+        return grid.mask(sample.options["locality"]).to(q.device)
     left, right = window(sample.options)
     i = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
     j = torch.arange(k.shape[2], device=q.device)[None, :]

@@ -7,8 +7,20 @@ import torch
 
 from nearfar import _cuda
 from nearfar.kernels.affine import affine
-from nearfar.localities import UNLIMITED, within_reach
+from nearfar.kernels.krause_grid import decoded, encoded
+from nearfar.localities import (
+    UNLIMITED,
+    GridNeighborhood,
+    Locality,
+    ShiftedWindow,
+    SlidingWindow,
+    check_length,
+    check_not_packed,
+    within_reach,
+)
+from nearfar.ops.grid import CUDA_REASON
 from nearfar.reference.affine import affine_attention as reference_affine_attention
+from nearfar.reference.grid import affine_attention as reference_on_grid
 from nearfar.runtime import checks, choices, dispatch, plans
 from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.opaque import opaque
@@ -19,6 +31,25 @@ _reference = opaque(
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, int left, int right, float scale,"
     " Tensor? cu_seqlens) -> Tensor",
     reference_affine_attention,
+    lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
+)
+def _decoded_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    locality: str,
+    scale: float,
+) -> torch.Tensor:
+    return reference_on_grid(q, k, v, alpha, beta, sink, decoded(locality), scale)
+
+
+_reference_on_grid = opaque(
+    "affine_attention_grid",
+    "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, str locality, float scale) -> Tensor",
+    _decoded_reference,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
 
@@ -49,6 +80,7 @@ def affine_attention(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    locality: Locality | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -72,6 +104,8 @@ def affine_attention(
         causal: a query sees the keys up to its own position.
         window_size: (left, right), how many keys before and after its own a query sees, as in flash-attn: both inclusive, -1
             for all of them. causal sets right to 0.
+        locality: which keys a query sees, in place of window_size and causal: None for what these say, a SlidingWindow, a
+            GridNeighborhood or a ShiftedWindow. No kernel serves grids yet: the reference does.
         scale: factor of the products q . k, a finite number; None for D^-0.5.
         sink: (Hq,), logits of an attention sink, which adds exp(sink) to the softmax denominators of its head; None for no
             sink.
@@ -85,7 +119,7 @@ def affine_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    return _attend(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens, backend)
+    return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend)
 
 
 def softmax_attention(
@@ -95,6 +129,7 @@ def softmax_attention(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    locality: Locality | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -109,7 +144,7 @@ def softmax_attention(
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        causal, window_size, scale, sink, cu_seqlens, backend: as for `nearfar.affine_attention`.
+        causal, window_size, locality, scale, sink, cu_seqlens, backend: as for `nearfar.affine_attention`.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and sink (twice on the reference).
@@ -118,7 +153,7 @@ def softmax_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    return _attend(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens, backend)
+    return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend)
 
 
 def prepare_affine_attention(
@@ -130,12 +165,13 @@ def prepare_affine_attention(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    locality: Locality | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of affine_attention and return its Call."""
-    return _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
+    return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens)
 
 
 def prepare_softmax_attention(
@@ -145,12 +181,13 @@ def prepare_softmax_attention(
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    locality: Locality | None = None,
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
-    return _prepare(q, k, v, None, None, causal, window_size, scale, sink, cu_seqlens)
+    return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens)
 
 
 def _attend(
@@ -161,6 +198,7 @@ def _attend(
     beta: torch.Tensor | None,
     causal: bool,
     window_size: tuple[int, int],
+    locality: Locality | None,
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -168,12 +206,14 @@ def _attend(
 ) -> torch.Tensor:
     tensors = q, k, v, alpha, beta, sink, cu_seqlens
     absent = tuple([x is None for x in tensors])
-    repeats = plans.repeats(affine, causal, window_size, scale, absent, backend)
+    repeats = plans.repeats(affine, causal, window_size, locality, scale, absent, backend)
     if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
         return plan(*tensors)
-    call = _prepare(q, k, v, alpha, beta, causal, window_size, scale, sink, cu_seqlens)
+    call = _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens)
     *checked, left, right, scale, cu_seqlens, backends, plain = call
     forward, backward = backends.served(backend, call.q)
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return _reference_on_grid(*checked, encoded(locality), scale)
     if forward == "reference":
         return _reference(*checked, left, right, scale, cu_seqlens)
     return affine(repeats, plain, (*checked, cu_seqlens), left, right, scale, forward, backward)
@@ -187,15 +227,22 @@ def _prepare(
     beta: torch.Tensor | None,
     causal: bool,
     window_size: tuple[int, int],
+    locality: Locality | None,
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> Call:
     q, k, v = checks.autocast(q, k, v)
+    if locality is not None:
+        window_size, causal = _window_of(locality, window_size, causal), False
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
     scale = checks.finite_scale(scale)
     scale, backends = _checked(layouts, "qkv", (q, k, v), left, scale, cu_seqlens is not None)
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        check_length(locality, q.shape[2], k.shape[2])
+        check_not_packed(locality, cu_seqlens)
+        backends = dispatch.Backends(CUDA_REASON, "no kernel of softmax and affine attention serves grids yet")
     rows = q.shape[:3]
     alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
     beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
@@ -228,6 +275,16 @@ def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     if causal and right > 0:
         raise ValueError(f"causal sees no key after the query: window_size must have a right of -1 or 0, got {right}")
     return within_reach(left, 0 if causal else right)
+
+
+def _window_of(locality: Locality, window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """The window_size of a locality that no other argument contradicts; a grid has none."""
+    if not isinstance(locality, (SlidingWindow, GridNeighborhood, ShiftedWindow)):
+        kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
+        raise TypeError(f"locality must be None, {kinds}, got {type(locality).__name__}")
+    if causal or tuple(window_size) != (UNLIMITED, UNLIMITED):
+        raise ValueError("locality says which keys a query sees: leave window_size and causal out")
+    return (locality.left, locality.right) if isinstance(locality, SlidingWindow) else window_size
 
 
 def _check_side(side: str, value: object) -> None:

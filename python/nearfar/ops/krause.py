@@ -7,7 +7,8 @@ import torch
 
 from nearfar import _cuda
 from nearfar.kernels.krause import MAX_CANDIDATES, krause, selection_words
-from nearfar.localities import UNLIMITED, SlidingWindow, keys_in_window, within_reach
+from nearfar.localities import UNLIMITED, GridNeighborhood, Locality, ShiftedWindow, SlidingWindow, keys_in_window, within_reach
+from nearfar.ops import grid
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 from nearfar.runtime import checks, choices, dispatch, plans
 from nearfar.runtime.dispatch import Backend
@@ -40,10 +41,11 @@ def krause_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     sigma: float | torch.Tensor,
-    locality: SlidingWindow | None = None,
+    locality: Locality | None = None,
     *,
     top_k: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
@@ -60,25 +62,30 @@ def krause_attention(
         v: (B, Hkv, M, Dv), dtype and device of q.
         sigma: bandwidth in units of |q - k|, positive: a float, a 0-d or a (Hq,) tensor. A CUDA tensor is not checked, as that
             would stall the stream: a sigma that is not positive makes the output of its head NaN.
-        locality: which keys a query sees: None for all, or a SlidingWindow.
+        locality: which keys a query sees: None for all, a SlidingWindow, a GridNeighborhood, or a ShiftedWindow.
         top_k: how many keys of its locality a query keeps, None for all. With it, kernels take localities of up to 1,024 keys.
         cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+            Grids cannot be packed.
+        bias: (Hq, locality.bias_size), the relative position table of a ShiftedWindow: added to the scores, before the
+            selection, by the offset of the query from the key, row-major from 1 - window along each axis.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
-        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and a tensor sigma (twice on the reference).
+        (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v, a tensor sigma and bias (twice on the reference).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend)
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return grid.krause_attention(q, k, v, sigma, locality, top_k, cu_seqlens, bias, backend)
+    repeats = plans.repeats(krause, locality, top_k, cu_seqlens is None, backend) if bias is None else None
     if repeats:
         sigma = checks.parameter(sigma, q)
         packed = () if cu_seqlens is None else (cu_seqlens,)
         if plan := repeats.find(q, k, v, sigma, *packed):
             return plan(q, k, v, sigma, cu_seqlens)
-    call = prepare(q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens)
+    call = _prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
     q, k, v, sigma, left, right, backends, plain = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
@@ -91,16 +98,34 @@ def prepare(
     k: torch.Tensor,
     v: torch.Tensor,
     sigma: float | torch.Tensor,
-    locality: SlidingWindow | None = None,
+    locality: Locality | None = None,
     *,
     top_k: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
-) -> Call:
+    bias: torch.Tensor | None = None,
+) -> Call | grid.Call:
     """Check the arguments of krause_attention and return its Call."""
+    if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return grid.prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
+    return _prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: SlidingWindow | None,
+    top_k: int | None,
+    cu_seqlens: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> Call:
     q, k, v = checks.autocast(q, k, v)
+    checks.require(bias is None, "bias is a table of a ShiftedWindow's offsets; this call has no such locality")
     checks.check_top_k(top_k)
     if not (locality is None or isinstance(locality, SlidingWindow)):
-        raise TypeError(f"locality must be None or a SlidingWindow, got {type(locality).__name__}")
+        kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
+        raise TypeError(f"locality must be None, {kinds}, got {type(locality).__name__}")
     rows = checks.plain_layouts(q, k, v)
     left, right, backends = _checked(rows, "qkv", (q, k, v), locality, top_k)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])

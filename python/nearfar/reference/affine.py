@@ -38,7 +38,7 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
 
     def attend(chunk, q_rows, *arguments):
         *sinks, k_seen, v_seen = arguments
-        weights = _softmax(group_product(q_rows, k_seen.mT), chunk.visible(q.device), *sinks)
+        weights = sink_softmax(group_product(q_rows, k_seen.mT), chunk.visible(q.device), *sinks)
         return group_product(weights, v_seen)
 
     tensors = group_heads(q.to(compute), heads_kv) * scale, k.to(compute), v.to(compute)
@@ -58,7 +58,7 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
     return o.flatten(1, 2).to(q.dtype)
 
 
-def _softmax(scores, visible, sink=None):
+def sink_softmax(scores, visible, sink=None):
     """Weights (B, Hkv, group, rows, keys); a sink is one more key, which every query sees and whose weight is dropped."""
     if sink is None:
         return masked_softmax(scores, visible)

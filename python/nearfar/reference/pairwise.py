@@ -1,7 +1,7 @@
 """What the references of the pairwise operators share: sequences, windows, chunks of rows, distances, selection."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +64,16 @@ def row_chunks(num_queries: int, num_keys: int, left: int, right: int) -> Iterat
         yield Chunk(block, first, last, (start + offset, stop + offset), keys, left, right)
 
 
-def by_chunk(function: Callable[..., Any], chunk: Chunk, tensors: Sequence[Tensor], *blocks: Sequence[Tensor]) -> Any:
+class KeyBlocks(Protocol):
+    """Which blocks of keys a chunk of queries sees: from `first` to `last` - 1."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+
+def by_chunk(function: Callable[..., Any], chunk: KeyBlocks, tensors: Sequence[Tensor], *blocks: Sequence[Tensor]) -> Any:
     """function(chunk, *tensors, ..) with, of each list of blocks of keys, those of the chunk, one after the other.
 
     The backward computes it again, so that nothing is kept of a chunk's scores; it is differentiable any number of times.

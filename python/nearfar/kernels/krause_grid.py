@@ -1,0 +1,85 @@
+"""Krause attention on grids on its kernels: `torch.ops.nearfar.krause_attention_grid`."""
+
+from typing import Any
+
+import torch
+
+from nearfar import tiling
+from nearfar.localities import Grid, GridNeighborhood, ShiftedWindow
+from nearfar.runtime.backend import Backend
+from nearfar.runtime.operator import Operator
+from nearfar.runtime.program import Program
+from nearfar.runtime.tensors import empty_rows, triton_module
+
+
+class KrauseGrid(Operator):
+    """The backward reads lse (B, Hq, N) and, with top_k, bits (B, Hq, words of a head), the selection."""
+
+    name = "krause_attention_grid"
+    serves = "krause_attention"
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma"
+    options = "str locality, int? top_k"
+    rows = "q", "k", "v"
+    outputs = "o", "lse", "bits"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backends = {"triton": KrauseGridTriton()}
+
+    def empty(self, tensors: Any, locality: str, top_k: int | None, *_: Any) -> Any:
+        q, _, v, _ = tensors
+        lse, bits = q.new_empty(q.shape[:3], dtype=torch.float32), None
+        if top_k is not None:
+            words = tiling.geometry_of(neighborhood(locality)).words_per_head
+            bits = q.new_empty((*q.shape[:2], words), dtype=torch.int32)
+        return empty_rows(q, v.shape[3]), lse, bits
+
+    def has_nothing_to_do(self, tensors: Any, outputs: Any) -> bool:
+        return not outputs[0].numel()
+
+
+_launchers, _pair = triton_module("grid_launch"), triton_module("krause")
+
+
+class KrauseGridTriton(Backend):
+    def forward(self, tensors: Any, outputs: Any, locality: str, top_k: int | None) -> Program:
+        given = *tensors, neighborhood(locality), top_k, *outputs
+        return Program(tensors, outputs, _launchers().forward_launches(_pair().PAIR, *given))
+
+    def backward(self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, top_k: int | None) -> Program:
+        given = *tensors, neighborhood(locality), *saved, *gradients, *results
+        launches = _launchers().backward_launches(_pair().PAIR, *given)
+        return Program((*gradients, *tensors, *saved), results, launches)
+
+
+# A schema has no type for a locality, and what finds a plan has to be hashable: a locality goes through an operator as text.
+
+
+def encoded(locality: Grid) -> str:
+    """A locality as text, which `decoded` reads: its numbers, those of each axis first."""
+    if isinstance(locality, ShiftedWindow):
+        numbers = [*locality.shape, *locality.windows, *locality.shifts]
+    else:
+        manhattan = int(locality.metric == "manhattan")
+        numbers = [*locality.shape, *locality.radii, *locality.dilations, manhattan, locality.global_tokens]
+    return " ".join(map(str, numbers))
+
+
+def decoded(text: str) -> Grid:
+    """The locality of this text."""
+    numbers = list(map(int, text.split()))
+    axes, rest = divmod(len(numbers), 3)
+    shape, first, second = (tuple(numbers[i * axes : (i + 1) * axes]) for i in range(3))
+    if not rest:
+        return ShiftedWindow(shape, first, second)
+    return GridNeighborhood(shape, first, "manhattan" if numbers[-2] else "chebyshev", numbers[-1], second)
+
+
+def neighborhood(text: str) -> GridNeighborhood:
+    """The same of the only kind that kernels serve."""
+    locality = decoded(text)
+    assert isinstance(locality, GridNeighborhood)
+    return locality
+
+
+krause_grid = KrauseGrid()

@@ -1,0 +1,126 @@
+"""Krause attention on grids: the checks and the dispatch that `nearfar.krause_attention` makes there."""
+
+from typing import NamedTuple
+
+import torch
+
+from nearfar import tiling
+from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
+from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
+from nearfar.reference.grid import krause_attention as reference_krause_attention
+from nearfar.runtime import checks, dispatch, plans
+from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.opaque import opaque
+from nearfar.runtime.private import constant_while_traced
+
+CUDA_REASON = "the CUDA kernels take windows, not grids"
+
+
+class Call(NamedTuple):
+    """A checked call: the tensors every backend computes with. plain: q, k and v are those of a plain eager call."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sigma: torch.Tensor
+    bias: torch.Tensor | None
+    backends: dispatch.Backends
+    plain: bool
+
+
+def _decoded_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: torch.Tensor,
+    bias: torch.Tensor | None,
+    locality: str,
+    top_k: int | None,
+) -> torch.Tensor:
+    return reference_krause_attention(q, k, v, sigma, decoded(locality), top_k, bias)
+
+
+_reference = opaque(
+    "krause_attention_grid",
+    "(Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? bias, str locality, int? top_k) -> Tensor",
+    _decoded_reference,
+    lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
+)
+
+
+def krause_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: Grid,
+    top_k: int | None,
+    cu_seqlens: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    backend: Backend,
+) -> torch.Tensor:
+    """`nearfar.krause_attention` on a grid."""
+    repeats = None
+    if cu_seqlens is None and bias is None:  # else no kernel serves the call
+        repeats = plans.repeats(krause_grid, locality, top_k, backend)
+    if repeats:
+        sigma = checks.parameter(sigma, q)
+        if plan := repeats.find(q, k, v, sigma):
+            return plan(q, k, v, sigma)
+    call = prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
+    q, k, v, sigma, bias, backends, plain = call
+    forward, backward = backends.served(backend, q)
+    if forward == "reference":
+        return _reference(q, k, v, sigma, bias, encoded(locality), top_k)
+    return krause_grid(repeats, plain, (q, k, v, sigma), encoded(locality), top_k, forward, backward)
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sigma: float | torch.Tensor,
+    locality: Grid,
+    top_k: int | None,
+    cu_seqlens: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> Call:
+    """Check the arguments of krause_attention on a grid and return its Call."""
+    q, k, v = checks.autocast(q, k, v)
+    checks.check_qkv(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
+    checks.check_top_k(top_k)
+    check_length(locality, q.shape[2], k.shape[2])
+    check_not_packed(locality, cu_seqlens)
+    sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
+    bias = _checked_bias(bias, locality, q)
+    reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
+    reason = reason or _reason(locality, top_k is not None)
+    return Call(q, k, v, sigma, bias, dispatch.Backends(CUDA_REASON, reason), checks.plain_layouts(q, k, v) is not None)
+
+
+def _checked_bias(bias: torch.Tensor | None, locality: Grid, q: torch.Tensor) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    if not isinstance(locality, ShiftedWindow):
+        raise ValueError(f"bias is a table of a ShiftedWindow's offsets; locality is a {type(locality).__name__}")
+    meta = checks.meta("bias", bias)
+    if meta.dtype not in checks.FLOATING:
+        raise TypeError(f"bias must be float16, bfloat16, float32 or float64, got {meta.dtype}")
+    if not checks.same_shape(meta.shape, (q.shape[1], locality.bias_size)):
+        offsets = " x ".join(str(2 * window - 1) for window in locality.windows)
+        raise ValueError(
+            f"bias must have shape (Hq, {offsets}), {(int(q.shape[1]), locality.bias_size)}, got {tuple(meta.shape)}"
+        )
+    if meta.device != q.device:
+        raise ValueError(f"bias must be on the device of q, {q.device}, got {meta.device}")
+    return bias
+
+
+@constant_while_traced
+def _reason(locality: Grid, selects: bool) -> str | None:
+    """Why no kernel serves a locality, or None."""
+    if isinstance(locality, ShiftedWindow):
+        return "no kernel serves a ShiftedWindow yet"
+    return tiling.reason(locality, selects)
+
+
