@@ -91,11 +91,17 @@ class CompilationLock:
         try:
             folder = Path(knobs.cache.dir)
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "nearfar.lock", thread_local=False)  # another thread may leave last
+            lock = lock_of(folder)
             lock.acquire()
         except (AttributeError, NotImplementedError, OSError):
             return None
         return lock
+
+
+@functools.cache
+def lock_of(folder):
+    """One object for each file: filelock takes a second one, after another thread has released the first, for a deadlock."""
+    return FileLock(folder / "nearfar.lock", thread_local=False)
 
 
 COMPILING = CompilationLock()

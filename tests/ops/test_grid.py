@@ -242,8 +242,11 @@ def test_layouts_are_read_as_they_are(layout):
 def test_upstream_gradients_are_read_as_they_are(layout):
     sample = make(G((3, 4), 1, global_tokens=1), heads=(2, 2))
     do = GRADIENTS[layout](randn(1, 2, 13, 24, seed=7))
-    got, expected = (run(nf.krause_attention, sample, x) for x in (do, do.contiguous()))
-    assert_same(got, expected, layout)
+    (o, got), (_, expected) = (run(nf.krause_attention, sample, x) for x in (do, do.contiguous()))
+    # Rows of 24 and of 48 numbers are other kernels to Triton, as only the latter start at multiples of 16: sums may have
+    # another order.
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=lambda text, name=name: f"gradient of {name}, {layout}: {text}")
 
 
 def test_rows_depend_on_nothing_but_what_they_see():
@@ -381,8 +384,8 @@ UNSERVED = {
     "17 global tokens; kernels take at most 16": (G((2, 4), 2, global_tokens=17), None),
     "top_k with a radius of 16 along the last axis": (G((2, 40), (1, 16)), 3),
     "top_k with both global tokens and a dilation": (G((2, 4), 1, global_tokens=1, dilation=2), 3),
-    "top_k among 4096 keys": (G((24, 2, 24), (24, 1, 15)), 3),
-    "does not fit the 31 bits": (G((2, 2000, 2000), (1, 1000, 1000)), None),
+    "top_k among 16384 keys": (G((48, 8, 48), (24, 4, 15)), 3),
+    "does not fit the 31 bits": (G((300, 300, 300), 100, "manhattan"), None),
 }
 
 

@@ -260,6 +260,28 @@ def test_processes_compile_one_after_the_other(tmp_path, monkeypatch):
     FileLock(tmp_path / "cache" / "nearfar.lock").acquire(timeout=1).lock.release()  # nobody holds it
 
 
+def test_the_lock_may_be_left_by_another_thread(tmp_path, monkeypatch):
+    """And then be taken again by the first one."""
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            entered, left = threading.Event(), threading.Event()
+
+            def other(entered=entered, left=left):
+                with launch_module.COMPILING:
+                    entered.set()
+                    assert left.wait(60)
+
+            with launch_module.COMPILING:
+                waiting = pool.submit(other)
+                assert entered.wait(60)
+            left.set()
+            waiting.result(timeout=60)
+    with launch_module.COMPILING:
+        assert launch_module.lock_of(tmp_path).is_locked
+    assert not launch_module.lock_of(tmp_path).is_locked
+
+
 def test_without_a_folder_to_lock_kernels_compile(kernel, monkeypatch):
     monkeypatch.setattr(knobs.cache, "dir", "/proc/no such folder")
     launch_of(kernel)(torch.zeros(4))

@@ -54,6 +54,8 @@ class Program:
     def __call__(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """The outputs."""
         first: Any = inputs[0]
+        if first.is_meta:  # which has nothing to fill
+            return allocate(self._outputs, first.device)
         with device_of(first):
             if first.is_cuda and not self._steps:
                 self._compile(first)
