@@ -3,7 +3,8 @@
 An operator tells what it alone knows: its schema, the layouts of its outputs, and the launches of each of its backends.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -133,8 +134,8 @@ class Operator:
 
     def empty_gradients(self, tensors: Any) -> list[torch.Tensor | None]:
         """The gradients of all tensors, not filled; None for those without one."""
-        names, found = list(self._flat_names(len(tensors))), []
-        for name, x in zip(names, tensors, strict=True):
+        found: list[torch.Tensor | None] = []
+        for name, x in zip(self._flat_names(len(tensors)), tensors, strict=True):
             found.append(None if x is None else empty_rows(x, x.shape[3]) if name in self.rows else torch.empty_like(x))
         return [*found[: len(found) - self.constants], *[None] * self.constants]
 
@@ -162,11 +163,11 @@ class Operator:
     def _with_gradient(self, values: Sequence[Any]) -> Sequence[Any]:
         return values[: len(values) - self.constants]
 
-    def _flat_names(self, count: int) -> Iterator[str]:
+    @functools.cache  # noqa: B019  (operators live as long as the package)
+    def _flat_names(self, count: int) -> tuple[str, ...]:
         """The name of each of `count` tensors, those of lists one after the other."""
-        each = self._factors(count)
-        for name, listed in zip(self._names, self._lists, strict=True):
-            yield from [name] * (each if listed else 1)
+        each, pairs = self._factors(count), zip(self._names, self._lists, strict=True)
+        return tuple([name for name, listed in pairs for _ in range(each if listed else 1)])
 
     def _factors(self, count: int) -> int:
         """The length of the lists among `count` tensors."""
