@@ -78,7 +78,7 @@ def test_packed_sequences():
     (dict(head_first=True), NotImplementedError, "head_first must be False"),
     (dict(output_final_state=True), NotImplementedError, "output_final_state needs normalize=False"),
     (dict(initial_state=torch.zeros(2, 2, 16, 24)), NotImplementedError, "initial_state needs normalize=False"),
-    (dict(initial_state=torch.zeros(2, 2, 16, 16), normalize=False), ValueError, "initial_state must have shape.*K=16 and V=24"),
+    (dict(initial_state=torch.zeros(2, 2, 16, 16), normalize=False), ValueError, "initial_state must have.*K=16 and V=24"),
     (dict(scale=0.0), ValueError, "scale must be positive"),
 ])
 def test_what_is_not_computed_is_refused_by_name(options, error, message):

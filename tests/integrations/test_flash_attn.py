@@ -157,8 +157,8 @@ def test_lengths_that_do_not_fit_a_cache(options, message):
 
 
 REFUSED = {
-    "dropout_p": 0.1, "softcap": 30.0, "alibi_slopes": torch.zeros(2), "return_attn_probs": True, "block_table": torch.zeros(1, 1),
-    "rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8), "return_softmax_lse": True,
+    "dropout_p": 0.1, "softcap": 30.0, "alibi_slopes": torch.zeros(2), "block_table": torch.zeros(1, 1),
+    "rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8), "return_attn_probs": True, "return_softmax_lse": True,
 }
 
 

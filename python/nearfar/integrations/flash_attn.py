@@ -2,9 +2,9 @@
 
     from nearfar.integrations.flash_attn import flash_attn_func  # was: from flash_attn import flash_attn_func
 
-Tensors are (B, N, H, D), or (total, H, D) where sequences are packed. Causal masks and windows are aligned to the last query and
-the last key, as in FlashAttention 2.1 and later; a query that sees no key gives zeros; query heads share key heads. Every call is
-deterministic. dtypes are those of nearfar's operators, float32 included, and heads of any width up to 256 work.
+Tensors are (B, N, H, D), or (total, H, D) where sequences are packed. Causal masks and windows are aligned to the last query
+and the last key, as in FlashAttention 2.1 and later; a query that sees no key gives zeros; query heads share key heads. Every
+call is deterministic. dtypes are those of nearfar's operators, float32 included, and heads of any width up to 256 work.
 
 dropout_p, softcap, alibi_slopes, return_attn_probs and block_table are not computed: anything but their defaults raises
 NotImplementedError. `deterministic`, `num_splits` and `max_seqlen_*` change no result and are not read.

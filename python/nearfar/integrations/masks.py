@@ -33,8 +33,8 @@ class Mask(NamedTuple):
         tokens: which of the batch x queries tokens are not padding, packed by cu_seqlens; None for all.
         cu_seqlens: ends of the packed sequences, None where every sequence of the batch is whole.
         rows: what counts of each sequence, where padding meets fewer queries than keys; None where nothing is left out.
-        distances: whether a query and a key are as far apart for an operator as in the model, which a window needs. They are not
-            where padding lies between tokens of one sequence, or where keys are those of another sequence.
+        distances: whether a query and a key are as far apart for an operator as in the model, which a window needs. They are
+            not where padding lies between tokens of one sequence, or where keys are those of another sequence.
     """
 
     sizes: tuple[int, int, int]
@@ -127,8 +127,8 @@ def _pattern(function: Callable[..., Any] | None) -> _Pattern:
             case "and_masks":
                 return _both([_pattern(part) for part in cells["mask_functions"]])
     raise NotImplementedError(
-        f"nearfar has no operator for the mask {name}: it takes causal and bidirectional masks, sliding windows, packed sequences "
-        'and padding. Take attn_implementation="eager" or "flex_attention"'
+        f"nearfar has no operator for the mask {name}: it takes causal and bidirectional masks, sliding windows, packed "
+        'sequences and padding. Take attn_implementation="eager" or "flex_attention"'
     )
 
 

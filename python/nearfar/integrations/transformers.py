@@ -1,6 +1,7 @@
 """Attention implementations of Hugging Face transformers 5: "nearfar_softmax", "nearfar_krause" and "nearfar_affine"."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from nearfar.runtime.dispatch import Backend
 # What a model may ask of an attention implementation and no operator computes: refused where it is set.
 REFUSED = ("softcap", "position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions", "indices", "block_indices")
 SINKS = ("s_aux", "sinks")
+NEEDED = "nearfar.integrations.transformers needs a recent transformers 5 (5.24 is tested): pip install -U 'transformers>=5'"
 
 
 class Settings(NamedTuple):
@@ -34,10 +36,10 @@ def register(
     """Register `attn_implementation="nearfar_softmax"`, `"nearfar_krause"` and `"nearfar_affine"` in transformers 5.
 
     They compute `nearfar.softmax_attention`, `nearfar.krause_attention` and `nearfar.affine_attention` over the keys that the
-    model's mask shows: causal or not, its sliding window, packed sequences (`position_ids` that start again, or `cu_seq_lens_q`
-    as transformers passes it to FlashAttention), and padding on either side. Padding is left out exactly: tokens are packed in a
-    forward of whole sequences, and sequences attend one by one where a cache holds earlier keys. Outputs of padding tokens are
-    zeros. Attention sinks (gpt-oss) work with softmax and affine attention. Key heads are not repeated.
+    model's mask shows: causal or not, its sliding window, packed sequences (`position_ids` that start again, or
+    `cu_seq_lens_q` as transformers passes it to FlashAttention), and padding on either side. Padding is left out exactly:
+    tokens are packed in a forward of whole sequences, and sequences attend one by one where a cache holds earlier keys. Outputs
+    of padding tokens are zeros. Attention sinks (gpt-oss) work with softmax and affine attention. Key heads are not repeated.
 
     `config.nearfar`, a dict with any of the names below, overrides these arguments for one model and is saved with it. Two more
     come from attributes of an attention module, so that they can be trained: `nearfar_sigma`, a tensor (Hq,) or 0-d, which
@@ -56,12 +58,15 @@ def register(
         backend: as for the operators.
 
     Raises:
-        ImportError: transformers is missing or older than 5.
+        ImportError: transformers is missing, or so old that it describes masks in another way.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
-        raise ImportError("nearfar.integrations.transformers needs transformers 5: pip install 'transformers>=5'") from error
+        raise ImportError(NEEDED) from error
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(NEEDED)
     settings = Settings(sigma, window, top_k, backend)
     for name, attention in (("softmax", _softmax), ("krause", _krause), ("affine", _affine)):
         name = f"nearfar_{name}"
@@ -86,7 +91,7 @@ def _forward(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What AttentionInterface calls: query (B, Hq, N, D), key, value (B, Hkv, M, D) -> o (B, N, Hq, Dv), and no weights."""
-    _refuse(name, module, dropout, options)
+    _refuse(name, dropout, options)
     settings = _of_model(module, settings)
     mask = _mask(name, module, query, key, attention_mask, options)
     sink = next((options[sink] for sink in SINKS if options.get(sink) is not None), None)
@@ -97,15 +102,13 @@ def _forward(
     return o[..., :width].transpose(1, 2).contiguous(), None
 
 
-def _refuse(name: str, module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+def _refuse(name: str, dropout: float, options: dict[str, Any]) -> None:
     if dropout:
         raise NotImplementedError(f"{name} has no dropout, got {dropout}: set config.attention_dropout to 0")
     for option in REFUSED:
         given = options.get(option)
         if given is not None and given is not False:
             raise NotImplementedError(f'{name} cannot compute with {option}: take attn_implementation="eager"')
-    if getattr(getattr(module, "config", None), "output_attentions", False):
-        raise NotImplementedError(f"{name} has no weights to return: set config.output_attentions to False")
 
 
 def _of_model(module: nn.Module, settings: Settings) -> Settings:
