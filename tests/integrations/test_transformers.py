@@ -32,6 +32,7 @@ CONFIGS = {
 }
 BACKENDS = ("reference", "triton") if DEVICE == "cpu" else ("auto",)
 # The interpreter takes seconds a model: of kinds that differ little it gets one, and the others in `make test-full`.
+IMPLEMENTATIONS = ("nearfar_softmax", "nearfar_krause", "nearfar_affine")
 KINDS = [
     pytest.param(kind, backend, marks=[pytest.mark.full] if backend == "triton" and kind in ("llama", "qwen3") else [])
     for kind in CONFIGS
@@ -41,6 +42,17 @@ SIDES = ("none", "left", "right")
 LENGTH = 11
 
 
+class Scales(torch.nn.Module):
+    """alpha and beta of "nearfar_affine"."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(SIZES["head_dim"], 2)
+
+    def forward(self, query):
+        return self.proj(query).sigmoid().unbind(-1)
+
+
 def model_of(kind, implementation, **nearfar):
     """A model with the weights of its kind: of one seed, sinks that matter included."""
     config = CONFIGS[kind]()
@@ -48,9 +60,12 @@ def model_of(kind, implementation, **nearfar):
         config.nearfar = nearfar
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(DEVICE)
-    for layer in model.model.layers:
+    for i, layer in enumerate(model.model.layers):
         if hasattr(layer.self_attn, "sinks"):
             layer.self_attn.sinks.data = torch.linspace(-1, 1, 4, device=DEVICE)
+        if implementation.endswith("affine"):
+            torch.manual_seed(i)
+            layer.self_attn.nearfar_scales = Scales().to(DEVICE)
     assert model.config._attn_implementation == implementation
     return model
 
@@ -106,7 +121,7 @@ def test_half_precision(kind, backend):
     assert 0 < got <= 2 * plain
 
 
-@pytest.mark.parametrize("implementation", ["nearfar_softmax", "nearfar_krause"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_token(implementation, side):
     """The tokens of a padded row are those of the row alone, and what stands at padding does not matter."""
@@ -136,7 +151,7 @@ def test_packed_by_position_ids(kind, backend):
     assert_same(got, run(model_of(kind, "eager"), inputs))
 
 
-@pytest.mark.parametrize("implementation", ["nearfar_softmax", "nearfar_krause"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_by_cu_seq_lens(implementation):
     """Of transformers' own collator, against every sequence alone."""
     model = model_of("mistral", implementation, sigma=2.0)
@@ -150,13 +165,14 @@ def test_packed_by_cu_seq_lens(implementation):
     torch.testing.assert_close(got, torch.cat(alone, 1), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+CACHES = ["dynamic"] + ["static"] * (DEVICE == "cpu")  # transformers compiles decoding with a static cache on a GPU
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_generate(kind, side, cache):
     """Tokens and their logits, past the sliding window."""
-    if cache == "static" and DEVICE == "cuda":
-        pytest.skip("transformers compiles decoding with a static cache on a GPU")
     options = dict(max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True)
     eager, own = (
         model_of(kind, name).eval().generate(**batch(side), **options, cache_implementation=cache)
@@ -166,7 +182,7 @@ def test_generate(kind, side, cache):
     torch.testing.assert_close(torch.stack(own.logits), torch.stack(eager.logits), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["nearfar_softmax", "nearfar_krause"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_several_tokens_after_a_cache(kind, implementation):
     """A prompt in parts of 5, 4 and 2 tokens with padding on the left gives what the whole prompt gives."""
@@ -182,7 +198,7 @@ def test_several_tokens_after_a_cache(kind, implementation):
     torch.testing.assert_close(torch.cat(logits, 1)[valid], model(**inputs).logits[valid], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["nearfar_softmax", "nearfar_krause"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant, implementation):
     model, inputs = model_of("mistral", implementation, sigma=2.0).train(), batch("left")
@@ -193,11 +209,12 @@ def test_gradient_checkpointing(reentrant, implementation):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_compiled_model(side):
-    """With one graph break, where the mask is made."""
+def test_compiled_model(side, implementation):
+    """With a graph break where the mask is made."""
     torch._dynamo.reset()
-    model, inputs = model_of("mistral", "nearfar_softmax"), batch(side)
+    model, inputs = model_of("mistral", implementation, sigma=2.0), batch(side)
     expected = run(model, inputs)
     assert_same(run_compiled(model, inputs), expected)
 
@@ -209,7 +226,7 @@ def run_compiled(model, inputs):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("implementation", ["nearfar_softmax", "nearfar_krause"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiled_layers_have_no_graph_break(implementation):
     torch._dynamo.reset()
     model, inputs = model_of("mistral", implementation, sigma=2.0), batch("left")
@@ -246,7 +263,10 @@ def krause_weights(module, query, key, seen):
 
 def affine_weights(module, query, key, seen):
     alpha, beta = module.nearfar_scales(query)
-    weights = (query @ key.mT * module.scaling).masked_fill(~seen, torch.finfo(query.dtype).min).softmax(-1)
+    scores = (query @ key.mT * module.scaling).masked_fill(~seen, torch.finfo(query.dtype).min)
+    if hasattr(module, "sinks"):
+        scores = torch.cat((scores, module.sinks.view(-1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)), -1)
+    weights = scores.softmax(-1)[..., : seen.shape[-1]]
     return alpha[..., None] * weights + beta[..., None] * seen
 
 
@@ -268,34 +288,28 @@ def test_krause(kind, backend, side):
     assert_same(first, second, atol=5e-6)
 
 
-def test_krause_generates():
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("operator", ["krause", "affine"])
+def test_others_generate(operator, cache, kind):
+    """The dense formulas take a dynamic cache, which has no empty slots after the last query."""
     options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     first, second = (
-        model_of("llama", name, sigma=2.0, window=3, top_k=2).eval().generate(**batch("left"), **options)
-        for name in ("nearfar_krause", "dense_krause")
+        model_of(kind, name, sigma=2.0, window=3, top_k=2)
+        .eval().generate(**batch("left"), **options, cache_implementation=own_cache)
+        for name, own_cache in ((f"nearfar_{operator}", cache), (f"dense_{operator}", "dynamic"))
     )
     assert torch.equal(first.sequences, second.sequences)
     torch.testing.assert_close(torch.stack(first.logits), torch.stack(second.logits), rtol=1e-5, atol=2e-6)
 
 
-class Scales(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.proj = torch.nn.Linear(16, 2)
-
-    def forward(self, query):
-        return self.proj(query).sigmoid().unbind(-1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", SIDES)
-def test_affine(side, backend):
-    models = [model_of("mistral", "nearfar_affine", backend=backend), model_of("mistral", "dense_affine")]
-    for model in models:
-        for i, layer in enumerate(model.model.layers):
-            torch.manual_seed(i)
-            layer.self_attn.nearfar_scales = Scales().to(DEVICE)
-    assert_same(*(run(model, batch(side)) for model in models), atol=5e-6)
+@pytest.mark.parametrize("kind, backend", [case for case in KINDS if case.values[0] in ("mistral", "gpt_oss")])
+def test_affine(kind, backend, side):
+    models = [model_of(kind, "nearfar_affine", backend=backend), model_of(kind, "dense_affine")]
+    first, second = (run(model, batch(side)) for model in models)
+    assert all(grad.abs().max() > 0 for name, grad in first[1].items() if "nearfar_scales" in name)
+    assert_same(first, second, atol=5e-6)
 
 
 def test_arguments_of_register():
@@ -321,10 +335,14 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_heads_of_a_width_that_kernels_do_not_take(monkeypatch):
+@pytest.mark.parametrize("pair", [
+    ("nearfar_softmax", "eager"), ("nearfar_krause", "dense_krause"), ("nearfar_affine", "dense_affine"),
+], ids="-".join)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_of_a_width_that_kernels_do_not_take(pair, backend, monkeypatch):
     monkeypatch.setitem(SIZES, "head_dim", 10)
-    inputs = batch("left")
-    assert_same(*(run(model_of("llama", name), inputs) for name in ("nearfar_softmax", "eager")))
+    inputs, settings = batch("left"), dict(sigma=2.0, window=3, top_k=2, backend=backend)
+    assert_same(*(run(model_of("llama", name, **settings), inputs) for name in pair), atol=5e-6)
 
 
 def test_encoder_with_padding():
@@ -389,6 +407,7 @@ def test_what_cannot_be_computed_is_refused(kind, implementation, change, inputs
         setattr(model.config, name, value)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = model.config.attention_dropout
+        layer.self_attn._modules.pop("nearfar_scales", None)
     with pytest.raises(error, match=message):
         model(**inputs())
 
