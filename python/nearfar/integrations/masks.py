@@ -51,7 +51,6 @@ class Mask(NamedTuple):
         return 4
 
 
-@torch.compiler.disable
 def make_mask(
     batch_size: int,
     q_length: int,

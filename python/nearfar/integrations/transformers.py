@@ -68,10 +68,11 @@ def register(
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError(NEEDED)
     settings = Settings(sigma, window, top_k, backend)
+    mask = torch.compiler.disable(make_mask)  # what a mask becomes depends on the values of the padding
     for name, attention in (("softmax", _softmax), ("krause", _krause), ("affine", _affine)):
         name = f"nearfar_{name}"
         AttentionInterface.register(name, functools.partial(_forward, name, attention, settings))
-        AttentionMaskInterface.register(name, make_mask)
+        AttentionMaskInterface.register(name, mask)
 
 
 Attention = Callable[[nn.Module, torch.Tensor, Settings, Mask, float, torch.Tensor | None], tuple[Attend, list[torch.Tensor]]]
