@@ -15,6 +15,8 @@ from nearfar.ops.affine import affine_attention, softmax_attention
 from nearfar.ops.krause import krause_attention
 from nearfar.runtime.dispatch import Backend
 
+__all__ = ["register"]
+
 # What a model may ask of an attention implementation and no operator computes: refused where it is set.
 REFUSED = ("softcap", "position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions", "indices", "block_indices")
 SINKS = ("s_aux", "sinks")
