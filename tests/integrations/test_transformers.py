@@ -198,6 +198,14 @@ def test_several_tokens_after_a_cache(kind, implementation):
     torch.testing.assert_close(torch.cat(logits, 1)[valid], model(**inputs).logits[valid], rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_beam_search(kind):
+    """It reorders the cache, and the rows of the padding mask with it."""
+    options = dict(max_new_tokens=6, num_beams=3, do_sample=False)
+    own, eager = (model_of(kind, name).eval().generate(**batch("left"), **options) for name in ("nearfar_softmax", "eager"))
+    assert torch.equal(own, eager)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant, implementation):
@@ -333,6 +341,8 @@ def test_save_and_load(tmp_path):
     assert loaded.config.nearfar == {"sigma": 2.0, "top_k": 3}
     inputs = batch("right")
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    loaded.set_attn_implementation("nearfar_softmax")
+    assert torch.equal(loaded(**inputs).logits, model_of("llama", "nearfar_softmax")(**inputs).logits)
 
 
 @pytest.mark.parametrize("pair", [
@@ -365,8 +375,16 @@ def gap():
 
 
 def test_padding_between_tokens():
-    """Exact without a window, refused with one."""
+    """Exact without a window, refused with one. Tokens after a prompt with padding on its right are such a case."""
     assert_same(*(run(model_of("llama", name), gap()) for name in ("nearfar_softmax", "eager")))
+    prompt = batch("right")
+    mask = torch.nn.functional.pad(prompt["attention_mask"], (0, 2), value=1)
+    logits = []
+    for name in ("nearfar_softmax", "eager"):
+        model = model_of("llama", name).eval()
+        cache = model(**prompt, use_cache=True).past_key_values
+        logits.append(model(prompt["input_ids"][:, :2], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=2e-6)
     with pytest.raises(NotImplementedError, match="cannot count a window"):
         model_of("mistral", "nearfar_softmax")(**gap())
     with pytest.raises(NotImplementedError, match="cannot count a window"):
