@@ -2,7 +2,7 @@
 
 import torch
 
-from nearfar import diagnostics, nn, theory
+from nearfar import diagnostics, integrations, nn, theory
 from nearfar.diagnostics import head_regimes
 from nearfar.explain import explain
 from nearfar.localities import GridNeighborhood, ShiftedWindow, SlidingWindow
@@ -29,6 +29,7 @@ __all__ = [
     "hadamard_attention",
     "hadamard_attention_step",
     "head_regimes",
+    "integrations",
     "krause_attention",
     "krause_attention_step",
     "linear_attention",
