@@ -205,11 +205,11 @@ def aligned_starts(*tensors):
 class CudaBackend(Backend):
     """Of kernels whose rows start at multiples of 16 bytes."""
 
-    def aligned(self, rows):
+    def aligned(self, rows: torch.Tensor) -> torch.Tensor:
         """Their strides are multiples of 16 bytes where there is no _rows_reason."""
         return aligned(rows) if rows.data_ptr() % 16 else rows
 
-    def aligned_gradient(self, gradient, *_):
+    def aligned_gradient(self, gradient: torch.Tensor, *_: object) -> torch.Tensor:
         return aligned(gradient)
 
 

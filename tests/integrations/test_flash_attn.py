@@ -10,6 +10,8 @@ from harness import DEVICE, randn
 from nearfar.integrations import flash_attn as fa
 from nearfar.ops.affine import softmax_attention
 
+pytestmark = pytest.mark.full
+
 BACKENDS = ("reference", "triton") if DEVICE == "cpu" else ("auto",)
 
 

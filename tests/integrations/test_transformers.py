@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask  # noqa: E402
 from transformers.models.llama.modeling_llama import repeat_kv  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 nf.integrations.transformers.register()
 
 SIZES = dict(

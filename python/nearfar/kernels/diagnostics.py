@@ -6,8 +6,10 @@ dimension of q, k and v must be contiguous.
 
 import functools
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nearfar import _cuda
 from nearfar.runtime.library import define, register
@@ -69,7 +71,9 @@ def _gain(key_heads, *gradients):
     return (127 + UPSTREAM_EXPONENT - exponent).clamp(1, 253).bitwise_left_shift(23).view(torch.float32)
 
 
-def statistics(q, k, sigma, left, right, scale, backend="triton"):
+def statistics(
+    q: Tensor, k: Tensor, sigma: Tensor | None, left: int, right: int, scale: float, backend: str = "triton"
+) -> tuple[Tensor, ...]:
     """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
     outputs = _empty_statistics(q, k)
     if not q.numel():
@@ -84,7 +88,10 @@ def statistics(q, k, sigma, left, right, scale, backend="triton"):
     return outputs
 
 
-def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, scale):
+def statistics_backward(
+    dlse: Tensor, dentropy: Tensor, q: Tensor, k: Tensor, sigma: Tensor | None, lse: Tensor, entropy: Tensor,
+    left: int, right: int, scale: float,
+) -> tuple[Tensor, ...]:
     """(dq, dk, dsigma): dS = P (dlse - dentropy (log P + entropy)); an empty dsigma without a sigma."""
     dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
     if not q.numel():
@@ -106,9 +113,12 @@ def statistics_backward(dlse, dentropy, q, k, sigma, lse, entropy, left, right, 
     return dq, dk, -2 / sigma**3 * (of_distances if sigma.numel() > 1 else of_distances.sum())
 
 
-def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
+def geometry(
+    q: Tensor, k: Tensor, v: Tensor, sigma: Tensor | None, top_n: int, left: int, right: int, scale: float,
+    backend: str = "triton",
+) -> tuple[Tensor, ...]:
     """(precision, recall, f_score). backend: "triton" or "cuda"."""
-    outputs = _per_query(q, 3)
+    outputs: Any = _per_query(q, 3)
     if not q.numel():
         return outputs
     entries = (*q.shape[:3], top_n)
@@ -116,11 +126,11 @@ def geometry(q, k, v, sigma, top_n, left, right, scale, backend="triton"):
     chosen = q.new_empty(entries, dtype=torch.int32)
     s = v.new_empty((*q.shape[:3], v.shape[3]))
     shift, farthest = _per_query(q, 2)
-    centred = scores, chosen, s, shift, excess, farthest
+    centred: Any = (scores, chosen, s, shift, excess, farthest)
     with device_of(q):
         if backend == "cuda":
             centre = functools.partial(_launchers().centre, q, k, v, left, right, scale, *centred)
-            _geometry_in_cuda(q, k, v, left, right, scale, *centred, *outputs, centre)
+            _geometry_in_cuda(q, k, v, left, right, scale, centre, *centred, *outputs)
         else:
             squares = _squares(k, sigma is not None), _squares(v)
             _launchers().geometry(q, k, v, sigma, left, right, scale, *squares, *centred, *outputs)
@@ -147,7 +157,7 @@ def _statistics_in_cuda(q, k, left, right, scale, lse, entropy, max_weight, max_
 
 
 def _geometry_in_cuda(
-    q, k, v, left, right, scale, scores, chosen, s, shift, excess, farthest, precision, recall, f_score, centre
+    q, k, v, left, right, scale, centre, scores, chosen, s, shift, excess, farthest, precision, recall, f_score
 ):
     """Fill precision, recall, f_score (B, Hq, N), by way of workspaces that triton_kernels/diagnostics_launch.py describes.
 

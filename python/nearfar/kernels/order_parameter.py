@@ -6,7 +6,7 @@ from nearfar.runtime.library import register
 from nearfar.runtime.tensors import device_of, empty_rows, triton_module, unit_stride
 
 
-def order_parameter(theta, causal):
+def order_parameter(theta: torch.Tensor, causal: bool) -> torch.Tensor:
     """(B, H), or (B, H, N) when causal, float32."""
     return torch.ops.nearfar.order_parameter(unit_stride(theta), causal)
 
