@@ -325,12 +325,16 @@ def grad_queries(
 
 @triton.jit
 def grad_keys_tiles(
-    dk_tile, dv_tile, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin, end,
-    factor,
+    dk_tile, dv_tile, of_all, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin,
+    end, factor,
     PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """(dk_tile, dv_tile) plus what the whole tiles of queries of one head give them, or their edges."""
+    """(dk_tile, dv_tile, of_all) plus what the whole tiles of queries of one head give them, or their edges.
+
+    of_all: what beta and whole tiles give to all keys alike, where sums are float64: in a row's product of float32 numbers, a
+    beta larger than the weights would make its roundings differ from key to key.
+    """
     start, stop = steps(tiles, EDGES)
     for step in range(start, stop, BLOCK_M):
         first = position(step, tiles, EDGES)
@@ -355,16 +359,20 @@ def grad_keys_tiles(
             dp *= row_alpha[None, :]
             row_m *= row_alpha
         if beta is not None:
-            dv_weight += load_numbers(beta, rows, num_queries, EDGES)[None, :]
+            row_beta = load_numbers(beta, rows, num_queries, EDGES)
             if EDGES:
-                dv_weight = tl.where(sees, dv_weight, 0.0)
+                dv_weight = tl.where(sees, dv_weight + row_beta[None, :], 0.0)
+            elif of_all.dtype == tl.float64:
+                of_all += tl.sum(row_beta.to(tl.float64)[:, None] * do_tile.to(tl.float64), 0)
+            else:
+                dv_weight += row_beta[None, :]
         ds = weight * (dp - row_m[None, :])
         if EDGES and PACKED:
             dv_weight, do_tile = only_seen(dv_weight, sees, do_tile)
             ds, q_tile = only_seen(ds, sees, q_tile)
         dv_tile = add_product(dv_tile, dv_weight.to(do_tile.dtype), do_tile, PRECISION)
         dk_tile = add_product(dk_tile, ds.to(q_tile.dtype), q_tile, PRECISION)
-    return dk_tile, dv_tile
+    return dk_tile, dv_tile, of_all
 
 
 @triton.jit(do_not_specialize=["together"])
@@ -389,6 +397,7 @@ def grad_keys(
     SUM: tl.constexpr = lse.dtype.element_ty
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), SUM)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), SUM)
+    of_all = tl.zeros((BLOCK_DV,), SUM)
     for member in range(group):
         head = kv_head * group + member
         q_head, do_head = at(q, q_strides, batch, head), at(do, do_strides, batch, head)
@@ -396,14 +405,14 @@ def grad_keys(
         alpha_head = None if alpha is None else alpha + row_offset
         beta_head = None if beta is None else beta + row_offset
         for EDGES in tl.static_range(2):
-            dk_tile, dv_tile = grad_keys_tiles(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head, beta_head,
-                q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
+            dk_tile, dv_tile, of_all = grad_keys_tiles(
+                dk_tile, dv_tile, of_all, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head,
+                beta_head, q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
                 token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )
 
     store_tile(at(dk, dk_strides, batch, kv_head), keys, dk_strides[2], num_keys, dk_tile * scale, D, BLOCK_D)
-    store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile, DV, BLOCK_DV)
+    store_tile(at(dv, dv_strides, batch, kv_head), keys, dv_strides[2], num_keys, dv_tile + of_all[None, :], DV, BLOCK_DV)
 
 
 @triton.jit

@@ -201,6 +201,14 @@ def test_sums_over_64k_tokens(length, keys, causal, backend):
         assert_accurate(name, got, exact[name], plain[name], exact[name], torch.float32)
 
 
+def test_what_beta_gives_to_all_keys_is_rounded_once_by_the_kernel():
+    """In float32, where weights are small beside beta: dv is the same sum for every key, but for a little."""
+    sample, do = random_sample(length=64, keys=1024, heads=(1, 1), causal=False), 1 + randn(1, 1, 64, 16, seed=9)
+    exact = long_gradients(sample, do, torch.float64, 1024)["v"]
+    _, gradients = run_sample(sample, do, "triton")
+    assert (gradients["v"].double() - exact).abs().max() <= torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("left, right", [(-1, 0), (0, -1), (-1, -1), (1000, 0), (70, 5000)])
 def test_window_sums_of_the_reference_over_64k_tokens(left, right):
     """Against differences of prefix sums in float64, with their gradient: 4 roundings of the largest sum."""
