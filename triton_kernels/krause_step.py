@@ -68,7 +68,8 @@ def decode(
         for t in range(num_tiles):
             v_tile = load_slots(cached_v, t * BLOCK_N + tl.arange(0, BLOCK_N), slot, count, v, DV, BLOCK_DV)
             weight = tl.sum(tl.where(tile == t, weights, 0.0), 1)
-            acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            # Added after the product: on top of acc, float32 would be one chain of as many roundings as there are keys.
+            acc += tl.dot(weight.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         acc *= tl.div_rn(1.0, total)[:, None]
         store_tile(at(out, out_strides, batch, head * group), rows, out_strides[1], group, acc, DV, BLOCK_DV)
 
