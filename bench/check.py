@@ -6,10 +6,7 @@ too, comes from the compared rows alone, and a million tokens take no longer tha
 selection is within rounding may rightly differ; they are left out, with dO zero.
 
 An output passes when the norm of its error is at most CAPS[dtype] times its own norm. Ours also has to keep the rule of
-accuracy: the largest error at most twice that of the plain formula plus eps / 2 of the largest value, and the norm of the error
-at most 1.5 times that of the plain formula plus eps / 8 of the norm, with half an eps of float32 for the order of sums. The
-plain formula takes the same inputs, computes in float32 and rounds its results once. Where it is further off than the cap
-allows, the case can show nothing: no provider passes.
+accuracy (accuracy.py). Where what it allows by the norm is beyond the cap, the case can show nothing: no provider passes.
 
 The gradient of a parameter (sigma) is one number a head, a sum over rows in which terms cancel, and errors may by luck. It
 counts relative to the sum of the rows' absolute gradients, and the plain formula's error is what its rows' errors make as
@@ -19,6 +16,8 @@ independent ones, the root of the sum of their squares, and a rounding of the su
 from typing import NamedTuple
 
 import torch
+
+from bench.accuracy import FROBENIUS, LARGEST
 
 PAIRS = {"cuda": 2**25, "cpu": 2**21}  # query-key pairs compared
 CAPS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -212,8 +211,7 @@ def check(expected, found, ours):
 
 def compare(expected, name, actual):
     """The Error of an output."""
-    eps, cap = torch.finfo(expected.dtype).eps, CAPS[expected.dtype]
-    eps_of_sums = torch.finfo(torch.float32).eps
+    cap = CAPS[expected.dtype]
     largest, squares = torch.zeros(3, 2, dtype=torch.float64).unbind(1)  # of the error, of the plain formula's, of the scale
     for part, clear in zip(expected.parts[name], expected.clear, strict=False):
         found = actual[part.index].double()
@@ -226,6 +224,6 @@ def compare(expected, name, actual):
     if not norms[2]:
         return Error(norms[0].item(), cap, 0.0 if not norms[0] else float("inf"))
     error, plain, _ = (norms / norms[2]).tolist()
-    by_largest = (largest[0] / (2 * largest[1] + (eps + eps_of_sums) / 2 * largest[2])).item()
-    allowed = 1.5 * plain + eps / 8 + eps_of_sums / 2
+    by_largest = (largest[0] / LARGEST.of(largest[1], largest[2], largest[2], expected.dtype)).item()
+    allowed = FROBENIUS.of(plain, 1, 1, expected.dtype)
     return Error(error, cap, max(by_largest, error / allowed), allowed <= cap)

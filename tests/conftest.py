@@ -4,7 +4,9 @@ xdist workers import this file first too, so all of them decide alike.
 """
 
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))  # for bench, which tests share the rule of accuracy with
 torch.set_num_threads(1)  # the workers of xdist share the cores, and arrays on the CPU are small
 
 

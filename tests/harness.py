@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.accuracy import FROBENIUS, LARGEST, accumulation  # noqa: F401  the samples take the last from here
 from nearfar import _cuda
 from nearfar.runtime import choices
 from nearfar.runtime.plans import forget_plans
@@ -147,56 +147,29 @@ def assert_same_by_other_ways(function, operator, sample, arguments):
     assert_same(expected, run(compiled, sample, backend="cuda"))
 
 
-def accumulation(dtype):
-    """The dtype in which sums of numbers of this dtype are accumulated."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class Bound(NamedTuple):
-    """What the rule of accuracy allows in one norm: factor * (error of the plain formula) + share * eps * (size).
-
-    Where terms cancel, half an eps of the sums' own: a rounding that all numbers of a row share does not average out.
-    """
-
-    norm: Callable
-    factor: float
-    share: float
-
-
 FEW = 16
-BOUNDS = {
-    "largest": Bound(lambda t: t.abs().max(), 2, 1 / 2),
-    "Frobenius": Bound(lambda t: t.norm(), 1.5, 1 / 8),
-}
+BOUNDS = {"largest": LARGEST, "Frobenius": FROBENIUS}
 
 
 def accuracy(got, exact, plain, scale, dtype):
-    """{norm: (error, bound)} of the rule of accuracy; every error has to be at most its bound.
+    """{norm: (error, bound)} of the rule of accuracy (bench/accuracy.py); every error has to be at most its bound.
 
-    largest error       <=  2   * that of the plain formula + eps / 2 * largest |exact|
-    norm of the error   <=  1.5 * that of the plain formula + eps / 8 * norm of exact
-
-    got: the result. exact: the float64 oracle. plain: the same formula by plain torch operations on the same inputs in
-    `accumulation(dtype)`; it is rounded to the dtype of the result here, and where it overflows it earns no allowance. Of
+    got: the result. plain: it is rounded to the dtype of the result here, and where it overflows it earns no allowance. Of
     16-bit inputs the features of linear attention are 16-bit numbers in it, as PyTorch's maps return them; all else is float32.
-    scale: what `exact` becomes when every sum adds absolute values. Where terms cancel (with one key in reach dq is the
-    difference of two equal numbers) nobody can be closer to 0 than the roundings of these terms, so it takes the place of
-    `exact` at the eps of the accumulation, never at that of 16-bit numbers.
 
     Fewer than FEW numbers may be right by luck: the plain formula's errors then count as one unit in the last place at least.
     """
-    eps, eps_of_sums = (torch.finfo(kind).eps for kind in (dtype, accumulation(dtype)))
     info = torch.finfo(got.dtype)
     quantum = info.smallest_normal * info.eps  # results below it cannot be told from zero
     plain = plain.to(got.dtype).double() - exact
     found = {}
-    for name, (norm, factor, share) in BOUNDS.items():
-        allowance = norm(plain).nan_to_num(0, 0, 0)
+    for name, rule in BOUNDS.items():
+        measure = rule.measure
+        allowance = measure(plain).nan_to_num(0, 0, 0)
         if exact.numel() < FEW:
-            allowance = allowance.clamp_min(torch.finfo(got.dtype).eps * norm(exact))
-        roundings = share * eps * norm(exact) + eps_of_sums / 2 * norm(scale)
-        bound = factor * allowance + roundings + norm(torch.full_like(exact, quantum))
-        found[name] = norm(got.double() - exact).item(), bound.item()
+            allowance = allowance.clamp_min(info.eps * measure(exact))
+        bound = rule.of(allowance, measure(exact), measure(scale), dtype) + measure(torch.full_like(exact, quantum))
+        found[name] = measure(got.double() - exact).item(), bound.item()
     return found
 
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import conftest  # noqa: F401  lets bench be found where this is a script
 import test_contract
 import test_fuzz
 import test_operators
