@@ -9,11 +9,11 @@ from textwrap import shorten
 
 from rich.table import Table
 
-from bench import choices, crossover
+from bench import choices, crossover, first_calls
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-MARKERS = re.compile(r"(<!-- (bench|choices):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- (bench|choices|first_calls):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 OVERVIEW, SPEEDUPS = "overview", "speedups"
 HEADLINES = ("krause-window-topk", "linear-causal", "hadamard-causal", "affine-causal", "ssa-sparse")
 SOFTMAX = ("sdpa", "fa4")  # how providers of softmax attention over all keys begin; "-epilogue" ones compute more
@@ -320,7 +320,11 @@ def tabled(row):
 
 
 def refreshed(text, results):
-    write = {"bench": lambda room: markdown(room, results), "choices": choices.markdown}
+    write = {
+        "bench": lambda room: markdown(room, results),
+        "choices": choices.markdown,
+        "first_calls": lambda _: first_calls.markdown(json.loads((results / first_calls.RECORD.name).read_text())),
+    }
     return MARKERS.sub(lambda m: m[1] + write[m[2]](m[3]) + m[4], text)
 
 

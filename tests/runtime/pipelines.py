@@ -15,35 +15,9 @@ from pathlib import Path
 
 import torch
 import triton
-from nearfar.triton_kernels.launch import Launch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 import nearfar as nf
-
-TARGET = GPUTarget("cuda", 90, 32)
-
-
-def captured(function, tensors):
-    """(launch, tensors) of a forward and backward call: nothing runs, and outputs hold what their memory held."""
-    launches = []
-    Launch.is_new = lambda launch, surveyed: False
-    Launch.run = lambda launch, tensors, surveyed: launches.append((launch, tensors))
-    o = function(*(tensor.requires_grad_() for tensor in tensors))
-    if o is not None:
-        torch.autograd.grad(o, tensors, torch.empty_like(o))
-    return launches
-
-
-def compile_launch(launch, tensors):
-    """The compiled kernel of a launch, as Triton would compile it on a GPU."""
-    kernel, backend = launch._kernel, make_backend(TARGET)
-    keywords = {**launch._options, "debug": False}
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*tensors, *launch._scalars, **keywords)
-    options, *source = kernel._pack_args(backend, keywords, bound, specialization, options)
-    return triton.compile(ASTSource(kernel, *source), target=TARGET, options=options.__dict__)
+from bench.ahead import captured, compile_launch
 
 
 def pending_products(ttgir):
@@ -129,10 +103,15 @@ def calls():
             ),
             [*(x.to(dtype) for x in rows(width, width, width)), torch.full((2,), 2.0)],
         )
+    yield (
+        "longest synchronization selection",
+        lambda *t: nf.synchronization_attention(*t, top_k=96, backend="triton"),
+        [*(torch.empty(1, 2, 1024, 256) for _ in range(2)), torch.ones(2), torch.ones(2), torch.ones(1, 2)],
+    )
     for factors, width, causal in (
         ((64,), 64, True), ((64,), 64, False), ((128,), 128, False),
         ((16, 16), 64, True), ((16, 16), 64, False), ((64, 64), 128, False),
-    ):
+    ):  # fmt: skip
         count = len(factors)
         yield (
             f"hadamard {factors} {width} {'causal' if causal else 'full'}",
@@ -173,8 +152,6 @@ def calls():
 
 
 if __name__ == "__main__":
-    # The public functions refuse CPU tensors where Triton does not interpret; here nothing is launched.
-    nf.runtime.dispatch.triton_device_reason = lambda tensor: None
     found = []
     for what, function, tensors in (call for call in calls() if call[0].startswith(sys.argv[1])):
         for launch, arguments in captured(function, tensors):
@@ -183,5 +160,5 @@ if __name__ == "__main__":
             found.append({"call": what, "kernel": launch._kernel.__name__, "stages": launch._options["num_stages"],
                           "shared": compiled.metadata.shared, "products": products, "buffers": buffers,
                           "instructions": compiled.asm["ptx"].count(";\n"),
-                          "unwritten": unwritten_reads(compiled.asm["cubin"]) if "packed" in what else []})
+                          "unwritten": unwritten_reads(compiled.asm["cubin"]) if "packed" in what else []})  # fmt: skip
     json.dump(found, sys.stdout)

@@ -1,6 +1,7 @@
 """The benchmark room: floors, the oracle check, the command line on a CPU, and the tables it writes into documents."""
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ from harness import needs_gpu
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
-from bench import check, crossover, report, suite
+from bench import check, crossover, first_calls, report, suite
 from bench.baselines import affine as affine_baselines
 from bench.baselines import krause as krause_baselines
 from bench.baselines import linear as linear_baselines
@@ -670,3 +671,34 @@ def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
 )
 def test_short_names_of_gpus(name, short):
     assert short_name(name) == short
+
+
+# ---- first calls, whose kernels are compiled without a GPU
+
+
+def test_first_calls_cover_every_function_dtype_and_width():
+    operators = {entry.function.__name__ for entry in (*registry.OPERATORS, *registry.PARTS, *registry.STEPS)}
+    covered = {(call[0], call[2], call[3]) for call in first_calls.calls()}
+    assert covered == set(itertools.product(operators, first_calls.DTYPES, first_calls.WIDTHS))
+
+
+def test_slowest_first_calls_are_listed():
+    row = {"operator": "krause_attention", "options": "top_k 4", "dtype": "float32", "width": 64, "kernel": "select",
+           "seconds": 9.0, "cpu_seconds": 4.0, "instructions": 12345}  # fmt: skip
+    env = {"cores": 2, "device": "Xeon, CPU threads: 1", "load_before": [1.0], "load_after": [3.5], "torch": "2.13",
+           "triton": "3.6", "date": "2026-12-01T00:00"}  # fmt: skip
+    rows = [row | {"width": width, "cpu_seconds": 0.5 * width} for width in range(1, 14)]
+    page = first_calls.markdown({"environment": env, "calls": 3, "of_calls": 7, "rows": rows}).splitlines()
+    words = "13 kernels for sm_90 of 3 of 7 calls, 3 of them beyond 5 s of CPU time, on 2 cores of Xeon, load 1.0 to 3.5; torch"
+    assert page[0].startswith(words)
+    assert page[4] == "| krause_attention | top_k 4 | float32 | 13 | select | 6.5 | 9.0 | 12,345 |"
+    assert len(page) == 4 + first_calls.SLOWEST
+
+
+def test_a_kernel_is_compiled_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    index = next(i for i, call in enumerate(first_calls.calls()) if call[0] == "linear_attention_step" and call[3] == 16)
+    (record,) = first_calls.records([index], workers=1)
+    (row,) = record["rows"]
+    assert (row["operator"], row["kernel"], row["width"]) == ("linear_attention_step", "step", 16)
+    assert row["cpu_seconds"] > 0 and row["instructions"] > 100
