@@ -110,13 +110,17 @@ def attends_resident(call, ring):
 
 def resident_parameters(call, ring):
     """The tallest query tile whose ring of scores stays in registers."""
-    if ring > 256:  # twice the warps, lest scores spill, and wide tiles: every tile of the ring is code of its own
-        return LaunchParameters(RESIDENT_SCORES // triton.next_power_of_2(ring), 128, num_warps=8, num_stages=1)
     for block_m in (32, 16) if call.widest_block * call.dtype.itemsize > 256 else (64, 32, 16):
         if block_m * ring <= RESIDENT_SCORES:
             break
     # Three blocks a multiprocessor hide latency better than two, even at the price of a few spilled registers.
     return LaunchParameters(block_m, 32, num_warps=4, num_stages=1, maxnreg=168 if block_m * ring <= 8192 else None)
+
+
+def selection_parameters(ring):
+    """The tallest query tile whose ring of scores stays in registers, held by loops; of wide rings, by twice the warps."""
+    block_m = min(32, RESIDENT_SCORES // triton.next_power_of_2(ring))
+    return LaunchParameters(block_m, 64, num_warps=4 if ring <= 128 else 8, num_stages=1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -149,16 +153,15 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
 
 @functools.lru_cache(maxsize=1024)
 def plan_select(pair, call, top_k, ring):
-    block_m = min(32, RESIDENT_SCORES // triton.next_power_of_2(ring))
-    parameters = LaunchParameters(block_m, 64, num_warps=4 if ring <= 128 else 8, num_stages=1)
-    tiles = triton.cdiv(call.q_shape[2], block_m)
+    parameters = selection_parameters(ring)
+    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
-    key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, block_m, parameters.block_n)
+    key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
-        width, block_m, parameters.block_n, width_block(width),
+        width, parameters.block_m, parameters.block_n, width_block(width),
     )
     return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 

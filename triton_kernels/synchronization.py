@@ -232,9 +232,10 @@ def attend_top_k(
     w, k, v, squares, k_squares, c, bandwidth, o, total, bits,
     w_strides, k_strides, v_strides, o_strides, bandwidth_stride, num_queries, num_keys, num_heads, group, num_tiles, offset,
     top_k, SELF: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    NUM_KEY_TILES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    NUM_KEY_TILES: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
+    """SLOTS: NUM_KEY_TILES, and as many empty ones as make it a power of two."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -245,9 +246,11 @@ def attend_top_k(
     row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
     row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
 
-    scores = ()
+    # Loops, as one unrolled tile after another would take a compiler too long.
+    slots = tl.arange(0, SLOTS)[None, :, None]
+    scores = tl.full((BLOCK_M, SLOTS, BLOCK_N), float("-inf"), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
-    for t in tl.static_range(NUM_KEY_TILES):
+    for t in range(NUM_KEY_TILES):
         keys = t * BLOCK_N + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         delta2 = squared_distance(w_tile, k_tile, row_squares, load_vector(k_squares, keys, num_keys, FAR))
@@ -255,21 +258,28 @@ def attend_top_k(
         score = strength(exp2(decay * delta2) - row_c[:, None] * delta2)
         # What is not locked is no candidate: else its zeros would be ties.
         count += tl.sum((score > 0.0).to(tl.int32), 1)
-        scores = scores + (tl.where(score == 0.0, float("-inf"), score),)
+        score = tl.where(score == 0.0, float("-inf"), score)
+        scores = tl.where(slots == t, score[:, None, :], scores)
 
     RING: tl.constexpr = NUM_KEY_TILES * BLOCK_N
-    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), row_maximum(scores), top_k, RING)
+    COLUMNS: tl.constexpr = SLOTS * BLOCK_N
+    candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
+    highest = row_maximum(candidates)
+    candidates, cut = cut_top_k(candidates, count, tl.zeros_like(count), highest, top_k, RING)
+    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+    weights = tl.where(chosen, candidates[0], 0.0)
+    row_total = tl.sum(weights, 1)
 
+    chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
+    weights = tl.reshape(weights, (BLOCK_M, SLOTS, BLOCK_N))
     bits += row_offset * (RING // WORD)
-    row_total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    for t in tl.static_range(NUM_KEY_TILES):
-        chosen = (scores[t] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
-        store_bits(bits, rows, num_queries, t * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
-        weight = tl.where(chosen, scores[t], 0.0)
-        row_total += tl.sum(weight, 1)
+    for t in range(NUM_KEY_TILES):
+        keep = tl.sum(tl.where(slots == t, chosen, 0), 1) > 0
+        store_bits(bits, rows, num_queries, t * BLOCK_N, RING // WORD, keep, BLOCK_M, BLOCK_N)
+        weight = tl.sum(tl.where(slots == t, weights, 0.0), 1)
         v_tile = load_tile(v, t * BLOCK_N + tl.arange(0, BLOCK_N), v_strides[2], num_keys, DV, BLOCK_DV)
-        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        acc += tl.dot(weight.to(v_tile.dtype), v_tile, input_precision=PRECISION)
 
     write_rows(o, total, o_strides, row_offset, batch, head, rows, num_queries, acc, row_total, DV, BLOCK_DV)
 

@@ -10,7 +10,7 @@ import triton
 from . import locking, pairwise_launch, synchronization
 from .launch import Launch, LaunchParameters, width_block
 from .locking import CELL as _CELL
-from .pairwise_launch import WORD, resident_parameters
+from .pairwise_launch import WORD, selection_parameters
 
 CELL = _CELL.value
 EXTENT = locking.EXTENT.value
@@ -95,11 +95,11 @@ def plan_attend(call, self, o_strides, bandwidth_stride):
 
 @functools.lru_cache(maxsize=1024)
 def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
-    parameters = resident_parameters(call, ring)
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    parameters = selection_parameters(ring)
+    tiles, slots = triton.cdiv(call.q_shape[2], parameters.block_m), ring // parameters.block_n
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
-        top_k, *options(call, self), ring // parameters.block_n, *call.sizes(parameters),
+        top_k, *options(call, self), slots, triton.next_power_of_2(slots), *call.sizes(parameters),
     )
     return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
