@@ -126,7 +126,7 @@ def compiled(calls):
     """What pipelines.py prints of the calls whose names start so."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("pipelines.py")
-    environment["PYTHONPATH"] = str(script.parents[1])  # of bench
+    environment["PYTHONPATH"] = str(script.parents[2])  # of bench
     command = [sys.executable, script, calls]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
