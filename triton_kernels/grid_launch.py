@@ -17,9 +17,9 @@ from nearfar.tiling import (
     geometry_of,
 )
 
-from . import grid, pairwise
+from . import grid
 from .launch import Launch, LaunchParameters, width_block
-from .pairwise_launch import signature
+from .pairwise_launch import plan_grad_parameter, signature
 
 FEW_STEPS = 4  # of a walk, in which |k|^2 is better computed again and again
 
@@ -115,15 +115,6 @@ def plan_grad_keys(pair, call, geometry, do_strides, dk_strides, dv_strides, sel
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_parameter(pair, call, count):
-    """count: partial sums of a head, those of the programs of grad_queries."""
-    batch, heads = call.q_shape[:2]
-    partials = count * heads // call.num_parameters
-    scalars = batch, call.num_parameters, partials, pair.grad_parameter, min(4096, triton.next_power_of_2(partials))
-    return Launch(pairwise.grad_parameter, call.num_parameters, scalars, LaunchParameters(None, None, 4, 1))
-
-
-@functools.lru_cache(maxsize=1024)
 def plan_squared_norms(call):
     batch, heads, num_tokens, width = call.k_shape
     parameters = LaunchParameters(64, None, 4, 1)
@@ -177,5 +168,8 @@ def backward_launches(pair, q, k, v, parameter, locality, o, lse, bits, do, dq, 
         *launches,
         (queries, (q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale)),
         (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv)),
-        (plan_grad_parameter(pair, call, count), (dlog_scale, parameter, dparameter)),
+        (
+            plan_grad_parameter(pair.grad_parameter, *call.q_shape[:2], call.num_parameters, count),
+            (dlog_scale, parameter, dparameter),
+        ),
     ]

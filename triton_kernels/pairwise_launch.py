@@ -191,11 +191,11 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_parameter(pair, call):
-    batch, heads = call.q_shape[:2]
-    partials = grad_query_tiles(call) * heads // call.num_parameters
-    scalars = batch, call.num_parameters, partials, pair.grad_parameter, min(4096, triton.next_power_of_2(partials))
-    return Launch(pairwise.grad_parameter, call.num_parameters, scalars, LaunchParameters(None, None, 4, 1))
+def plan_grad_parameter(gradient, batch, heads, num_parameters, count):
+    """gradient: a `triton.jit` function of the sum of all partials and the parameter. count: partial sums of a head."""
+    partials = count * heads // num_parameters
+    scalars = batch, num_parameters, partials, gradient, min(4096, triton.next_power_of_2(partials))
+    return Launch(pairwise.grad_parameter, num_parameters, scalars, LaunchParameters(None, None, 4, 1))
 
 
 def grad_query_tiles(call):
@@ -229,5 +229,8 @@ def backward_launches(
     return [
         (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
         (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
-        (plan_grad_parameter(pair, call), (dlog_scale, parameter, dparameter)),
+        (
+            plan_grad_parameter(pair.grad_parameter, *call.q_shape[:2], call.num_parameters, grad_query_tiles(call)),
+            (dlog_scale, parameter, dparameter),
+        ),
     ]

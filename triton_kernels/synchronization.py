@@ -612,12 +612,6 @@ def head_gradients(
 
 
 @triton.jit
-def sum_heads(x, out, num_batches, num_parameters, num_partials, BLOCK: tl.constexpr):
-    """The sum over batches, and over heads where they share a parameter; x is (batches, parameters, partials)."""
-    index = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for batch in range(num_batches):
-        partials = x + (batch * num_parameters + index) * num_partials
-        for first in range(0, num_partials, BLOCK):
-            total += load_vector(partials, first + tl.arange(0, BLOCK), num_partials, 0.0)
-    tl.store(out + index, tl.sum(total, 0))
+def whole_sum(total, parameter):
+    """For pairwise.grad_parameter: partials of coupling and of bandwidth are those of the gradients themselves."""
+    return total

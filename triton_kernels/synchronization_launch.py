@@ -10,7 +10,7 @@ import triton
 from . import locking, pairwise_launch, synchronization
 from .launch import Launch, LaunchParameters, width_block
 from .locking import CELL as _CELL
-from .pairwise_launch import WORD, selection_parameters
+from .pairwise_launch import WORD, plan_grad_parameter, selection_parameters
 
 CELL = _CELL.value
 EXTENT = locking.EXTENT.value
@@ -153,12 +153,6 @@ def plan_head_gradients(rows, coupling_stride, per_token):
     return Launch(synchronization.head_gradients, heads * batch, scalars, FEW_ROWS)
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_sum_heads(batch, heads, count):
-    scalars = batch, count, heads // count, triton.next_power_of_2(heads // count)
-    return Launch(synchronization.sum_heads, count, scalars, FEW_ROWS)
-
-
 class InPlace(NamedTuple):
     """A kernel in CUDA C++ in the place of Triton's.
 
@@ -284,8 +278,10 @@ def backward_launches(
     return [
         *launches,
         (of_heads, (dalpha, dradius, coupling, order, of_alpha, of_radius, dorder)),
-        (plan_sum_heads(batch, heads, bandwidth.numel()), (of_alpha, dbandwidth)),
-        (plan_sum_heads(batch, heads, coupling.numel()), (of_radius, dcoupling)),
+        *[
+            (plan_grad_parameter(synchronization.whole_sum, batch, heads, x.numel(), 1), (partials, x, dx))
+            for partials, x, dx in ((of_alpha, bandwidth, dbandwidth), (of_radius, coupling, dcoupling))
+        ],
     ]
 
 
