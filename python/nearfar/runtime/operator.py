@@ -80,7 +80,7 @@ class Operator:
             options: those of the schema, and the backends of the forward and of the backward.
         """
         if not (plain and all([x is None or type(x) in PLAIN for x in tensors])):
-            return self._shown(self._forward_op(*self._structured(tensors), *options))
+            return self.shown(self._forward_op(*self._structured(tensors), *options))
         tensors = self._arranged(tensors, options[-2])
         plan = Plan(self, tensors, options)
         if repeats is not None:
@@ -102,12 +102,20 @@ class Operator:
 
     def backward(self, gradients: Tensors, tensors: Tensors, saved: Tensors, *options: Any) -> Tensors:
         """Gradients of all tensors, by the program of the backward. options: with one backend, that of the backward."""
+        program, given = self.arranged_backward(gradients, tensors, saved, *options)
+        return program(*given)
+
+    def arranged_backward(
+        self, gradients: Tensors, tensors: Tensors, saved: Tensors, *options: Any
+    ) -> tuple[Program, Tensors]:
+        """The program of the backward, and the tensors that it takes as the kernels read them."""
         gradients, tensors = self._arranged_gradients(gradients, saved, *options), self._arranged(tensors, options[-1])
         given = (*gradients, *tensors, *saved)
-        return self.backward_program(given, len(gradients), len(saved), *options)(*given)
+        return self.backward_program(given, *options), given
 
-    def backward_program(self, given: Tensors, num_gradients: int, num_saved: int, *options: Any) -> Program:
-        return self._plan_backward(layouts(*given), self._tf32(given), num_gradients, num_saved, *options)
+    def backward_program(self, given: Tensors, *options: Any) -> Program:
+        """given: gradients of the visible outputs, the tensors, and the outputs that are saved."""
+        return self._plan_backward(layouts(*given), self._tf32(given), *options)
 
     @planned
     def _plan_forward(self, tensors: Any, _tf32: bool, ahead: torch.device | None, *options: Any) -> Program:
@@ -116,17 +124,14 @@ class Operator:
         if self.has_nothing_to_do(tensors, outputs):
             return Program(tensors, outputs, ())
         if ahead is not None:  # the upstream gradient is taken to be laid out as the output is
-            saved = (outputs[0], *outputs[self.visible :])
-            given = (outputs[0], *[None] * (self.visible - 1), *tensors, *saved)
-            program = self.backward_program(given, self.visible, len(saved), *own, backward_backend)
-            program.build_ahead(ahead)
+            given = (outputs[0], *[None] * (self.visible - 1), *tensors, outputs[0], *outputs[self.visible :])
+            self.backward_program(given, *own, backward_backend).build_ahead(ahead)
         return self.backends[backend].forward(tensors, outputs, *own)
 
     @planned
-    def _plan_backward(self, given: Any, _tf32: bool, num_gradients: int, num_saved: int, *options: Any) -> Program:
+    def _plan_backward(self, given: Any, _tf32: bool, *options: Any) -> Program:
         *own, backend = options
-        end = len(given) - num_saved
-        gradients, tensors, saved = given[:num_gradients], given[num_gradients:end], given[end:]
+        gradients, (tensors, saved) = given[: self.visible], self.parted(given[self.visible :])
         results = self.empty_gradients(tensors)
         if self.has_nothing_to_do(tensors, saved):
             return Program(given, results, ())
@@ -196,15 +201,21 @@ class Operator:
         """And back."""
         return [None if x is None or x.dim() == 1 else x for x in saved]
 
-    def _shown(self, outputs: Sequence[Any]) -> Any:
+    def parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Tensors, and the outputs that are saved after them."""
+        end = len(values) - len(self._saved_names())
+        return values[:end], values[end:]
+
+    def shown(self, outputs: Sequence[Any]) -> Any:
+        """What the caller gets."""
         return outputs[0] if self.visible == 1 else tuple(outputs[: self.visible])
 
     def _dispatched_forward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        tensors, options = self._split(_with_backends(arguments, len(self._lists) + self._num_options() + 2))
+        tensors, options = self._split_forward(arguments)
         return tuple(self.present(self.forward(tensors, *options), tensors, *options[:-1]))
 
     def _fake_forward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        tensors, options = self._split(_with_backends(arguments, len(self._lists) + self._num_options() + 2))
+        tensors, options = self._split_forward(arguments)
         return tuple(self.present(self.empty_fake(tensors, *options[:-1]), tensors, *options[:-1]))
 
     def empty_fake(self, tensors: Any, *options: Any) -> Tensors:
@@ -222,6 +233,10 @@ class Operator:
     def _fake_backward(self, *arguments: Any) -> tuple[Any, ...]:
         _, tensors, _, _ = self._split_backward(arguments)
         return self._present_gradients(self.empty_gradients(tensors), tensors)
+
+    def _split_forward(self, arguments: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
+        """Tensors, and options with both backends."""
+        return self._split(_with_backends(arguments, len(self._lists) + self._num_options() + 2))
 
     def _split_backward(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], list[Any], Sequence[Any], Sequence[Any]]:
         """Gradients of the visible outputs, tensors, saved outputs, options."""
@@ -244,9 +259,8 @@ class Operator:
         ctx.options = (*options, backward_backend)
 
     def _autograd(self, ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors  # unpacked once, as checkpointing demands
-        count = len(saved) - len(self._saved_names())
-        found = self.dispatched_backward(gradients[: self.visible], saved[:count], saved[count:], *ctx.options)
+        tensors, saved = self.parted(ctx.saved_tensors)  # unpacked once, as checkpointing demands
+        found = self.dispatched_backward(gradients[: self.visible], tensors, saved, *ctx.options)
         return (*self._structured(found), *[None] * (len(ctx.options) + 1))
 
     def dispatched_backward(self, gradients: Any, tensors: Any, saved: Any, *options: Any) -> list[torch.Tensor | None]:
@@ -274,27 +288,23 @@ class Plan:
     """A plain call of an operator without its tensors."""
 
     def __init__(self, op: Operator, tensors: Tensors, options: tuple[Any, ...]) -> None:
-        self._op, self._options = op, options
+        self.op, self._options = op, options
         *own, _, backward_backend = options
         self._backward_options = (*own, backward_backend)
         self._tracked = grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
         self._program = op.forward_program(tensors, self._tracked, *options)
         self._backwards: dict[tuple[bool, ...], Repeats[Program]] = {}  # by which gradients and saved tensors there are
-        self.visible = op.visible
 
     def __call__(self, *tensors: Any) -> Any:
         """What the caller gets."""
-        return _apply(self, *tensors) if self._tracked else self.shown(self.outputs(*tensors))
+        return _apply(self, *tensors) if self._tracked else self.op.shown(self.outputs(*tensors))
 
     def outputs(self, *tensors: torch.Tensor | None) -> Sequence[Any]:
         outputs = self._program.at_once(*tensors)
         if outputs is None:
-            tensors = tuple(self._op._arranged(tensors, self._options[-2]))
-            outputs = self._op.forward_program(tensors, self._tracked, *self._options)(*tensors)
+            tensors = tuple(self.op._arranged(tensors, self._options[-2]))
+            outputs = self.op.forward_program(tensors, self._tracked, *self._options)(*tensors)
         return outputs
-
-    def shown(self, outputs: Sequence[Any]) -> Any:
-        return outputs[0] if self.visible == 1 else tuple(outputs[: self.visible])
 
     def gradients(self, gradients: Sequence[Any], saved: Sequence[Any]) -> Sequence[Any]:
         """Gradients of the tensors from those of the visible outputs; saved: the tensors, and the outputs that are saved."""
@@ -308,16 +318,13 @@ class Plan:
         return self._first_gradients(gradients, saved, repeats) if results is None else results
 
     def _first_gradients(self, gradients: Sequence[Any], saved: Sequence[Any], repeats: Repeats[Program]) -> Sequence[Any]:
-        op, options = self._op, self._backward_options
-        count = len(saved) - len(op._saved_names())
-        tensors, saved = saved[:count], saved[count:]
+        op, options = self.op, self._backward_options
+        tensors, saved = op.parted(saved)
         # That the forward was plain binds nothing here. The torch operator refuses to be differentiated again, in either mode,
         # and maps over batched gradients.
         if grad_enabled() or not is_plain(*[x for x in gradients if x is not None]):
             return op.dispatched_backward(gradients, tensors, saved, *options)
-        gradients, tensors = op._arranged_gradients(gradients, saved, *options), op._arranged(tensors, options[-1])
-        given = (*gradients, *tensors, *saved)
-        program = op.backward_program(given, len(gradients), len(saved), *options)
+        program, given = op.arranged_backward(gradients, tensors, saved, *options)
         results = program(*given)
         repeats.keep(program, *[x for x in given if x is not None])
         return results
@@ -329,10 +336,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor | None) -> Any:
         outputs = plan.outputs(*tensors)
-        ctx.save_for_backward(*tensors, outputs[0], *outputs[plan.visible :])
+        ctx.save_for_backward(*tensors, outputs[0], *outputs[plan.op.visible :])
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        return plan.shown(outputs)
+        return plan.op.shown(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
