@@ -1,6 +1,8 @@
 """States of linear and Hadamard attention: where a call keeps them, and how long the pieces are that sequences are cut into."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,20 +27,20 @@ TILE_OF_STATE = 16384  # elements of a state that one program accumulates
 LARGE_STATES = 2**30
 
 
-def causal_piece_length(widths, value_width):
+def causal_piece_length(widths: Sequence[int], value_width: int) -> int:
     """Tokens between two states of causal attention; a power of two, by shapes that do not change with the length."""
     balanced = STATE_COST * math.prod(widths) * value_width / (sum(widths) + value_width)
     return 2 ** min(12, max(7, round(math.log2(balanced) / 2)))
 
 
-def walks(widths, value_width, backend):
+def walks(widths: Sequence[int], value_width: int, backend: str) -> bool:
     """Whether one program holds the whole state on chip."""
     if len(widths) > 1:
         return backend == "cuda" and (tuple(widths), value_width) == _cuda.HADAMARD_CAUSAL_WIDTHS
     return max(widths[0], value_width) <= WALK_WIDTH
 
 
-def piece_length_of(qs, v, causal, backend):
+def piece_length_of(qs: Sequence[torch.Tensor], v: torch.Tensor, causal: bool, backend: str) -> int:
     """Tokens of the pieces that sequences are cut into."""
     widths, value_width = tuple(q.shape[3] for q in qs), v.shape[3]
     if causal and not walks(widths, value_width, backend):
@@ -58,7 +60,7 @@ def piece_length_of(qs, v, causal, backend):
     return max(256, (length + step - 1) // step * 128)
 
 
-def full_pieces(heads, length, width):
+def full_pieces(heads: int, length: int, width: int) -> int:
     """Into how many pieces the CUDA kernels of bidirectional attention cut a sequence.
 
     The time of a pass is that of full rounds of blocks, and that of writing and reading a float32 state for each piece beside
@@ -66,19 +68,19 @@ def full_pieces(heads, length, width):
     """
     blocks = FULL_WARPS * 16 // width
 
-    def cost(pieces):
+    def cost(pieces: int) -> float:
         return math.ceil(heads * pieces / blocks) * blocks / (heads * pieces) + 2 * pieces * width / length
 
     return min(range(1, 2 + 4 * blocks // heads), key=cost)
 
 
-def prefers_direct(widths, value_width, num_queries, num_keys):
+def prefers_direct(widths: Sequence[int], value_width: int, num_queries: int, num_keys: int) -> bool:
     """Whether bidirectional attention costs less pair by pair than through the state."""
     pairs = num_queries * num_keys * (sum(widths) + value_width)
     return DIRECT_COST * pairs <= (num_queries + num_keys) * math.prod(widths) * value_width
 
 
-def uses_states(qs, v, causal, with_state, backend):
+def uses_states(qs: Sequence[torch.Tensor], v: torch.Tensor, causal: bool, with_state: bool, backend: str) -> bool:
     """Whether a call goes through states at all. with_state: one comes in or is asked for."""
     widths, num_queries = [q.shape[3] for q in qs], qs[0].shape[2]
     if with_state:
@@ -89,7 +91,7 @@ def uses_states(qs, v, causal, with_state, backend):
     return not prefers_direct(widths, v.shape[3], num_queries, v.shape[2])
 
 
-def num_states(qs, v, cu_seqlens, causal, backend):
+def num_states(qs: Sequence[torch.Tensor], v: torch.Tensor, cu_seqlens: torch.Tensor | None, causal: bool, backend: str) -> int:
     """States of one head that are kept for the rows that read them."""
     if not causal:
         return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -99,7 +101,7 @@ def num_states(qs, v, cu_seqlens, causal, backend):
     return num_tokens // length + cu_seqlens.shape[0] - 1
 
 
-def empty_states(qs, v, count, backend):
+def empty_states(qs: Sequence[torch.Tensor], v: torch.Tensor, count: Any, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Buffers for `count` saved states of each head and for their normalisers."""
     widths, value_width = [q.shape[3] for q in qs], v.shape[3]
     shape = (*v.shape[:2], count, math.prod(widths))
