@@ -43,5 +43,5 @@ __all__ = [
     "theory",
 ]
 
-# torch.load takes caches, and configurations with localities, as it is by default (weights_only=True).
+# Lets torch.load with its default, weights_only=True, load caches and configurations that contain localities.
 torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWindow, SlidingWindow, nn.affine.Cache])

@@ -1,4 +1,4 @@
-"""The CUDA extension ``nearfar._C``, where it was built, behind functions that take tensors."""
+"""The CUDA extension ``nearfar._C``, if it was built, behind functions that take tensors."""
 
 import functools
 
@@ -12,20 +12,20 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: 
 
 
 def _load():
-    """Returns (module, None), or (None, why there is none)."""
+    """(module, None), or (None, the reason why there is no module)."""
     try:
         import nearfar._C as module
     except ModuleNotFoundError:
         return None, "nearfar was built without its CUDA extension (no nvcc at build time, or NEARFAR_CUDA=0)"
-    except ImportError as error:  # It is there, but does not fit this Python or this system.
+    except ImportError as error:  # It exists, but does not fit this Python or this system.
         return None, f"nearfar._C cannot be loaded: {error}"
-    if module.version() != __version__:  # An editable install whose sources have moved on.
+    if module.version() != __version__:  # An editable install whose sources have changed since.
         return None, f"nearfar._C is of nearfar {module.version()}, the package of {__version__}: install nearfar again"
     return module, None
 
 
 extension, unavailable_reason = _load()
-"""The module ``nearfar._C`` or None, and the reason why it is None (itself None if the module is there)."""
+"""The module ``nearfar._C`` or None, and the reason why it is None (None if the module exists)."""
 
 
 def row_sumsq(x: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def row_sumsq(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_sumsq_call(x, out):
-    """What fills out (B, H, N), as `call`."""
+    """The (launch, tensors) that fills out (B, H, N), as from `call`."""
     batches, heads, num_rows, width = x.shape
     sizes = dict(batches=batches, heads=heads, num_rows=num_rows, width=width)
     return call("row_sumsq", dtype_of(x), dict(x=x, out=out), "x", **sizes)
@@ -74,9 +74,9 @@ def call(kernel, variant, tensors, strided, **others):
     Args:
         kernel: its name; csrc/ declares its arguments in the header of that operator.
         variant: the dtype or the feature map that it is compiled for.
-        tensors: those that it takes, by name; None for what is absent.
-        strided: names of those whose strides it takes.
-        others: its numbers.
+        tensors: its tensors by name; None for absent ones.
+        strided: names of the tensors whose strides it takes, separated by spaces.
+        others: its numbers, by name.
     """
     strides = {f"{name}_strides": tuple(tensors[name].stride()[:3]) for name in strided.split()}
     return BuiltLaunch(getattr(extension, kernel)(variant, list(tensors), **strides, **others)), tuple(tensors.values())
@@ -89,7 +89,7 @@ def run(call):
 
 
 def dtype_of(tensor):
-    """The variant of kernels that are compiled for each dtype."""
+    """The variant name of a tensor's dtype."""
     return _DTYPES[tensor.dtype]
 
 
@@ -99,7 +99,7 @@ def by_head(parameter):
 
 
 def pair_sizes(q, k):
-    """The sizes that kernels of pairs take."""
+    """The sizes that kernels of query-key pairs take."""
     batches, heads, num_queries, width = q.shape
     return dict(
         batches=batches, heads=heads, kv_heads=k.shape[1], num_queries=num_queries, num_keys=k.shape[2], width=width
@@ -110,7 +110,7 @@ KRAUSE_WIDTHS = (32, 64, 128)
 
 
 def _absence_reason(name, x):
-    """Why there is no CUDA kernel at all for this tensor or layout, or None."""
+    """Why no CUDA kernel can run on this tensor or layout, whatever the operator; None if one might."""
     if extension is None:
         return unavailable_reason
     if x.device.type != "cuda":
@@ -119,7 +119,7 @@ def _absence_reason(name, x):
 
 
 def _krause_rows_reason(q, v):
-    """What krause_attention and its step say of dtypes and widths."""
+    """Why the dtypes and widths do not fit krause_attention and its step, or None."""
     if reason := _absence_reason("q", q):
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -146,7 +146,10 @@ ROWS_REASON = "rows of {} do not start at multiples of 16 bytes, as the CUDA ker
 
 
 def _rows_reason(**layouts):
-    """One whose last dimension is not contiguous will be copied, and so will one whose first row is not aligned."""
+    """Why rows of a layout are not aligned, or None.
+
+    A tensor is copied, and so no reason, if its last dimension is not contiguous or only its start is not aligned.
+    """
     for name, x in layouts.items():
         if x.strides[3] == 1 and any(x.shape[i] > 1 and x.strides[i] % 8 for i in range(3)):
             return ROWS_REASON.format(name)
@@ -154,7 +157,7 @@ def _rows_reason(**layouts):
 
 
 def _device_reason(index, width, window):
-    """Machine code has to run on the device, and a block has to fit."""
+    """Why the device cannot run the kernels: architecture or shared memory; None if it can."""
     if reason := _architecture_reason(index):
         return reason
     needed = max(extension.krause_forward_shared_bytes(width, window), extension.krause_backward_shared_bytes(width))
@@ -170,7 +173,7 @@ def _memory_reason(index, width, needed):
 
 @functools.cache
 def _architecture_reason(index):
-    """Machine code for X.Y runs on X.Z with Z >= Y, that for X.Ya on X.Y alone."""
+    """Why the device cannot run the machine code, or None. Code for X.Y runs on X.Z with Z >= Y, code for X.Ya on X.Y only."""
     major, minor = torch.cuda.get_device_capability(index)
     if not any(_runs_on(name, major, minor) for name in extension.architectures()):
         built = ", ".join(extension.architectures())
@@ -184,7 +187,7 @@ def _runs_on(name, major, minor):
 
 
 def aligned(tensor):
-    """The tensor, or a copy where its rows do not all start at multiples of 16 bytes. What is traced has no address to ask."""
+    """The tensor, or a copy if its rows do not all start at multiples of 16 bytes. Traced tensors have no address to check."""
     *strides, last_stride = tensor.stride()
     if tensor.data_ptr() % 16 or last_stride != 1 or any([stride % 8 for stride in strides]):
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -192,21 +195,21 @@ def aligned(tensor):
 
 
 def aligned_boxes(tensor):
-    """The tensor, or a copy where the tensor memory accelerator does not read it: see hopper_reason and _rows_reason."""
+    """The tensor, or a copy if the tensor memory accelerator cannot read it: see hopper_reason and _rows_reason."""
     expanded = any([stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
     return tensor.contiguous() if expanded else aligned(tensor)
 
 
 def aligned_starts(*tensors):
-    """Tensors without a _rows_reason; copies of those that do not start at a multiple of 16 bytes."""
+    """The tensors (without a _rows_reason), or copies of those that do not start at a multiple of 16 bytes."""
     return [aligned(tensor) if tensor.data_ptr() % 16 else tensor for tensor in tensors]
 
 
 class CudaBackend(Backend):
-    """Of kernels whose rows start at multiples of 16 bytes."""
+    """Backend of kernels that require rows to start at multiples of 16 bytes."""
 
     def aligned(self, rows: torch.Tensor) -> torch.Tensor:
-        """Their strides are multiples of 16 bytes where there is no _rows_reason."""
+        """The rows, or an aligned copy. Strides are multiples of 16 bytes, as there is no _rows_reason."""
         return aligned(rows) if rows.data_ptr() % 16 else rows
 
     def aligned_gradient(self, gradient: torch.Tensor, *_: object) -> torch.Tensor:
@@ -214,10 +217,10 @@ class CudaBackend(Backend):
 
 
 class BuiltLaunch:
-    """A launch among those of Triton's kernels (launch.Launch), with everything fixed but its tensors."""
+    """A launch of a kernel of the extension, with the interface of Triton launches (launch.Launch)."""
 
     def __init__(self, launch):
-        """launch: (addresses, device, stream), as the extension makes it."""
+        """launch: a function (addresses, device, stream), made by the extension."""
         self._launch = launch
 
     def is_new(self, _surveyed):
@@ -227,7 +230,7 @@ class BuiltLaunch:
         self._launch([address or 0 for address in surveyed[0]], tensors[0].get_device(), stream_of(tensors[0]))
 
     def bound(self, device, _kinds):
-        """A function (addresses, stream); an address of nothing is 0."""
+        """A function (addresses, stream). The address of an absent tensor is 0."""
         launch = self._launch
         return lambda addresses, stream: launch(addresses, device, stream)
 
@@ -239,7 +242,7 @@ def krause_step_reason(q, k, v, cache, addressed=True):
     """
     if reason := _krause_rows_reason(q, v):
         return reason
-    for name, tensor in (("q", q), ("k", k), ("v", v)):  # one whose last dimension is not contiguous will be copied
+    for name, tensor in (("q", q), ("k", k), ("v", v)):  # if its last dimension is not contiguous, it is copied
         strided = any(tensor.shape[i] > 1 and tensor.stride(i) % 8 for i in (0, 1))
         if tensor.stride(3) == 1 and (strided or (addressed and tensor.data_ptr() % 16)):
             return ROWS_REASON.format(name)
@@ -249,9 +252,9 @@ def krause_step_reason(q, k, v, cache, addressed=True):
 
 
 def krause_step(q, k, v, cache, sigma, top_k, out):
-    """Fill out (B, Hq, 1, D) and the slots of the new tokens, for a call without krause_step_reason."""
+    """Fill out (B, Hq, 1, D) and the cache slots of the new tokens. The call must have no krause_step_reason."""
     q, k, v = aligned_starts(q, k, v)
-    if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:  # compiled code learns of it here
+    if cache.k.data_ptr() % 16 or cache.v.data_ptr() % 16:  # compiled calls have no address before
         raise ValueError(ROWS_REASON.format("cache.k or cache.v"))
     steps = tuple([tensor.stride()[:2] for tensor in (q, k, v, out)])
     launch = _krause_step(q.dtype, q.shape[:2], cache.k.shape[1:], steps, by_head(sigma), 0 if top_k is None else top_k)
@@ -278,7 +281,7 @@ def linear_reason(qs, ks, v, causal, packed=False):
     if reason := _absence_reason("v", v):
         return reason
     if v.dtype == torch.float16:
-        return "v has dtype torch.float16, whose range sums of features leave; the CUDA kernels take bfloat16"
+        return "v has dtype torch.float16, whose range is too small for sums of features; the CUDA kernels take bfloat16"
     if v.dtype != torch.bfloat16:
         return f"v has dtype {v.dtype}; the CUDA kernels take bfloat16"
     widths, value_width = tuple([int(q.shape[3]) for q in qs]), int(v.shape[3])
@@ -321,7 +324,7 @@ HOPPER_WIDTHS = (64, 128)
 
 
 def hopper_reason(tensors):
-    """Why CUDA kernels that are for Hopper cannot serve tensors of these layouts, by name, or None."""
+    """Why the CUDA kernels for Hopper cannot serve tensors with these layouts, or None. tensors: {name: layout}."""
     first, q = next(iter(tensors.items()))
     if reason := _absence_reason(first, q):
         return reason
@@ -330,7 +333,7 @@ def hopper_reason(tensors):
     widths = [int(x.shape[3]) for x in tensors.values()]
     if widths[0] not in HOPPER_WIDTHS or any(width != widths[0] for width in widths):
         return f"{', '.join(tensors)} are {', '.join(map(str, widths))} wide; the CUDA kernels take one width of 64 or 128"
-    for name, x in tensors.items():  # the tensor memory accelerator takes no such sizes and strides
+    for name, x in tensors.items():  # sizes and strides that the tensor memory accelerator does not take
         if any(size == 0 for size in x.shape):
             return f"{name} is empty, {tuple(x.shape)}; the CUDA kernels take at least one row"
         if any(x.shape[i] > 1 and x.strides[i] == 0 for i in range(3)):
@@ -340,13 +343,13 @@ def hopper_reason(tensors):
 
 
 def scale_reason(scale):
-    """Why the same kernels cannot serve this scale, or None."""
+    """Why the CUDA kernels for Hopper cannot serve this scale, or None."""
     return None if scale > 0 else f"the CUDA kernels take a positive scale, not {scale}"
 
 
 @functools.cache
 def _hopper_device_reason(index):
-    """Kernels whose instructions only sm_90a has."""
+    """Why the device cannot run kernels that use instructions of sm_90a, or None."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) != (9, 0) or "90a" not in extension.architectures():
         built = ", ".join(extension.architectures())

@@ -1,4 +1,4 @@
-"""Which backend would serve a call, and why the others would not."""
+"""`explain`: which backend would serve a call, and why the others cannot."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,18 @@ from nearfar.runtime.dispatch import Backend
 
 
 def explain(op: Callable[..., Any] | str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> str:
-    """Describe how a call would be served, without running it.
+    """Describe which backend would serve a call, without running it.
 
     Args:
         op: a public operator, such as `nearfar.krause_attention`, or its name.
         *args, backend, **kwargs: the arguments of the call.
 
     Returns:
-        One line for the choice, then one per backend, with the reason if it cannot serve the call.
+        A line with the chosen backend, then one line per backend, with the reason if it cannot serve the call.
 
     Raises:
-        ValueError: op is not an operator of nearfar, or the arguments do not fit it.
-        TypeError: as the operator itself.
+        ValueError: op is not an operator of nearfar, or the operator would raise a ValueError.
+        TypeError: the operator would raise a TypeError.
     """
     operator = registry.find(op)
     call = operator.prepare(*args, **kwargs)

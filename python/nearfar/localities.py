@@ -1,8 +1,8 @@
 """Localities: small value objects that state which keys a query sees.
 
-Each has `visible(query, key)`, the one definition of what it allows: a bool tensor for integer tensors of positions that
-broadcast. The references mask with it, tests compare with it, and `lambda b, h, q, k: locality.visible(q, k)` is a mask of
-FlexAttention. What else a locality offers, spans and linear forms, follows from that definition and is tested against it.
+Each has `visible(query, key)`, which defines the allowed pairs: it takes integer tensors of positions that broadcast, and
+returns a bool tensor. The references use it as their mask, and `lambda b, h, q, k: locality.visible(q, k)` is a mask function
+of FlexAttention. Other methods (spans, linear forms) are derived from it and tested against it.
 """
 
 import math
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 UNLIMITED = -1
-FARTHEST = 2**30  # positions; tensors are shorter, and positions that it is added to stay within int32
+FARTHEST = 2**30  # positions; longer than any tensor, and a position plus this fits int32
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
     """Keys from `left` positions before a query to `right` positions after it, both inclusive.
 
-    Positions count from the end when there are more keys than queries: the queries are the last N positions, as in
-    flash-attn. `SlidingWindow(127)` is a causal window of 128 keys, the query's own included.
+    If there are more keys than queries, the queries are the last N positions, as in flash-attn. `SlidingWindow(127)` is a
+    causal window of 128 keys, including the query's own.
 
     Args:
         left: how many keys before the query, -1 for all of them.
@@ -48,7 +48,7 @@ class SlidingWindow:
                 )
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        """Which keys queries see. query, key: positions among the keys, which broadcast."""
+        """Bool tensor: which keys queries see. query, key: integer tensors of positions among the keys, which broadcast."""
         distance = key - query
         seen = torch.ones_like(distance, dtype=torch.bool)
         if self.left != UNLIMITED:
@@ -60,23 +60,23 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class GridNeighborhood:
-    """The cells of a 2-D or 3-D grid within a radius of the query's own, and global tokens that see and are seen by all.
+    """Cells of a 2-D or 3-D grid within a radius of the query's cell, and global tokens, which see and are seen by all tokens.
 
-    The sequence is the global tokens, then the cells in row-major order. A cell at the border has fewer neighbours. With a
-    dilation d, a query sees every d-th cell along an axis, its own included, and `radius` counts those.
+    The sequence consists of the global tokens, then the cells in row-major order. A cell at the border has fewer neighbours.
+    With a dilation d, a query sees every d-th cell along an axis, including its own, and `radius` counts those.
     `GridNeighborhood((14, 14), 2, global_tokens=1)` is Krause attention's ViT (arXiv 2602.11534): 5 x 5 cells and CLS.
 
     Args:
         shape: cells along each axis, (H, W) or (T, H, W).
         radius: the farthest cell, 0 or more, along every axis or one number per axis.
-        metric: "chebyshev", a box of 2 radius + 1 cells along each axis, or "manhattan", at most `radius` steps in all,
-            which takes one radius.
+        metric: "chebyshev", a box of 2 radius + 1 cells along each axis, or "manhattan", at most `radius` steps in total,
+            which requires one radius for all axes.
         global_tokens: how many tokens precede the cells.
         dilation: 1 or more, for every axis or one number per axis.
 
     Raises:
         TypeError: a number is not an int.
-        ValueError: a number is too small, there is one for each of the wrong number of axes, or the metric is unknown.
+        ValueError: a number is too small, a tuple has not one number per axis, or the metric is unknown.
     """
 
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ class GridNeighborhood:
     @property
     def radii(self) -> tuple[int, ...]:
         """`radius` of each axis."""
-        return self.radius  # type: ignore[return-value]  # what __post_init__ made of it
+        return self.radius  # type: ignore[return-value]  # a tuple since __post_init__
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class GridNeighborhood:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a sequence, the global ones included."""
+        """Tokens of a sequence, including the global ones."""
         return self.global_tokens + math.prod(self.shape)
 
     def visible(self, query: Tensor, key: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class GridNeighborhood:
         return seen
 
     def key_span(self, first: int, last: int) -> tuple[int, int]:
-        """(begin, end) of the cells that queries from `first` to `last` - 1 may see, counted without global tokens, as they."""
+        """(begin, end) of the cells that queries from `first` to `last` - 1 may see, none of them counting global tokens."""
         strides = _strides(self.shape)
         reach = [min(r * d, n - 1) * s for r, d, n, s in zip(self.radii, self.dilations, self.shape, strides, strict=True)]
         return max(first - sum(reach), 0), min(last + sum(reach), math.prod(self.shape))
@@ -138,10 +138,11 @@ class GridNeighborhood:
 
 @dataclass(frozen=True)
 class ShiftedWindow:
-    """The cells of the query's own window, of a 2-D or 3-D grid that is cut into windows (Swin, arXiv 2103.14030).
+    """The cells of the query's window, in a 2-D or 3-D grid that is divided into windows (Swin, arXiv 2103.14030).
 
-    The sequence is the cells in row-major order. Windows start `shift` cells into the grid along each axis, and those at its
-    borders are smaller: what a cyclic shift brings together from opposite borders does not see each other, as in Swin.
+    The sequence consists of the cells in row-major order. Windows start `shift` cells into the grid along each axis. Windows at
+    the borders are smaller: cells that a cyclic shift would bring together from opposite borders do not see each other, as in
+    Swin.
 
     Args:
         shape: cells along each axis, (H, W) or (T, H, W); multiples of the window.
@@ -169,7 +170,7 @@ class ShiftedWindow:
     @property
     def windows(self) -> tuple[int, ...]:
         """`window` of each axis."""
-        return self.window  # type: ignore[return-value]  # what __post_init__ made of it
+        return self.window  # type: ignore[return-value]  # a tuple since __post_init__
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -178,7 +179,7 @@ class ShiftedWindow:
 
     @property
     def global_tokens(self) -> int:
-        """None: every token is a cell."""
+        """0: every token is a cell."""
         return 0
 
     @property
@@ -204,8 +205,7 @@ class ShiftedWindow:
         return math.prod(2 * w - 1 for w in self.windows)
 
     def bias_index(self, query: Tensor, key: Tensor) -> Tensor:
-        """The entry of the table for pairs that see each other, row-major in the offset of the query from the key, and 0 for
-        the others."""
+        """Table index of pairs that see each other, row-major in the offset of the query from the key; 0 for other pairs."""
         index = 0 * (query - key)
         for (q, _, window), (k, _, _) in zip(self._placed(query), self._placed(key), strict=True):
             index = index * (2 * window - 1) + (q - k + window - 1)
@@ -238,7 +238,7 @@ def check_not_packed(locality: Grid, cu_seqlens: Tensor | None) -> None:
 
 
 def within_reach(left: int, right: int) -> tuple[int, int]:
-    """The sides of a window as kernels take them: those that reach beyond any tensor are unlimited."""
+    """The sides of a window as kernels take them: a side that reaches beyond any tensor becomes unlimited."""
     return tuple([UNLIMITED if side >= FARTHEST else side for side in (left, right)])  # type: ignore[return-value]
 
 
@@ -257,7 +257,7 @@ def _set(locality: object, **fields: tuple[int, ...]) -> None:
 
 
 def _axes(locality: object, name: str, value: object, shape: Sequence[int] | None, smallest: int) -> tuple[int, ...]:
-    """A number for each axis, from one for all of them or one each; shape None: the value is the shape itself."""
+    """A number for each axis, from one number for all axes or one per axis. shape None: the value is the shape itself."""
     kind = type(locality).__name__
     if shape is None:
         if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
@@ -281,7 +281,7 @@ def _strides(shape: Sequence[int]) -> list[int]:
 
 
 def _coordinates(cell: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """Coordinates of cells along each axis; those of global tokens, below 0, mean nothing."""
+    """Coordinates of cells along each axis. Those of global tokens (negative cells) have no meaning."""
     return [cell // stride % size for stride, size in zip(_strides(shape), shape, strict=True)]
 
 

@@ -9,12 +9,12 @@ from nearfar.ops import affine, diagnostics, krause, krause_step, linear, synchr
 class Operator(NamedTuple):
     """One public operator.
 
-    room: the name of its file in every room: ops/, reference/, triton_kernels/, tests/, bench/cases/, docs/operators/;
-        operators that are cases of one another share it.
-    function: the public function. prepare: its checks, returning a call with its q and its `backends`.
+    room: name of its file in ops/, reference/, triton_kernels/, tests/, bench/cases/ and docs/operators/. Operators that are
+        special cases of one another share files.
+    function: the public function. prepare: its checks; returns a call with `q` and `backends`.
     op: its name in torch.ops.nearfar.
-    summary, source: what the README says of it.
-    differentiable: False where it has no gradients, only constants to monitor.
+    summary, source: for the README's table.
+    differentiable: False if its results have no gradient.
     """
 
     room: str
@@ -98,8 +98,8 @@ OPERATORS = (
 class Step(NamedTuple):
     """One public function that decodes a token.
 
-    room: as of an Operator. function: the public function; it writes to its `memory` in place. operator: the public function
-    whose last row it computes.
+    room: as for Operator. function: the public function. memory: name of the argument that it updates in place. operator: the
+    public function whose last row it computes.
     """
 
     room: str
@@ -116,7 +116,7 @@ STEPS = (
 
 
 class Part(NamedTuple):
-    """A public function that feeds an operator: it has samples and keeps the contract, but no module of its own."""
+    """A public function that computes an input of an operator. It is tested like an operator, but has no file of its own."""
 
     room: str
     function: Callable[..., Any]
@@ -128,7 +128,7 @@ PARTS = (Part("synchronization", synchronization.order_parameter, "order_paramet
 
 
 def find(op: Callable[..., Any] | str) -> Operator:
-    """The Operator of a public function or of its name."""
+    """The Operator for a public function or its name. Raises ValueError if there is none."""
     for operator in OPERATORS:
         if op is operator.function or op == operator.function.__name__:
             return operator

@@ -1,4 +1,4 @@
-"""How kernels see a GridNeighborhood: boxes of cells, walks over their halos, linear forms of offsets, words of selections."""
+"""Tiling of a GridNeighborhood for kernels: boxes of cells, walks over halos, linear forms of offsets, selection words."""
 
 import functools
 import itertools
@@ -10,20 +10,20 @@ from nearfar.localities import GridNeighborhood
 
 Axes = tuple[int, int, int]
 
-WORD = 32  # bits of one word of a saved selection
-FIELDS = 31  # bits of a code, whose sums stay positive
-BLOCKS = (16, 32, 64)  # tokens of a tile
-MAX_GLOBALS = 16  # global tokens, which fit every tile
-MIN_SELECTED_LINE = 16  # cells of a line of keys: shorter ones take more words
-MAX_SELECTED_RADIUS = 15  # along the last axis: a line of cells is a word
-SELECT_BLOCK = 64  # keys of a tile of the kernel that selects
-RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of eight warps
-RESIDENT_COLUMNS = 256  # scores of a query in the kernel that also attends: every tile of them is code of its own
-MAX_COLUMNS = 2048  # scores of a query; the smallest query tile of as many spills half of them
+WORD = 32  # bits per word of a saved selection
+FIELDS = 31  # bits of a code; sums of codes stay positive in an int32
+BLOCKS = (16, 32, 64)  # possible tokens per tile
+MAX_GLOBALS = 16  # most global tokens: they fit in one tile of any size
+MIN_SELECTED_LINE = 16  # fewest cells in a line of keys: shorter lines take more words
+MAX_SELECTED_RADIUS = 15  # along the last axis: a line of cells in sight fits a word
+SELECT_BLOCK = 64  # keys per tile of the selecting kernel
+RESIDENT_SCORES = 16384  # scores of a query tile that fit in the registers of eight warps
+RESIDENT_COLUMNS = 256  # most scores per query in the kernel that selects and attends, which unrolls its key tiles
+MAX_COLUMNS = 2048  # most scores per query; with these the smallest query tile spills half of them
 
 
 class Geometry(NamedTuple):
-    """A GridNeighborhood of three axes, those of one cell first. manhattan: its radius, None for Chebyshev distances."""
+    """A GridNeighborhood with three axes, axes of one cell first. manhattan: its radius, None for Chebyshev distances."""
 
     shape: Axes
     radius: Axes
@@ -39,33 +39,33 @@ class Geometry(NamedTuple):
 
     @property
     def words(self) -> tuple[int, int]:
-        """Words of the selection of a cell, one a line in sight, and of a global query. The last is that of global keys."""
+        """Selection words of a cell (one per line in sight) and of a global query. The last word is for global keys."""
         (t, h, w), (reach_t, reach_h, _) = self.shape, self.radius
         has_globals = int(self.num_globals > 0)
         return (2 * reach_t + 1) * (2 * reach_h + 1) + has_globals, t * h * -(-w // WORD) + 1
 
     @property
     def words_per_head(self) -> int:
-        """Words of the selection of all queries of a head."""
+        """Selection words of all queries of a head."""
         of_cell, of_global = self.words
         return self.num_globals * of_global + math.prod(self.shape) * of_cell
 
 
 class Tiles(NamedTuple):
-    """Query tiles, boxes of cells, and the tiles of keys of a walk, rows of cells; or the other way round."""
+    """Query tiles (boxes of cells) and the key tiles of a walk (lines of cells), or with the roles exchanged."""
 
     box: Axes
     key_h: int
     key_w: int
 
     def boxes(self, geometry: Geometry) -> Axes:
-        """How many along each axis, those of all residue classes."""
+        """Number of boxes along each axis, in all residue classes."""
         axes = zip(geometry.cells, self.box, geometry.dilation, strict=True)
         t, h, w = (-(-cells // size) * step for cells, size, step in axes)
         return t, h, w
 
     def steps(self, geometry: Geometry) -> int:
-        """Tiles of the longest walk over the halo of a box."""
+        """Number of key tiles in the longest walk over the halo of a box."""
         return self.steps_over(halo(geometry, self.box))
 
     def steps_over(self, cells: Axes) -> int:
@@ -74,7 +74,7 @@ class Tiles(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Tiles of the kernel that selects, and the tiles of scores that a query tile holds, a power of two."""
+    """Tiles of the selecting kernel, and the number of score tiles that a query tile holds, a power of two."""
 
     tiles: Tiles
     slots: int
@@ -87,7 +87,7 @@ class Selection(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def geometry_of(locality: GridNeighborhood) -> Geometry:
-    """The Geometry of a locality: a radius is not larger than the axis."""
+    """The Geometry of a locality. Radii are clipped to the axes."""
     axes = [axis for axis in zip(locality.shape, locality.radii, locality.dilations, strict=True) if axis[0] > 1]
     t, h, w = [(1, 0, 1)] * (3 - len(axes)) + [(n, min(r, -(-n // d) - 1), d) for n, r, d in axes]
     manhattan = locality.radii[0] if locality.metric == "manhattan" else None
@@ -95,7 +95,7 @@ def geometry_of(locality: GridNeighborhood) -> Geometry:
 
 
 def halo(geometry: Geometry, box: Axes) -> Axes:
-    """The most cells along each axis that a box sees."""
+    """The largest number of cells along each axis that a box sees."""
     axes = zip(box, geometry.radius, geometry.cells, strict=True)
     t, h, w = (min(size + 2 * reach, cells) for size, reach, cells in axes)
     return t, h, w
@@ -103,7 +103,7 @@ def halo(geometry: Geometry, box: Axes) -> Axes:
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) -> Tiles | None:
-    """The Tiles with the fewest steps in all, None where no codes fit. selects: their lines of cells fit a word."""
+    """The Tiles with the fewest total steps; None if no codes fit. selects: require that a line of cells fits a word."""
 
     def cost(tiles: Tiles) -> tuple[int, ...]:
         return math.prod(tiles.boxes(geometry)) * tiles.steps(geometry), tiles.key_h, -tiles.box[2], -tiles.box[1]
@@ -116,8 +116,9 @@ def choose_tiles(geometry: Geometry, block_m: int, block_n: int, selects: bool) 
 
 @functools.lru_cache(maxsize=1024)
 def choose_selection(geometry: Geometry) -> Selection:
-    """The Selection of cells, of the largest query tile whose scores fit registers. A tile of keys has whole lines of the halo:
-    its order is that of the keys, and no two tiles share a word.
+    """The Selection for cells, with the largest query tile whose scores fit in registers.
+
+    A key tile has whole lines of the halo, so it has the order of the keys, and no two tiles share a word.
     """
 
     def selection(tiles: Tiles) -> Selection:
@@ -135,15 +136,16 @@ def choose_selection(geometry: Geometry) -> Selection:
 
 
 def choose_global_selection(geometry: Geometry) -> Selection:
-    """The Selection of the global queries, which walk the whole grid."""
+    """The Selection for the global queries, which walk over the whole grid."""
     tiles = _global_tiles(geometry)
     return Selection(tiles, _power_of_two(tiles.steps_over(geometry.shape) + 1))
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_resident(geometry: Geometry) -> tuple[tuple[Tiles, int], ...] | None:
-    """(Tiles, steps of the longest walk) of the cells and, if there are any, of the global queries, for the kernel that keeps
-    all scores in registers and selects and attends at once; None where walks are too long for that.
+    """(Tiles, steps of the longest walk) of the cells and, if there are any, of the global queries, for the resident kernel.
+
+    That kernel keeps all scores in registers, and selects and attends in one launch. None if walks are too long for it.
     """
     every = [tiles for tiles in _all_tiles(SELECT_BLOCK, SELECT_BLOCK) if MIN_SELECTED_LINE <= tiles.key_w <= WORD]
     every = [x for x in every if halo(geometry, x.box)[2] <= x.key_w and forms(geometry, x)]
@@ -165,10 +167,11 @@ def _global_tiles(geometry: Geometry) -> Tiles:
 
 @functools.lru_cache(maxsize=1024)
 def forms(geometry: Geometry, tiles: Tiles) -> tuple[int, int, int, int, int] | None:
-    """(code of a step along T, along H and along W, bias, guards) for `triton_kernels.grid.sees`, None if they do not fit.
+    """(code of a step along T, along H and along W, bias, guards) for `triton_kernels.grid.sees`; None if they do not fit.
 
-    A cell is seen if every form of its offset is within a radius: of each axis its own; for Manhattan distances the sums with
-    every choice of signs, of which one of each pair of opposites is enough. Forms that are never beyond are left out.
+    A cell is seen if every linear form of its offset is within a radius. For Chebyshev distances the forms are the axes, each
+    with its own radius. For Manhattan distances they are the sums over axes with all choices of signs, one of each pair of
+    opposites. Forms that can never exceed their radius are omitted.
     """
     if geometry.manhattan is None:
         signs = [[int(axis == own) for axis in range(3)] for own in range(3)]
@@ -177,7 +180,7 @@ def forms(geometry: Geometry, tiles: Tiles) -> tuple[int, int, int, int, int] | 
         every = itertools.product(*[(1, -1) if cells > 1 else (0,) for cells in geometry.cells])
         signs = [list(form) for form in every if next((sign for sign in form if sign), 0) > 0]
         radii = [geometry.manhattan] * len(signs)
-    # Of lanes that are no cells, too: a tile may begin at the last line of the halo.
+    # Includes lanes that are not cells: a tile may begin at the last line of the halo.
     ends = zip(tiles.box, geometry.radius, (1, tiles.key_h, tiles.key_w), strict=True)
     farthest = [size + reach + key - 2 for size, reach, key in ends]
     codes, bias, guards, shift = [0, 0, 0], 0, 0, 0
@@ -193,7 +196,7 @@ def forms(geometry: Geometry, tiles: Tiles) -> tuple[int, int, int, int, int] | 
 
 @functools.lru_cache(maxsize=1024)
 def reason(locality: GridNeighborhood, selects: bool) -> str | None:
-    """Why kernels do not serve a locality, or None. selects: there is a top_k."""
+    """Why kernels cannot serve a locality, or None. selects: whether there is a top_k."""
     geometry = geometry_of(locality)
     if geometry.num_globals > MAX_GLOBALS:
         return f"locality has {geometry.num_globals} global tokens; kernels take at most {MAX_GLOBALS}"

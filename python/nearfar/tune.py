@@ -3,13 +3,13 @@
     python -m nearfar.tune [--kernels attend read_causal ...] [--widths 64 ...] [--bits 16 ...]
     python -m nearfar.tune --choices [krause_attention ...]
 
-For each kernel, head width and element size every candidate is compiled, in one process a core, and then timed inside a forward
-and a backward of an operator in a common shape: Krause attention in a causal window of 128 keys, causal softmax, linear or
-Hadamard attention, synchronization attention of which every pair locks, or the diagnostics of causal softmax attention.
-The fastest goes into triton_kernels/launch.json, which nothing else writes. A candidate is refused when an output or a
-gradient differs from that with the present parameters by more than rounding. --choices calls each backend in every case of
-python/nearfar/runtime/choices.json instead, which nothing else writes (tune_choices.py); it wants the CUDA extension and
-launch parameters that are tuned. Needs rich (the `bench` extra) and a source tree or an editable install.
+For each kernel, head width and element size, every candidate is compiled (one process per core) and then timed inside a forward
+and backward of an operator in a common shape: Krause attention with a causal window of 128 keys, causal softmax, linear or
+Hadamard attention, synchronization attention in which every pair locks, or the diagnostics of causal softmax attention. The
+fastest candidate is written to triton_kernels/launch.json. A candidate is refused if an output or a gradient differs by more
+than rounding from the result with the current parameters. With --choices, each backend is timed in every case of
+python/nearfar/runtime/choices.json instead (tune_choices.py), and that file is rewritten; this requires the CUDA extension and
+tuned launch parameters. Needs a GPU, rich (the `bench` extra), and a source tree or an editable install.
 """
 
 import argparse
@@ -39,13 +39,13 @@ from nearfar.triton_kernels import (
 )
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
-# What rounding, in another order or of other partial sums, may change of a result, against its largest element. What a race
-# or a wrong tile spoils is off by as much as the result itself.
+# Allowed difference, relative to the largest element of a result: sums in another order round differently. The error of a race
+# or a wrong tile is as large as the result itself.
 ROUNDING = {16: 2.0**-6, 32: 2.0**-13}
 NEAR, FAR = (1, 16, 8192), (4, 32, 4096)  # batch, heads, tokens
 NARROW, WIDE = ((4, 32, 4096), (16, 16)), ((1, 12, 32768), (64, 64))  # shapes and factors of Hadamard attention by width of v
 DIAGNOSTICS = ("statistics", "key_mass", "statistics_grad_queries", "statistics_grad_keys", "geometry")
-# Rows, columns and stages of the tiles worth compiling at 16 bits.
+# Rows, columns and stages of the candidate tiles at 16 bits.
 TILES = {
     "near": ((32, 64), (32, 64), (1, 2, 3)),
     "softmax": ((32, 64, 128), (32, 64, 128), (2, 3)),
@@ -56,13 +56,13 @@ TILES = {
     "read": ((64, 128), (32, 64), (1, 2, 3, 4)),
     "grad": ((64, 128), (32, 64), (1, 2, 3, 4)),
 }
-WARP_SHARE = (256, 2048)  # elements of a tile that a warp holds
-# Limits a thread worth trying for narrow heads.
+WARP_SHARE = (256, 2048)  # fewest and most elements of a tile per warp
+# Candidate limits of registers per thread, for narrow heads.
 REGISTERS = {"near": (None, 128, 168), "softmax": (None, 128, 168), "sync": (None, 128, 168)}
 
 
 def function_names(kernel):
-    """The names of the Triton functions that an entry of the table is for."""
+    """The names of the Triton functions that use an entry of the table."""
     if kernel == "geometry":
         return {"select", "separate"}
     return {kernel.removeprefix("softmax_").removeprefix("sync_").removesuffix("_causal").removesuffix("_one")}
@@ -78,13 +78,13 @@ def family(kernel):
 
 
 def candidates(kernel, bits, width):
-    """Parameter sets worth compiling: tiles that fit shared memory, and registers without drowning or idling in them."""
+    """Candidate parameters: tiles that fit in shared memory and use registers neither too much nor too little."""
     rows, columns, stages = TILES[family(kernel)]
     near = family(kernel) == "near"
     limits = REGISTERS.get(family(kernel), (None,)) if width <= 64 and bits == 16 else (None,)
     if bits == 32:
         rows, columns = ([size and size // 2 for size in sizes] for sizes in (rows, columns))
-    if kernel == "sync_grad_keys":  # its own tiles are of keys, those that it walks of queries
+    if kernel == "sync_grad_keys":  # its rows are keys, its columns queries
         rows, columns = columns, rows
     for block_m, block_n, warps, depth in itertools.product(rows, columns, (4, 8), stages):
         if block_m * width * bits > 64 * 256 * 16 or (near and width < 256 and warps == 8):
@@ -99,7 +99,7 @@ def make_diagnostics(kernel, width, bits, device):
     q, k, v = (torch.randn(*NEAR, width, device=device, dtype=DTYPES[bits]).requires_grad_() for _ in range(3))
 
     def selection():
-        """Means, as near ties may rightly change a row."""
+        """Means, because near ties may legitimately change single rows."""
         found = nf.selection_geometry(q, k, v, 4, causal=True, backend="triton")
         return [part.mean() for part in found]
 
@@ -142,7 +142,7 @@ def make_call(kernel, width, bits, device="cuda"):
 
 
 def make_synchronization_call(kernel, width, bits, device):
-    """As make_call. Close frequencies and full agreement: no cell is skipped. Causal calls have kernels of their own."""
+    """As make_call. Frequencies are close and phases agree, so that no cell is skipped. Causal calls use separate kernels."""
     causal = kernel in ("sync_grad_queries", "sync_grad_keys")
     omega, v = (torch.randn(*NEAR, width, device=device, dtype=DTYPES[bits]) for _ in range(2))
     inputs = [(omega * 0.3 * width**-0.5).requires_grad_(), v.requires_grad_()]
@@ -158,7 +158,7 @@ def make_synchronization_call(kernel, width, bits, device):
 
 @contextmanager
 def recorded():
-    """The (launch, tensors) of all launches made inside."""
+    """Context that records (launch, tensors) of all launches."""
     launches, run = [], launch.Launch.run
 
     def record(self, tensors, surveyed):
@@ -170,7 +170,7 @@ def recorded():
 
 
 def forget_plans():
-    """Launches are planned anew, with what the table says now."""
+    """Clear all plans, so that later launches use the current table."""
     launch.launch_parameters.cache_clear()
     plans.forget_plans()
     for module in (affine_launch, diagnostics_launch, linear_launch, pairwise_launch, synchronization_launch):
@@ -203,7 +203,7 @@ def compile_candidate(kernel, width, bits, parameters):
 
 
 def compile_ahead(jobs):
-    """compile_candidate for each of these argument lists, in one process a core."""
+    """Call compile_candidate with each of these argument lists, in one process per core."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compile_candidate, *job) for job in jobs]
         for future in track(futures, "compiling"):
@@ -211,7 +211,7 @@ def compile_ahead(jobs):
 
 
 def measure(run, kernel):
-    """(milliseconds in this kernel, results) with the parameters now in the table, None if the kernel does not build."""
+    """(milliseconds in this kernel, results) with the current table; None if the kernel does not compile."""
     forget_plans()
     try:
         with recorded() as launches:
@@ -221,11 +221,11 @@ def measure(run, kernel):
     own = [(made, tensors) for made, tensors in launches if made._kernel.__name__ in function_names(kernel)]
     assert own, f"the call launches no {kernel}"
     times = [do_bench(lambda m=made, t=tensors: m(*t), warmup=5, rep=25, return_mode="median") for made, tensors in own]
-    return sum(times), results  # which the repeated launches have written again
+    return sum(times), results  # the timed launches have overwritten the results
 
 
 def choose(entry, key, trials, measure, rounding):
-    """Leave the fastest of the trials that computes what entry[key] does in its place; its milliseconds, and the refused."""
+    """Set entry[key] to the fastest trial with the same results; return its milliseconds and the refused trials."""
     current = launch.LaunchParameters(*entry[key])
     fastest, expected = measure()
     best, refused = current, []

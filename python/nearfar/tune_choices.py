@@ -1,6 +1,6 @@
-"""Re-measure which backend is faster in each case of runtime/choices.json: what `python -m nearfar.tune --choices` does.
+"""Re-measure which backend is faster in each case of runtime/choices.json, for `python -m nearfar.tune --choices`.
 
-A kernel's output and gradients must be those of the reference before its times are believed. The kernels are called by turns.
+Outputs and gradients of each backend are first compared with the reference. Then the backends are timed in turns.
 """
 
 import datetime
@@ -18,14 +18,14 @@ import nearfar as nf
 from nearfar.runtime import choices
 from nearfar.runtime.dispatch import KERNELS
 
-ROUNDING = 2.0**-6  # what rounding to 16 bits may change of a result, against its largest element
-NEAR_TIES = 1e-4  # share of a selecting call's rows in which rounding may change the selection
+ROUNDING = 2.0**-6  # allowed difference for 16-bit results, relative to the largest element
+NEAR_TIES = 1e-4  # share of rows in which rounding may change a selection
 ROUNDS = 50
 FLUSHED = 2**30  # bytes: more than an L2 cache
-FLUSHES = 4  # before each call, about 1.4 ms on an H100: the host enqueues the call meanwhile, and is not in its time
+FLUSHES = 4  # before each call, about 1.4 ms on an H100, during which the host enqueues the call, so its time does not count
 
 
-# ---- the calls: inputs, of which those that require grad have a backward, and a function of the backend
+# ---- the calls: each returns (inputs, function of the backend); a call has a backward if inputs require grad
 
 
 def draw(case, device, *shape, heads=None, grad=True):
@@ -45,7 +45,7 @@ def krause_attention(case, device):
 
 
 def krause_attention_step(case, device):
-    """Every slot of the cache is filled."""
+    """A step with a full cache."""
     heads, slots, width = case["Hkv"], case["slots"], case["D"]
     q = draw(case, device, 1, width, grad=False)
     k, v = (draw(case, device, 1, width, heads=heads, grad=False) for _ in range(2))
@@ -68,7 +68,7 @@ def affine_attention(case, device):
 
 
 def synchronization_attention(case, device):
-    """Close frequencies and full agreement: every pair locks."""
+    """Frequencies are close and phases agree, so that every pair locks."""
     spread = 0.3 * case["D"] ** -0.5
     omega, v = (draw(case, device, case["N"], case["D"], grad=False) for _ in range(2))
     inputs = [omega.mul_(spread).requires_grad_(), v.requires_grad_()]
@@ -79,7 +79,7 @@ def synchronization_attention(case, device):
 
 
 def attention_statistics(case, device):
-    """Forward only: the gradients have no kernels in CUDA C++."""
+    """Forward only: there are no CUDA kernels for the gradients."""
     q, k, _ = draw_qkv(case, device, grad=False)
 
     def call(backend):
@@ -90,7 +90,7 @@ def attention_statistics(case, device):
 
 
 def selection_geometry(case, device):
-    """Means, as near ties may rightly change a row."""
+    """Means, because near ties may legitimately change single rows."""
     inputs = draw_qkv(case, device, grad=False)
 
     def call(backend):
@@ -113,7 +113,7 @@ CALLS = {
 
 
 def milliseconds(calls):
-    """Median time of the GPU in each call, of rounds in which they take turns, by CUDA events and with a cold L2 cache."""
+    """Median GPU time of each call in milliseconds, by CUDA events, with a cold L2 cache. The calls take turns."""
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
     events = [[] for _ in calls]
     for _ in range(3 + ROUNDS):
@@ -130,7 +130,7 @@ def milliseconds(calls):
 
 
 def agree(results, expected, rounding, near_ties=0.0):
-    """Whether no row of a result, but a share of near_ties, has an element that differs by more than rounding; a NaN does."""
+    """Whether results agree: at most a share of near_ties of the rows may differ by more than rounding. NaN differs."""
     for a, b in zip(results, expected, strict=True):
         off = ~((a.float() - b.float()).abs() <= rounding * b.float().abs().max())
         rows = off.any(-1) if off.dim() == 4 else off
@@ -140,7 +140,7 @@ def agree(results, expected, rounding, near_ties=0.0):
 
 
 def passes(operator, case, device, backend):
-    """Functions that run the forward and, where there are gradients, the backward; of equal tensors for every backend."""
+    """{direction: function} of the forward and, if there are gradients, the backward. Every backend gets equal tensors."""
     torch.manual_seed(0)
     inputs, call = CALLS[operator](case, device)
     differentiable = [x for x in inputs if x.requires_grad]
@@ -179,10 +179,10 @@ def measure(operator, case, device="cuda", time=milliseconds):
 
 
 def renewed(rows, capability, run, measure):
-    """The rows of an operator, each measured once more on a GPU of this major capability.
+    """The rows of an operator, measured again on a GPU of this major capability.
 
-    What is measured takes the place of the row of that capability, or stands beside those of others. Where `measure`, of a
-    case, raises ValueError, what there was stays.
+    A new row replaces the row with the same key and capability, or is added beside rows of other capabilities. If `measure`
+    raises ValueError for a case, an existing row stays.
     """
     own = [row for row in rows if row["key"]["capability"] == capability]
     others = [row for row in rows if row not in own]
@@ -203,7 +203,7 @@ def renewed(rows, capability, run, measure):
 
 
 def text(table):
-    """The table as JSON with a line for each row and for each run that a row is of."""
+    """The table as JSON, with one line per row and per run that a row refers to."""
     rows = [row for rows in table["choices"].values() for row in rows]
     used = {row[backend]["run"] for row in rows for backend in KERNELS}
     runs = ",\n".join(f'    "{name}": {json.dumps(run)}' for name, run in table["runs"].items() if name in used)
@@ -215,7 +215,7 @@ def text(table):
 
 
 def environment():
-    """What a run of this module is described by."""
+    """The description of a run of this module."""
     return {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -224,7 +224,7 @@ def environment():
 
 
 def commit():
-    """That of the sources, of which NEARFAR_COMMIT tells where .git is missing."""
+    """The commit of the sources; NEARFAR_COMMIT overrides it, for copies without .git."""
     if "NEARFAR_COMMIT" in os.environ:
         return os.environ["NEARFAR_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
@@ -235,7 +235,7 @@ def commit():
 
 
 def main(operators: Sequence[str]) -> None:
-    """Measure the choices of these operators anew, or of all; the table is written after each."""
+    """Measure the choices of these operators, or of all if the list is empty. The table is written after each operator."""
     table, run = choices.table(), environment()
     capability, _ = torch.cuda.get_device_capability()
     name = f"{run['gpu']}, {run['date']}"

@@ -43,7 +43,7 @@ class Extension:
 REASONS = {
     None: lambda: ([tensor()], [tensor()], tensor(), True),
     "v is on cpu": lambda: ([tensor(device="cpu")], [tensor(device="cpu")], tensor(device="cpu"), True),
-    "float16, whose range sums of features leave": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
+    "float16, whose range is too small": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float16), True),
     "float32; the CUDA kernels take bfloat16": lambda: ([tensor()], [tensor()], tensor(dtype=torch.float32), True),
     "the factors are (16, 16) and v is 64 wide; without": lambda: ([tensor(16)] * 2, [tensor(16)] * 2, tensor(), False),
     "the factors are (64, 64) and v is 64 wide": lambda: ([tensor()] * 2, [tensor()] * 2, tensor(), True),

@@ -412,7 +412,7 @@ def packed_by(ends, key_ends=None, side="none", rows=1):
     ("llama", "nearfar_softmax", {"attention_dropout": 0.1}, batch, NotImplementedError, "no dropout, got 0.1"),
     ("llama", "nearfar_softmax", {"nearfar": {"sigma": 1.0, "size": 3}}, batch, ValueError, "config.nearfar takes.*got size"),
     ("llama", "nearfar_softmax", {"nearfar": 3}, batch, TypeError, "config.nearfar must be a dict"),
-    ("llama", "nearfar_softmax", {}, with_weights, NotImplementedError, "cannot compute with output_attentions"),
+    ("llama", "nearfar_softmax", {}, with_weights, NotImplementedError, "does not support output_attentions"),
     ("llama", "nearfar_softmax", {}, packed_by([0, 11], side="left"), NotImplementedError, "cu_seq_lens_q or padding"),
     ("llama", "nearfar_softmax", {}, packed_by([0, 11, 22], rows=2), NotImplementedError, "cu_seq_lens_q in a batch of 1"),
     ("llama", "nearfar_softmax", {}, packed_by([0, 4, 11], [0, 5, 11]), NotImplementedError, "cu_seq_lens_k must equal"),
@@ -437,14 +437,14 @@ def test_options_are_refused_by_name(option):
     attention = AttentionInterface()["nearfar_softmax"]
     q = torch.randn(1, 2, 4, 16)
     attention(torch.nn.Identity(), q, q, q, None, **{option: None})
-    with pytest.raises(NotImplementedError, match=f"cannot compute with {option}"):
+    with pytest.raises(NotImplementedError, match=f"does not support {option}"):
         attention(torch.nn.Identity(), q, q, q, None, **{option: torch.ones(1)})
 
 
 def test_softcap_of_a_model():
     config = transformers.Gemma2Config(**SIZES, sliding_window=4)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="nearfar_softmax").to(DEVICE)
-    with pytest.raises(NotImplementedError, match="cannot compute with softcap"):
+    with pytest.raises(NotImplementedError, match="does not support softcap"):
         model.eval()(**batch())
 
 

@@ -1,4 +1,4 @@
-"""What attention heads do on real text: head regimes, a watch over a model, plots."""
+"""Diagnostics of attention heads: head regimes, `watch` for a whole model, plots."""
 
 from nearfar.diagnostics.plot import plot
 from nearfar.diagnostics.regimes import REGIMES, HeadRegimes, Thresholds, classify, head_regimes

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nearfar.diagnostics.watch import Watch
 
-COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # told apart by colour-blind readers, too
+COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # distinguishable for colour-blind readers
 NAMES = ("precision", "recall", "F")
 
 

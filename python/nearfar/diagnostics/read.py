@@ -1,4 +1,4 @@
-"""Exact reading of attention calls: queries, keys and values of each head, and the keys that each query sees."""
+"""Readers of attention calls: they return queries, keys and values of each head, and the keys that each query sees."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from nearfar.diagnostics.visible import (
 )
 from nearfar.localities import SlidingWindow
 
-CHANGES_WEIGHTS = ("softcap", "s_aux", "position_bias")  # of transformers' attention interface: what statistics do not know
+CHANGES_WEIGHTS = ("softcap", "s_aux", "position_bias")  # options of transformers that statistics do not support
 PAGED = ("block_table", "k_cache", "v_cache")
-CHECKED_ROWS = 8  # of a model's own attention in transformers
+CHECKED_ROWS = 8  # rows that are compared with the output of a model's own "eager" attention
 
 
 class Call(NamedTuple):
@@ -54,7 +54,7 @@ def scaled_dot_product(
 ) -> list[Call]:
     if query.is_nested or key.is_nested:
         raise Unreadable("its tensors are nested")
-    if query.dim() < 4:  # no heads: one
+    if query.dim() < 4:  # no dimension of heads: one head
         query, key, value = (x.unsqueeze(-3) for x in (query, key, value))
         attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
     lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
@@ -89,7 +89,7 @@ def multihead(
     is_causal: bool = False,
 ) -> list[Call]:
     if module.bias_k is not None or module.add_zero_attn:
-        raise Unreadable("add_bias_kv or add_zero_attn give it keys of its own")
+        raise Unreadable("add_bias_kv or add_zero_attn add keys")
     if query.is_nested:
         if not query is key is value:
             raise Unreadable("its tensors are nested")
@@ -112,12 +112,12 @@ def multihead(
         visible = visible_keys(inverted(attn_mask)).reshape(*(shape[:2] if attn_mask.dim() == 3 else (1, 1)), *shape[2:])
     if key_padding_mask is not None:
         kept = visible_keys(inverted(key_padding_mask)).view(-1, 1, 1, shape[3])
-        visible = visible & kept & (kept.mT if itself else True)  # padding is no query of a text either
+        visible = visible & kept & (kept.mT if itself else True)  # padding tokens are no queries either
     return [Call(q, k, v, None, parts_of_mask(visible.expand(shape)))]
 
 
 def inverted(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of nn.MultiheadAttention, where True hides, as one of scaled_dot_product_attention, where True shows."""
+    """Convert a mask of nn.MultiheadAttention (True hides) to one of scaled_dot_product_attention (True shows)."""
     return ~mask if mask.dtype == torch.bool else mask
 
 
@@ -186,7 +186,7 @@ def transformers_call(
 
 
 def dense(mask: BlockMask, num_queries: int, num_keys: int) -> torch.Tensor:
-    """A BlockMask as bools (B, H, N, M): its function, inside the blocks that it computes."""
+    """A BlockMask as a bool mask (B, H, N, M): its mask function, restricted to the blocks that it computes."""
     rows, columns = mask.BLOCK_SIZE
     blocks = mask.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)[..., :num_queries, :num_keys]
     shown = create_mask(mask.mask_mod, *mask.shape[:2], num_queries, num_keys, device=blocks.device)  # type: ignore[call-arg,misc]
@@ -209,7 +209,7 @@ def parts_of_flash(
     max_length_k: int | None = None,
     **options: Any,
 ) -> list[Part]:
-    """The parts that transformers' flash_attention_forward sees: by padding, else text lengths, else restarting positions."""
+    """The parts that transformers' flash_attention_forward computes, by padding, text lengths or restarting positions."""
     back = -1 if sliding_window is None or num_keys <= sliding_window else sliding_window - 1
     locality = SlidingWindow(back, 0 if is_causal else back) if is_causal or back >= 0 else None
     if mask is not None:
@@ -252,4 +252,4 @@ def check(call: Call, mask: torch.Tensor | None, output: torch.Tensor) -> None:
         largest = q[batch, :, rows].norm(dim=-1).max() * k[batch].norm(dim=-1).max() * abs(scale)
         error = (output[batch, rows] - expected).abs().max()
         if bool(error > eps * (16 + 4 * largest) * v[batch].abs().max()):
-            raise Unreadable("its output is not that of softmax of q . k over the keys that its mask shows")
+            raise Unreadable("its output is not softmax attention of q . k over the keys that its mask allows")

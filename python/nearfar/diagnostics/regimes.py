@@ -1,4 +1,4 @@
-"""Per head: its attention sink, the separation of the keys it selects, and its regime (arXiv 2602.01893)."""
+"""Regimes of attention heads, with their sink and the separation of their selected keys (arXiv 2602.01893)."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from nearfar.runtime.dispatch import Backend
 
 REGIMES = ("retriever", "mixer", "reset")
 UNDEFINED = -1  # instead of an index into REGIMES: the regime of a head with NaN
-CONTROL_ROWS = 16  # queries of the random control whose weights are in memory at once
+CONTROL_ROWS = 16  # queries of the random control that are computed together
 
 
 class Thresholds(NamedTuple):
@@ -49,10 +49,10 @@ class HeadRegimes(NamedTuple):
     precision: torch.Tensor  # these three: means over the queries that see more than top_n keys
     recall: torch.Tensor
     f_score: torch.Tensor
-    control_precision: torch.Tensor  # the same of as many keys drawn at random, by some of these queries
+    control_precision: torch.Tensor  # the same for top_n keys drawn at random, over a sample of these queries
     control_recall: torch.Tensor
     control_f_score: torch.Tensor
-    regime: torch.Tensor  # int64 index into nearfar.diagnostics.REGIMES: 0 retriever, 1 mixer, 2 reset; -1 if anything is NaN
+    regime: torch.Tensor  # int64 index into nearfar.diagnostics.REGIMES: 0 retriever, 1 mixer, 2 reset; -1 if a field is NaN
 
 
 def head_regimes(
@@ -76,12 +76,12 @@ def head_regimes(
     `nearfar.selection_geometry`; only the control computes rows of weights, CONTROL_ROWS at a time. All results are constants.
 
     Args:
-        q: (B, Hq, N, D), N at least 1. k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
+        q: (B, Hq, N, D), N at least 1. k: (B, Hkv, M, D). v: (B, Hkv, M, Dv). dtypes as for `nearfar.selection_geometry`.
         top_n: how many keys a query selects, from 1 to 256.
         causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
         thresholds: Thresholds of the regimes.
         control_queries: number of queries, drawn with the seed, for which the control draws random keys.
-        seed: of the control. Its queries and keys are the same for every head.
+        seed: of the random control, which uses the same queries and keys for every head.
 
     Returns:
         HeadRegimes.
@@ -120,7 +120,7 @@ def classify(heads: HeadRegimes, top_n: int, thresholds: Thresholds) -> torch.Te
     )
     index = torch.full(reset.shape, REGIMES.index("mixer"), device=reset.device)
     index = index.masked_fill(retriever, REGIMES.index("retriever")).masked_fill(reset, REGIMES.index("reset"))
-    # comparisons with NaN are false, which would make a head that has diverged a mixer
+    # Comparisons with NaN are false, so a head that has diverged would otherwise be a mixer.
     undefined = torch.stack([x.isnan() for x in heads if x is not None]).any(0)
     return index.masked_fill(undefined, UNDEFINED)
 
@@ -164,7 +164,7 @@ def seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def telling_rows(call: Call, top_n: int) -> torch.Tensor:
-    """The queries that see more than top_n keys, since selecting all keys shows nothing; all queries if there are none."""
+    """The queries that see more than top_n keys: others select all keys, which says nothing. All queries if there are none."""
     first, end = seen(call)
     rows = (end - first > top_n).nonzero().squeeze(-1)
     return rows if len(rows) else torch.arange(call.q.shape[2], device="cpu")

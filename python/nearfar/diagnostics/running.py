@@ -1,8 +1,8 @@
-"""Which modules run in which thread, and the attention calls that they make.
+"""Tracks which modules run in which thread, and reports their attention calls.
 
-Nothing is registered on a model: the hooks are torch's global ones, installed while any watch is open. Each thread has its own
-list of running modules and its own TorchFunctionMode, which is on while a watched module runs. Only transformers is patched, as
-its models may compute attention without a torch function.
+Nothing is registered on a model: torch's global module hooks are installed while any watch is open. Each thread has its own
+list of running modules and its own TorchFunctionMode, which is on while a watched module runs. Only transformers is patched,
+because its models may compute attention without a torch function.
 """
 
 import sys
@@ -30,8 +30,8 @@ from nearfar.runtime.private import (
     tracing_context,
 )
 
-# Modules of torch that take a slower path, with other roundings, where a TorchFunctionMode is on: it is off while they run, and
-# their attention is read from what they were called with.
+# These torch modules take a slower path, with other rounding, under a TorchFunctionMode. So the mode is off while they run, and
+# their attention is read from their arguments.
 READ_WHOLE = tuple(module.forward for module in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention))
 
 
@@ -103,9 +103,9 @@ class SeeAttention(TorchFunctionMode):
 
 local = threading.local()
 lock = threading.RLock()
-sessions: tuple[Any, ...] = ()  # the open watches: replaced, never changed
+sessions: tuple[Any, ...] = ()  # the open watches; replaced, never modified
 busy: "weakref.WeakSet[Thread]" = weakref.WeakSet()  # threads in which watched modules run
-installed: list[Callable[[], None]] = []  # what takes hooks and patch away again
+installed: list[Callable[[], None]] = []  # functions that remove hooks and patches
 
 
 def this_thread() -> Thread:
@@ -124,7 +124,7 @@ def opened(session: Any) -> Iterator[None]:
     """Report attention to a session, which has names {key: name}, the sets of keys compiled and ran, and take(name, reader)."""
     global sessions
     thread = this_thread()
-    thread.switch(thread.switch(True))  # raises before anything is installed where torch lacks what it takes
+    thread.switch(thread.switch(True))  # if torch lacks function modes, this raises before anything is installed
     with lock:
         sessions += (session,)
         if not installed:
@@ -136,7 +136,7 @@ def opened(session: Any) -> Iterator[None]:
         with lock:
             sessions = tuple(other for other in sessions if other is not session)
         if thread is this_thread():
-            thread.drop(depth)  # what a KeyboardInterrupt has left: torch calls no hook for it
+            thread.drop(depth)  # entries left by a KeyboardInterrupt, for which torch calls no hook
         uninstall_if_idle()
 
 
@@ -144,13 +144,13 @@ def install() -> None:
     installed.append(register_module_forward_pre_hook(enter).remove)
     handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
     installed.append(handle.remove)
-    installed.append(lambda: global_hooks_with_keywords.pop(handle.id, None))  # which remove forgets
-    if transformers := sys.modules.get("transformers.modeling_utils"):  # or no model is one of its own
+    installed.append(lambda: global_hooks_with_keywords.pop(handle.id, None))  # handle.remove leaves this entry
+    if transformers := sys.modules.get("transformers.modeling_utils"):  # otherwise no model can be one of transformers
         installed.append(patch_transformers(transformers.AttentionInterface))
 
 
 def uninstall_if_idle() -> None:
-    """Threads that outlive the watch under which they began uninstall the rest themselves."""
+    """Remove hooks and patches once no watch is open and no watched module runs in any thread."""
     with lock:
         if not sessions and not busy:
             while installed:
@@ -171,7 +171,7 @@ def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
 
 
 def leave(module: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> None:
-    """rest: keywords and output, or None alone after an exception, for which torch leaves the keywords out."""
+    """Forward hook. rest: keywords and output; after an exception only None, as torch then omits the keywords."""
     if torch.compiler.is_compiling():
         return
     thread = this_thread()
@@ -200,7 +200,7 @@ def read_module(entry: Entry, arguments: tuple[Any, ...], keywords: dict[str, An
 def report(reader: Callable[[], list[read.Call]], *inside: nn.Module) -> None:
     """Report attention to every watch of a running module or of a module in it; reader may raise Unreadable."""
     if tracing_context() is not None or current_graph_task() != -1:
-        return  # a compiler tries the call out, or a checkpoint repeats it in the backward
+        return  # a compiler traces the call, or checkpointing repeats it in the backward
     if torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         reader = partial(read.unreadable, "it is being captured in a graph")
     thread = this_thread()
@@ -224,7 +224,7 @@ def patch_transformers(interface: Any) -> Callable[[], None]:
         return watched(attend, keywords.get("default", arguments[-1]))
 
     def restore() -> None:
-        if interface.get_interface is get_watched:  # else someone wrapped it since: it stays, without effect
+        if interface.get_interface is get_watched:  # otherwise it was wrapped since; then it stays, without effect
             interface.get_interface = get_interface
 
     interface.get_interface = get_watched
@@ -234,7 +234,7 @@ def patch_transformers(interface: Any) -> Callable[[], None]:
 def watched(attend: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
     """A function of transformers' attention interface, wrapped to report its calls; unchanged if they cannot be read.
 
-    If an unknown function calls scaled_dot_product_attention, the mode sees that.
+    If an unknown function calls scaled_dot_product_attention, the mode sees that call.
     """
     kind = read.kind_of(getattr(attend, "watches", attend), default)
     if kind is None:

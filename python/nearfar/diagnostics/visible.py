@@ -12,7 +12,7 @@ class Unreadable(Exception):
 
 
 class Part(NamedTuple):
-    """Queries and the window of keys that they see, aligned at the last of both: one text, in one batch element or in all."""
+    """Queries and the window of keys that they see, aligned at the last of each: one text, in one batch element or in all."""
 
     batch: slice
     queries: slice
@@ -30,7 +30,7 @@ def everything(num_queries: int, num_keys: int) -> list[Part]:
 def causal_from_the_first(num_queries: int, num_keys: int) -> list[Part]:
     """is_causal of scaled_dot_product_attention: query i sees the keys 0 to i, however many keys there are."""
     if num_queries > num_keys:
-        raise Unreadable(f"is_causal with {num_queries} queries and {num_keys} keys is no window that ends at the last key")
+        raise Unreadable(f"is_causal with {num_queries} queries and {num_keys} keys is not a window that ends at the last key")
     return [Part(EVERYWHERE, slice(0, num_queries), slice(0, num_queries), SlidingWindow(-1, 0))]
 
 
@@ -43,7 +43,7 @@ def packed(ends_q: list[int], ends_k: list[int], locality: SlidingWindow | None)
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """The mask as bools, True where a key is visible. Masks of numbers are added to scores and hold 0 or (nearly) -inf."""
+    """The mask as bools, True where a key is visible. Floating-point masks are added to scores; they hold 0 or about -inf."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
@@ -110,7 +110,7 @@ def window(
     left, right = int((position - first).max()), int((end - 1 - position).max())
     if bool((first == start).all() & (end == stop).all()):
         alone = num_queries == num_keys and (queries.start < start or queries.stop > stop)
-        return None if alone and count > 1 else (queries, keys, None)  # padding sees what the text sees: which is which?
+        return None if alone and count > 1 else (queries, keys, None)  # padding that sees what the text sees is ambiguous
     if left < 0 or right < 0 or stop - start < count:
         return None
     inside = (first == (position - left).clamp_min(start)) & (end == (position + right + 1).clamp_max(stop))

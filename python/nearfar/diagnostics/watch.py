@@ -1,4 +1,4 @@
-"""A watch over the attention of a model: per layer and head, the results of `nearfar.head_regimes`, and more."""
+"""`watch` records the attention of a model: for each layer and head, the results of `nearfar.head_regimes` and more."""
 
 import threading
 import warnings
@@ -19,7 +19,7 @@ AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key"
 
 
 ON_UNSUPPORTED = ("skip", "raise")
-merging = threading.Lock()  # of means, which several threads may add to
+merging = threading.Lock()  # several threads may update the same means
 
 
 class Watch:
@@ -55,7 +55,7 @@ class Watch:
         self._merge(layer, [self._measured(q, k, v, **keywords)])
 
     def _take(self, layer: str, calls: list[Call]) -> None:
-        """Record the calls if all their parts can be measured, else none of them."""
+        """Record the calls if all their parts can be measured, otherwise none of them."""
         parts = [
             self._measured(
                 call.q[part.batch, :, part.queries], call.k[part.batch, :, part.keys], call.v[part.batch, :, part.keys],
@@ -139,7 +139,7 @@ class Session:
     def __init__(self, model: torch.nn.Module, watched: Watch, on_unsupported: str) -> None:
         self.modules = [(name or "model", module) for name, module in model.named_modules()]  # held: keys must stay theirs
         self.names = {running.key(module): name for name, module in self.modules}
-        # Dynamo cannot trace all of torch under a TorchFunctionMode: what runs compiled modules runs without it
+        # Dynamo cannot trace all of torch under a TorchFunctionMode, so modules that run compiled ones run without it.
         self.compiled = {running.key(m) for _, m in self.modules if any(map(is_compiled, m.modules()))}
         self.watched, self.on_unsupported = watched, on_unsupported
         self.ran: set[int] = set()
@@ -148,14 +148,14 @@ class Session:
         try:
             with torch.no_grad():
                 self.watched._take(layer, read())
-        except Exception as error:  # whatever it is: to watch must not end what the model computes
+        except Exception as error:  # any error: watching must not interrupt the model
             reason = str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
             self.watched.skipped.setdefault(layer, reason)
             if self.on_unsupported == "raise":
                 raise ValueError(f"watch cannot read the attention of {layer}: {reason}") from error
 
     def close(self) -> None:
-        """Note in `skipped` what was not seen, and warn if nothing was."""
+        """List unseen attention in `skipped`, and warn if none was seen."""
         watched = self.watched
         for name, module in self.modules:
             if reason := self.unseen(module):
@@ -170,11 +170,11 @@ class Session:
             warnings.warn("\n  ".join((f"nearfar.diagnostics.watch saw no attention in {model}", *lines)), stacklevel=4)
 
     def unseen(self, module: torch.nn.Module) -> str | None:
-        """Why attention of a module may have gone unseen."""
+        """Why attention of a module may have been missed, or None."""
         if is_compiled(module):
-            return "torch.compile runs it: watch the model that is not compiled"
+            return "torch.compile runs it: watch the uncompiled model"
         if running.key(module) in self.ran and "attention" in type(module).__name__.lower():
-            return "it calls no attention that watch can read, as scaled_dot_product_attention: call watched.record in it"
+            return "it calls no attention that watch can read, such as scaled_dot_product_attention: call watched.record in it"
         return None
 
 

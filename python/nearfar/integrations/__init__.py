@@ -1,4 +1,4 @@
-"""Other libraries' calls, served by nearfar's operators. Each module imports its library when it is used, not before."""
+"""Interfaces of other libraries, computed by nearfar's operators. Each module imports its library at first use."""
 
 from nearfar.integrations import fla, flash_attn, transformers
 

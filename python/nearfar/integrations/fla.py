@@ -1,8 +1,8 @@
-"""Linear attention by the signature of flash-linear-attention (fla), computed by `nearfar.linear_attention`.
+"""Linear attention with the signature of flash-linear-attention (fla), computed by `nearfar.linear_attention`.
 
     from nearfar.integrations.fla import chunk_linear_attn  # was: from fla.ops.linear_attn import chunk_linear_attn
 
-fla's three functions differ in how they compute; here they are one.
+fla's three functions compute the same in different ways; here they are one function.
 """
 
 import torch
@@ -28,19 +28,19 @@ def chunk_linear_attn(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal linear attention without a feature map: o_t = scale sum_{s <= t} (q_t . k_s) v_s.
 
-    With normalize, o_t is divided by scale sum_{s <= t} q_t . k_s + 1e-10. Maps of q and k are the caller's, as in fla.
+    With normalize, o_t is divided by scale sum_{s <= t} q_t . k_s + 1e-10. As in fla, apply feature maps to q and k before.
 
     Args:
-        q: (B, T, H, K).
-        k: (B, T, H, K), or fewer heads that those of q share.
+        q: (B, T, H, K), float32, float16 or bfloat16 (float64 on a CPU).
+        k: (B, T, H, K) in the dtype of q. It may have fewer heads, which the heads of q then share.
         v: (B, T, H, V), with the heads of k.
         scale: factor of q . k, positive; None for K^-0.5.
         initial_state: (B, H, K, V) float32, the sum of k v^T before the first token; (S, H, K, V) with cu_seqlens.
-        output_final_state: return that sum after the last token, too.
-        normalize: divide by the sum of the weights. States then have to be left out: fla's hold no normaliser, and its versions
-            disagree on what such a call computes.
+        output_final_state: also return that sum after the last token.
+        normalize: divide by the sum of the weights. Not with states: fla's states contain no normaliser, and its versions
+            disagree on the result of such a call.
         head_first: must be False, as in fla.
-        cu_seqlens: (S + 1,), the ends of S sequences packed along T in a batch of 1.
+        cu_seqlens: (S + 1,), the boundaries of S sequences packed along T in a batch of 1, starting with 0.
 
     Returns:
         o (B, T, H, V) in the dtype of q and the final state, float32, or None.
@@ -54,7 +54,7 @@ def chunk_linear_attn(
     if normalize and (initial_state is not None or output_final_state):
         name = "initial_state" if initial_state is not None else "output_final_state"
         raise NotImplementedError(
-            f"{name} needs normalize=False: fla's states hold no normaliser; nearfar.linear_attention has states that do"
+            f"{name} needs normalize=False: fla's states have no normaliser; nearfar.linear_attention has states with one"
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
@@ -84,7 +84,7 @@ fused_chunk_linear_attn = fused_recurrent_linear_attn = chunk_linear_attn
 def _padded_state(
     state: torch.Tensor, key_width: int, value_width: int, padded_key_width: int, padded_value_width: int
 ) -> torch.Tensor:
-    """fla's state (B, H, K, V) as nearfar's, of padded widths and with a last column that only a normaliser would use."""
+    """Convert fla's state (B, H, K, V) to nearfar's: padded widths, and a last column of zeros in place of the normaliser."""
     check_tensor("initial_state", state)
     require(
         state.dim() == 4 and tuple(state.shape[2:]) == (key_width, value_width),

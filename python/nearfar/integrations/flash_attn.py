@@ -1,13 +1,13 @@
-"""FlashAttention's functions, by their own signatures, computed by `nearfar.softmax_attention`.
+"""FlashAttention's functions with their own signatures, computed by `nearfar.softmax_attention`.
 
     from nearfar.integrations.flash_attn import flash_attn_func  # was: from flash_attn import flash_attn_func
 
-Tensors are (B, N, H, D), or (total, H, D) where sequences are packed. Causal masks and windows are aligned to the last query
-and the last key, as in FlashAttention 2.1 and later; a query that sees no key gives zeros; query heads share key heads. Every
-call is deterministic. dtypes are those of nearfar's operators, float32 included, and heads of any width up to 256 work.
+Tensors are (B, N, H, D), or (total, H, D) for packed sequences. Causal masks and windows are aligned to the last query and the
+last key, as in FlashAttention 2.1 and later. A query that sees no key returns zeros. Query heads share key heads. Every call is
+deterministic. dtypes are those of nearfar's operators, including float32. Heads may have any width up to 256.
 
-dropout_p, softcap, alibi_slopes, return_attn_probs and block_table are not computed: anything but their defaults raises
-NotImplementedError. `deterministic`, `num_splits` and `max_seqlen_*` change no result and are not read.
+dropout_p, softcap, alibi_slopes, return_attn_probs and block_table are not supported: values other than their defaults raise
+NotImplementedError. `deterministic`, `num_splits` and `max_seqlen_*` do not affect the result and are ignored.
 """
 
 import torch
@@ -47,7 +47,7 @@ def flash_attn_func(
         k: (B, M, Hkv, D).
         v: (B, M, Hkv, Dv).
         softmax_scale: factor of q . k, None for D^-0.5.
-        causal: a query sees the keys up to its own position; the last query is at the last key.
+        causal: a query sees the keys up to its own position; the last query is at the position of the last key.
         window_size: (left, right), how many keys before and after its own a query sees, both inclusive, -1 for all.
 
     Returns:
@@ -122,15 +122,16 @@ def flash_attn_varlen_func(
         q: (total, Hq, D).
         k: (total, Hkv, D).
         v: (total, Hkv, Dv).
-        cu_seqlens_q: (S + 1,) int32, the ends of the sequences, from 0 to total.
-        cu_seqlens_k: the same ends. Pass the same tensor: comparing another one waits for the GPU.
+        cu_seqlens_q: (S + 1,) int32, the boundaries of the sequences, from 0 to total.
+        cu_seqlens_k: the same boundaries. Pass the same tensor object: comparing two tensors waits for the GPU.
+        max_seqlen_q, max_seqlen_k: ignored.
         softmax_scale, causal, window_size: as for `flash_attn_func`.
 
     Returns:
         (total, Hq, Dv) in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        NotImplementedError: cu_seqlens_k has other ends, or an argument is set that is not computed.
+        NotImplementedError: cu_seqlens_k differs from cu_seqlens_q, or an unsupported argument is set.
         TypeError, ValueError: as `nearfar.softmax_attention`.
     """
     _refuse(
@@ -138,7 +139,7 @@ def flash_attn_varlen_func(
         block_table=block_table,
     )
     if cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_k, cu_seqlens_q):
-        raise NotImplementedError("cu_seqlens_k must have the ends of cu_seqlens_q: nearfar packs queries and keys alike")
+        raise NotImplementedError("cu_seqlens_k must equal cu_seqlens_q: nearfar packs queries and keys in the same way")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
         require(tensor.dim() == 3, f"{name} must have 3 dimensions (total, H, D), got shape {tuple(tensor.shape)}")
@@ -212,19 +213,19 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor:
-    """Write new keys into a cache, in place, and attend to what it holds then.
+    """Write new keys and values into a cache, in place, and attend to its contents.
 
-    Sequences of different lengths attend one after the other: operators take no lengths of keys for a batch yet. Lengths given
-    as tensors are read, which waits for the GPU; one int for all sequences does not and needs one call.
+    Sequences of different lengths are computed one after the other, because operators do not take key lengths yet. Reading
+    lengths from a tensor waits for the GPU; one int for all sequences avoids that and needs a single call.
 
     Args:
         q: (B, N, Hq, D).
         k_cache: (cache batch, slots, Hkv, D).
         v_cache: (cache batch, slots, Hkv, Dv).
-        k, v: None, or (B, new, Hkv, D) and (B, new, Hkv, Dv), which go to the slots from cache_seqlens on.
-        cache_seqlens: filled slots of each sequence before the new keys: an int, (B,) int32, or None for all slots.
-        cache_batch_idx: (B,), which sequence of the cache belongs to each of q; None for the first B.
-        cache_leftpad: (B,), the first slot of each sequence that counts; None for 0.
+        k, v: (B, new, Hkv, D) and (B, new, Hkv, Dv), written to the slots from cache_seqlens on; or None.
+        cache_seqlens: number of filled slots of each sequence before the new keys: an int, (B,) int32, or None for all slots.
+        cache_batch_idx: (B,), index in the cache of each sequence of q; None for the first B.
+        cache_leftpad: (B,), first valid slot of each sequence; None for 0.
         softmax_scale, causal, window_size: as for `flash_attn_func`.
 
     Returns:
@@ -232,7 +233,7 @@ def flash_attn_with_kvcache(
 
     Raises:
         NotImplementedError: rotary_cos, rotary_sin, block_table, softcap, alibi_slopes or return_softmax_lse are set.
-        ValueError: k or v come alone or without cache_seqlens, or lengths do not fit the cache.
+        ValueError: only one of k and v is given, cache_seqlens is missing, or lengths do not fit the cache.
     """
     _refuse(
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, block_table=block_table, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -241,7 +242,7 @@ def flash_attn_with_kvcache(
     require((k is None) == (v is None), "k and v must be given together")
     batch, slots = q.shape[0], k_cache.shape[1]
     new = 0 if k is None else k.shape[1]
-    require(k is None or cache_seqlens is not None, "cache_seqlens must say where k and v go")
+    require(k is None or cache_seqlens is not None, "cache_seqlens must be given with k and v: it states where they go")
     ends = _numbers("cache_seqlens", slots if cache_seqlens is None else cache_seqlens, batch, new, slots)
     starts = _numbers("cache_leftpad", 0 if cache_leftpad is None else cache_leftpad, batch, 0, slots)
     order = _numbers("cache_batch_idx", cache_batch_idx, batch, 1, k_cache.shape[0]) if cache_batch_idx is not None else None
@@ -288,14 +289,14 @@ def _attend(
 
 
 def _refuse(**arguments: object) -> None:
-    """Raise if an argument that is not computed has another value than its default, one of None, False and 0."""
+    """Raise if an unsupported argument differs from its default, which is None, False or 0."""
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) or value:
-            raise NotImplementedError(f"nearfar computes no {name}: leave it out")
+            raise NotImplementedError(f"nearfar does not support {name}: leave it out")
 
 
 def _parts(name: str, tensor: torch.Tensor, shape: str, count: int) -> tuple[torch.Tensor, ...]:
-    """The count tensors that lie along the third dimension from the end."""
+    """Check the shape and split the third dimension from the end, which must have this size."""
     check_tensor(name, tensor)
     require(
         tensor.dim() == shape.count(",") + 1 and tensor.shape[-3] == count,
@@ -304,12 +305,10 @@ def _parts(name: str, tensor: torch.Tensor, shape: str, count: int) -> tuple[tor
     return tensor.unbind(-3)
 
 
-def _numbers(name: str, given: int | torch.Tensor, batch: int, room: int, most: int) -> list[int]:
-    """One number for each of the batch, from 0 to most - room."""
+def _numbers(name: str, given: int | torch.Tensor, batch: int, reserved: int, limit: int) -> list[int]:
+    """One number per sequence, checked to be from 0 to limit - reserved."""
     numbers = [given] * batch if isinstance(given, int) else given.tolist()
     require(len(numbers) == batch, f"{name} must have one number for each of {batch} sequences, got {len(numbers)}")
     for number in numbers:
-        require(
-            0 <= number <= most - room, f"{name} must be from 0 to {most - room}, got {number} ({room} more of {most} follow)"
-        )
+        require(0 <= number <= limit - reserved, f"{name} must be from 0 to {limit - reserved}, got {number}")
     return numbers

@@ -1,7 +1,7 @@
-"""What transformers' masks mean to nearfar's operators: a window, packed sequences, and keys that are padding.
+"""Translation of transformers' masks for nearfar's operators: to a window, packed sequences, and padded keys.
 
-transformers describes a mask by a function of positions, built from the few of `transformers.masking_utils`. The ones that a
-window and packed sequences express are recognised; any other raises. No mask of queries x keys is ever made.
+transformers describes a mask by a function of positions, composed of functions in `transformers.masking_utils`. Those that a
+window and packed sequences can express are recognised; any other raises. No queries x keys mask is ever allocated.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Attend = Callable[..., torch.Tensor]  # (q, k, v, window, cu_seqlens, *per_query
 
 
 class Rows(NamedTuple):
-    """The tokens of one sequence of a batch that count: indices of its queries, the last of its keys, and of its keys."""
+    """The tokens of one sequence of a batch that are not padding: indices of its queries (its last tokens) and of its keys."""
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -27,14 +27,14 @@ class Mask(NamedTuple):
     """Which keys each query sees.
 
     Attributes:
-        sizes: (batch, queries, keys) that the mask is for.
+        sizes: (batch, queries, keys) of the mask.
         window: (left, right), as operators take it.
-        visible: the first of the keys that no query sees; the queries are the last of the keys before it.
-        tokens: which of the batch x queries tokens are not padding, packed by cu_seqlens; None for all.
-        cu_seqlens: ends of the packed sequences, None where every sequence of the batch is whole.
-        rows: what counts of each sequence, where padding meets fewer queries than keys; None where nothing is left out.
-        distances: whether a query and a key are as far apart for an operator as in the model, which a window needs. They are
-            not where padding lies between tokens of one sequence, or where keys are those of another sequence.
+        visible: number of leading keys that queries may see; the queries are at the last positions of these.
+        tokens: indices of the batch x queries tokens that are not padding, packed by cu_seqlens; None for all tokens.
+        cu_seqlens: boundaries of the packed sequences; None if every sequence of the batch is whole.
+        rows: the tokens of each sequence that are not padding, if there is padding and fewer queries than keys; otherwise None.
+        distances: whether the distance of a query and a key is the same for an operator as in the model, which a window needs.
+            It differs if padding lies between tokens of one sequence, or keys are those of another sequence.
     """
 
     sizes: tuple[int, int, int]
@@ -47,7 +47,7 @@ class Mask(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """4, as of a ready mask: `generate` makes the masks of static caches first and passes them to the model."""
+        """4, like a 4-d mask tensor: with a static cache, `generate` builds masks first and passes them to the model."""
         return 4
 
 
@@ -61,27 +61,27 @@ def make_mask(
     attention_mask: "torch.Tensor | Mask | None" = None,
     **_: Any,
 ) -> Mask:
-    """The Mask of a mask function and a padding mask: what AttentionMaskInterface calls once for all layers of a kind.
+    """The Mask of a mask function and a padding mask. AttentionMaskInterface calls this once for all layers of a kind.
 
     Args:
         q_length, kv_length: numbers of queries and keys.
         q_offset, kv_offset: positions of the first query and key.
         mask_function: from `transformers.masking_utils`.
-        attention_mask: (B, tokens) bool, False for padding; tokens that it lacks are padding. A Mask is returned as it is.
+        attention_mask: (B, tokens) bool, False for padding; tokens beyond its end are padding. A Mask is returned unchanged.
 
     Raises:
-        NotImplementedError: the mask is not a window, packed sequences or padding, or not a combination that can be expressed.
+        NotImplementedError: the mask cannot be expressed by a window, packed sequences and padding.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
     sizes = batch_size, q_length, kv_length
     pattern = _pattern(mask_function)
-    after = int(q_offset) + q_length - kv_offset  # the key after that of the last query
+    after = int(q_offset) + q_length - kv_offset  # one past the key of the last query
     visible = min(kv_length, after) if pattern.right == 0 else kv_length
     mask = Mask(sizes, (pattern.left, pattern.right), visible, distances=after == visible)
     check_window(mask, mask.window)
     if pattern.right == 0 and after != visible:
-        raise NotImplementedError(f"nearfar has no key for the last query at position {after} of {visible} keys")
+        raise NotImplementedError(f"nearfar needs a key at the last query's position, {after - 1}; there are {visible} keys")
     if attention_mask is not None:
         return _with_padding(mask, _valid_keys(attention_mask, kv_offset, visible))
     if pattern.sequence_ids is not None:
@@ -90,7 +90,7 @@ def make_mask(
 
 
 def mask_without(batch: int, queries: int, keys: int, causal: bool, window: int | None) -> Mask:
-    """The Mask of a layer that was given none, from what it says of itself. window: the keys that a query sees at most."""
+    """The Mask of a call without attention_mask, from the layer's attributes. window: the most keys that a query sees."""
     if causal and queries not in (1, keys):
         raise NotImplementedError(f"causal attention of {queries} queries and {keys} keys needs an attention_mask")
     reach = -1 if window is None else window - 1 if causal else window
@@ -106,7 +106,7 @@ class _Pattern(NamedTuple):
 
 
 def _pattern(function: Callable[..., Any] | None) -> _Pattern:
-    """What a mask function of transformers shows, told by its name and what it closes over."""
+    """The pattern of a mask function of transformers, identified by its name and closure."""
     name = getattr(function, "__qualname__", repr(function))
     if getattr(function, "__module__", None) == MASKING:
         cells = _closure(function)
@@ -121,13 +121,13 @@ def _pattern(function: Callable[..., Any] | None) -> _Pattern:
                 return _Pattern(left=_size(cells["sliding_window"]), right=cells["sliding_window"])
             case "packed_sequence_mask_function":
                 return _Pattern(sequence_ids=cells["packed_sequence_mask"])
-            case "remap_positions_for_packed_sequence":  # differences within a sequence stay what they are
+            case "remap_positions_for_packed_sequence":  # differences of positions within a sequence stay the same
                 return _pattern(cells["mask_function"])
             case "and_masks":
                 return _both([_pattern(part) for part in cells["mask_functions"]])
     raise NotImplementedError(
         f"nearfar has no operator for the mask {name}: it takes causal and bidirectional masks, sliding windows, packed "
-        'sequences and padding. Take attn_implementation="eager" or "flex_attention"'
+        'sequences and padding. Use attn_implementation="eager" or "flex_attention"'
     )
 
 
@@ -154,16 +154,16 @@ def _both(patterns: list[_Pattern]) -> _Pattern:
 
 
 def _valid_keys(attention_mask: torch.Tensor, first: int, visible: int) -> torch.Tensor:
-    """(B, visible) of a padding mask, whose keys start at position `first`."""
+    """(B, visible) bool: the padding mask of keys that start at position `first`."""
     valid = attention_mask[:, first : first + visible].bool()
     return pad(valid, (0, visible - valid.shape[1]))
 
 
 def _with_packing(mask: Mask, sequence_ids: torch.Tensor) -> Mask:
-    """sequence_ids: (B, N), equal neighbours belong to one sequence."""
+    """Add packed sequences to a mask. sequence_ids: (B, N); neighbours with equal ids belong to one sequence."""
     starts = torch.ones_like(sequence_ids, dtype=torch.bool)
     starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-    if int(starts.sum()) == len(starts):  # under torch.compile transformers gives every batch as packed
+    if int(starts.sum()) == len(starts):  # under torch.compile, transformers declares every batch as packed
         return mask
     return mask._replace(cu_seqlens=pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).to(torch.int32))
 
@@ -175,7 +175,7 @@ def _with_padding(mask: Mask, valid: torch.Tensor) -> Mask:
     runs = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
     mask = mask._replace(distances=causal and not bool((runs > 1).any()))
     check_window(mask, mask.window)
-    if not causal:  # the queries may be those of another sequence (cross-attention), whose padding is not known: all are kept
+    if not causal:  # queries may be of another sequence (cross-attention), whose padding is unknown: keep all of them
         every = torch.arange(num_queries, device=valid.device)
         return mask._replace(rows=tuple([Rows(every, row.nonzero()[:, 0]) for row in valid]))
     if num_queries == mask.visible:
@@ -187,7 +187,7 @@ def _with_padding(mask: Mask, valid: torch.Tensor) -> Mask:
 
 
 def check_window(mask: Mask, window: Window) -> None:
-    """Refuse a window where distances are not those of the model."""
+    """Refuse a limited window if distances differ from those of the model."""
     if not mask.distances and (window[0] >= 0 or window[1] > 0):
         raise NotImplementedError(
             f"nearfar cannot count a window of {window} keys over this attention_mask: it needs self-attention, causal where "
@@ -198,7 +198,7 @@ def check_window(mask: Mask, window: Window) -> None:
 def attend_within(
     attend: Attend, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *per_query: torch.Tensor
 ) -> torch.Tensor:
-    """attend(q, k, v, window, cu_seqlens, *per_query) over what the mask shows. Queries that are padding give zeros.
+    """Call attend(q, k, v, window, cu_seqlens, *per_query) on the tokens that the mask allows. Padded queries return zeros.
 
     Args:
         q: (B, Hq, N, D). k: (B, Hkv, M, D). v: (B, Hkv, M, Dv).
@@ -218,7 +218,7 @@ def attend_within(
 def _attend_packed(
     attend: Attend, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *per_query: torch.Tensor
 ) -> torch.Tensor:
-    """Self-attention of the tokens of all sequences, one after the other in a batch of 1."""
+    """Self-attention over the tokens of all sequences, packed in a batch of 1."""
     k, v = k[:, :, : mask.visible], v[:, :, : mask.visible]
 
     def packed(x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _attend_packed(
 def _attend_rows(
     attend: Attend, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *per_query: torch.Tensor
 ) -> torch.Tensor:
-    """One sequence after the other: operators take no lengths of keys for a batch yet."""
+    """One sequence after the other, because operators do not take key lengths yet."""
     outputs = []
     for i, (queries, keys) in enumerate(mask.rows or ()):
         own = [x[i : i + 1].index_select(2, queries) for x in (q, *per_query)]

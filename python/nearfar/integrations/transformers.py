@@ -17,14 +17,14 @@ from nearfar.runtime.dispatch import Backend
 
 __all__ = ["register"]
 
-# What a model may ask of an attention implementation and no operator computes: refused where it is set.
+# Options of transformers' attention interface that no operator supports: refused if they are set.
 REFUSED = ("softcap", "position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions", "indices", "block_indices")
 SINKS = ("s_aux", "sinks")
 NEEDED = "nearfar.integrations.transformers needs a recent transformers 5 (5.24 is tested): pip install -U 'transformers>=5'"
 
 
 class Settings(NamedTuple):
-    """What `register` was given, or `config.nearfar` of a model says."""
+    """Arguments of `register`, which `config.nearfar` of a model overrides."""
 
     sigma: float | None = None
     window: int | None = None
@@ -38,29 +38,29 @@ def register(
     """Register `attn_implementation="nearfar_softmax"`, `"nearfar_krause"` and `"nearfar_affine"` in transformers 5.
 
     They compute `nearfar.softmax_attention`, `nearfar.krause_attention` and `nearfar.affine_attention` over the keys that the
-    model's mask shows: causal or not, its sliding window, packed sequences (`position_ids` that start again, or
-    `cu_seq_lens_q` as transformers passes it to FlashAttention), and padding on either side. Padding is left out exactly:
-    tokens are packed in a forward of whole sequences, and sequences attend one by one where a cache holds earlier keys. Outputs
-    of padding tokens are zeros. Attention sinks (gpt-oss) work with softmax and affine attention. Key heads are not repeated.
+    model's mask allows: causal or bidirectional, its sliding window, packed sequences (`position_ids` that restart, or
+    `cu_seq_lens_q` as transformers passes it to FlashAttention), and padding on either side. Padding is excluded exactly: a
+    forward over whole sequences packs the tokens, and a forward with a cache computes one sequence after the other. Outputs of
+    padding tokens are zeros. Attention sinks (gpt-oss) work with softmax and affine attention. Key heads are not repeated.
 
-    `config.nearfar`, a dict with any of the names below, overrides these arguments for one model and is saved with it. Two more
-    come from attributes of an attention module, so that they can be trained: `nearfar_sigma`, a tensor (Hq,) or 0-d, which
-    overrides sigma; and `nearfar_scales`, which "nearfar_affine" needs: a callable, usually an nn.Module, that takes the query
-    (B, Hq, N, D) and returns alpha and beta, (B, Hq, N) each or None.
+    `config.nearfar`, a dict with any of the argument names below, overrides them for one model and is saved with it. Two more
+    settings are attributes of an attention module, so that they can be trained. `nearfar_sigma`, a tensor (Hq,) or 0-d,
+    overrides sigma. `nearfar_scales` is required by "nearfar_affine": a callable, usually an nn.Module, that takes the query
+    (B, Hq, N, D) and returns alpha and beta, each (B, Hq, N) or None.
 
-    Krause attention measures distances, so the model's `scaling` plays no part in it.
+    Krause attention measures distances and ignores the model's `scaling`.
 
-    Call it again to change the arguments.
+    Call this function again to change the arguments.
 
     Args:
         sigma: bandwidth of "nearfar_krause" in units of |q - k|, positive.
         window: a query of "nearfar_krause" sees the keys that are less than `window` positions away, among those that the
-            model's own mask shows; None for all of these.
-        top_k: how many of them it keeps, None for all.
+            model's mask allows; None for all of these.
+        top_k: how many of these keys it keeps, None for all.
         backend: as for the operators.
 
     Raises:
-        ImportError: transformers is missing, or so old that it describes masks in another way.
+        ImportError: transformers is missing or too old: it must describe masks as transformers 5 does.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -70,7 +70,7 @@ def register(
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError(NEEDED)
     settings = Settings(sigma, window, top_k, backend)
-    mask = torch.compiler.disable(make_mask)  # what a mask becomes depends on the values of the padding
+    mask = torch.compiler.disable(make_mask)  # the result depends on the values of the padding
     for name, attention in (("softmax", _softmax), ("krause", _krause), ("affine", _affine)):
         name = f"nearfar_{name}"
         AttentionInterface.register(name, functools.partial(_forward, name, attention, settings))
@@ -93,7 +93,7 @@ def _forward(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What AttentionInterface calls: query (B, Hq, N, D), key, value (B, Hkv, M, D) -> o (B, N, Hq, Dv), and no weights."""
+    """The function for AttentionInterface: query (B, Hq, N, D), key, value (B, Hkv, M, D) -> (o (B, N, Hq, Dv), None)."""
     _refuse(name, dropout, options)
     settings = _of_model(module, settings)
     mask = _mask(name, module, query, key, attention_mask, options)
@@ -111,11 +111,11 @@ def _refuse(name: str, dropout: float, options: dict[str, Any]) -> None:
     for option in REFUSED:
         given = options.get(option)
         if given is not None and given is not False:
-            raise NotImplementedError(f'{name} cannot compute with {option}: take attn_implementation="eager"')
+            raise NotImplementedError(f'{name} does not support {option}: use attn_implementation="eager"')
 
 
 def _of_model(module: nn.Module, settings: Settings) -> Settings:
-    """settings with those of config.nearfar over them."""
+    """The settings, overridden by config.nearfar."""
     own = getattr(getattr(module, "config", None), "nearfar", None)
     if own is None:
         return settings
@@ -129,7 +129,7 @@ def _of_model(module: nn.Module, settings: Settings) -> Settings:
 def _mask(
     name: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, attention_mask: object, options: dict[str, Any]
 ) -> Mask:
-    """The Mask of a call, packed by cu_seq_lens_q where it is given."""
+    """The Mask of a call, packed by cu_seq_lens_q if given."""
     sizes = query.shape[0], query.shape[2], key.shape[2]
     if isinstance(attention_mask, Mask):
         mask = attention_mask
@@ -143,7 +143,7 @@ def _mask(
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise NotImplementedError(
             f"{name} takes an attention_mask of (batch, tokens) and no arbitrary mask, got {type(attention_mask).__name__} of "
-            f'shape {shape}: take attn_implementation="eager", "sdpa" or "flex_attention"'
+            f'shape {shape}: use attn_implementation="eager", "sdpa" or "flex_attention"'
         )
     ends = options.get("cu_seq_lens_q")
     return mask if ends is None else _packed(name, mask, ends, options.get("cu_seq_lens_k"))
@@ -177,7 +177,7 @@ def _krause(
     module: nn.Module, query: torch.Tensor, settings: Settings, mask: Mask, scale: float, sink: torch.Tensor | None
 ) -> tuple[Attend, list[torch.Tensor]]:
     if sink is not None:
-        raise NotImplementedError("nearfar_krause has no attention sink (s_aux): take nearfar_softmax")
+        raise NotImplementedError("nearfar_krause has no attention sink (s_aux): use nearfar_softmax")
     sigma = getattr(module, "nearfar_sigma", settings.sigma)
     if sigma is None:
         raise ValueError('nearfar_krause needs a bandwidth: config.nearfar = {"sigma": ..} or register(sigma=..)')

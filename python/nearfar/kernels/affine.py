@@ -14,9 +14,9 @@ _packing, _launchers = triton_module("packing"), triton_module("affine_launch")
 
 
 class Affine(Operator):
-    """It serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
+    """Serves `nearfar.affine_attention` and, without alpha and beta, `nearfar.softmax_attention`.
 
-    The backward reads lse (B, Hq, N) and u, the plain attention output, which is o, and not saved, without alpha and beta.
+    The backward reads lse (B, Hq, N) and u, the softmax attention output. Without alpha and beta, u is o and not saved again.
     """
 
     name = "affine_attention"
@@ -115,17 +115,17 @@ def _precision(q: torch.Tensor) -> torch.dtype:
 
 
 def _is_exact(alpha: torch.Tensor | None, sink: torch.Tensor | None) -> bool:
-    """Whether m is a gradient, or in a sum that is one, and must not hold what rounding u has left."""
+    """Whether m is a gradient (of alpha) or summed to one (of the sink), so that it must not contain the rounding of u."""
     return alpha is not None or sink is not None
 
 
 def _row_terms(lse: torch.Tensor, dalpha: torch.Tensor | None) -> torch.Tensor:
-    """m = dO . u of each row (B, Hq, N), which is the gradient of alpha."""
+    """The tensor for m = dO . u of each row (B, Hq, N): dalpha if there is one, otherwise a workspace."""
     return torch.empty(lse.shape, dtype=torch.float32, device=lse.device) if dalpha is None else dalpha
 
 
 def _sums(call: Any, v: torch.Tensor, beta: torch.Tensor | None, chunk: int) -> Any:
-    """The sums of chunks of values that a kernel reads for the bias, not filled, and what fills them; None without beta."""
+    """(workspace of the sums of values that kernels read for beta, launches that fill it); (None, []) without beta."""
     if beta is None:
         return None, []
     launch = _launchers()

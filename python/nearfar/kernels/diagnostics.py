@@ -1,7 +1,7 @@
 """The streamed diagnostics as torch operators: schema, fake and autograd.
 
-They are called through the dispatcher in eager mode, too: they monitor, so that its microseconds are no one's loss. The last
-dimension of q, k and v must be contiguous.
+Eager calls use the dispatcher too: diagnostics run rarely, so its microseconds do not matter. The last dimension of q, k and v
+must be contiguous.
 """
 
 import functools
@@ -28,9 +28,9 @@ _GEOMETRY = (
     " -> (Tensor, Tensor, Tensor)"
 )
 
-# The products of the backward see upstream gradients below 2^11, the largest above 2^10. Weights of long rows, and the
-# gradients of a mean over many rows, are below what float16 holds; with |P log2(P)| and the entropy at most 20 in all, this
-# stays below its largest.
+# The backward scales upstream gradients so that the largest is between 2^10 and 2^11. Unscaled, weights of long rows and
+# gradients of a mean over many rows would underflow in float16. |P log2(P)| and the entropy are at most 20 together, so scaled
+# products do not overflow.
 UPSTREAM_EXPONENT = 11
 
 
@@ -42,39 +42,39 @@ def _per_query(q, count, dtype=torch.float32):
 
 
 def _squares(x, wanted=True):
-    """What the kernels fill with the squared norms of rows."""
+    """The workspace for the squared norms of rows, or None."""
     return x.new_empty(x.shape[:3], dtype=torch.float32) if wanted else None
 
 
 def _empty_statistics(q, k, *_):
-    """lse, entropy, max_weight, max_key and key_mass, not filled."""
+    """Uninitialised lse, entropy, max_weight, max_key and key_mass."""
     mass = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
     return *_per_query(q, 3), *_per_query(q, 1, torch.int64), mass
 
 
 def _common(q, sigma):
-    """What the kernels leave out of all scores of a query by distance: -|q|^2 / (2 sigma^2), where tokens are not float32."""
+    """-|q|^2 / (2 sigma^2), which kernels omit from scores by distance; 0 for exact float32 calls, which include it."""
     if q.dtype == torch.float32 and not tf32_allowed(q.dtype):
         return 0.0
     return torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32).square() / (-2 * sigma[:, None].square())
 
 
 def _gain(key_heads, *gradients):
-    """(B, Hkv) powers of two that bring the gradients (B, Hq, N) near 2^UPSTREAM_EXPONENT.
+    """(B, Hkv) powers of two that scale the gradients (B, Hq, N) to just below 2^UPSTREAM_EXPONENT.
 
-    One for each key head, whose queries a sum over them meets: no other head or batch element changes a bit of its gradients,
-    and what is not finite in a row stays there.
+    There is one per key head, because dk sums over its queries. So no other head or batch element changes a bit of a head's
+    gradients, and values that are not finite stay in their row.
     """
     largest = [x.abs().nan_to_num(0, 0, 0).unflatten(1, (key_heads, -1)).amax((2, 3)) for x in gradients]
     exponent = torch.frexp(functools.reduce(torch.maximum, largest)).exponent
-    # The bits of a float32, bounded so that its inverse is a normal number, too.
+    # The bits of a float32, clamped so that its inverse is a normal number too.
     return (127 + UPSTREAM_EXPONENT - exponent).clamp(1, 253).bitwise_left_shift(23).view(torch.float32)
 
 
 def statistics(
     q: Tensor, k: Tensor, sigma: Tensor | None, left: int, right: int, scale: float, backend: str = "triton"
 ) -> tuple[Tensor, ...]:
-    """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; the gradients are Triton's."""
+    """(lse, entropy, max_weight, max_key, key_mass). backend: "triton" or "cuda"; Triton computes the gradients of both."""
     outputs = _empty_statistics(q, k)
     if not q.numel():
         return *outputs[:4], outputs[4].zero_()
@@ -96,7 +96,7 @@ def statistics_backward(
     dq, dk, dsigma = _fake_backward(dlse, dentropy, q, k, sigma)
     if not q.numel():
         return dq, dk.zero_(), dsigma.zero_()
-    dlse, dentropy = dlse.contiguous(), dentropy.contiguous()  # the kernels read (B, Hq, N) as it lies
+    dlse, dentropy = dlse.contiguous(), dentropy.contiguous()  # kernels read (B, Hq, N) without strides
     gain = _gain(k.shape[1], dlse, dentropy)
     of_rows = gain.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None]
     level, slope = of_rows * (dlse - dentropy * entropy), -math.log(2) * of_rows * dentropy
@@ -108,7 +108,7 @@ def statistics_backward(
         )  # fmt: skip
     if sigma is None:
         return dq, dk, dsigma
-    # Scores are distances / sigma^2, of which weighted has the sums.
+    # Scores are distances / sigma^2; weighted has the sums of dS times the distances.
     of_distances = (weighted / of_rows).sum((0, 2))
     return dq, dk, -2 / sigma**3 * (of_distances if sigma.numel() > 1 else of_distances.sum())
 
@@ -159,9 +159,9 @@ def _statistics_in_cuda(q, k, left, right, scale, lse, entropy, max_weight, max_
 def _geometry_in_cuda(
     q, k, v, left, right, scale, centre, scores, chosen, s, shift, excess, farthest, precision, recall, f_score
 ):
-    """Fill precision, recall, f_score (B, Hq, N), by way of workspaces that triton_kernels/diagnostics_launch.py describes.
+    """Fill precision, recall, f_score (B, Hq, N). triton_kernels/diagnostics_launch.py describes the workspaces.
 
-    centre: called once scores and chosen are filled, to fill s, shift, excess and farthest.
+    centre: called after scores and chosen are filled, to fill s, shift, excess and farthest.
     """
     q, k, v = _cuda.aligned_starts(q, k, v)
     length = v.shape[2]
@@ -180,9 +180,9 @@ def _geometry_in_cuda(
 
 
 def _sees_nan(q, k, v, left, right):
-    """(B, Hq, N): whether a query or anything of the keys and values that it sees is NaN.
+    """(B, Hq, N) bool: whether a query, or any key or value that it sees, contains NaN.
 
-    The kernels compare scores and distances, which NaN passes by: a row without a number would look like a perfect one.
+    Comparisons with NaN are false, so without this check the kernels would report a perfect result for such a row.
     """
     own, keys, values = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).isnan() for x in (q, k, v))
     before = torch.nn.functional.pad((keys | values).cumsum(2, dtype=torch.int32), (1, 0))

@@ -11,9 +11,9 @@ from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
 from nearfar.runtime.tensors import empty_rows, triton_module
 
-MAX_CANDIDATES = 1024  # keys that a query may choose its top_k from
+MAX_CANDIDATES = 1024  # most keys from which a query may select its top_k
 
-# Wide heads and windows from which on the squared norms of keys are computed once, ahead of the attention.
+# From this head width and beyond this window, the squared norms of keys are computed once, before the attention.
 SQUARES_AHEAD_WIDTH = 128
 SQUARES_AHEAD_KEYS = 512
 
@@ -48,7 +48,7 @@ _packing, _launchers, _pair = triton_module("packing"), triton_module("pairwise_
 
 class KrauseTriton(Backend):
     def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
-        """One more pass over k, for its squares, was measured to pay for wide heads and windows (docs/notes/krause.md)."""
+        """For wide heads and windows, an extra pass over k for its squares was measured to be faster (docs/notes/krause.md)."""
         q, k, v, sigma, cu_seqlens = tensors
         token_bounds, launches = _bounds(cu_seqlens, k)
         bits, k_squares = outputs[2], None
@@ -88,7 +88,7 @@ class KrauseCuda(_cuda.CudaBackend):
         (do,), (q, k, v, sigma, cu_seqlens), (o, lse, bits) = gradients, tensors, saved
         dq, dk, dv, dsigma, _ = results
         token_bounds, launches = _bounds(cu_seqlens, k)
-        # A partial sum of dsigma for each strip of a head, of which there are at most as many as tiles.
+        # One partial sum of dsigma per strip of a head; a head has at most as many strips as tiles.
         strips = -(-max(q.shape[2], k.shape[2]) // _cuda.extension.KRAUSE_TILE)
         partials = lse.new_empty(*q.shape[:2], strips)
         grad = _cuda.call(
@@ -104,16 +104,16 @@ class KrauseCuda(_cuda.CudaBackend):
 
 
 def _bounds(cu_seqlens: Any, k: torch.Tensor) -> Any:
-    """Without packed sequences there is no Triton to import."""
+    """(token_bounds, launches that fill it). Without packed sequences (None, []), and Triton is not imported."""
     return (None, []) if cu_seqlens is None else _packing().bounds_launches(cu_seqlens, k.shape[2])
 
 
 def selection_words(left: int, right: int, num_keys: int) -> int:
-    """int32 words of a row's selection: a ring of bits that fits a window; key j is bit j modulo its size.
+    """int32 words of a row's selection: a ring of bits at least as large as the window. Key j is bit j modulo its size.
 
-    It does not depend on the length under a limited window, and does not branch on it under another, so that torch.compile
-    and torch.export have nothing to specialize on. Up to 256 bits it grows in steps of 64, beyond in steps of 128: as many
-    keys as a tile of the forward has.
+    Under a limited window the result does not depend on the length; otherwise there is no branch on it. So torch.compile and
+    torch.export do not specialise. The size is a multiple of 64 bits up to 256, and of 128 beyond, as the forward's tiles have
+    that many keys.
     """
     window = num_keys if left < 0 or right < 0 else min(left + right + 1, MAX_CANDIDATES)
     steps = (window + 63) // 64

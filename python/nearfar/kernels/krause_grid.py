@@ -52,11 +52,11 @@ class KrauseGridTriton(Backend):
         return Program((*gradients, *tensors, *saved), results, launches)
 
 
-# A schema has no type for a locality, and what finds a plan has to be hashable: a locality goes through an operator as text.
+# An operator's schema has no type for a locality, and plan keys must be hashable: a locality passes as a string.
 
 
 def encoded(locality: Grid) -> str:
-    """A locality as text, which `decoded` reads: its numbers, those of each axis first."""
+    """A locality as a string for `decoded`: its numbers, those of each axis first."""
     if isinstance(locality, ShiftedWindow):
         numbers = [*locality.shape, *locality.windows, *locality.shifts]
     else:
@@ -66,7 +66,7 @@ def encoded(locality: Grid) -> str:
 
 
 def decoded(text: str) -> Grid:
-    """The locality of this text."""
+    """The locality that was `encoded` as this string."""
     numbers = list(map(int, text.split()))
     axes, rest = divmod(len(numbers), 3)
     shape, first, second = (tuple(numbers[i * axes : (i + 1) * axes]) for i in range(3))
@@ -76,7 +76,7 @@ def decoded(text: str) -> Grid:
 
 
 def neighborhood(text: str) -> GridNeighborhood:
-    """The same of the only kind that kernels serve."""
+    """`decoded`, for the only kind of locality that kernels serve."""
     locality = decoded(text)
     assert isinstance(locality, GridNeighborhood)
     return locality

@@ -20,10 +20,10 @@ _launchers = triton_module("linear_launch")
 
 
 class Linear(Operator):
-    """Linear attention is Hadamard linear attention with one factor.
+    """Hadamard linear attention; linear attention is the case of one factor.
 
-    The backward reads inverse (B, Hq, N), the reciprocals of the normalisers, and states and norms of those pieces whose sums
-    were kept. With one factor any backend's serve any other; with several both directions are of one backend.
+    The backward reads inverse (B, Hq, N), the reciprocals of the normalisers, and, if the forward saved them, states and norms
+    of the pieces. With one factor, the backward may run on another backend than the forward; with several it may not.
     """
 
     name = "hadamard_attention"
@@ -43,7 +43,10 @@ class Linear(Operator):
         return self._empty(tensors, True, *options)
 
     def empty_fake(self, tensors: Any, *options: Any) -> Any:
-        """How many states are saved depends on the length in ways that would bind an exported program to some lengths."""
+        """While exporting with a dynamic length, the number of saved states is a new symbol.
+
+        Computed from the length, it would restrict the exported program to some lengths.
+        """
         (qs, v), backend = _queries_and_values(tensors), options[-1]
         if not (torch.compiler.is_exporting() and any(isinstance(x.shape[2], torch.SymInt) for x in (*qs, v))):
             return self.empty(tensors, *options)
@@ -53,7 +56,7 @@ class Linear(Operator):
     def _empty(
         self, tensors: Any, keeps: bool, _: str, normalize: bool, causal: bool, eps: float, return_state: bool, backend: str
     ) -> Any:  # fmt: skip
-        """keeps: whether states are kept where they pay."""
+        """keeps: save states if the call uses them."""
         qs, v = _queries_and_values(tensors)
         initial_state, cu_seqlens = tensors[-2:]
         batch, query_heads, num_queries, _ = qs[0].shape
@@ -69,7 +72,7 @@ class Linear(Operator):
         return empty_rows(qs[0], v.shape[3]), state, inverse, states, norms
 
     def present(self, outputs: Any, tensors: Any, *options: Any) -> list[Tensor]:
-        """No saved states are a count of 0, so that the number of dimensions is one."""
+        """Represent absent states by 0 states, so that the output has the same rank in all calls."""
         *others, states, norms = outputs
         if states is None:
             qs, v = _queries_and_values(tensors)
@@ -79,7 +82,7 @@ class Linear(Operator):
     def absent(self, saved: Any, tensors: Any) -> list[Tensor | None]:
         *others, states, norms = saved
         *_, v, initial_state, _ = tensors
-        # An empty sequence that continues a state has none to save.
+        # No states were saved, except that an empty sequence which continues a state saves 0 of them.
         if states is not None and not states.shape[2] and (v.shape[2] or initial_state is None):
             states = norms = None
         return super().absent([*others, states, norms], tensors)

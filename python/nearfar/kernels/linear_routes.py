@@ -1,9 +1,10 @@
-"""The ways of linear and Hadamard attention to their result: each is a class with the launches of both directions.
+"""Routes of linear and Hadamard attention. Each is a class with the launches of both directions.
 
-    Tiles           tile by tile, by pairs or from the state, of any widths; Triton
-    Walk            a block walks along a piece with the state on chip: causal, or one narrow factor; Triton, CudaWalk in C++
-    Bidirectional   one narrow factor without causality; CUDA C++
-    Slabs           two factors of 64 without causality, whose state is read slab by slab; CUDA C++
+    Tiles           tile by tile, from pairs or from the state; any widths; Triton
+    Walk            a block walks along a piece and keeps the state on chip; causal, or one narrow factor; Triton
+    CudaWalk        the same in CUDA C++
+    Bidirectional   one narrow factor, not causal; CUDA C++
+    Slabs           two factors of 64, not causal; reads the state slab by slab; CUDA C++
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ _packing, _launchers = triton_module("packing"), triton_module("linear_launch")
 
 
 class Call(NamedTuple):
-    """A call on the meta device. pieces, first_pieces: tables of packed sequences (triton_kernels/packing.py), or None."""
+    """A call with meta tensors. pieces, first_pieces: tables of packed sequences (triton_kernels/packing.py), or None."""
 
     problem: Any
     qs: tuple[torch.Tensor, ...]
@@ -65,13 +66,13 @@ def route_of(
 
 
 class Route:
-    """The launches of one direction of a call, in order: what each route reads and writes is the same."""
+    """Builds the launches of each direction of a call, in order. All routes have the same inputs and outputs."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
 
     def forward(self, outputs: Any) -> list[Any]:
-        """Fill o, the final state, inverse, states and norms; None for what does not exist."""
+        """Launches that fill o, the final state, inverse, states and norms; None for absent ones."""
         o, state, inverse, states, norms = outputs
         launches = []
         if self.call.stateful:
@@ -81,7 +82,7 @@ class Route:
         return [*launches, self.read(o, inverse, states, norms)]
 
     def backward(self, do: Any, dstate: Any, saved: Any, dqs: Any, dks: Any, dv: Any, dinitial: Any) -> list[Any]:
-        """Fill the gradients. saved: o, inverse, states, norms."""
+        """Launches that fill the gradients. saved: o, inverse, states, norms."""
         o, inverse, states, norms = saved
         weights = o.new_empty(o.shape[:3], dtype=torch.float32)
         sums = key_states = key_norms = None
@@ -98,7 +99,7 @@ class Route:
         ]
 
     def _partials(self, of_queries: bool) -> Any:
-        """Partial sums over the keys, or over the queries for the gradients, and the launch that combines them."""
+        """(workspaces of partial sums, plan of the kernel that combines them). of_queries: sums over queries, for gradients."""
         problem = self.call.problem
         pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
         shape = problem.batch, problem.key_heads, pieces, problem.num_features
@@ -106,13 +107,13 @@ class Route:
         return sums, _launchers().plan_combine(problem, pieces, of_queries and problem.causal)
 
     def accumulate(self, sums: Any) -> Any:
-        """Sums over the keys of each piece."""
+        """Launch that sums over the keys of each piece."""
         problem, _, ks, v, _, pieces, *_ = self.call
         plan = _launchers().plan_accumulate(problem, False, self.call.k_strides, v.stride())
         return plan, (ks, v, None, None, *sums, pieces)
 
     def accumulate_gradients(self, do: Any, inverse: Any, weights: Any, sums: Any) -> list[Any]:
-        """Sums over the queries of each piece."""
+        """Launches that sum over the queries of each piece."""
         problem, qs, _, _, _, pieces, *_ = self.call
         plan = _launchers().plan_accumulate(problem, True, self.call.q_strides, do.stride())
         return [(plan, (qs, do, inverse, weights, *sums, pieces))]
@@ -132,7 +133,7 @@ class Route:
 class Tiles(Route):
     @property
     def _direct(self) -> bool:
-        """Whether tokens of a piece are paired."""
+        """Whether tokens of a piece are paired directly."""
         return self.call.problem.causal or not self.call.stateful
 
     def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
@@ -164,7 +165,7 @@ class Tiles(Route):
 
 
 class Walk(Route):
-    """In Triton; CudaWalk in CUDA C++, whose tensors and strides have the same names and order."""
+    """Walks in Triton. CudaWalk, in CUDA C++, has tensors and strides of the same names and in the same order."""
 
     def read(self, o: Any, inverse: Any, states: Any, norms: Any) -> Any:
         _, qs, ks, v, _, pieces, *_ = self.call
@@ -187,7 +188,7 @@ class Walk(Route):
         return [self.launch("grad_keys", rows | between | of_rows | dict(pieces=pieces), [*rows, *of_rows])]
 
     def of_gradients(self) -> dict[str, float]:
-        """Numbers that the gradients of the queries need beside the sizes."""
+        """Numbers besides the sizes that the kernel of the queries' gradients takes."""
         return {}
 
     def launch(self, kernel: str, tensors: dict[str, Any], strided: list[str], **eps: float) -> Any:
@@ -198,7 +199,7 @@ class Walk(Route):
 
 class CudaWalk(Walk):
     def of_gradients(self) -> dict[str, float]:
-        return dict(eps=self.call.eps)  # of weights that are summed anew
+        return dict(eps=self.call.eps)  # the kernel sums the weights again
 
     def launch(self, kernel: str, tensors: dict[str, Any], strided: list[str], **eps: float) -> Any:
         problem = self.call.problem
@@ -211,7 +212,7 @@ class CudaWalk(Walk):
 
 
 class Bidirectional(Route):
-    """The kernel of the gradients of the queries sums what those of the keys need."""
+    """The kernel of the queries' gradients also computes the sums that the keys' gradients need."""
 
     def accumulate(self, sums: Any) -> Any:
         _, _, (k,), v, _, pieces, *_ = self.call
@@ -248,7 +249,7 @@ class Bidirectional(Route):
 
 
 class Slabs(Tiles):
-    """Accumulating leaves a counter and tiles of norms for the kernel that reads the state."""
+    """The accumulating kernel also fills a counter and tiles of norms for the kernel that reads the state."""
 
     def accumulate(self, sums: Any) -> Any:
         _, _, ks, v, *_ = self.call
@@ -264,7 +265,7 @@ class Slabs(Tiles):
         return self._read(self.call.ks, key_states, key_norms, dv, None, 0.0, of_queries=False)
 
     def _accumulate(self, xs: Any, y: Any, of_rows: Any, sums: Any, of_queries: bool) -> Any:
-        """Sums of features times y; of_rows: factors and weights of the rows, None for 1."""
+        """Launch that sums features times y. of_rows: factors and weights of the rows, None for 1."""
         problem, sizes = self.call.problem, self._sizes(of_queries)
         chunk, width = _cuda.extension.HADAMARD_BIDIRECTIONAL_CHUNK, _cuda.extension.HADAMARD_BIDIRECTIONAL_WIDTH
         shape = problem.batch, sizes["heads"], -(-sizes["num_tokens"] // chunk), chunk, width
@@ -299,7 +300,7 @@ class Slabs(Tiles):
 
 
 def named(name: str, factors: Any) -> dict[str, Any]:
-    """One factor by its name, several with a number."""
+    """{name: factor} for one factor, {name1: factor, name2: factor, ..} for several."""
     return {name: factors[0]} if len(factors) == 1 else {f"{name}{r + 1}": factor for r, factor in enumerate(factors)}
 
 

@@ -30,7 +30,7 @@ def _chunk_sums(theta, launch):
 
 
 def _before(sums):
-    """Sums over the chunks before each; exactly 0 before the first."""
+    """For each chunk, the sums over all earlier chunks; exactly 0 for the first."""
     return torch.cat((torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1].cumsum(2)), 2)
 
 

@@ -15,7 +15,7 @@ _launchers = triton_module("synchronization_launch")
 
 
 class Synchronization(Operator):
-    """omega_k None: the keys are the queries. The backward reads total (B, Hq, N), the sums of S, and bits, the selection."""
+    """omega_k is None if keys are queries. The backward reads total (B, Hq, N), the sums of S, and bits, the selection."""
 
     name = "synchronization_attention"
     tensors = "Tensor omega, Tensor? omega_k, Tensor v, Tensor coupling, Tensor bandwidth, Tensor order"
@@ -50,7 +50,7 @@ class SynchronizationTriton(Backend):
 
 
 class SynchronizationCuda(_cuda.CudaBackend):
-    """One kernel in each direction; surveys and lists are Triton's. It serves the backward where S is symmetric."""
+    """One kernel in each direction, between Triton's surveys and lists. The backward kernel requires a symmetric S."""
 
     def forward(self, tensors: Any, outputs: Any, causal: bool, top_k: int | None, grad_floor: float) -> Program:
         omega, _, v, _, bandwidth, _ = tensors

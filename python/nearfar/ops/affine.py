@@ -283,7 +283,7 @@ def _window_of(locality: Locality, window_size: tuple[int, int], causal: bool) -
         kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
         raise TypeError(f"locality must be None, {kinds}, got {type(locality).__name__}")
     if causal or tuple(window_size) != (UNLIMITED, UNLIMITED):
-        raise ValueError("locality says which keys a query sees: leave window_size and causal out")
+        raise ValueError("locality determines which keys a query sees: leave window_size and causal out")
     return (locality.left, locality.right) if isinstance(locality, SlidingWindow) else window_size
 
 

@@ -50,7 +50,7 @@ class AttentionStatistics(NamedTuple):
     lse: torch.Tensor  # (B, Hq, N) log of the sum of exp(score), in nats
     entropy: torch.Tensor  # (B, Hq, N) of a query's weights, in nats
     max_weight: torch.Tensor  # (B, Hq, N) the largest weight of a query
-    max_key: torch.Tensor  # (B, Hq, N) int64, its key, of equal ones the first
+    max_key: torch.Tensor  # (B, Hq, N) int64, the key of the largest weight; of equal ones the first
     key_mass: torch.Tensor  # (B, Hq, M) the weight that a key receives from all queries
 
     @property
@@ -68,7 +68,7 @@ class SelectionGeometry(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with."""
+    """A checked call: the arguments that every backend takes."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -237,9 +237,9 @@ def _prepare(
 
 @checks.once
 def _checked(metas: list[Layout], limited: bool, name: str) -> tuple[str | None, str | None, dispatch.Orders]:
-    """Why no kernel, or none in CUDA C++, can serve these layouts, and the orders in which "auto" asks them.
+    """(why no kernel can serve these layouts, why no CUDA kernel can, orders for "auto"); None instead of a reason if one can.
 
-    limited: whether causality or a locality limits what a query sees.
+    limited: whether causality or a locality limits the keys that a query sees.
     """
     q, k, *values = metas
     checks.check_qkv(q, k, *(values or [k]))  # type: ignore[arg-type]

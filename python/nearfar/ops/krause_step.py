@@ -64,7 +64,7 @@ class KrauseCache(NamedTuple):
         """The cache after a prompt, on which `nearfar.krause_attention` computes.
 
         Args:
-            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), of all tokens of the prompt, or of at least its last `window` ones.
+            k, v: (B, Hkv, N, D) and (B, Hkv, N, Dv), for all tokens of the prompt, or for at least its last `window` tokens.
             window: W = left + 1, for the keys of SlidingWindow(left).
             length: how many tokens the prompt has; None: N.
 
@@ -88,7 +88,7 @@ class KrauseCache(NamedTuple):
         return cache
 
 
-torch.serialization.add_safe_globals([KrauseCache])  # a saved cache is loaded by torch.load as it is by default
+torch.serialization.add_safe_globals([KrauseCache])  # for torch.load with its default, weights_only=True
 
 
 def krause_attention_step(
@@ -150,14 +150,14 @@ def krause_attention_step(
     if top_k is not None and top_k >= cache.k.shape[2]:
         top_k = None
     if out is None:
-        out = cache.k.new_empty(shape)  # under vmap it is mapped over, as the cache has to be
+        out = cache.k.new_empty(shape)  # made from the cache, so that vmap maps over both
     _run(layouts is not None, q, k, v, sigma, *cache, out, top_k, chosen)
     return out
 
 
 @checks.once
 def _checked(metas: list[Layout], num_read: int, selects: bool) -> tuple[tuple[int, ...], Sequence[str], str | None]:
-    """Shape of the output, the order in which "auto" asks the kernels, and why they cannot serve these shapes, or None."""
+    """(shape of the output, order of the kernel backends for "auto", why no kernel can serve these shapes or None)."""
     q, k, v = metas[:3]
     cached_k, cached_v, length, *outs = metas[num_read:]
     checks.check_qkv(q, k, v)
@@ -188,7 +188,7 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, sigma: Tensor, cache_k: Tensor, cache_v: Tensor, length: Tensor, out: Tensor,
     top_k: int | None, backend: str,
 ) -> None:
-    """Fill out and the slots of the new tokens, and count them."""
+    """Fill out and the cache slots of the new tokens, and increment the lengths."""
     cache = KrauseCache(cache_k, cache_v, length)
     if backend == "reference":
         with checks.no_autocast(q):

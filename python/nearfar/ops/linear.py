@@ -18,8 +18,8 @@ from nearfar.runtime.tensors import Layout
 
 FeatureMap = Literal["identity", "elu", "relu", "softplus", "exp"] | Callable[[torch.Tensor], torch.Tensor]
 
-MAX_FACTORS = 3  # of the kernels
-MAX_FEATURES = 2**14  # prod d_r of the kernels
+MAX_FACTORS = 3  # that kernels take
+MAX_FEATURES = 2**14  # largest prod d_r that kernels take
 
 
 def _reference_attention(
@@ -70,7 +70,7 @@ _reference = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with."""
+    """A checked call: the arguments that every backend takes."""
 
     qs: tuple[torch.Tensor, ...]
     ks: tuple[torch.Tensor, ...]
@@ -83,7 +83,7 @@ class Call(NamedTuple):
     eps: float
     return_state: bool
     backends: dispatch.Backends
-    plain: bool  # qs, ks and v are those of a plain eager call
+    plain: bool  # whether qs, ks and v are those of a plain eager call
 
     @property
     def q(self) -> torch.Tensor:
@@ -136,15 +136,15 @@ def linear_attention(
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q; M must be N when causal or packed.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        feature_map: phi: "identity", "elu" (elu(x) + 1), "relu", "softplus" or "exp", fused into the kernels; or a function
-            that is applied to q and to k first and may change only the width.
-        normalize: False returns the numerator, without the division.
+        feature_map: phi: "identity", "elu" (elu(x) + 1), "relu", "softplus" or "exp", fused into the kernels; or a function,
+            which is applied to q and k before the kernels and may change only the width.
+        normalize: divide by the sum of the weights plus eps; False returns the numerator.
         causal: a query sees the keys up to its own position.
         eps: added to the denominator, not negative.
         initial_state: (B, Hkv, D, Dv + 1) float32 (float64 for float64 inputs): the state after earlier keys, which every query
-            sees: the sum of phi(k) v^T and, in the last column, the sum of phi(k), whatever normalize is. With cu_seqlens B is
-            S.
-        return_state: return (o, state) with the state after the last key, in the same form.
+            sees. It is the sum of phi(k) v^T and, in the last column, the sum of phi(k), for both values of normalize. With
+            cu_seqlens it has S in place of B.
+        return_state: return (o, state), with the state after the last key in the same form.
         cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
@@ -207,7 +207,8 @@ def hadamard_attention(
         ks: R tensors (B, Hkv, M, d_r), dtype and device of qs[0]; M must be N when causal or packed.
         v: (B, Hkv, M, Dv), dtype and device of qs[0].
         initial_state: (B, Hkv, d_1, .., d_R, Dv + 1) float32 (float64 for float64 inputs): the state after earlier keys: the
-            sum of the outer products of phi(k^1), .., phi(k^R) with v and, in the last column, with 1. With cu_seqlens B is S.
+            sum of the outer products of phi(k^1), .., phi(k^R) with v and, in the last column, with 1. With cu_seqlens it has
+            S in place of B.
         feature_map, normalize, causal, eps, return_state, cu_seqlens, backend: as for `nearfar.linear_attention`. Kernels take
             up to 3 factors and prod d_r up to 16,384.
 
@@ -336,7 +337,7 @@ def _attend(
     backend: Backend,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     repeats = None
-    # A function as feature_map makes other tensors of these, for which a call is kept.
+    # No plan is cached if feature_map is a function: the operator then gets other tensors than this call's arguments.
     if type(feature_map) is str and isinstance(qs, (tuple, list)) and isinstance(ks, (tuple, list)):
         tensors = *qs, *ks, v, initial_state, cu_seqlens
         absent = initial_state is None, cu_seqlens is None
@@ -386,7 +387,7 @@ def _step(
     reasons = {**call.backends.reasons(q), "cuda": "there is no CUDA kernel of a decoding step yet"}
     chosen = dispatch.choose(backend, reasons, q.device)
     if out is None:
-        out = state.new_empty(shape, dtype=call.v.dtype)  # under vmap it is mapped over, as the state has to be
+        out = state.new_empty(shape, dtype=call.v.dtype)  # made from the state, so that vmap maps over both
     options = call.feature_map, call.normalize, call.eps, chosen
     step(layouts is not None, list(call.qs), list(call.ks), call.v, state, out, *options)
     return out
@@ -412,7 +413,7 @@ def _prepare(
     cu_seqlens: torch.Tensor | None,
     state_name: str,
 ) -> Call:
-    """listed: whether q and k came as lists, for messages. state_name: what the caller knows initial_state as."""
+    """listed: whether q and k were passed as lists; state_name: the caller's name of initial_state. Both for messages."""
     for name, factors in (("qs", qs), ("ks", ks)):
         if not isinstance(factors, (list, tuple)):
             raise TypeError(f"{name} must be a list or tuple of tensors, got {type(factors).__name__}")
@@ -443,7 +444,7 @@ def _prepare(
 def _map_outside(
     qs: Sequence[torch.Tensor], ks: Sequence[torch.Tensor], feature_map: FeatureMap, listed: bool
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], str]:
-    """qs, ks and the name of the map that is left to the kernels: a callable is applied here."""
+    """qs, ks and the name of the feature map for the kernels. A callable is applied here, and "identity" remains."""
     if isinstance(feature_map, str):
         if feature_map not in reference.FEATURE_MAPS:
             accepted = ", ".join(f'"{name}"' for name in reference.FEATURE_MAPS)
@@ -465,7 +466,7 @@ def _names(name: str, factors: Sequence[Any], listed: bool) -> list[str]:
 def _checked(
     metas: list[Layout], num_factors: int, listed: bool, causal: bool, packed: bool = False
 ) -> tuple[dispatch.Backends, tuple[tuple[int, ...], torch.dtype, torch.device]]:
-    """The backends of these layouts, and what a state is: its shape, dtype and device."""
+    """The backends for these layouts, and (shape, dtype, device) of a state."""
     qs, ks, v = metas[:num_factors], metas[num_factors:-1], metas[-1]
     if not qs:
         raise ValueError("qs must have at least one factor, got an empty list")

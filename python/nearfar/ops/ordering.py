@@ -1,10 +1,10 @@
-"""Ordering tokens by where they lie along the direction in which they differ most."""
+"""Sorting tokens along their dominant direction."""
 
 from typing import Any
 
 import torch
 
-ITERATIONS = 3  # of the power method: any direction of large variance serves
+ITERATIONS = 3  # of the power method; any direction of large variance is good enough
 
 
 @torch.no_grad()
@@ -12,7 +12,7 @@ def by_frequency(omega: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(permutation, inverse), each (B, H, N), that sorts the tokens of omega (B, H, N, D) along their dominant direction."""
     wide = omega.to(torch.promote_types(omega.dtype, torch.float32))
     wide = wide - wide.mean(2, keepdim=True)
-    # From the farthest token rather than from random numbers: the same input is ordered alike each time.
+    # Start from the farthest token, not from random numbers, so that the result is deterministic.
     farthest = wide.square().sum(-1).argmax(2)[..., None] if wide.shape[2] else None
     if farthest is None:
         permutation = torch.zeros(omega.shape[:3], dtype=torch.int64, device=omega.device)
@@ -25,12 +25,12 @@ def by_frequency(omega: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The rows of tensor (B, H, N, D) at indices (B, H, M). take_along_dim would bind a compiled call to its length."""
+    """The rows of tensor (B, H, N, D) at indices (B, H, M). take_along_dim would specialise a compiled call to one length."""
     return tensor.gather(2, indices[..., None].expand(*indices.shape, tensor.shape[3]))
 
 
 def permute(tensor: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The rows of tensor (B, H, N, _) in the order of permutation; the gradient takes the inverse and scatters nothing."""
+    """The rows of tensor (B, H, N, _) in the order of permutation. The gradient is a gather by the inverse, not a scatter."""
     return _Permute.apply(tensor, permutation, inverse)
 
 

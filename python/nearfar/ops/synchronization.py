@@ -17,11 +17,11 @@ from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.tensors import Layout
 
-ORDER_ROUNDING = 1e-3  # by which an order of 1 may be exceeded
+ORDER_ROUNDING = 1e-3  # an order may exceed 1 by this much
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype that x is computed in."""
+    """The dtype in which results for x are computed."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -47,7 +47,7 @@ _reference_share = opaque(
 
 
 class Call(NamedTuple):
-    """A checked call: what every backend computes with."""
+    """A checked call: the arguments that every backend takes."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -56,7 +56,7 @@ class Call(NamedTuple):
     bandwidth: torch.Tensor
     order: torch.Tensor
     backends: dispatch.Backends
-    plain: bool  # q, k and v are those of a plain eager call
+    plain: bool  # whether q, k and v are those of a plain eager call
 
 
 def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backend = "auto") -> torch.Tensor:
@@ -66,7 +66,7 @@ def order_parameter(theta: torch.Tensor, *, causal: bool = False, backend: Backe
 
     Args:
         theta: (B, H, N, D) phases in radians, any floating dtype, computed in float32 (float64 in float64 on the reference).
-        causal: average over the tokens up to token i: one number per token, which later tokens do not change.
+        causal: average over the tokens up to each token, so that r has one number per token.
         backend: "auto", "cuda", "triton" or "reference".
 
     Returns:
@@ -144,10 +144,10 @@ def synchronization_attention(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, devices or values do not fit (an order of (B, Hq) with causal is one: later tokens would leak
-            through it), or the backend cannot serve the call.
+        ValueError: shapes, devices or values do not fit, the backend cannot serve the call, or order is (B, Hq) with causal:
+            later tokens would leak through it.
     """
-    # Tokens in another order are other tensors than these, for which a call is kept.
+    # No plan is cached with sort: the operator then gets other tensors than this call's arguments.
     repeats = None if sort else plans.repeats(synchronization, omega_k is None, top_k, causal, grad_floor, backend)
     if repeats:
         coupling, bandwidth = (checks.parameter(number, omega) for number in (coupling, bandwidth))
@@ -239,7 +239,7 @@ def prepare(
 
 @checks.once
 def _checked(metas: list[Layout], top_k: int | None, symmetric: bool) -> dispatch.Backends:
-    """The backends of these layouts. symmetric: whether S is; else gradients are Triton's."""
+    """The backends for these layouts. symmetric: whether S is symmetric; if not, Triton computes the gradients."""
     omega, v, separate = metas[0], metas[1], len(metas) > 2
     keys, key_name = (metas[2], "omega_k") if separate else (omega, "omega")
     checks.check_qkv(omega, keys, v, names=("omega", key_name, "v"))
@@ -264,7 +264,7 @@ def _check_grad_floor(grad_floor: float) -> None:
 
 
 def _order(order: torch.Tensor, omega: torch.Tensor, causal: bool) -> torch.Tensor:
-    """r, a tensor, as a float32 (float64) one (B, Hq) or (B, Hq, N)."""
+    """Check order and convert it to float32 (float64 for float64 omega)."""
     rows = omega.shape[:3]
     if order.dtype not in checks.FLOATING:
         raise TypeError(f"order must be float16, bfloat16, float32 or float64, got {order.dtype}")

@@ -1,1 +1,1 @@
-"""Pure-PyTorch references: the specification of every operator, and what runs on a machine without a GPU."""
+"""References in plain PyTorch: the specification of every operator, and the backend of CPU tensors."""

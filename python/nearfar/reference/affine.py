@@ -2,7 +2,7 @@
 
     o_i = alpha_i sum_j p_ij v_j + beta_i c_i,    p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij)),    s_ij = scale q_i . k_j
 
-with j over the keys that query i may see and c_i the sum of their values, which no second product of N x N weights makes.
+with j over the keys that query i may see and c_i the sum of their values, computed without a second N x N product.
 """
 
 import torch
@@ -59,30 +59,30 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
 
 
 def sink_softmax(scores, visible, sink=None):
-    """Weights (B, Hkv, group, rows, keys); a sink is one more key, which every query sees and whose weight is dropped."""
+    """Weights (B, Hkv, group, rows, keys). A sink is one more key that every query sees; its weight is dropped."""
     if sink is None:
         return masked_softmax(scores, visible)
-    # Concatenated, not padded: Inductor writes no valid C++ for the padding of a bool tensor (torch 2.13).
+    # Concatenated, not padded: Inductor (torch 2.13) generates invalid C++ for padding a bool tensor.
     every = torch.ones_like(visible[..., :1])
     scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), -1)
     return masked_softmax(scores, torch.cat((visible, every), -1))[..., :-1]
 
 
 def window_sums(v, num_queries, left, right):
-    """sum of v (.., M, Dv) over the keys that each query may see: (.., num_queries, Dv) in O(N + M) additions.
+    """Sum of v (.., M, Dv) over the keys that each query may see: (.., num_queries, Dv), in O(N + M) additions.
 
-    The keys are padded with zeros until the window of query i is rows i to i + size - 1, and cut into blocks of `size` rows. A
-    window is the end of one block and the beginning of the next, and so adds nothing that its query does not see: a difference
-    of prefix sums over all keys would carry the roundings of the others.
+    Padded with zeros, the window of query i is rows i to i + size - 1. Split into blocks of `size` rows, a window is the end of
+    one block and the beginning of the next. So a sum contains only values that its query sees; a difference of prefix sums over
+    all keys would contain rounding errors of the others.
     """
     num_keys = v.shape[-2]
-    farthest = max(num_keys - 1, 0), max(num_queries - 1, 0)  # back from the last query, ahead of the first
+    farthest = max(num_keys - 1, 0), max(num_queries - 1, 0)  # distance before the last query, and after the first
     left, right = (reach if side < 0 else min(side, reach) for side, reach in zip((left, right), farthest, strict=True))
     if (left, right) == farthest:
         return v.sum(-2, keepdim=True).expand(*v.shape[:-2], num_queries, v.shape[-1])
     size = left + right + 1
     rows = num_queries + size - 1
-    before = num_queries - num_keys + left  # negative: the first query is past the first keys
+    before = num_queries - num_keys + left  # rows of padding; negative if no query sees the first keys
     padded = pad(v, (0, 0, before, -rows % size + rows - before - num_keys))
     blocks = padded.unflatten(-2, (-(-rows // size), size))
     begun = blocks.cumsum(-2).flatten(-3, -2)

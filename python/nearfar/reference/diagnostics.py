@@ -42,7 +42,7 @@ def attention_statistics(q, k, sigma, left, right, scale):
     num_keys = k.shape[2]
 
     def statistics(visible, first, scores):
-        if not scores.shape[-1]:  # no keys, and so no queries: nothing has a maximum
+        if not scores.shape[-1]:  # no keys, and therefore no queries; a maximum over nothing would raise
             none = scores.sum(-1)
             return none, none, none.detach(), none.detach().long(), scores.detach().sum(-2)
         masked = scores.masked_fill(~visible, float("-inf"))
@@ -85,8 +85,8 @@ def separation(weights, selected, visible, values):
         weights: (.., rows, keys) softmax weights. selected, visible: masks that broadcast to them, selected within visible.
         values: (.., keys, Dv).
 
-    Distances are compared as excess = (D_j^2 - |s|^2) / 2 = w_j (w_j |v_j|^2 / 2 - v_j . s), where small weights do not drown.
-    A query that sees a weight or a value that is not finite scores NaN; others do not notice.
+    Distances are compared as excess = (D_j^2 - |s|^2) / 2 = w_j (w_j |v_j|^2 / 2 - v_j . s), which keeps the digits of small
+    weights. A query that sees a weight or a value that is not finite gets NaN; other queries are not affected.
     """
     finite = values.isfinite().all(-1)[..., None, :]
     unknown = (visible & ~(finite & weights.isfinite())).any(-1)
@@ -107,8 +107,8 @@ def separation(weights, selected, visible, values):
 def by_scores(function, q, k, sigma, left, right, scale, *values):
     """Yield (chunk, function(visible, first, scores, *values)) for each chunk of queries.
 
-    visible: the (rows, keys) mask. first: the number of the first key. scores: (B, Hkv, group, rows, keys). values: their rows
-    of those keys.
+    visible: the (rows, keys) mask. first: the index of the first key. scores: (B, Hkv, group, rows, keys). values: the rows of
+    each of `values` for these keys.
     """
     heads_kv = k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Attention on grids in plain PyTorch: Krause, softmax and affine. Differentiable twice, O(N * span) memory in all."""
+"""Krause, softmax and affine attention on grids in plain PyTorch: differentiable twice, O(N * span) memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,16 +22,16 @@ from nearfar.reference.pairwise import (
 
 
 class Rows(NamedTuple):
-    """A block of queries and the blocks of cells, from `first` to `last` - 1, that they may see beside the global tokens."""
+    """A block of queries and the blocks of cells, from `first` to `last` - 1, that they may see besides the global tokens."""
 
     locality: Grid
-    queries: tuple[int, int]  # positions in the sequence, from and to
+    queries: tuple[int, int]  # (begin, end) positions in the sequence
     first: int
     last: int
-    keys: tuple[int, int]  # cells of the blocks, counted without global tokens
+    keys: tuple[int, int]  # (begin, end) cells of the blocks, not counting global tokens
 
     def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Those of the queries, (rows, 1), and of the keys, (1, keys), the global tokens first."""
+        """Positions of the queries, (rows, 1), and of the keys, (1, keys), global tokens first."""
         count = self.locality.global_tokens
         keys = torch.cat((torch.arange(count, device=device), count + torch.arange(*self.keys, device=device)))
         return torch.arange(*self.queries, device=device)[:, None], keys[None, :]
@@ -56,7 +56,7 @@ def row_blocks(locality: Grid) -> Iterator[Rows]:
 def attend_by_rows(
     attend: Callable[..., Tensor], locality: Grid, shared: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """attend(rows, *shared, q of the rows, k and v that they may see) of all Rows, joined along the queries.
+    """Call attend(rows, *shared, q of the rows, k and v that they may see) for all Rows; concatenate along the queries.
 
     q: (B, Hkv, group, N, D). k: (B, Hkv, N, D). v: (B, Hkv, N, Dv).
     """

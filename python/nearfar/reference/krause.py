@@ -50,7 +50,7 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
 
 
 def krause_attention_step(q, k, v, cache, sigma, top_k=None):
-    """Reference of `nearfar.krause_attention_step`: it fills the slots of the new tokens, and leaves cache.length as it is.
+    """Reference of `nearfar.krause_attention_step`. It fills the slots of the new tokens; the caller updates cache.length.
 
     Args:
         q: (B, Hq, 1, D). k: (B, Hkv, 1, D). v: (B, Hkv, 1, Dv).
@@ -69,13 +69,13 @@ def krause_attention_step(q, k, v, cache, sigma, top_k=None):
         cache.k[sequence, :, position % window] = k[:, :, 0]
         cache.v[sequence, :, position % window] = v[:, :, 0]
 
-        # Keys in the order of their positions, as ties go by it; the oldest one's slot depends on the sequence.
+        # Order the keys by position, because position decides ties. The slot of the oldest key depends on the sequence.
         rank = torch.arange(window, device=q.device)
         oldest = (position + 1 - window).clamp(min=0)
         slots = ((oldest[:, None] + rank) % window)[:, None, :, None]
         visible = (rank <= position[:, None])[:, None, None, None]
         keys, values = (x.take_along_dim(slots, 2).to(compute) for x in (cache.k, cache.v))
-        values = values.masked_fill(~visible[:, 0].mT, 0.0)  # slots that were never filled may hold anything
+        values = values.masked_fill(~visible[:, 0].mT, 0.0)  # slots that were never filled may contain NaN
 
         sigma = per_head(sigma.to(compute), q.shape[1], heads_kv)
         scores = distance_scores(group_heads(q.to(compute), heads_kv), keys, sigma)

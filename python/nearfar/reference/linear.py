@@ -4,9 +4,9 @@ With x_r = phi(q_r), y_r = phi(k_r) and a 1 appended to every v_j,
 
     o_i = sum_j prod_r (x_r,i . y_r,j) v_j = <x_1,i (x) .. (x) x_R,i, S>,    S = sum_j y_1,j (x) .. (x) y_R,j (x) v_j
 
-and the last column of the result divides the others. Autograd would keep the N x prod d_r products of both sides for the
-backward pass. The sums are multilinear, so their derivatives are sums of the same kind with the factors in other places: each
-is an autograd function whose backward calls such functions again, and which keeps its arguments alone.
+and the last column of the result divides the others. Autograd would save the N x prod d_r products of both sides for the
+backward. But the sums are multilinear, so their derivatives are sums of the same kind with the factors exchanged. Each sum is
+therefore an autograd function whose backward calls such functions again and which saves only its arguments.
 """
 
 import functools
@@ -22,7 +22,7 @@ from nearfar.runtime.private import is_legacy_batchedtensor
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
-    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # elu(x) + 1, which would lose small values
+    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # literally, elu(x) + 1 would round small values to 0
     "relu": torch.relu,
     "softplus": softplus,
     "exp": torch.exp,
@@ -38,7 +38,7 @@ def hadamard_attention(
     Args:
         qs: R tensors (B, Hq, N, d_r). ks: R tensors (B, Hkv, M, d_r). v: (B, Hkv, M, Dv).
         feature_map: a name of FEATURE_MAPS.
-        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1), what keys before the first have left; B sequences with cu_seqlens.
+        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1), the state after earlier keys; with cu_seqlens, one per sequence.
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
 
     Returns:
@@ -47,7 +47,7 @@ def hadamard_attention(
     """
     xs, ys, values = _features(qs, ks, v, feature_map)
     lengths = [sequence_lengths(tensor.shape[-2], cu_seqlens) for tensor in (qs[0], v)]
-    # Sequences by split, not by slices: the gradient of a slice is as long as what it was cut from.
+    # Split, not sliced: the gradient of a slice has the size of the whole tensor.
     sequences = [
         zip(*(tensor.split(length, -2) for tensor in tensors), strict=True)
         for tensors, length in ((xs, lengths[0]), (ys, lengths[1]), ((values,), lengths[1]))
@@ -86,7 +86,7 @@ def _features(qs, ks, v, feature_map):
 
 
 def _one_sequence(xs, ys, values, state, causal, return_state):
-    """The unnormalised o (B, Hkv, group, N, Dv + 1), and the state after the last key where it is wanted."""
+    """The unnormalised o (B, Hkv, group, N, Dv + 1), and the state after the last key if requested."""
     by_pairs = causal or direct_is_cheaper(xs[0].shape[-2], values.shape[-2], [y.shape[-1] for y in (*ys, values)])
     o = _apply(Pairs, int(causal), *xs, *ys, values) if by_pairs else 0
     if by_pairs and state is not None:
@@ -98,7 +98,7 @@ def _one_sequence(xs, ys, values, state, causal, return_state):
 
 
 def _read(state, xs):
-    """<x_1,i (x) .. (x) x_R,i, state>: heads of a group are more rows for the same state."""
+    """<x_1,i (x) .. (x) x_R,i, state>. The heads of a group are additional rows for the same state."""
     return _apply(Contract, state, *(x.flatten(2, 3) for x in xs)).unflatten(2, xs[0].shape[2:4])
 
 
@@ -115,7 +115,7 @@ def _product(factors):
 
 
 def _contract(state, first, *rest):
-    """By the first factor after the others: sums of fewer terms lose less to rounding."""
+    """Contract with the first factor after the others: shorter sums have smaller rounding errors."""
     if not rest:
         return first @ state
     by_first = _product(rest)[:, :, None] @ state.flatten(3, -2)
@@ -131,11 +131,11 @@ def _without(items, index):
 
 
 def _apply(function, *arguments):
-    """function.apply, or its forward where nothing asks for gradients: there Dynamo miscounts the arguments of an apply."""
+    """function.apply, or function.forward if no gradient is needed, as Dynamo miscounts the arguments of apply then."""
     tracked = torch.is_grad_enabled() and any(getattr(argument, "requires_grad", False) for argument in arguments)
     evaluate = function.apply if tracked else function.forward
     if any(isinstance(argument, torch.Tensor) and is_legacy_batchedtensor(argument) for argument in arguments):
-        return map_batched_gradients(evaluate, *arguments)  # that vmap has no rules for most views
+        return map_batched_gradients(evaluate, *arguments)  # the legacy vmap has no rules for most views
     return evaluate(*arguments)
 
 
@@ -219,7 +219,7 @@ class Pairs(torch.autograd.Function):
 
 
 def _pairs(causal, *tensors):
-    """Forward of Pairs, by chunks of queries: all their keys, or when causal their own and a state of those before."""
+    """Forward of Pairs, by chunks of queries, over all keys; when causal, over the chunk's keys and a state of earlier ones."""
     count = len(tensors) // 2
     (groups, num_queries), (key_groups, num_keys) = tensors[0].shape[2:4], tensors[-1].shape[2:4]
     by_state = causal and not direct_is_cheaper(num_queries, num_keys, [t.shape[-1] for t in tensors[count:]])
@@ -236,7 +236,7 @@ def _pairs(causal, *tensors):
         o = weights @ v
         if by_state:
             if state is not None:
-                o = o + _product(xs) @ state  # in place vmap could not
+                o = o + _product(xs) @ state  # not in place, for vmap
             state = _product(ys).mT @ v + (0 if state is None else state)
         outputs.append(o.unflatten(2, (groups, stop - start)))
     return torch.cat(outputs, -2)

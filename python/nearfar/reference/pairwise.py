@@ -1,4 +1,4 @@
-"""What the references of the pairwise operators share: sequences, windows, chunks of rows, distances, selection."""
+"""Shared code of the references: sequences, windows, chunks of rows, distances, selection."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,10 +18,10 @@ def sequence_lengths(length, cu_seqlens):
 
 
 def split_rows(*tensors):
-    """The blocks of CHUNK rows of each tensor (.., N, D), one empty block if N is 0.
+    """The blocks of CHUNK rows of each tensor (.., N, D); one empty block if N is 0.
 
-    By split, not by slices: the gradient of a slice is as long as what it was cut from. Dynamo (torch 2.11) cannot split
-    an empty tensor.
+    Uses split, because the gradient of a slice has the size of the whole tensor. Dynamo (torch 2.11) cannot split an empty
+    tensor.
     """
     return [tensor.split(CHUNK, -2) if tensor.shape[-2] else (tensor,) for tensor in tensors]
 
@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
     block: int
     first: int
     last: int
-    rows: tuple[int, int]  # the positions of the queries among the keys, from and to
+    rows: tuple[int, int]  # (begin, end) positions of the queries among the keys
     keys: tuple[int, int]
     left: int
     right: int
@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
 def row_chunks(num_queries: int, num_keys: int, left: int, right: int) -> Iterator[Chunk]:
     """Yield the Chunk of each block of CHUNK queries; the queries are the last positions.
 
-    A chunk has O(CHUNK + window) keys. No queries make one empty block, no keys no key block.
+    A chunk has O(CHUNK + window) keys. Without queries there is one empty chunk; without keys, chunks have no key block.
     """
     offset = num_keys - num_queries
     num_blocks = max(1, -(-num_keys // CHUNK))
@@ -74,11 +74,11 @@ class KeyBlocks(Protocol):
 
 
 def by_chunk(function: Callable[..., Any], chunk: KeyBlocks, tensors: Sequence[Tensor], *blocks: Sequence[Tensor]) -> Any:
-    """function(chunk, *tensors, ..) with, of each list of blocks of keys, those of the chunk, one after the other.
+    """Call function(chunk, *tensors, ..) with, for each list of key blocks, the chunk's blocks concatenated.
 
-    The backward computes it again, so that nothing is kept of a chunk's scores; it is differentiable any number of times.
-    What keeps everything: calls that need no gradient by autograd, and those under transforms of torch.func and in
-    torch.compile, which take no hooks on saved tensors.
+    The function is checkpointed: the backward runs it again, so a chunk's scores are not saved. It is differentiable any number
+    of times. Under transforms of torch.func and torch.compile, which do not support hooks on saved tensors, it is not
+    checkpointed.
     """
     count, length = len(tensors), chunk.last - chunk.first
 
@@ -86,7 +86,7 @@ def by_chunk(function: Callable[..., Any], chunk: KeyBlocks, tensors: Sequence[T
         seen = [torch.cat(arguments[i : i + length], -2) for i in range(count, len(arguments), length)]
         return function(chunk, *arguments[:count], *seen)
 
-    # Each block is an argument of its own, in which autograd notices writes before the backward.
+    # Pass each block as a separate argument, so that autograd detects in-place writes before the backward.
     arguments = *tensors, *(block for keys in blocks for block in keys[chunk.first : chunk.last])
     tracked = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
     if not tracked or torch.compiler.is_compiling() or transform_level() is not None:
@@ -112,9 +112,9 @@ def group_product(rows: Tensor, matrix: Tensor) -> Tensor:
 def squared_distances(q: Tensor, k: Tensor) -> Tensor:
     """|q_i - k_j|^2 of q (B, Hkv, group, n, D) and k (B, Hkv, m, D): (B, Hkv, group, n, m) in the dtype of q.
 
-    By products in float64, exact for inputs of fewer bits but for the rounding of their sum: tokens may lie far from the
-    origin and close to each other. No pair depends on other tokens, as it would if a mean of all were subtracted. What is
-    within that rounding, equal tokens above all, is 0; its derivatives of every order are as they are.
+    Products are in float64, and exact for inputs of fewer bits except for the rounding of their sum, so tokens may lie far from
+    the origin and close to each other. A pair does not depend on other tokens, as it would if a mean were subtracted. Distances
+    within that rounding, such as those of equal tokens, are set to 0; their derivatives of every order are unchanged.
     """
     queries, keys = q.double(), k.double()
     q_squares, k_squares = (x.square().sum(-1, keepdim=True) for x in (queries, keys))
@@ -123,8 +123,8 @@ def squared_distances(q: Tensor, k: Tensor) -> Tensor:
 
 
 def resolution(q: Tensor) -> Tensor:
-    """(.., n, 1): squared distances from q (.., n, D) that are not larger are rounding of the products they are made of."""
-    # Products with equal keys, in rows and columns of every number, came out up to (D + 16) 2^-55 |q|^2 off.
+    """(.., n, 1): squared distances from q (.., n, D) up to this size may be rounding errors alone."""
+    # For equal keys, errors of up to (D + 16) 2^-55 |q|^2 were measured, over all shapes of products.
     return (q.detach().double().square().sum(-1, keepdim=True) * ((q.shape[-1] + 16) * 2.0**-54)).to(q.dtype)
 
 
@@ -136,7 +136,7 @@ def distance_scores(q: Tensor, k: Tensor, sigma: Tensor) -> Tensor:
 def top_k_mask(scores, top_k):
     """Mask of the top_k largest scores along the last dimension; equal scores go to the smaller index.
 
-    Masked candidates hold -inf and are never selected. NaN counts as largest: it has to show in what is made of the selection.
+    Masked candidates are -inf and are never selected. NaN counts as the largest score, so that it reaches the output.
     """
     scores = scores.masked_fill(scores.isnan(), float("inf"))
     allowed = scores > float("-inf")
@@ -149,7 +149,6 @@ def top_k_mask(scores, top_k):
 
 
 def masked_softmax(scores, keep):
-    """Softmax over the kept entries of the last dimension, a mask that broadcasts; rows that keep nothing give zeros and no
-    gradient."""
+    """Softmax over the last dimension, restricted to the mask `keep`, which broadcasts. Rows without any entry are zeros."""
     empty = ~keep.any(-1, keepdim=True)
     return scores.masked_fill(~(keep | empty), float("-inf")).softmax(-1).masked_fill(empty, 0.0)

@@ -21,9 +21,9 @@ from nearfar.reference.pairwise import (
 )
 
 EPS = 1e-8
-# 1 / (K r)^2 is at most this, so that it times a distance is finite where r is 0: such a token locks with itself alone.
+# Upper bound of 1 / (K r)^2, so that its product with a distance is finite for r = 0. Such a token locks only with itself.
 LARGEST_C = 1e24
-# A row whose lock radius is below twice what squared distances resolve has no gradient.
+# A row has no gradient if its lock radius is below twice the resolution of distances.
 UNRESOLVED = 0.25
 
 
@@ -81,15 +81,15 @@ def locked_share(omega, coupling, bandwidth, order, omega_k, causal):
 
 
 def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *values):
-    """[function(visible, own, margin, *values)] by chunks of queries, with the values of the keys that come with a chunk.
+    """[function(visible, own, margin, *values)] for each chunk of queries, with the values of the chunk's keys.
 
-    visible: the (rows, keys) mask. own: that of a token with itself, None with omega_k. margin: J^2 - delta^2 / (K r)^2,
-    (B, Hkv, group, rows, keys), 0 where a pair is hidden.
+    visible: the (rows, keys) mask. own: the mask of pairs of a token with itself, None with omega_k. margin: J^2 - delta^2 /
+    (K r)^2, (B, Hkv, group, rows, keys), 0 for hidden pairs.
     """
     k = omega if omega_k is None else omega_k
     compute, heads_kv = torch.promote_types(omega.dtype, torch.float32), k.shape[1]
     rates = 2 * per_head(bandwidth.to(compute), omega.shape[1], heads_kv)
-    # K r in float64: where 1 / (K r)^2 is at its largest, its derivatives are beyond float32.
+    # K r in float64, because the derivatives of the largest 1 / (K r)^2 exceed float32.
     order = (order if order.dim() == 3 else order[..., None]).double()
     c = (order * coupling.double().reshape(-1, 1)).square().clamp(min=1 / LARGEST_C).reciprocal()
     c = group_heads(c.to(compute).expand(omega.shape[:3]), heads_kv)[..., None]
@@ -101,8 +101,8 @@ def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *value
             own = torch.ones_like(visible).tril(chunk.rows[0]).triu(chunk.rows[0])
             delta2 = delta2.masked_fill(own, 0)
         margin = (-rates * delta2).exp() - c * delta2
-        # Within a lock radius K r that distances do not resolve, the difference of two tokens is rounding, which c would make
-        # a gradient of: what such a row does to frequencies and parameters is 0, as it is for tokens that are equal.
+        # If the lock radius K r is below the resolution of distances, the difference of two locked tokens is rounding, and c
+        # would turn it into a large gradient. Such a row contributes no gradient, as if the tokens were equal.
         unresolved = c.detach() * resolution(w) > UNRESOLVED
         margin = torch.where(unresolved, margin.detach(), margin).masked_fill(~visible, 0)
         return function(visible, own, margin, *values)
@@ -114,7 +114,7 @@ def by_rows(function, omega, coupling, bandwidth, order, omega_k, causal, *value
 
 
 def lock(margin, grad_floor):
-    """sqrt(max(0, margin)), with the derivative 1 / (2 max(S, grad_floor)) where that is positive and 0 elsewhere."""
+    """S = sqrt(max(0, margin)), with the derivative 1 / (2 max(S, grad_floor)) if margin is positive, otherwise 0."""
     steep = margin > grad_floor**2
     root = torch.where(steep, margin, 1).sqrt()
     gentle = margin.masked_fill(steep | (margin <= 0), 0)

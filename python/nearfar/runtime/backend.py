@@ -1,4 +1,4 @@
-"""What an operator asks of each of its backends."""
+"""The interface between an operator and its backends."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +9,23 @@ if TYPE_CHECKING:
 
 
 class Backend:
-    """What fills the outputs of an operator: programs, made of tensors of the meta device."""
+    """Builds the programs that fill an operator's outputs. All tensors here are on the meta device."""
 
     def forward(self, tensors: Any, outputs: Any, *options: Any) -> "Program":
-        """The program tensors -> outputs."""
+        """Build the program that computes outputs from tensors."""
         raise NotImplementedError
 
     def backward(self, gradients: Any, tensors: Any, saved: Any, results: Any, *options: Any) -> "Program":
-        """The program (*gradients of the visible outputs, *tensors, *saved) -> results, the gradients of the tensors."""
+        """Build the program that computes results, the gradients of the tensors.
+
+        Its inputs are (*gradients, *tensors, *saved), gradients being those of the visible outputs.
+        """
         raise NotImplementedError
 
     def aligned(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of an input, with a contiguous last dimension, as the kernels read them: themselves or a copy."""
+        """The input (its last dimension is contiguous), or a copy if the kernels require another alignment."""
         return rows
 
     def aligned_gradient(self, gradient: torch.Tensor, *options: Any) -> torch.Tensor:
-        """The same of an upstream gradient, whose layout autograd chooses."""
+        """The same for an upstream gradient, whose layout autograd chooses."""
         return gradient

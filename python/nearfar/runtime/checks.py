@@ -1,4 +1,4 @@
-"""Checks of public arguments: each raises one ValueError or TypeError that names the argument and says what is accepted."""
+"""Checks of public arguments. Each raises a ValueError or TypeError that names the argument and states what is accepted."""
 
 import functools
 import math
@@ -22,16 +22,16 @@ from nearfar.runtime.tensors import Layout, layouts, stream_of
 
 is_compiling = torch.compiler.is_compiling
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # no subclass: neither fake nor distributed
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # exact types: subclasses such as fake or distributed tensors are not plain
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CAST = (torch.float16, torch.bfloat16, torch.float32)  # by autocast
+CAST = (torch.float16, torch.bfloat16, torch.float32)  # the dtypes that autocast casts
 
 
 Result = TypeVar("Result")
 
 
 def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise error(message) unless the condition holds; not for the hot path, where building the message would cost."""
+    """Raise error(message) unless the condition holds. Not for the hot path: the message is built in every call."""
     if not condition:
         raise error(message)
 
@@ -42,18 +42,18 @@ def check_tensor(name: str, tensor: object) -> None:
 
 
 def same_shape(first: Sequence[int], second: Sequence[int]) -> bool:
-    """Whether two shapes are equal: number by number, because Dynamo finds equal tuples unequal where they hold symbols."""
+    """Whether two shapes are equal. Compares number by number, as Dynamo finds equal tuples of symbolic sizes unequal."""
     return len(first) == len(second) and all([a == b for a, b in zip(first, second, strict=True)])
 
 
 def meta(name: str, tensor: torch.Tensor) -> Layout:
-    """What a check may look at of a tensor, its Layout."""
+    """The Layout of a tensor, all that a cached check may read. Raises TypeError if it is not a tensor."""
     check_tensor(name, tensor)
     return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 class Layouts(tuple[Any, ...]):
-    """The layouts of the tensors of a plain call: equal ones are one object, which is hashed and compared by identity."""
+    """The interned layouts of a plain call's tensors: equal layouts are one object, so hash and comparison use identity."""
 
     __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
 
@@ -62,15 +62,15 @@ _interned = functools.lru_cache(maxsize=1024)(Layouts)
 
 
 def plain_layouts(*tensors: torch.Tensor) -> Layouts | None:
-    """The Layouts of the tensors of a plain call, None of another one, whose sizes, if traced, cannot be looked up."""
+    """The Layouts of a plain call's tensors. None for other calls, whose sizes may be symbolic and cannot be a cache key."""
     return _interned(layouts(*tensors)) if is_plain(*tensors) else None
 
 
 def once(check: Callable[..., Result]) -> Callable[..., Result]:
-    """`check(metas, *options)` as a function (layouts, names, tensors, *options), made once for each signature of plain calls.
+    """Turn `check(metas, *options)` into a function (layouts, names, tensors, *options), cached per signature of plain calls.
 
-    layouts: `plain_layouts` of the tensors. Options must be hashable and of types that were checked: 1, 1.0 and True are one
-    key. A check looks at nothing that changes from call to call.
+    layouts: `plain_layouts` of the tensors. Options must be hashable, and their types checked before: 1, 1.0 and True are the
+    same key. The check must depend on its arguments only.
     """
 
     @functools.lru_cache(maxsize=1024)
@@ -87,7 +87,7 @@ def once(check: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def check_qkv(q: Layout, k: Layout, v: Layout, names: Sequence[str] = ("q", "k", "v")) -> None:
-    """Metas of q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv): one dtype, one device, Hq a multiple of Hkv."""
+    """Check q (B, Hq, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv): one dtype, one device, Hq a multiple of Hkv."""
     q_name, k_name, v_name = names
     for name, tensor in zip(names, (q, k, v), strict=True):
         if tensor.dtype not in FLOATING:
@@ -112,7 +112,7 @@ def check_qkv(q: Layout, k: Layout, v: Layout, names: Sequence[str] = ("q", "k",
 
 
 def check_like(name: str, tensor: Layout, other_name: str, other: Layout) -> None:
-    """Metas that differ in their last dimension only."""
+    """Check that two tensors differ in their last dimension only."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
     if tensor.device != other.device:
@@ -125,7 +125,7 @@ def check_like(name: str, tensor: Layout, other_name: str, other: Layout) -> Non
 
 
 def check_exactly(name: str, tensor: Layout, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """A Meta of this shape, dtype and device."""
+    """Check shape, dtype and device."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if not same_shape(tensor.shape, shape):
@@ -135,7 +135,7 @@ def check_exactly(name: str, tensor: Layout, shape: Sequence[int], dtype: torch.
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether a call is plain eager PyTorch: nothing compiles, traces, transforms, subclasses or lazily negates it."""
+    """Whether a call is plain eager PyTorch: not compiled, traced or transformed, no tensor subclass or lazy negation."""
     if is_compiling() or dispatch_modes() or transform_level() or in_forward_ad():
         return False
     for tensor in tensors:
@@ -145,14 +145,14 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: not while they are traced, nor one for all slices of vmap."""
+    """Whether the values of a tensor can be read: not under tracing, and not under vmap."""
     if is_compiling() or type(tensor) not in PLAIN:
         return False
     return not is_functorch_wrapped_tensor(tensor) and not is_legacy_batchedtensor(tensor)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast what torch's attention casts under autocast: float64 and integers stay as they are, for the checks to meet."""
+    """Cast tensors as torch's attention does under autocast. float64 and integers stay as they are; the checks handle them."""
     if not autocast_enabled():
         return tensors
     return tuple([_cast(tensor) for tensor in tensors])
@@ -175,11 +175,11 @@ def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def positive_per_head(name: str, value: float | torch.Tensor, like: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """A float, 0-d or (num_heads,) tensor of positive numbers as a float32 tensor of shape (1,) or (num_heads,).
+    """Convert a float, 0-d or (num_heads,) tensor of positive numbers to a float32 tensor of shape (1,) or (num_heads,).
 
-    float64 inputs keep float64. Numbers and CPU tensors are checked here; reading a CUDA tensor back would stall its stream,
-    so there a value that is not positive turns the outputs of its head into NaN instead. The tensor of a number is not to be
-    written to: other calls may have the same one.
+    If `like` is float64, the result is float64. Numbers and CPU tensors are checked here. Reading a CUDA tensor back would
+    stall its stream, so a value there that is not positive makes the outputs of its head NaN instead. The result must not be
+    modified: calls with the same number share it.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, torch.Tensor):
@@ -201,9 +201,9 @@ def positive_per_head(name: str, value: float | torch.Tensor, like: torch.Tensor
 
 
 def parameter(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-    """A number as the tensor (1,) that positive_per_head makes of it: a positive float beside a CUDA tensor, a 0-d tensor.
+    """Convert a 0-d tensor, or a positive float beside a CUDA tensor, to the tensor (1,) of positive_per_head.
 
-    Anything else as it is. So calls with numbers are found by their tensors, too.
+    Anything else is returned unchanged. The guard check of a call with a number then compares tensors only.
     """
     if isinstance(value, torch.Tensor):
         return value if value.dim() else value.reshape(1)
@@ -213,33 +213,33 @@ def parameter(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """tensor.to(dtype), which takes a microsecond to do nothing."""
+    """tensor.to(dtype), but without the microsecond that it takes if the dtype is already right."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _constant(value: float, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """The number as a tensor (1,) on the device of `like`, filled once where the fill is known to come first."""
+    """The number as a tensor (1,) on the device of `like`, cached if the cached fill surely precedes its use."""
     if not is_plain(like):
         return torch.full((1,), float(value), dtype=dtype, device=like.device)
     if not like.is_cuda:
         return _filled(float(value), dtype, like.device, None)
-    if torch.cuda.is_current_stream_capturing():  # the graph fills it, in memory of its own
+    if torch.cuda.is_current_stream_capturing():  # the graph fills it, in its own memory
         return torch.full((1,), float(value), dtype=dtype, device=like.device)
     return _filled(float(value), dtype, like.device, stream_of(like))
 
 
 @functools.lru_cache(maxsize=256)
 def _filled(value: float, dtype: torch.dtype, device: torch.device, stream: int | None) -> torch.Tensor:
-    """stream: the current one; another may not wait for this fill."""
-    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a backward
+    """stream is part of the key: kernels on another stream might run before the fill."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward
         return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-    """cu_seqlens: int32 (S + 1,) from 0 to N without a decrease, for one packed batch of equally long q and k.
+    """Check cu_seqlens: int32 (S + 1,), from 0 to N, never decreasing, for a batch of 1 with q and k of one length.
 
-    The values of a CUDA tensor are not read back, which would stall the stream: `nearfar.check_cu_seqlens` does that. Kernels
-    stay inside the tensors whatever the values are.
+    The values of a CUDA tensor are not read back, because that would stall the stream; `nearfar.check_cu_seqlens` reads them.
+    Kernels stay inside the tensors for any values.
     """
     check_cu_seqlens_layout(cu_seqlens)
     if cu_seqlens.device != q.device:
@@ -261,7 +261,7 @@ def check_cu_seqlens_layout(cu_seqlens: torch.Tensor) -> None:
 
 
 def check_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
-    """Values from 0 to num_tokens without a decrease."""
+    """Check that the values go from 0 to num_tokens and never decrease."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
         shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
@@ -269,7 +269,7 @@ def check_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) is float or isinstance(value, numbers.Real)  # which takes longer to say
+    return type(value) is float or isinstance(value, numbers.Real)  # the first test is faster
 
 
 def check_top_k(top_k: int | None) -> None:
@@ -290,15 +290,15 @@ def kernel_width_reason(name: str, width: int, smallest: int = 16) -> str | None
 
 def default_scale(width: int) -> float:
     """The scale of dot products, width^-0.5."""
-    return max(int(width), 1) ** -0.5  # int: a traced width is no symbol of the kernels
+    return max(int(width), 1) ** -0.5  # int: kernels take no symbolic width
 
 
 def finite_scale(scale: float | None) -> float | None:
-    """A scale as a float; None, for the default, stays None."""
+    """Check a scale and convert it to a float; None, for the default, stays None."""
     if scale is None:
         return None
     if not is_number(scale) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not abs(scale) < math.inf:  # math.isfinite takes no traced number
+    if not abs(scale) < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)

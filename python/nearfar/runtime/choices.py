@@ -1,4 +1,4 @@
-"""Which kernels "auto" asks first: those that were measured faster, by the committed table choices.json."""
+"""The order in which "auto" tries the kernel backends: the faster one first, by the committed measurements in choices.json."""
 
 import functools
 import json
@@ -18,28 +18,28 @@ TABLE = Path(__file__).with_name("choices.json")
 def table() -> dict[str, Any]:
     """{"runs": {name: GPU, versions, commit, date, method and source}, "choices": {operator: rows}}.
 
-    Each row has the `key` that a choice depends on, of exact values or of bounds [least, most]; the `case` that was measured;
-    and for "cuda" and "triton" the milliseconds of the forward and, where it was measured, of the backward, and their run.
+    Each row has a `key`, the values that the choice depends on, exact or as bounds [least, most]; the `case` that was
+    measured; and for "cuda" and "triton" their run and the milliseconds of the forward and, if measured, of the backward.
     """
     return json.loads(TABLE.read_text())
 
 
 def rows(operator: str) -> list[dict[str, Any]]:
-    """Those of an operator."""
+    """The rows of an operator."""
     return table()["choices"][operator]
 
 
-@constant_while_traced  # it reads a file, and Dynamo of torch 2.11 cannot trace `order`
+@constant_while_traced  # Dynamo cannot trace the file access, nor (torch 2.11) `order`
 def _decided(operator: str) -> list[tuple[Mapping[str, Any], Orders]]:
     """The key and the orders of each row of an operator."""
     return [(row["key"], (order(row, "forward"), order(row, "backward"))) for row in rows(operator)]
 
 
 def orders(operator: str, device: torch.device, **key: Any) -> Orders:
-    """In which order "auto" asks the kernels for the forward and for the backward of a call.
+    """The order in which "auto" tries the kernel backends, for the forward and for the backward of a call.
 
-    key: what the operator's choice depends on beside the GPU's architecture, named as in its rows. Triton comes first where
-    nothing was measured.
+    key: the values that the operator's choice depends on besides the GPU's architecture, named as in its rows. Triton comes
+    first if there is no measurement.
     """
     if device.type == "cuda":
         key = {"capability": _capability(device.index), **key}
@@ -62,7 +62,7 @@ def _fits(measured: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
 
 
 def order(row: Mapping[str, Any], direction: str) -> Sequence[str]:
-    """CUDA first where it was faster; a backward that was not measured is asked as the forward."""
+    """CUDA first if it was faster; a backward without a measurement takes the order of the forward."""
     cuda, triton = (row[backend].get(direction, row[backend]["forward"]) for backend in CUDA_FIRST)
     return CUDA_FIRST if cuda < triton else TRITON_FIRST
 

@@ -1,8 +1,8 @@
-"""Which backend serves a call. Every operator states why a backend cannot serve it; the rest is one rule.
+"""Backend selection. Each operator states why a backend cannot serve a call; one rule for all operators does the rest.
 
-"auto" takes the first of cuda, triton that serves a CUDA tensor, or asks them in the order in which an operator has measured
-them, and the reference for a CPU tensor. It never changes the mathematics silently: a CUDA call that no kernel serves raises,
-unless NEARFAR_ALLOW_REFERENCE=1.
+For CUDA tensors, "auto" takes the first kernel backend that can serve the call, in the order that was measured to be faster
+(choices.json). For CPU tensors it takes the reference. A CUDA call that no kernel serves raises; it does not fall back to the
+slow reference unless NEARFAR_ALLOW_REFERENCE=1.
 """
 
 import functools
@@ -15,8 +15,8 @@ import torch
 from nearfar.runtime.private import constant_while_traced
 from nearfar.runtime.tensors import triton_module
 
-Backend = Literal["auto", "cuda", "triton", "reference"]  # as users name them
-Orders = tuple[Sequence[str], Sequence[str]]  # in which "auto" asks the kernels, in the forward and in the backward
+Backend = Literal["auto", "cuda", "triton", "reference"]  # values of the `backend` argument
+Orders = tuple[Sequence[str], Sequence[str]]  # in which "auto" tries the kernel backends: forward, backward
 
 BACKENDS = ("cuda", "triton", "reference")
 KERNELS = CUDA_FIRST = ("cuda", "triton")
@@ -28,7 +28,7 @@ def triton_device_reason(tensor: torch.Tensor) -> str | None:
     """Why Triton cannot run on the device and dtype of this tensor, or None."""
     if tensor.dtype not in KERNEL_DTYPES:
         return f"q has dtype {tensor.dtype}; kernels take float16, bfloat16 and float32"
-    if tensor.is_cuda:  # what is compiled has been called on this device before, or fails in Triton with its own words
+    if tensor.is_cuda:  # under torch.compile the capability is not queried: on an older GPU Triton raises its own error
         return None if torch.compiler.is_compiling() else _capability_reason(tensor.device.index)
     if tensor.device.type == "meta":
         return None
@@ -58,10 +58,10 @@ def choose(backend: str, reasons: Mapping[str, str | None], device: torch.device
     """Name of the backend that serves a call.
 
     Args:
-        backend: what the user asked for, "auto" or one of BACKENDS.
-        reasons: for each backend why it cannot serve the call, None where it can.
+        backend: the user's choice, "auto" or one of BACKENDS.
+        reasons: for each backend, why it cannot serve the call; None if it can.
         device: device of the call's tensors.
-        order: the kernels as "auto" asks them.
+        order: the kernel backends in the order in which "auto" tries them.
 
     Raises:
         ValueError: backend is unknown, or cannot serve the call.
@@ -86,10 +86,10 @@ def choose(backend: str, reasons: Mapping[str, str | None], device: torch.device
 
 
 class Backends:
-    """Which backends serve calls: why a kernel cannot, None where it can, and in which order "auto" asks them.
+    """Reasons why the kernel backends cannot serve calls of one layout (None if they can), and the order for "auto".
 
-    orders: in the forward and in the backward. too_many: returns why no kernel takes so many keys, or None. It is asked only
-    where a kernel may be taken: a length that is traced is otherwise bound by what the reference does not mind.
+    orders: of the forward and of the backward. too_many: returns why kernels cannot take so many keys, or None. It is called
+    only if a kernel may be chosen: the comparison would specialise a traced length, which the reference does not need.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Backends:
         self._known: dict[str, tuple[str, ...]] = {}
 
     def reasons(self, tensor: torch.Tensor) -> dict[str, str | None]:
-        """For each backend why it cannot serve a call of this tensor, None where it can."""
+        """For each backend, why it cannot serve a call of this tensor; None if it can."""
         cuda, triton = self.cuda, triton_device_reason(tensor) or self.triton
         if cuda is None or triton is None:
             too_many = self.too_many()
@@ -118,7 +118,7 @@ class Backends:
                 return "reference", "reference"
             reasons = self.reasons(tensor)
             names = tuple([choose(backend, reasons, tensor.device, order) for order in self.orders])
-            if tensor.is_cuda and "reference" not in names:  # nothing in the environment can change the answer
+            if tensor.is_cuda and "reference" not in names:  # then no environment variable affects the result
                 self._known[backend] = names
         return names
 

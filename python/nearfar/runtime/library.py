@@ -1,4 +1,4 @@
-"""Torch operators: registration with torch.library, vmap, and the refusal of forward AD and of double backward."""
+"""Registration of torch operators with torch.library: vmap rules, and errors for forward AD and double backward."""
 
 import functools
 from ast import literal_eval
@@ -35,13 +35,13 @@ def define(
     autograd: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """`torch.ops.nearfar.<name>`: an implementation, a fake one, that of shapes, strides and dtypes, and its transforms.
+    """Register `torch.ops.nearfar.<name>`: implementation, fake (shapes, strides, dtypes), autograd and vmap.
 
-    vmap takes the slices one by one. Forward AD is refused.
+    vmap calls the operator once per slice. Forward AD raises.
 
     Args:
-        serves: the public functions that it serves, for messages; None: its name.
-        autograd, setup_context: as for `torch.library.register_autograd`; None: its outputs are constants.
+        serves: the public functions that it serves, for messages; None for its name.
+        autograd, setup_context: as for `torch.library.register_autograd`; None if its outputs have no gradient.
     """
     qualified = f"nearfar::{name}"
     torch.library.define(qualified, schema)
@@ -66,7 +66,7 @@ def register(
     setup_context: Callable[..., None] | None,
     serves: str | None = None,
 ) -> None:
-    """An operator and the operator of its backward, which cannot be differentiated again.
+    """Register an operator and the operator of its backward. The latter cannot be differentiated.
 
     Args:
         forward, backward: schema, function and fake of `<name>` and of `<name>_backward`.
@@ -76,11 +76,11 @@ def register(
     define(f"{name}_backward", *backward, serves or name, refuse_double_backward)
 
 
-_libraries: list[torch.library.Library] = []  # registrations last as long as these
+_libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 
 class _Library(torch.library.Library):
-    """Registers autograd kernels that refuse forward AD, whose tangents would be lost in silence below them."""
+    """Registers autograd kernels that refuse forward AD: tangents would otherwise be dropped silently."""
 
     def __init__(self, serves: str) -> None:
         super().__init__("nearfar", "FRAGMENT")
@@ -98,7 +98,7 @@ class _Library(torch.library.Library):
 
 
 def refuse_forward_ad(serves: str, *arguments: Any) -> None:
-    """Raise if a tensor among the arguments, or in lists of them, has a tangent; free outside forward AD."""
+    """Raise if a tensor among the arguments, or in lists of them, has a tangent. Costs nothing outside forward AD."""
     if not in_forward_ad():
         return
     for tensor in tree_leaves(arguments):
@@ -112,9 +112,10 @@ def refuse_forward_ad(serves: str, *arguments: Any) -> None:
 def _autograd_kernel(
     operator: Any, defaults: Sequence[str], backward: Callable[..., Any], setup_context: Callable[..., None] | None
 ) -> Callable[..., Any]:
-    """What torch.library.register_autograd makes, that also works where transforms of torch.func are nested.
+    """An autograd kernel like that of torch.library.register_autograd, but one that works under nested torch.func transforms.
 
-    There Function.apply asks for rules of its own; an operator has them by its dispatch keys, so that C++'s is called.
+    There Function.apply requires its own transform rules. An operator already has rules, by its dispatch keys, so the apply of
+    the C++ base class is called instead.
     """
 
     class Generated(torch.autograd.Function):
@@ -139,7 +140,7 @@ def _autograd_kernel(
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if not (torch.is_grad_enabled() and any_requires_grad(*arguments)):
             return below_autograd(operator, keyset, *arguments)
-        arguments = (*arguments, *map(literal_eval, defaults[len(arguments) :]))  # which the dispatcher leaves out
+        arguments = (*arguments, *map(literal_eval, defaults[len(arguments) :]))  # the dispatcher omits defaults
         made: list[Any] = []
         leaves, spec = tree_flatten(arguments)
         with single_level_function():
@@ -158,7 +159,7 @@ def _map(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, 
 
 
 def map_batched_gradients(operator: Any, *arguments: Any) -> Any:
-    """The same for the older vmap, which torch.autograd.grad(is_grads_batched=True) still maps the backward with."""
+    """The same rule for the legacy vmap, which torch.autograd.grad(is_grads_batched=True) still uses."""
     leaves, spec = tree_flatten(arguments)
     mapped = [isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in leaves]
     level = _level(leaves[mapped.index(True)])
@@ -168,7 +169,7 @@ def map_batched_gradients(operator: Any, *arguments: Any) -> Any:
 
 
 def _level(batched: torch.Tensor) -> int:
-    """The level of a tensor of the older vmap, which the thread of a CUDA backward does not know."""
+    """The level of a tensor of the legacy vmap. Found by trial, because the thread of a CUDA backward does not know it."""
     for level in range(1, 64):
         if not is_legacy_batchedtensor(remove_batch_dim(batched, level, 1, 0)):
             return level
@@ -176,7 +177,7 @@ def _level(batched: torch.Tensor) -> int:
 
 
 def _loop(operator: Any, count: int, leaves: Sequence[Any], mapped: Sequence[bool], spec: Any) -> Any:
-    """The outputs of an operator for each of `count` slices, stacked. mapped: which leaves are cut, along dimension 0."""
+    """The outputs of an operator for each of `count` slices, stacked. mapped: which leaves are sliced, along dimension 0."""
     outputs = []
     for index in range(count):
         own = [x[index] if cut else x for x, cut in zip(leaves, mapped, strict=True)]

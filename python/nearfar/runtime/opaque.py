@@ -1,4 +1,4 @@
-"""References as torch operators, for torch.compile and export: one node of the graph for every length and packing."""
+"""References as torch operators, for torch.compile and export: one graph node that serves every length and packing."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,16 +14,17 @@ from nearfar.runtime.private import autograd_inside, tree_flatten, tree_leaves, 
 def opaque(
     name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], differentiable: int = 1
 ) -> Callable[..., Any]:
-    """A function that calls `function`, and while something is traced `torch.ops.nearfar.<name>_reference` instead.
+    """A function that calls `function` or, under tracing, the operator `torch.ops.nearfar.<name>_reference`.
 
-    The loops over blocks and sequences of a reference would be unrolled into the graph, which then fits one length. The
-    operator runs them, and its backward runs the reference again, under autograd; that cannot be differentiated a second time.
-    A plain call is the function itself, and differentiable as often as it is.
+    A traced reference would unroll its loops over blocks and sequences, so the graph would fit one length only. The operator
+    hides the loops. Its backward runs the reference again under autograd and cannot be differentiated a second time. Without
+    tracing, `function` itself is called, and is differentiable as often as it supports.
 
     Args:
         schema: of the arguments of function, tensors first; the outputs are tensors.
-        fake: contiguous tensors like the outputs; for None, an empty one of one dimension in the dtype of the first argument.
-        differentiable: how many of the outputs, the first ones, have gradients.
+        fake: returns contiguous tensors like the outputs; for an output that is None, an empty 1-d tensor in the dtype of the
+            first argument.
+        differentiable: how many outputs have gradients; they come first.
     """
     arguments, returns = schema.split(" -> ")
     single = returns == "Tensor"
@@ -82,7 +83,7 @@ def _first(arguments: Any) -> torch.Tensor:
 
 
 def _own(output: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """An output that is no view of an input, and laid out as the fake one."""
+    """A copy of the output, so that it is no view of an input and has the layout of the fake one."""
     return like.new_empty(0) if output is None else output.clone(memory_format=torch.contiguous_format)
 
 

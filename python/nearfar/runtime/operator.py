@@ -1,6 +1,6 @@
-"""What every operator with hand-written kernels shares: registration, fakes, autograd, plain eager calls, plans.
+"""Base class of operators with hand-written kernels: registration, fakes, autograd, plain eager calls, plans.
 
-An operator tells what it alone knows: its schema, the layouts of its outputs, and the launches of each of its backends.
+A subclass defines its schema, the layouts of its outputs, and the launches of each of its backends.
 """
 
 import functools
@@ -18,18 +18,19 @@ from nearfar.runtime.program import Program
 from nearfar.runtime.tensors import empty_rows, layouts, tf32_allowed, unit_stride
 
 grad_enabled = torch.is_grad_enabled
-Tensors = Sequence[torch.Tensor | None]  # None for what is absent
+Tensors = Sequence[torch.Tensor | None]  # None for absent ones
 
 
 class Operator:
-    """`torch.ops.nearfar.<name>` and `<name>_backward`; a plain eager call goes past the dispatcher, to the same programs.
+    """`torch.ops.nearfar.<name>` and `<name>_backward`. A plain eager call runs the same programs without the dispatcher.
 
-    name, serves: of the torch operator, and the public functions that it serves, for messages.
-    tensors: schema of its tensors. Lists come first and are of one length; those without a gradient come last.
-    options: schema of the other arguments, but for the backends of the forward and of the backward.
-    rows: names of the tensors (B, H, N, width); of the others, which are small, kernels get contiguous copies.
-    constants: how many of the last tensors have no gradient.
-    outputs: names. A call returns the first `visible` ones; the first and those that are not visible are saved.
+    name: of the torch operator.
+    serves: the public functions that it serves, for messages.
+    tensors: schema of its tensors. Lists come first and have equal lengths; tensors without a gradient come last.
+    options: schema of the other arguments, except the backends of the forward and of the backward.
+    rows: names of the tensors of shape (B, H, N, width). The others are small, and kernels get contiguous copies of them.
+    constants: how many tensors, at the end, have no gradient.
+    outputs: names. A call returns the first `visible` ones. The backward gets the first output and those not visible.
     backends: by name.
     """
 
@@ -44,11 +45,11 @@ class Operator:
     backends: Mapping[str, Backend]
 
     def empty(self, tensors: Any, *options: Any) -> Tensors:
-        """The outputs, not filled; None for those that do not exist. options: those of the schema, and the backend."""
+        """Uninitialised outputs; None for absent ones. options: those of the schema, and the backend."""
         raise NotImplementedError
 
     def has_nothing_to_do(self, tensors: Any, outputs: Any) -> bool:
-        """True if outputs and gradients are 0, or empty, whatever the values are."""
+        """True if outputs and gradients are 0 or empty for any values."""
         return False
 
     def __init__(self) -> None:
@@ -71,12 +72,12 @@ class Operator:
         self._backward_op = getattr(torch.ops.nearfar, f"{self.name}_backward").default
 
     def __call__(self, repeats: Repeats[Any] | None, plain: bool, tensors: Tensors, *options: Any) -> Any:
-        """What the caller gets, of checked arguments.
+        """Compute the visible outputs. The arguments have been checked.
 
         Args:
-            repeats: of calls with these options, or None.
-            plain: whether the rows are those of a plain call.
-            tensors: those of the schema, lists one after the other.
+            repeats: the plan cache for these options, or None.
+            plain: whether the call is plain as far as `rows` are concerned.
+            tensors: those of the schema, with lists flattened.
             options: those of the schema, and the backends of the forward and of the backward.
         """
         if not (plain and all([x is None or type(x) in PLAIN for x in tensors])):
@@ -90,31 +91,31 @@ class Operator:
     # ---- programs
 
     def forward(self, tensors: Tensors, *options: Any) -> Tensors:
-        """All outputs, by the program of the forward."""
+        """Run the forward's program and return all outputs."""
         tensors = self._arranged(tensors, options[-2])
         return self.forward_program(tensors, False, *options)(*tensors)
 
     def forward_program(self, tensors: Tensors, tracked: bool, *options: Any) -> Program:
-        """tracked: whether a backward is to be expected, of which the kernels are compiled meanwhile."""
+        """The forward's program. tracked: a backward may follow, so its kernels are compiled in the background."""
         device = next(x.device for x in tensors if x is not None)
         ahead = device if tracked and compiles(device) else None
         return self._plan_forward(layouts(*tensors), self._tf32(tensors), ahead, *options)
 
     def backward(self, gradients: Tensors, tensors: Tensors, saved: Tensors, *options: Any) -> Tensors:
-        """Gradients of all tensors, by the program of the backward. options: with one backend, that of the backward."""
+        """Run the backward's program and return the gradients of all tensors. options: those of the schema, and its backend."""
         program, given = self.arranged_backward(gradients, tensors, saved, *options)
         return program(*given)
 
     def arranged_backward(
         self, gradients: Tensors, tensors: Tensors, saved: Tensors, *options: Any
     ) -> tuple[Program, Tensors]:
-        """The program of the backward, and the tensors that it takes as the kernels read them."""
+        """The backward's program and its inputs, copied where kernels require another alignment."""
         gradients, tensors = self._arranged_gradients(gradients, saved, *options), self._arranged(tensors, options[-1])
         given = (*gradients, *tensors, *saved)
         return self.backward_program(given, *options), given
 
     def backward_program(self, given: Tensors, *options: Any) -> Program:
-        """given: gradients of the visible outputs, the tensors, and the outputs that are saved."""
+        """The backward's program. given: gradients of the visible outputs, the tensors, and the saved outputs."""
         return self._plan_backward(layouts(*given), self._tf32(given), *options)
 
     @planned
@@ -123,7 +124,7 @@ class Operator:
         outputs = self.empty(tensors, *own, backend)
         if self.has_nothing_to_do(tensors, outputs):
             return Program(tensors, outputs, ())
-        if ahead is not None:  # the upstream gradient is taken to be laid out as the output is
+        if ahead is not None:  # assumes that the upstream gradient has the layout of the output
             given = (outputs[0], *[None] * (self.visible - 1), *tensors, outputs[0], *outputs[self.visible :])
             self.backward_program(given, *own, backward_backend).build_ahead(ahead)
         return self.backends[backend].forward(tensors, outputs, *own)
@@ -138,7 +139,7 @@ class Operator:
         return self.backends[backend].backward(gradients, tensors, saved, results, *own)
 
     def empty_gradients(self, tensors: Any) -> list[torch.Tensor | None]:
-        """The gradients of all tensors, not filled; None for those without one."""
+        """Uninitialised gradients of all tensors; None for those without one."""
         found: list[torch.Tensor | None] = []
         for name, x in zip(self._flat_names(len(tensors)), tensors, strict=True):
             found.append(None if x is None else empty_rows(x, x.shape[3]) if name in self.rows else torch.empty_like(x))
@@ -154,7 +155,7 @@ class Operator:
         return found
 
     def _arranged_gradients(self, gradients: Tensors, saved: Any, *options: Any) -> list[torch.Tensor | None]:
-        """That of the first output is 0 where nothing came; others may be missing."""
+        """The upstream gradients as kernels read them. A missing first one becomes 0; the others may stay None."""
         first, *others = gradients
         first = torch.zeros_like(saved[0]) if first is None else unit_stride(first)
         aligned = self.backends[options[-1]].aligned_gradient(first, *options[:-1])
@@ -170,17 +171,17 @@ class Operator:
 
     @functools.cache  # noqa: B019  (operators live as long as the package)
     def _flat_names(self, count: int) -> tuple[str, ...]:
-        """The name of each of `count` tensors, those of lists one after the other."""
+        """The name of each of `count` tensors, with lists flattened."""
         each, pairs = self._factors(count), zip(self._names, self._lists, strict=True)
         return tuple([name for name, listed in pairs for _ in range(each if listed else 1)])
 
     def _factors(self, count: int) -> int:
-        """The length of the lists among `count` tensors."""
+        """The length of each list among `count` flattened tensors."""
         lists = sum(self._lists)
         return (count - len(self._lists) + lists) // lists if lists else 0
 
     def _structured(self, tensors: Sequence[Any]) -> list[Any]:
-        """The tensors as the schema has them, with lists."""
+        """Flattened tensors, regrouped into the lists of the schema."""
         remaining, each = iter(tensors), self._factors(len(tensors))
         return [[next(remaining) for _ in range(each)] if listed else next(remaining) for listed in self._lists]
 
@@ -188,26 +189,26 @@ class Operator:
         return [x for given, listed in zip(arguments, self._lists, strict=True) for x in (given if listed else (given,))]
 
     def _split(self, arguments: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
-        """Tensors, flat, and what comes after them."""
+        """(flattened tensors, remaining arguments)."""
         count = len(self._lists)
         return self._flat(arguments[:count]), arguments[count:]
 
     def present(self, outputs: Tensors, tensors: Any, *options: Any) -> list[torch.Tensor]:
-        """The outputs of the torch operator, which has no optional ones: an empty tensor stands for what does not exist."""
+        """The torch operator's outputs. It has no optional ones, so an empty tensor replaces None."""
         like = next(x for x in tensors if x is not None)
         return [like.new_empty(0) if x is None else x for x in outputs]
 
     def absent(self, saved: Sequence[Any], tensors: Any) -> list[torch.Tensor | None]:
-        """And back."""
+        """The inverse of `present`: None for empty 1-d tensors."""
         return [None if x is None or x.dim() == 1 else x for x in saved]
 
     def parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Tensors, and the outputs that are saved after them."""
+        """(tensors, saved outputs)."""
         end = len(values) - len(self._saved_names())
         return values[:end], values[end:]
 
     def shown(self, outputs: Sequence[Any]) -> Any:
-        """What the caller gets."""
+        """The visible outputs, as a call returns them."""
         return outputs[0] if self.visible == 1 else tuple(outputs[: self.visible])
 
     def _dispatched_forward(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -219,7 +220,7 @@ class Operator:
         return tuple(self.present(self.empty_fake(tensors, *options[:-1]), tensors, *options[:-1]))
 
     def empty_fake(self, tensors: Any, *options: Any) -> Tensors:
-        """The outputs of a call whose sizes may be symbols."""
+        """Fake outputs of a call whose sizes may be symbolic."""
         return self.empty(tensors, *options)
 
     def _num_options(self) -> int:
@@ -235,11 +236,11 @@ class Operator:
         return self._present_gradients(self.empty_gradients(tensors), tensors)
 
     def _split_forward(self, arguments: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
-        """Tensors, and options with both backends."""
+        """(flattened tensors, options with both backends)."""
         return self._split(_with_backends(arguments, len(self._lists) + self._num_options() + 2))
 
     def _split_backward(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], list[Any], Sequence[Any], Sequence[Any]]:
-        """Gradients of the visible outputs, tensors, saved outputs, options."""
+        """(gradients of the visible outputs, flattened tensors, saved outputs, options)."""
         end = self.visible + len(self._lists) + len(self._saved_names())
         arguments = _with_backends(arguments, end + self._num_options() + 1)
         gradients = [None if x is None or x.dim() == 1 else x for x in arguments[: self.visible]]
@@ -259,12 +260,12 @@ class Operator:
         ctx.options = (*options, backward_backend)
 
     def _autograd(self, ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        tensors, saved = self.parted(ctx.saved_tensors)  # unpacked once, as checkpointing demands
+        tensors, saved = self.parted(ctx.saved_tensors)  # read once, as checkpointing requires
         found = self.dispatched_backward(gradients[: self.visible], tensors, saved, *ctx.options)
         return (*self._structured(found), *[None] * (len(ctx.options) + 1))
 
     def dispatched_backward(self, gradients: Any, tensors: Any, saved: Any, *options: Any) -> list[torch.Tensor | None]:
-        """Gradients of all tensors, by the torch operator."""
+        """Gradients of all tensors, through the torch operator of the backward."""
         results = self._backward_op(*gradients, *self._structured(tensors), *saved, *options)
         found = [x for result in results for x in (result if isinstance(result, (list, tuple)) else (result,))]
         found += [None] * self.constants
@@ -275,17 +276,17 @@ _BACKEND = 'str backend="triton"'
 
 
 def _with_backends(arguments: Sequence[Any], count: int) -> Sequence[Any]:
-    """The arguments of an operator, with the defaults that the dispatcher leaves out: its backends."""
+    """The arguments of an operator, with the default backends that the dispatcher omits."""
     return (*arguments, *["triton"] * (count - len(arguments)))
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether kernels are compiled for this device, not interpreted."""
+    """Whether kernels are compiled for this device (True) or interpreted."""
     return device.type == "cuda"
 
 
 class Plan:
-    """A plain call of an operator without its tensors."""
+    """The plan of a plain call: everything about it except its tensors."""
 
     def __init__(self, op: Operator, tensors: Tensors, options: tuple[Any, ...]) -> None:
         self.op, self._options = op, options
@@ -293,10 +294,10 @@ class Plan:
         self._backward_options = (*own, backward_backend)
         self._tracked = grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
         self._program = op.forward_program(tensors, self._tracked, *options)
-        self._backwards: dict[tuple[bool, ...], Repeats[Program]] = {}  # by which gradients and saved tensors there are
+        self._backwards: dict[tuple[bool, ...], Repeats[Program]] = {}  # key: which gradients and saved tensors are missing
 
     def __call__(self, *tensors: Any) -> Any:
-        """What the caller gets."""
+        """The visible outputs."""
         return _apply(self, *tensors) if self._tracked else self.op.shown(self.outputs(*tensors))
 
     def outputs(self, *tensors: torch.Tensor | None) -> Sequence[Any]:
@@ -307,7 +308,7 @@ class Plan:
         return outputs
 
     def gradients(self, gradients: Sequence[Any], saved: Sequence[Any]) -> Sequence[Any]:
-        """Gradients of the tensors from those of the visible outputs; saved: the tensors, and the outputs that are saved."""
+        """Gradients of the tensors. gradients: those of the visible outputs. saved: the tensors and the saved outputs."""
         given = (*gradients, *saved)
         missing = tuple([x is None for x in given])
         repeats = self._backwards.get(missing)
@@ -320,8 +321,8 @@ class Plan:
     def _first_gradients(self, gradients: Sequence[Any], saved: Sequence[Any], repeats: Repeats[Program]) -> Sequence[Any]:
         op, options = self.op, self._backward_options
         tensors, saved = op.parted(saved)
-        # That the forward was plain binds nothing here. The torch operator refuses to be differentiated again, in either mode,
-        # and maps over batched gradients.
+        # The backward of a plain forward need not be plain. The torch operator raises for second derivatives, in either mode,
+        # and handles batched gradients.
         if grad_enabled() or not is_plain(*[x for x in gradients if x is not None]):
             return op.dispatched_backward(gradients, tensors, saved, *options)
         program, given = op.arranged_backward(gradients, tensors, saved, *options)
@@ -331,7 +332,7 @@ class Plan:
 
 
 class _Eager(torch.autograd.Function):
-    """The autograd of a plain eager call, without the dispatcher. torch looks over each argument, so they are few."""
+    """Autograd of a plain eager call, without the dispatcher. It takes few arguments, because torch inspects each."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: torch.Tensor | None) -> Any:
@@ -346,4 +347,4 @@ class _Eager(torch.autograd.Function):
         return None, *ctx.plan.gradients(gradients, ctx.saved_tensors)
 
 
-_apply: Callable[..., Any] = direct_apply(_Eager)  # no call under transforms of torch.func is plain
+_apply: Callable[..., Any] = direct_apply(_Eager)  # safe: calls under torch.func transforms are never plain

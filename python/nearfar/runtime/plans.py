@@ -1,4 +1,4 @@
-"""Plans: what follows from the layouts and options of a call is worked out once, and found again by a look at its tensors."""
+"""Plans: launches and allocations that follow from a call's layouts and options, built once and found by a guard check."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from nearfar.runtime.tensors import META, allocate, tf32_allowed
 
 is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
-MOST_ALIKE = 4  # plans of one shape and the same options, the last ones, which a call is compared with one by one
-MOST_SHAPES = 64  # the last shapes of the first tensor, of calls with the same options
+MOST_ALIKE = 4  # plans cached for one shape of the first tensor; a call is compared with them one by one
+MOST_SHAPES = 64  # shapes of the first tensor cached for the same options
 
 Cached = TypeVar("Cached", bound=Any)
 Found = TypeVar("Found")
@@ -21,21 +21,21 @@ _caches: list[Any] = []
 
 
 def forgotten_with_plans(cached: Cached) -> Cached:
-    """A function with a cache, which forget_plans empties."""
+    """Decorator of a cached function: forget_plans clears its cache."""
     _caches.append(cached)
     return cached
 
 
 def forget_plans() -> None:
-    """Plan everything anew, with what the table of launch parameters says now."""
+    """Clear all plans. Later calls build them again, with the current launch parameters."""
     for cached in _caches:
         cached.cache_clear()
 
 
 def planned(plan: Callable[..., Found]) -> Callable[..., Found]:
-    """`plan(self, tensors, *options)` as a method (self, layouts, *options), worked out once for each, on meta tensors.
+    """Turn `plan(self, tensors, *options)` into a cached method (self, layouts, *options), which passes it meta tensors.
 
-    Options must be hashable and of types that were checked: 1, 1.0 and True are one key.
+    Options must be hashable, and their types checked before: 1, 1.0 and True are the same key.
     """
 
     @forgotten_with_plans
@@ -47,15 +47,18 @@ def planned(plan: Callable[..., Found]) -> Callable[..., Found]:
 
 
 def _guards(tensors: Sequence[torch.Tensor]) -> Any:
-    """What `check`s tensors: types, dtypes, devices, shapes, strides, requires_grad and dispatch keys, transforms' too."""
+    """Guards whose `check` compares types, dtypes, devices, shapes, strides, requires_grad and dispatch keys of tensors.
+
+    Dispatch keys include those of function transforms.
+    """
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
     return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
 
 def _guards_work() -> bool:
-    """False for a torch without these guards, or with other ones: every call is then checked and planned by its layouts."""
+    """False if torch lacks these guards or they behave differently: every call then looks up its plan by its layouts."""
     try:
-        x = torch.empty(2, 3, device="cpu")  # whatever the default device is
+        x = torch.empty(2, 3, device="cpu")  # explicit, as the default device may be another
         return _guards([x]).check(x) and not _guards([x]).check(x.mT)
     except Exception:
         return False
@@ -65,13 +68,13 @@ GUARDS_WORK = _guards_work()
 
 
 class Repeats(Generic[Found]):
-    """Plans of calls with the same options, found by their tensors: one function in C++ compares them, in a microsecond."""
+    """Cache of plans for calls with the same options. A cache hit takes one C++ guard check, about a microsecond."""
 
     def __init__(self) -> None:
         self._kept: dict[torch.Size, list[tuple[Any, tuple[Any, ...], Found]]] = {}
 
     def find(self, *tensors: Any) -> Found | None:
-        """The plan of a call whose tensors were like these, or None. Options have to tell which of them there are."""
+        """The cached plan for these tensors, or None. The options must determine which optional tensors are present."""
         first = tensors[0]
         if not isinstance(first, torch.Tensor):
             return None
@@ -83,11 +86,10 @@ class Repeats(Generic[Found]):
         return None
 
     def keep(self, plan: Found, *tensors: torch.Tensor) -> None:
-        """Remember the plan of a call by the tensors that it was made for.
+        """Cache the plan of a call under the tensors that it was built for.
 
-        They may be others than the call came with: casts and copies leave alone what they have made, so that a call with such
-        tensors has the same plan. For calls of which that is not so there are no Repeats. Where one tensor is given twice,
-        nothing is found.
+        These may be casts or copies of the arguments. That is safe because casting or copying them again changes nothing; calls
+        for which this does not hold have no Repeats. A call that passes one tensor twice is not cached.
         """
         first = tensors[0]
         if not can_repeat(first) or self.find(*tensors) is not None:
@@ -101,24 +103,24 @@ class Repeats(Generic[Found]):
 
 
 def can_repeat(tensor: torch.Tensor) -> bool:
-    """True if signature and torch state alone select the backend; on a CPU values and the environment do, too."""
+    """True if signature and torch state alone select the backend. On a CPU, values and environment variables matter too."""
     return tensor.is_cuda and GUARDS_WORK
 
 
 def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a call depends on besides its arguments and what the dispatch keys of its tensors tell."""
+    """The torch state that a call depends on and that the guards do not cover."""
     autocast_dtype = torch.get_autocast_dtype("cuda") if autocast_enabled() else None
     tf32 = tensor.dtype == torch.float32 and tf32_allowed(torch.float32)
     return grad_enabled(), in_forward_ad(), dispatch_modes(), autocast_dtype, tf32
 
 
 def repeats(*options: Any) -> Repeats[Any] | None:
-    """The Repeats of calls with these options, one of which names the operator; None while something is compiled."""
+    """The Repeats for these options, which include the operator; None under torch.compile."""
     if is_compiling():
         return None
     try:
         return _repeats(*options)
-    except TypeError:  # what cannot be hashed is refused by the checks, or is no constant
+    except TypeError:  # an unhashable option: the checks refuse it, or it is not a constant
         return None
 
 

@@ -1,18 +1,18 @@
-"""Private names of torch and Triton: no other file of the package uses one.
+"""Private names of torch and Triton. No other file of the package uses one.
 
-Each is looked up once, under a name without an underscore, and has a fallback for versions of torch or Triton that lack it:
-`import nearfar` works then, and calls return what they did, only slower. Lost, with a NotImplementedError that names what is
-missing, are
+Each name is looked up once and has a fallback for versions of torch or Triton that lack it. With fallbacks `import nearfar`
+still works, and calls return the same results, only slower. These features are lost, with a NotImplementedError that names what
+is missing:
 
     batched gradients, torch.autograd.grad(is_grads_batched=True)       without _add_batch_dim, _remove_batch_dim
     gradients of kernels under torch.func                 without _FunctionBase, enable_single_level_autograd_function
-    gradients of a compiled or exported reference         without _ForceDispatchKeyGuard and what it is made of
+    gradients of a compiled or exported reference         without _ForceDispatchKeyGuard and the key sets it takes
     nearfar.diagnostics.watch                             without the stack of function modes
     process_group of AffineScaledAttention                without _resolve_process_group
 
-and torch.export takes no caches without torch.utils._pytree.
+Without torch.utils._pytree, torch.export takes no caches.
 
-Triton's names are looked up when they are asked for: importing Triton takes a second.
+Triton's names are looked up at first use, because importing Triton takes a second.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from torch.compiler import is_compiling
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-NAMES: list[str] = []  # those looked up in torch, "module:attributes", for the test that removes each
+NAMES: list[str] = []  # the names looked up in torch, "module:attributes", for the test that removes each
 
 
 def _look_up(name: str, fallback: Any) -> Any:
@@ -63,15 +63,15 @@ def _look_up_or_refuse(name: str, feature: str) -> Any:
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")
 
-# Whether autocast is on for any device. Fallback: each device is asked.
+# Whether autocast is on for any device. Fallback: query each device.
 autocast_enabled = _look_up(
     "torch._C:_is_any_autocast_enabled", lambda: any([torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES])
 )
-# How many TorchDispatchModes are on. Fallback: as though one were, so that every call takes torch's dispatcher.
+# Number of active TorchDispatchModes. Fallback: 1, so that every call takes torch's dispatcher.
 dispatch_modes = _look_up("torch._C:_len_torch_dispatch_stack", lambda: 1)
-# Level of the innermost transform of torch.func, None outside. Fallback: as though inside; references keep all scores then.
+# Level of the innermost transform of torch.func, None outside. Fallback: 1, as if inside; references then save all scores.
 transform_level = _look_up("torch._C._functorch:maybe_current_level", lambda: 1)
-# Whether a transform of torch.func wraps a tensor. Fallback: any may be inside a transform, where no values are checked then.
+# Whether a transform of torch.func wraps a tensor. Fallback: assume so inside a transform; values are not checked there.
 is_functorch_wrapped_tensor = _look_up(
     "torch._C._functorch:is_functorch_wrapped_tensor", lambda tensor: transform_level() is not None
 )
@@ -87,9 +87,9 @@ def _has_no_storage(tensor: torch.Tensor) -> bool:
     return False
 
 
-# Whether the older vmap, that of is_grads_batched, wraps a tensor. Fallback: it is what has no storage; asking costs more.
+# Whether the legacy vmap (that of is_grads_batched) wraps a tensor. Fallback: whether it lacks storage, which is slower.
 is_legacy_batchedtensor = _look_up("torch._C._functorch:is_legacy_batchedtensor", _has_no_storage)
-# Level of forward AD, -1 outside. Fallback: as though inside, so that every tensor is searched for a tangent.
+# Level of forward AD, -1 outside. Fallback: as if inside, so that every tensor is searched for a tangent.
 _HAS_LEVEL = _look_up("torch.autograd.forward_ad:_current_level", None) is not None
 
 
@@ -98,7 +98,7 @@ def _in_forward_ad() -> bool:
 
 
 in_forward_ad = _in_forward_ad if _HAS_LEVEL else lambda: not is_compiling()
-"""Whether a level of forward AD is active, torch.func's included."""
+"""Whether a level of forward AD is active, including those of torch.func."""
 
 
 def _task_of_callback() -> int:
@@ -109,21 +109,21 @@ def _task_of_callback() -> int:
     return 0
 
 
-# Number of the backward that runs, -1 outside. Fallback: the engine takes a callback inside only; costs an exception outside.
+# Id of the running backward, -1 outside. Fallback: the engine accepts a callback only inside; outside it costs an exception.
 current_graph_task = _look_up("torch._C:_current_graph_task_id", _task_of_callback)
-# What a compiler keeps of the graph that it traces, None outside. Fallback: the flag of torch.compiler, which an older torch
-# sets for export only; `watch` may count a call that torch.compile tries out.
+# A compiler's context of the graph that it traces, None outside. Fallback: the flag of torch.compiler, which an older torch
+# sets for export only; `watch` may then count a call that torch.compile only tries out.
 tracing_context = _look_up("torch._guards:TracingContext.try_get", lambda: True if is_compiling() else None)
-# How often a tensor was written to. Fallback: no two answers are equal, and cu_seqlens are read back in each call.
+# Version counter of a tensor. Fallback: a new object each time, so that cu_seqlens are read back in each call.
 version_of = _look_up("torch:Tensor._version", property(lambda tensor: object())).__get__
-# Checks many tensors against earlier ones in C++. Fallback: no call is found by its tensors, plans are looked up by layouts.
+# Guard check of many tensors in C++. Fallback: none; plans are looked up by layouts.
 TensorGuards = _look_up("torch._C._dynamo.guards:TensorGuards", None)
 
 
 def constant_while_traced(function: Function) -> Function:
-    """Let torch.compile call a function while it traces, as torch.compiler.assume_constant_result, which imports Dynamo.
+    """Let torch.compile call a function at trace time, as torch.compiler.assume_constant_result does, which imports Dynamo.
 
-    Fallback: none is needed, as nothing is looked up; a torch that knows another mark traces the function.
+    It needs no fallback, as nothing is looked up: a torch that ignores this mark traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -131,7 +131,7 @@ def constant_while_traced(function: Function) -> Function:
 
 # ------------------------------------------------------------------------------------------------------------- autograd
 
-# Whether a tensor among arguments, or in lists of them, requires a gradient. Fallback: the same in Python.
+# Whether any tensor among the arguments, or in lists of them, requires a gradient. Fallback: the same in Python.
 any_requires_grad = _look_up(
     "torch._C:_any_requires_grad",
     lambda *arguments: any([isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(arguments)]),  # type: ignore[has-type]
@@ -148,7 +148,7 @@ _HAS_FUNCTION = _look_up(_FUNCTION, None) is not None
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """C++'s apply of an autograd.Function. Fallback: torch's, slower; under torch.func gradients of kernels are lost."""
+    """The C++ apply of an autograd.Function. Fallback: the Python one, slower and without gradients under torch.func."""
     if _HAS_FUNCTION:
         return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -174,7 +174,7 @@ def _redispatch_next(operator: Any, keyset: Any, *arguments: Any) -> Any:
 
 
 below_autograd = _redispatch_next if _BelowAutograd is None or _BELOW_AUTOGRAD is None else _redispatch_below
-"""Go on from an autograd kernel. Fallback: to the key after it, without gradients; what is called passes autograd's keys."""
+"""Redispatch below autograd. Fallback: to the next dispatch key, without gradients; autograd's other keys pass calls on."""
 
 
 _SINGLE_LEVEL = "torch._functorch.utils:enable_single_level_autograd_function"
@@ -186,16 +186,16 @@ def _outside_transforms() -> Iterator[None]:
     yield
 
 
-# Context in which direct_apply works under torch.func. Fallback: it works elsewhere; gradients of kernels under it are lost.
+# Context in which direct_apply works under torch.func. Fallback: it raises there, and works outside torch.func.
 single_level_function = _look_up(_SINGLE_LEVEL, _outside_transforms)
 
 _BATCHED = "batched gradients"
-# Wrap and unwrap a tensor of the older vmap. Without them batched gradients are lost.
+# Wrap and unwrap a tensor of the legacy vmap. Without them batched gradients are lost.
 add_batch_dim = _look_up_or_refuse("torch:_add_batch_dim", _BATCHED)
 remove_batch_dim = _look_up_or_refuse("torch:_remove_batch_dim", _BATCHED)
 
 _COMPILED = "gradients of a compiled reference"
-# What autograd is switched on with inside an operator. Without one of them gradients of a compiled reference are lost.
+# These enable autograd inside an operator. Without one of them gradients of a compiled reference are lost.
 _included = _look_up_or_refuse("torch._C:_dispatch_tls_local_include_set", _COMPILED)
 _excluded = _look_up_or_refuse("torch._C:_dispatch_tls_local_exclude_set", _COMPILED)
 _ForceKeys = _look_up_or_refuse("torch._C:_ForceDispatchKeyGuard", _COMPILED)
@@ -205,7 +205,7 @@ _AUTOGRAD = _look_up("torch._C:DispatchKey.AutogradFunctionality", None)
 
 @contextmanager
 def autograd_inside() -> Iterator[None]:
-    """What runs below autograd, as operators do, may use it here."""
+    """Context in which code below autograd, such as an operator's implementation, can use autograd."""
     if _AUTOGRAD is None:
         _missing("torch._C:DispatchKey.AutogradFunctionality", _COMPILED)()
     with _ForceKeys(_included(), _excluded() - _KeySet(_AUTOGRAD)), torch.enable_grad():
@@ -213,7 +213,7 @@ def autograd_inside() -> Iterator[None]:
 
 
 class _Trees:
-    """What the package uses of torch.utils._pytree: leaves are all but tuples and lists."""
+    """The part of torch.utils._pytree that the package uses. Everything except tuples and lists is a leaf."""
 
     @staticmethod
     def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -251,14 +251,14 @@ tree_map, register_dataclass = _pytree.tree_map, _pytree.register_dataclass
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
-# torch.empty_strided without its parser of arguments and the dispatcher, which code that torch.compile writes calls. Without
-# it programs allocate by torch.empty_strided, and hand over tensors, not addresses.
+# torch.empty_strided without argument parser and dispatcher, as code generated by torch.compile calls it. Without it programs
+# allocate by torch.empty_strided and launch with tensors instead of addresses.
 empty_cuda = _look_up("torch._C._dynamo.guards:_empty_strided_cuda", None)
-# Index of the current device. Fallback: torch's, which looks first whether CUDA is up.
+# Index of the current device. Fallback: torch's public function, which first checks that CUDA is initialised.
 current_device = _look_up("torch._C:_cuda_getDevice", torch.cuda.current_device)
-# Whether torch is to be deterministic. Fallback: torch's, which is a call more.
+# Whether torch is in deterministic mode. Fallback: torch's public function, one more Python call.
 is_deterministic = _look_up("torch._C:_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
-# Handle of the current stream of a device, an index. Fallback: of the object that torch makes of it.
+# Handle of the current stream of a device, given its index. Fallback: through torch's stream object.
 current_stream = _look_up("torch._C:_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream)
 
 # -------------------------------------------------------------------------------------------------------------- modules
@@ -268,9 +268,9 @@ _WATCH = "nearfar.diagnostics.watch"
 function_modes = _look_up_or_refuse("torch.overrides:_get_current_function_mode_stack", _WATCH)
 push_function_mode = _look_up_or_refuse("torch.overrides:_push_mode", _WATCH)
 pop_function_mode = _look_up_or_refuse("torch.overrides:_pop_mode", _WATCH)
-# Ids of the global hooks that take keywords, which their removal leaves behind. Fallback: the id of each `watch` stays there.
+# Ids of the global hooks that take keywords; removing a hook leaves its id behind. Fallback: the id of each `watch` stays.
 global_hooks_with_keywords = _look_up("torch.nn.modules.module:_global_forward_hooks_with_kwargs", {})
-# The ProcessGroup of a name. Without it AffineScaledAttention's process_group is lost.
+# The ProcessGroup with a name. Without it AffineScaledAttention's process_group is lost.
 process_group_of = _look_up_or_refuse(
     "torch.distributed.distributed_c10d:_resolve_process_group", "process_group of AffineScaledAttention"
 )
@@ -282,8 +282,8 @@ def hooks_of(module: torch.nn.Module) -> Any:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether torch.compile made or changed a module. Fallback: no; `watch` says of its calls that they did not run."""
-    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
+    """Whether torch.compile created or changed a module. Fallback: False; `watch` then reports that its calls did not run."""
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and already imported if anything is compiled
     made = isinstance(module, getattr(dynamo, "OptimizedModule", ()))
     return made or getattr(module, "_compiled_call_impl", None) is not None
 
@@ -292,7 +292,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def _without_knobs() -> SimpleNamespace:
-    """A hook may be set: Triton makes each launch."""
+    """Assume that a launch hook is set, so that Triton makes each launch."""
     interpret = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     return SimpleNamespace(runtime=SimpleNamespace(interpret=interpret, launch_enter_hook=True, launch_exit_hook=None))
 
@@ -302,7 +302,7 @@ def _shared_memory(device: int) -> dict[str, int]:
 
 
 def _without_driver() -> SimpleNamespace:
-    """What torch knows, too; the C stub of a kernel is built when it is loaded, not ahead."""
+    """The information that torch also has. The C stub of a kernel is built when the kernel is loaded, not before."""
     active = SimpleNamespace(
         get_current_stream=current_stream,
         get_current_target=lambda: None,
@@ -328,7 +328,7 @@ def __getattr__(name: str) -> Any:
 
 
 def bound(compiled: Any, grid: tuple[int, int, int], scalars: Sequence[Any]) -> Callable[[Sequence[Any], int], object]:
-    """The launch of a loaded kernel as a function (addresses, stream), past hooks. Fallback: Triton's, which calls them."""
+    """The launch of a loaded kernel as a function (addresses, stream), without hooks. Fallback: Triton's, with hooks."""
     try:
         run, handle = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
     except AttributeError:
@@ -338,6 +338,6 @@ def bound(compiled: Any, grid: tuple[int, int, int], scalars: Sequence[Any]) -> 
 
 
 def stub_arguments(compiled: Any) -> tuple[Any, Any] | None:
-    """What the C stub of a kernel is built of, None if it is loaded. Fallback: None; it is built when the kernel is loaded."""
+    """The inputs for building a kernel's C stub; None if the kernel is loaded. Fallback: None, so it is built at loading."""
     source = getattr(compiled, "src", None)
     return None if source is None or getattr(compiled, "module", None) is not None else (source, compiled.metadata)

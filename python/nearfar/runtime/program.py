@@ -1,4 +1,4 @@
-"""Launches in order with everything fixed but addresses: what a direction of an operator comes to in a call."""
+"""Programs: the launches of one direction of an operator, in order, with everything fixed except addresses."""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +13,15 @@ from nearfar.runtime.tensors import allocate, device_of, layouts, takes_the_shor
 _launch = triton_module("launch")
 
 ALIGNED = 16  # alignment in bytes that the address-only launch requires
-PART_ALIGNMENT = 128  # bytes, of the parts of a workspace
+PART_ALIGNMENT = 128  # bytes, of each workspace within the joint allocation
 
 
 class Program:
-    """Fills the outputs of a signature, with zeros if it has no launches. It is made of meta tensors, once.
+    """Fills the outputs of calls of one signature (with zeros if it has no launches). It is built once, from meta tensors.
 
-    inputs, outputs: None for what is absent. launches: pairs of a launch and the tensors that it is given, None and tuples of
-    tensors among them. Those that are neither inputs nor outputs are workspaces: a call allocates all of them as one, and makes
-    no tensors of its parts, because kernels need no more than addresses.
+    inputs, outputs: None for absent ones. launches: pairs of a launch and its arguments, which are tensors, None and tuples of
+    tensors. Arguments that are neither inputs nor outputs are workspaces. A call allocates all workspaces at once and creates
+    no tensors for them, because kernels need only their addresses.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class Program:
         for x in workspaces:
             self._workspaces.append((self._size, x.nbytes, x.dtype, x.shape))
             self._size += -(-x.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
-        # The values of a call, tensors or addresses: those above, workspaces, and tuples of such, as kernels take them.
+        # Positions in the list of a call's values (tensors or addresses): inputs, outputs, None, workspaces, tuples of these.
         places = {id(x): place for place, x in enumerate([*values, *workspaces, *tuples])}
         self._tuples = [_selection(places, group) for group in tuples]
         self._selections = [_selection(places, given) for _, given in launches]
-        self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # what empty_cuda takes
+        self._allocations = [None if x is None else (tuple(x[0]), x[1], x[2]) for x in self._outputs]  # for empty_cuda
         self._offsets = [offset for offset, *_ in self._workspaces]
-        # Once kernels are compiled: the device, whether somebody is to hear of launches, and launches with their selections.
+        # Set once kernels are compiled: the device, whether launch hooks are set, and launches with their selections.
         self._device: Any = None
         self._hooks_are_set: Any = None
         self._steps: Sequence[Any] = ()
 
     def __call__(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        """The outputs."""
+        """Compute and return the outputs."""
         first: Any = inputs[0]
-        if first.is_meta:  # which has nothing to fill
+        if first.is_meta:  # there is nothing to fill
             return allocate(self._outputs, first.device)
         with device_of(first):
             if first.is_cuda and not self._steps:
@@ -66,10 +66,10 @@ class Program:
         return outputs
 
     def at_once(self, *inputs: torch.Tensor | None) -> Sequence[torch.Tensor | None] | None:
-        """The outputs, by allocations and address-only launches alone; None where that does not serve the call.
+        """Fast path: the outputs, by allocations and address-only launches alone. None if the call needs the fallback path.
 
-        It does not while kernels are not compiled, and never where they are interpreted, where an input does not start at a
-        multiple of 16 bytes, where another device is current, where torch is to be deterministic, and where Triton has a hook.
+        It does if kernels are not compiled yet or are interpreted, an input does not start at a multiple of 16 bytes, another
+        device is current, torch is in deterministic mode, or a Triton launch hook is set.
         """
         if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
             return None
@@ -99,12 +99,12 @@ class Program:
         return outputs
 
     def build_ahead(self, device: torch.device) -> None:
-        """Start to build the kernels for a call to come on this device, in threads."""
+        """Start building the kernels of a later call on this device, in threads."""
         with torch.cuda.device(device):
             _launch().build_ahead(*self._launches)
 
     def _launch_tensors(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor | None]) -> None:
-        """Launch with tensors, which may be interpreted or not aligned."""
+        """Fallback path: launch with tensors. Kernels may be interpreted, and addresses may be unaligned."""
         if not self._launches:
             for tensor in outputs:
                 if tensor is not None:
@@ -118,16 +118,16 @@ class Program:
         _launch().launch_all(*[(launch, select(values)) for (launch, _), select in launches])
 
     def _compile(self, first: torch.Tensor) -> None:
-        """Compile what is new and prepare the steps, none where kernels are interpreted."""
+        """Compile new kernels and prepare the steps of the fast path; no steps if kernels are interpreted."""
         device, launches = first.get_device(), [launch for launch, _ in self._launches]
         kinds: list[Any] = [None] * len(launches)
         hooks_are_set: Callable[[], bool] = bool  # bool() is False
-        if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # else Triton is not needed
+        if not all(isinstance(launch, BuiltLaunch) for launch in launches):  # otherwise Triton is not needed
             launcher, surveyed = _launch(), []
             if launcher.knobs.runtime.interpret:
                 return
             for launch, given in self._launches:
-                addresses, (_, *dtypes), aligned = launcher.survey(given)  # of the meta device; addresses are 0
+                addresses, (_, *dtypes), aligned = launcher.survey(given)  # meta tensors: addresses are 0
                 surveyed.append((launch, given, (addresses, (device, *dtypes), aligned)))
             launcher.compile_new(surveyed)
             kinds, hooks_are_set = [seen[1] for _, _, seen in surveyed], launcher.hooks_are_set
@@ -137,6 +137,6 @@ class Program:
 
 
 def _selection(places: Mapping[int, int], given: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes what is given, tensors in their places, from the values of a call."""
+    """A function that selects a launch's arguments from the list of a call's values."""
     indices = [places[id(x)] for x in given]
     return operator.itemgetter(*indices) if len(indices) > 1 else lambda values: (values[indices[0]],)

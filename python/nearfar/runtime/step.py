@@ -1,8 +1,8 @@
-"""What decoding steps share: operators that write to tensors of their caller, and what is checked of those tensors.
+"""Shared code of the decoding steps: registration of operators that update arguments in place, and checks of those arguments.
 
-Autograd has to see every write: a tensor that it saved for a backward and that a step has overwritten since must make that
-backward raise, not compute with the new numbers. So a step is a torch operator that declares what it writes to, or, in a plain
-eager call, counts the versions of those tensors itself.
+Autograd must see every write. If a step overwrites a tensor that autograd saved, the backward must raise, not compute with the
+new numbers. So a step is a torch operator that declares its mutated arguments; a plain eager call bypasses the operator and
+increments the version counters itself.
 """
 
 import functools
@@ -27,7 +27,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
         step: fills some of its arguments and returns nothing; its annotations are the schema of the operator.
         writes: names of the arguments that it writes to.
 
-    A plain call goes past the dispatcher, whose Python takes longer than the kernels of a step.
+    A plain call bypasses the dispatcher, whose Python part takes longer than the kernels of a step.
     """
     operator = torch.library.custom_op(f"nearfar::{name}", step, mutates_args=writes)
     operator.register_fake(lambda *_: None)
@@ -36,7 +36,7 @@ def define_step(name: str, step: Callable[..., None], writes: Sequence[str]) -> 
 
     @operator.register_vmap
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[None, None]:
-        """One call for each index of the mapped dimension: what is written to has to be contiguous in each."""
+        """One call for each index of the mapped dimension. Mutated arguments must be contiguous at each index."""
         for index in written:
             if in_dims[index] is None:
                 raise ValueError(f"vmap maps over an argument of {name}, but not over {names[index]}, which it writes to")
@@ -64,13 +64,13 @@ def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
 
 
 def plain_layouts(*tensors: torch.Tensor) -> Layouts | None:
-    """`checks.plain_layouts`, and None of meta tensors: all have address 0, and the operator writes nothing to them."""
+    """`checks.plain_layouts`, but None for meta tensors: all have address 0, and the operator writes nothing to them."""
     layouts = checks.plain_layouts(*tensors)
     return None if layouts is None or tensors[0].is_meta else layouts
 
 
 def check_out(out: Layout, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """The layout of an `out` that kernels can write to: each element has a place of its own, and rows are contiguous."""
+    """Check that kernels can write to `out`: its rows are contiguous, and no two elements share memory."""
     checks.check_exactly("out", out, shape, dtype, device)
     if out.shape[-1] > 1 and out.strides[-1] != 1:
         raise ValueError(f"out must have a contiguous last dimension, got strides {tuple(out.strides)}")
@@ -80,10 +80,10 @@ def check_out(out: Layout, shape: Sequence[int], dtype: torch.dtype, device: tor
 
 
 def check_writes(layouts: Layouts | None, names: Sequence[str], tensors: Sequence[torch.Tensor], num_read: int) -> None:
-    """Refuse to write where torch's own in-place operators would, or beside what is read.
+    """Refuse the in-place writes that torch's own in-place operators refuse, and writes to memory that is also read.
 
     Args:
-        layouts: `plain_layouts` of the tensors, None where the call is not plain and has no addresses.
+        layouts: `plain_layouts` of the tensors; None if the call is not plain, so that there are no addresses.
         num_read: how many of the tensors are only read; the others are written to.
     """
     tracked = torch.is_grad_enabled()
@@ -109,7 +109,7 @@ def check_writes(layouts: Layouts | None, names: Sequence[str], tensors: Sequenc
 def _first_shared(layouts: Layouts, addresses: tuple[int, ...], num_read: int) -> tuple[int, int] | None:
     """Index of a tensor that is written to and of another one that shares memory with it, or None.
 
-    A loop meets the same addresses again and again, as an allocator gives back what was freed.
+    Cached, because the allocator reuses freed memory: a decoding loop sees the same addresses again and again.
     """
     ends = [address + size for address, size in zip(addresses, _extents(layouts), strict=True)]
     for written in range(num_read, len(layouts)):
@@ -122,7 +122,7 @@ def _first_shared(layouts: Layouts, addresses: tuple[int, ...], num_read: int) -
 
 @functools.lru_cache(maxsize=1024)
 def _extents(layouts: Layouts) -> list[int]:
-    """Bytes from the first to the last of each tensor."""
+    """Size of the memory range of each tensor, in bytes."""
     return [
         0 if 0 in shape else (1 + sum([s * (n - 1) for s, n in zip(strides, shape, strict=True)])) * dtype.itemsize
         for shape, strides, dtype, _ in layouts
@@ -130,7 +130,7 @@ def _extents(layouts: Layouts) -> list[int]:
 
 
 def share_memory(a: Any, a_address: int, b: Any, b_address: int) -> bool:
-    """Whether two tensors of these layouts have a byte in common."""
+    """Whether two tensors of these layouts share a byte of memory."""
     if 0 in a[0] or 0 in b[0]:
         return False
     ranges = []
@@ -143,15 +143,15 @@ def share_memory(a: Any, a_address: int, b: Any, b_address: int) -> bool:
 
 
 def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether two elements of a tensor are in one place."""
+    """Whether two elements of a tensor share memory."""
     if 0 in shape:
         return False
     dims = [(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
     if all([stride > sum([s * (n - 1) for s, n in dims if s <= stride]) - stride * (size - 1) for stride, size in dims]):
-        return False  # each stride leaps over everything within it, as in any slice or transpose of a tensor
+        return False  # each stride exceeds the extent of all smaller ones, as in any slice or transpose of a tensor
     if any([stride == 0 for stride, _ in dims]):
         return True
-    # Two elements that are 1 + x apart in one dimension, and any distance in those after it.
+    # Look for two elements that are 1 + x apart in dimension i and any distance apart in later dimensions.
     for i, (stride, size) in enumerate(dims):
         later = dims[i + 1 :]
         target = sum([s * (n - 1) for s, n in later]) - stride

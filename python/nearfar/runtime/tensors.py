@@ -15,12 +15,12 @@ META = torch.device("meta")
 
 
 def triton_module(name: str) -> Callable[[], ModuleType]:
-    """A function that returns `nearfar.triton_kernels.<name>`: Triton comes with the first launch, not with the package."""
+    """A function that returns `nearfar.triton_kernels.<name>`, imported at the first call: `import nearfar` needs no Triton."""
     return functools.cache(lambda: importlib.import_module(f"nearfar.triton_kernels.{name}"))
 
 
 class Layout(NamedTuple):
-    """All of a tensor but its values and its address."""
+    """Everything about a tensor except its values and its address."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -34,12 +34,12 @@ def layouts(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 def takes_the_short_way(device: torch.device) -> bool:
-    """True if `empty_cuda` allocates as torch.empty does: on the current device, and unless torch fills what it allocates."""
+    """True if `empty_cuda` may allocate: on the current device, while torch does not fill new memory (deterministic mode)."""
     return empty_cuda is not None and device.index == current_device() and not is_deterministic()
 
 
 def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
-    """Tensors of these layouts on this device, not filled; None for None."""
+    """Uninitialised tensors of these layouts on this device; None for None."""
     if device.type == "cuda" and takes_the_short_way(device):
         return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
@@ -48,25 +48,26 @@ def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
 def tf32_allowed(dtype: torch.dtype) -> bool:
     """True if the user lets torch round products of this dtype to tf32. Plans depend on it (launch.dot_precision).
 
-    All switches end in this one, the older ones (allow_tf32, set_float32_matmul_precision) too; where nothing is set here, it
-    reads torch.backends.fp32_precision. The getter of allow_tf32 raises when switches of both kinds were set.
+    This setting reflects every switch, including the older allow_tf32 and set_float32_matmul_precision; if it is not set
+    itself, it reads torch.backends.fp32_precision. allow_tf32 is not read, as it raises once new and old switches are mixed.
     """
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Context in which the device of the tensor is the current one; free when it already is."""
-    if not tensor.is_cuda or tensor.get_device() == current_device():  # CUDA is up where there is such a tensor
+    """Context in which the device of the tensor is the current one; does nothing if it already is."""
+    if not tensor.is_cuda or tensor.get_device() == current_device():  # a CUDA tensor exists, so CUDA is initialised
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def stream_of(tensor: torch.Tensor) -> int:
+    """Handle of the current stream on the tensor's device."""
     return current_stream(tensor.get_device())
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself when its last dimension is contiguous, as the kernels need, otherwise a copy."""
+    """The tensor itself if its last dimension is contiguous, as kernels require, otherwise a contiguous copy."""
     return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 

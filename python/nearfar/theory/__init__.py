@@ -1,4 +1,4 @@
-"""Theory of attention as small experiments in plain PyTorch, one file per paper."""
+"""Results from papers on attention, as small experiments in plain PyTorch, one file per paper."""
 
 from nearfar.theory.malleability import (
     InfluenceMalleability,

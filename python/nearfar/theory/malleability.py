@@ -1,4 +1,4 @@
-"""Influence malleability of linearized attention, arXiv 2603.13085: does an attack change which training points matter?"""
+"""Influence malleability of linearized attention (arXiv 2603.13085): does an attack change which training points matter?"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ ATTACKS = ("fgsm", "pgd", "mim", "noise")
 
 
 class InfluenceMalleability(NamedTuple):
-    """Of R networks, N training points and T test points with C outputs."""
+    """Result of `influence_malleability` for R networks, N training points and T test points with C outputs."""
 
     malleability: torch.Tensor  # (R,) share of the most influential points whose influence changes sign, mean over test points
     rank_correlation: torch.Tensor  # (R,) Spearman's, of influences before and after, mean over test points
@@ -45,13 +45,13 @@ def neural_tangent_kernel(q: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> 
 def leave_one_out_influence(
     kernel: torch.Tensor, test_kernel: torch.Tensor, y: torch.Tensor, y_test: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How far training point i moves the prediction at test point t towards its label, in kernel ridge regression.
+    """Influence of training point i on the prediction at test point t, towards t's label, in kernel ridge regression.
 
         P = (K + lambda I)^-1,   alpha = P y,   f(t) - f_-i(t) = (k_t P)_i alpha_i / P_ii,   lambda = ridge * mean(diag K)
 
     From kernel (.., N, N), test_kernel (.., T, N), y (N, C) and y_test (T, C) to (influence (.., T, N), prediction (.., T, C),
-    alpha (.., N, C)). The influence is y_test[t] . (f(t) - f_-i(t)), exact and without N fits. Only the label of i is left out.
-    The features do not change, though with attention i contributes to them as a token.
+    alpha (.., N, C)). The influence is y_test[t] . (f(t) - f_-i(t)), exact and without N fits. Only the label of i is left out:
+    the features stay the same, although with attention they depend on i as a token.
     """
     damping = ridge * kernel.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(kernel.shape[-1]).to(kernel)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + damping))
