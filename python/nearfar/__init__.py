@@ -1,9 +1,11 @@
 """nearfar: fused kernels for near-field (localized) and far-field (linear) attention."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from nearfar import diagnostics, integrations, nn, theory
-from nearfar.diagnostics import head_regimes
+from nearfar import nn
 from nearfar.explain import explain
 from nearfar.localities import GridNeighborhood, ShiftedWindow, SlidingWindow
 from nearfar.ops.affine import affine_attention, softmax_attention
@@ -14,6 +16,10 @@ from nearfar.ops.linear import hadamard_attention, hadamard_attention_step, line
 from nearfar.ops.synchronization import locked_share, order_parameter, synchronization_attention
 from nearfar.runtime.packing import check_cu_seqlens
 from nearfar.version import __version__
+
+if TYPE_CHECKING:
+    from nearfar import diagnostics, integrations, theory
+    from nearfar.diagnostics import head_regimes
 
 __all__ = [
     "GridNeighborhood",
@@ -45,3 +51,16 @@ __all__ = [
 
 # Lets torch.load with its default, weights_only=True, load caches and configurations that contain localities.
 torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWindow, SlidingWindow, nn.affine.Cache])
+
+
+def __getattr__(name: str) -> Any:
+    """Import at first use what operators and layers do not need: it would double the time of `import nearfar`."""
+    if name in ("diagnostics", "integrations", "theory"):
+        return importlib.import_module(f"nearfar.{name}")
+    if name == "head_regimes":
+        return importlib.import_module("nearfar.diagnostics").head_regimes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -76,10 +76,26 @@ assert torch.equal(nf.krause_attention(q, q, q, 1.0), q)
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
-def test_import_does_not_import_triton():
-    """It would cost a second; the first launch does it."""
-    code = "import sys, torch; had = 'triton' in sys.modules; import nearfar; assert had or 'triton' not in sys.modules"
+def test_import_is_light():
+    """`import nearfar` imports none of these, each of which takes a second or more, and no GPU is touched."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import nearfar
+heavy = {
+    "triton", "transformers", "matplotlib", "numpy", "scipy", "rich", "torch._dynamo", "torch._inductor",
+    "torch.distributed.tensor", "torch.nn.attention.flex_attention",
+    "nearfar.diagnostics", "nearfar.integrations", "nearfar.theory", "nearfar.triton_kernels",
+}
+found = heavy & (set(sys.modules) - before)
+assert not found, found
+assert not torch.cuda.is_initialized()
+for name in nearfar.__all__:
+    assert name in dir(nearfar) and getattr(nearfar, name) is not None
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        nf.nothing
 
 
 def test_auto_takes_the_reference_on_the_cpu():
