@@ -13,22 +13,15 @@ norms of every step as JSON, go to examples/out/; `--page docs/notes/affine.md` 
 
 import argparse
 import functools
-import json
-from pathlib import Path
 
-import matplotlib
 import torch
 import train_digits
+from console import add_arguments, make_console, plt, positive, save, track
 from pages import write_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 LAST = 50  # steps, whose mean is the training loss at the end
 
@@ -101,7 +94,7 @@ def tabulate(results):
     )
     table.add_column("", no_wrap=True)
     for name in results:
-        table.add_column(TITLES[name], justify="right", no_wrap=True)
+        table.add_column(TITLES[name], justify="right")
 
     def row(title, digits, values):
         table.add_row(title, *(spread(values(runs), digits) for runs in results.values()))
@@ -137,7 +130,7 @@ def band(axes, steps, values, name):
     axes.fill_between(steps, values.amin(0), values.amax(0), color=color, alpha=0.15, linewidth=0)
 
 
-def plot(results, path):
+def draw(results):
     figure, (losses, norms) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     difference = losses.inset_axes((0.36, 0.4, 0.62, 0.5))
     reference = over_steps(results["softmax"], "losses")
@@ -155,34 +148,28 @@ def plot(results, path):
     norms.yaxis.set_major_formatter("{x:g}")
     legend = f"means of 10 steps and of {len(reference)} seeds, whose range is shaded"
     figure.legend(*norms.get_legend_handles_labels(), title=legend, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle("Pixel transformers on 8x8 digits, 64 tokens an image")
+    return figure
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["softmax", "sink", "affine"])
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of each model (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="how many seeds, from 0 (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plot and the JSON")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    parser.add_argument("--steps", type=positive, default=500, help="optimizer steps of each model (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=2, help="how many seeds, from 0 (default: %(default)s)")
+    add_arguments(parser, device=True)
     options = parser.parse_args(arguments)
     models = dict.fromkeys(("softmax", *options.models))  # what the others are compared with comes first
-    console = Console()
+    console = make_console()
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
+    with track(console, train_digits.LOSS) as progress:
         results = measure(models, options.seeds, options.steps, torch.device(options.device), progress)
     table = tabulate(results)
     console.print(table)
     if options.page:
         write_table(options.page, "affine_stability", table)
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "affine_stability.json").write_text(json.dumps(results) + "\n")
-    plot(results, options.out / "affine_stability.png")
-    console.print(f"Plot and figures of every step: {options.out}/affine_stability.png, {options.out}/affine_stability.json")
+    console.print(save(draw(results), options.out, "affine_stability", results), soft_wrap=True)
     return results
 
 

@@ -14,21 +14,15 @@ examples/out/; `--page docs/theory.md` writes the table into that page.
 """
 
 import argparse
-from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from console import add_arguments, make_console, plt, positive, save, track
 from pages import write_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 FEATURES = {"rows": "pixels", "unit_rows": "unit pixels", "attention": "attention"}
 ATTACKS = "fgsm", "pgd", "mim", "noise"  # the last moves pixels at random, by as much
@@ -40,7 +34,7 @@ SHARES = {f"{100 * share:g}% moved": {"moved": share} for share in (0.01, 0.03, 
 REACHES = {f"reach {reach}": {"eps": reach} for reach in (0.001, 0.01, 0.03, 0.1)}
 MODELS = {"ridge 0.1": {"ridge": 0.1}, "256 units": {"width": 256}, "4096 units": {"width": 4096}}
 
-# operators.md, section 6: flips in % of the ReLU network and of attention on MNIST, ten classes.
+# arXiv 2603.13085: flips in % of the ReLU network and of attention on MNIST, ten classes.
 PAPER = {"fgsm": (4.1, 34.6), "pgd": (3.3, 28.9), "mim": (3.4, 21.9)}
 PAPER_PAIR = {"fgsm": (8.4, 25.9), "pgd": (8.4, 41.0), "mim": (8.6, 40.5)}  # MNIST, 3 against 8, as third-party notes report it
 
@@ -81,10 +75,13 @@ def experiments(ten, pair, networks, seed, progress):
         progress.advance(task, networks)
         return result
 
-    results = {
-        (setting, attack): {features: malleability(data, features, attack, options) for features in FEATURES}
-        for (setting, attack), (data, options) in cases.items()
-    }
+    def measure(setting, attack, data, options):
+        by_feature = {features: malleability(data, features, attack, options) for features in FEATURES}
+        shares = ", ".join(f"{name} {flips(by_feature[features]):.1f}%" for features, name in FEATURES.items())
+        progress.console.print(f"{setting}, {attack.upper()}: {shares} flip", highlight=False, soft_wrap=True)
+        return by_feature
+
+    results = {key: measure(*key, *case) for key, case in cases.items()}
     x, y, *held_out = ten
     attacked = results["ten digits, 100% moved", "pgd"]
     results["ten digits, adversarially trained", "pgd"] = {  # on every point and on what the attack had made of it
@@ -109,11 +106,17 @@ def accuracy(prediction, y_test):
     return 100 * right.double().mean().item()
 
 
-def tabulate(results, ten, pair):
-    table = Table(title=f"Influential points whose influence changed sign, %; {len(ten[0])} digits (pair: {len(pair[0])})")
-    table.add_column("setting", no_wrap=True)
+COLUMNS = *FEATURES.values(), "paper, ReLU", "paper, attention", "Spearman", "accuracy"
+FLIPS, EFFECTS = COLUMNS[:5], COLUMNS[5:]  # each of which fits 80 columns
+
+
+def tabulate(results, ten, pair, columns=COLUMNS):
+    """A table of some columns, one row for each setting and attack."""
+    title = f"Influential points whose influence changed sign, %; {len(ten[0])} digits (pair: {len(pair[0])})"
+    table = Table(title=title if "pixels" in columns else "The same runs, pixels / attention")
+    table.add_column("setting")
     table.add_column("attack", no_wrap=True)
-    for column in (*FEATURES.values(), "paper, ReLU", "paper, attention", "Spearman", "accuracy"):
+    for column in columns:
         table.add_column(column, justify="right")
     for (setting, attack), by_feature in results.items():
         of_setting = {"ten digits": PAPER, PAIR_SETTING: PAPER_PAIR}.get(setting, {})
@@ -126,11 +129,12 @@ def tabulate(results, ten, pair):
             for features in ("rows", "attention")
         )
         numbers = (f"{flips(by_feature[features]):.1f}" for features in FEATURES)
-        table.add_row(setting, attack.upper(), *numbers, *map(str, paper), " / ".join(correlations), " / ".join(changes))
+        cells = dict(zip(COLUMNS, (*numbers, *map(str, paper), " / ".join(correlations), " / ".join(changes)), strict=True))
+        table.add_row(setting, attack.upper(), *(cells[column] for column in columns))
     return table
 
 
-def plot_flips(results, path):
+def draw_flips(results):
     figure, (bars, *curves) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", width_ratios=(1.3, 1, 1), sharey=True)
     for index, attack in enumerate(ATTACKS):
         by_feature = results["ten digits", attack]
@@ -149,8 +153,11 @@ def plot_flips(results, path):
     bars.set_xticks(range(len(ATTACKS)), [attack.upper() for attack in ATTACKS])
     bars.set_ylim(0, 70)
     bars.legend(fontsize=8, ncols=2, loc="upper left")
-    sweeps = (SHARES, "moved", 0.1, "share of the training points moved"), (REACHES, "eps", 0.3, "reach of the attack, eps")
-    for axes, (variations, option, default, label) in zip(curves, sweeps, strict=True):
+    sweeps = (
+        (SHARES, "moved", 0.1, "share of the training points moved", "PGD moves more or fewer points"),
+        (REACHES, "eps", 0.3, "reach of the attack, eps", "PGD reaches more or less far"),
+    )
+    for axes, (variations, option, default, label, title) in zip(curves, sweeps, strict=True):
         for color, (features, name) in zip(("C0", "C2", "C1"), FEATURES.items(), strict=True):
             heights = {
                 options[option]: flips(results[f"ten digits, {key}", "pgd"][features]) for key, options in variations.items()
@@ -158,13 +165,13 @@ def plot_flips(results, path):
             heights[default] = flips(results["ten digits", "pgd"][features])
             axes.semilogx(sorted(heights), [heights[value] for value in sorted(heights)], "o-", color=color, label=name)
         axes.axhline(50, color="gray", linestyle=":", label="signs at random")
-        axes.set(title="ten digits, PGD", xlabel=label)
+        axes.set(title=title, xlabel=label)
         axes.legend(fontsize=8, ncols=2, loc="upper left")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle("Influence malleability on scikit-learn's 8x8 digits: share of influential points whose sign changes")
+    return figure
 
 
-def plot_influences(by_feature, path):
+def draw_influences(by_feature):
     """Influence on one test digit before and after, one point a training digit."""
     figure, grid = plt.subplots(1, len(FEATURES), figsize=(11, 3.8), layout="constrained")
     for axes, (features, name) in zip(grid, FEATURES.items(), strict=True):
@@ -183,38 +190,40 @@ def plot_influences(by_feature, path):
         axes.set_xticks(ticks, ticks)
         axes.set_yticks(ticks, ticks)
     grid[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle("Influence of each training digit on one test digit, before and after PGD")
+    return figure
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", type=int, default=8, help="random networks to average over (default: %(default)s)")
-    parser.add_argument("--points", type=int, default=300, help="training digits (default: %(default)s)")
+    parser.add_argument("--networks", type=positive, default=8, help="random networks to average over (default: %(default)s)")
+    parser.add_argument("--points", type=positive, default=300, help="training digits (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the networks and the choice of digits")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plots")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
     ten, pair = load_points(options.points, options.seed), load_points(options.points, options.seed, PAIR)
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with track(console) as progress:
         results = experiments(ten, pair, options.networks, options.seed, progress)
-    table = tabulate(results, ten, pair)
     amplification = nf.theory.spectral_amplification(ten[0])
-    table.caption = (
+    caption = (
         f"Spearman and accuracy (before>after): pixels / attention. cond(G) = {amplification ** (1 / 3):.1e}, "
         f"cond(G)^3 = {amplification:.1e}, G = X X^T on its range."
     )
-    console.print(table, DIFFERENCES, sep="\n")
+    console.print(tabulate(results, ten, pair, FLIPS), tabulate(results, ten, pair, EFFECTS), caption, DIFFERENCES, sep="\n")
     if options.page:
+        table = tabulate(results, ten, pair)
+        table.caption = caption
         write_table(options.page, "malleability", table)
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot_flips(results, options.out / "flips.png")
-    plot_influences(results["ten digits", "pgd"], options.out / "influences.png")
-    console.print(f"Plots: {options.out}/flips.png, {options.out}/influences.png")
+    numbers = {f"{setting}, {attack}": {name: flips(found[features]) for features, name in FEATURES.items()}
+               for (setting, attack), found in results.items()}
+    console.print(save(draw_flips(results), options.out, "flips", numbers), soft_wrap=True)
+    found = results["ten digits", "pgd"]
+    influences = {name: {"before": found[features].influence[0, 0].tolist(),
+                         "after": found[features].perturbed_influence[0, 0].tolist()} for features, name in FEATURES.items()}
+    console.print(save(draw_influences(found), options.out, "influences", influences), soft_wrap=True)
     return results
 
 

@@ -12,20 +12,14 @@ steps of the first figure. Plots go to examples/out/; `--page docs/theory.md` wr
 """
 
 import argparse
-from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from console import add_arguments, make_console, plt, positive, save, track
 from pages import write_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 TOKENS = 10  # and dimensions, of all but the first figure
 NORMALISERS = "softmax", "l1", "square", "relu", "sigmoid"
@@ -107,7 +101,7 @@ def band(axes, steps, values, **style):
     axes.fill_between(steps[1:], values.amin(1)[1:], values.amax(1)[1:], color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def plot_polarisation(start, flow, path):
+def draw_polarisation(start, flow):
     """One model's weights and alignments, and the entropy of all."""
     figure, (weights, alignments, entropy) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     aligned = (start.beta[:, None] @ flow.v).squeeze(2)  # (T, B, n)
@@ -122,11 +116,11 @@ def plot_polarisation(start, flow, path):
     entropy.plot(known.keys(), known.values(), "kx", label="authors' code, one draw")
     entropy.set(title="entropy of s(a), nats", xlabel="step", xscale="log", ylim=(0, None))
     entropy.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle(f"Value-softmax model, {flow.a.shape[2]} tokens, logistic loss, {flow.a.shape[1]} draws")
+    return figure
 
 
-def plot_support(normalisers, square, cross_entropy, path):
+def draw_support(normalisers, square, cross_entropy):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for name, flow in normalisers.items():  # medians only: "l1" and "relu" lie on one another
         style = "--" if name == "relu" else "-"
@@ -146,33 +140,40 @@ def plot_support(normalisers, square, cross_entropy, path):
     right.set(title="square loss, softmax (step size 0.1), medians and ranges", xlabel="step", xscale="log")
     right.legend(fontsize=8, loc="lower left")
     left.set_yticks(range(1, TOKENS + 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.suptitle(f"Value-softmax model, {TOKENS} tokens")
+    return figure
+
+
+def medians(flow):
+    """The numbers of a curve: at each recorded step the median, least and largest effective support of the draws."""
+    support = flow.effective_support
+    low, high = support.amin(1).tolist(), support.amax(1).tolist()
+    return {"steps": flow.steps.tolist(), "median": support.median(1).values.tolist(), "least": low, "largest": high}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1_000_000, help="of the first experiment (default: %(default)s)")
-    parser.add_argument("--models", type=int, default=32, help="draws of initial values (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=1_000_000, help="of the first experiment (default: %(default)s)")
+    parser.add_argument("--models", type=positive, default=32, help="draws of initial values (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial values")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plots")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
+    with track(console) as progress:
         start, *results = flows(options.models, options.steps, options.seed, progress)
     table = tabulate(start, *results)
     console.print(table, DIFFERENCES, sep="\n")
     if options.page:
         write_table(options.page, "polarization", table)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     polarisation, normalisers, square, cross_entropy = results
-    plot_polarisation(start, polarisation, options.out / "polarization.png")
-    plot_support(normalisers, square, cross_entropy, options.out / "support.png")
-    console.print(f"Plots: {options.out}/polarization.png, {options.out}/support.png")
+    figure = draw_polarisation(start, polarisation)
+    console.print(save(figure, options.out, "polarization", medians(polarisation)), soft_wrap=True)
+    support = {f"logistic, {name}": medians(flow) for name, flow in normalisers.items()}
+    support |= {f"square, |beta| = {norm}": medians(flow) for norm, flow in square.items()}
+    support["cross-entropy"] = medians(cross_entropy)
+    console.print(save(draw_support(normalisers, square, cross_entropy), options.out, "support", support), soft_wrap=True)
     return results
 
 

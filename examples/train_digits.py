@@ -14,24 +14,18 @@ as their PyTorch references. Loss curves and sampled images go to examples/out/.
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from console import add_arguments, make_console, plt, positive, save, track
 from pages import write_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 SIDE = 8
 PIXELS = SIDE * SIDE
@@ -213,43 +207,44 @@ def sample(model, count, seed, device):
     return tokens[:, 1:]
 
 
-def plot_losses(curves, path):
+LOSS = "{task.fields[loss]:.3f} bits/pixel"
+
+
+def draw_losses(curves):
     """curves: name -> (training losses, held-out bits per pixel)."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, (losses, held_out) in curves.items():
         window = min(10, len(losses))
         smooth = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
-        (line,) = axes.plot(range(window, len(losses) + 1), smooth, label=f"{name}, training (mean of {window} steps)")
-        axes.axhline(held_out, color=line.get_color(), linestyle=":", label=f"{name}, held out at the end")
-    axes.set(xlabel="step", ylabel="bits per pixel")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        (line,) = axes.plot(range(window, len(losses) + 1), smooth, label=name)
+        axes.axhline(held_out, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set(xlabel="step", ylabel="bits per pixel", title=f"Pixel transformers on 8x8 digits, {PIXELS} tokens an image")
+    axes.legend(title="solid: training, mean of 10 steps\ndotted: held out at the end", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
-def plot_images(rows, path):
+def draw_images(rows):
     """rows: name -> images (count, PIXELS)."""
     figure, grid = plt.subplots(len(rows), 10, figsize=(10, 1.2 * len(rows)), squeeze=False, layout="constrained")
+    figure.suptitle("8x8 digits, drawn pixel by pixel from each model")
     for axes_row, (name, images) in zip(grid, rows.items(), strict=True):
         axes_row[0].set_title(name, loc="left", fontsize=9)
         for axes, image in zip(axes_row, images.reshape(-1, SIDE, SIDE).tolist(), strict=True):
             axes.imshow(image, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
             axes.set_axis_off()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which to train (default: all)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each model (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the samples")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plots")
-    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
+    add_arguments(parser, device=True)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    console = Console()
+    console = make_console()
     images, held_out = load_images(device)
 
     table = Table(
@@ -264,8 +259,7 @@ def main(arguments=None):
     table.add_row("histogram per position", f"{histogram_bits_per_pixel(images, held_out, per_position=True):.3f}")
 
     curves, pictures = {}, {"held-out digits": held_out[:10]}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
+    with track(console, LOSS) as progress:
         for name in options.models:
             model, losses, _, seconds = train(MODELS[name], images, options.steps, options.seed, progress, name)
             bits = held_out_bits(model, held_out)
@@ -278,10 +272,10 @@ def main(arguments=None):
     if options.page:
         write_table(options.page, "train_digits", table)
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot_losses(curves, options.out / "losses.png")
-    plot_images(pictures, options.out / "samples.png")
-    console.print(f"Plots: {options.out}/losses.png, {options.out}/samples.png")
+    losses = {name: {"training": losses, "held_out": held_out} for name, (losses, held_out) in curves.items()}
+    samples = {name: images.tolist() for name, images in pictures.items()}
+    console.print(save(draw_losses(curves), options.out, "losses", losses), soft_wrap=True)
+    console.print(save(draw_images(pictures), options.out, "samples", samples), soft_wrap=True)
     return curves
 
 

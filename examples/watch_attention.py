@@ -10,12 +10,11 @@ Needs `pip install '.[examples]'`; takes about a minute on two CPU cores. Tables
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 import train_digits
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from console import add_arguments, make_console, plt, positive, save, track
+from rich.table import Table
 from torch.nn.functional import pad
 
 import nearfar as nf
@@ -31,35 +30,51 @@ def watched(model, images, top_n):
     return found
 
 
+COLUMNS = {
+    "entropy": "entropy", "effective_support": "support", "sink_mass": "sink", "precision": "precision", "recall": "recall",
+    "f_score": "F", "control_f_score": "F, random", "regime": "regime",
+}
+
+
+def tabulate(found, title):
+    """The quantities of every head; str(found) has more of them, in longer lines."""
+    table = Table(title=title)
+    table.add_column("head", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row in found.table():
+        cells = (row[name] if name == "regime" else f"{row[name]:.3f}" for name in COLUMNS)
+        table.add_row(f"{row['layer'].removeprefix('blocks.').removesuffix('.attention')}.{row['head']}", *cells)
+    return table
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=16, help="held-out digits to watch (default: %(default)s)")
-    parser.add_argument("--top-n", type=int, default=4, help="keys that a query selects (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=16, help="held-out digits to watch (default: %(default)s)")
+    parser.add_argument("--top-n", type=positive, default=4, help="keys that a query selects (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the pictures")
+    add_arguments(parser, device=True, page=False)
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
     images, held_out = train_digits.load_images(torch.device(options.device))
     held_out = held_out[: options.images]
 
     torch.manual_seed(options.seed)
     untrained = train_digits.PixelTransformer(train_digits.SoftmaxAttention).to(options.device)
     results = {"untrained": watched(untrained, held_out, options.top_n)}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[loss]:.3f} bits/pixel"), console=console) as progress:
+    with track(console, train_digits.LOSS) as progress:
         model, losses, *_ = train_digits.train(
             train_digits.SoftmaxAttention, images, options.steps, options.seed, progress, "softmax"
         )
     results["trained"] = watched(model, held_out, options.top_n)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, found in results.items():
-        path = options.out / f"heads-{name}.png"
-        nf.diagnostics.plot(found, path)
-        console.print(f"\n{name}, {len(held_out)} held-out digits of {train_digits.PIXELS} tokens; picture: {path}")
-        console.print(str(found), soft_wrap=True, highlight=False)
+        figure = nf.diagnostics.plot(found)
+        title = f"{name}, {len(held_out)} held-out digits of {train_digits.PIXELS} tokens"
+        figure.suptitle(f"{figure.get_suptitle()}\n{title}")
+        console.print(tabulate(found, f"{title}; heads are layer.head"))
+        console.print(save(figure, options.out, f"heads-{name}", found.table()), soft_wrap=True)
     return results, losses
 
 

@@ -756,12 +756,14 @@ def test_plot(tmp_path):
     drawn = sorted(number for line in entropy.lines for number in line.get_ydata() if line.get_linestyle() == "None")
     assert drawn == pytest.approx(sorted(row["entropy"] for row in watched.table()))
     recall = next(line for line in geometry.lines if line.get_label() == "recall")
-    assert list(recall.get_xdata()) == [1, 2, 5]
-    medians = torch.cat([means["geometry"] for means in watched.layers.values()], -1)[1].quantile(0.5, -1)
+    assert list(recall.get_xdata()) == [2, 5]  # with one selected key everything is 1 by definition
+    medians = torch.cat([means["geometry"] for means in watched.layers.values()], -1)[1, 1:].quantile(0.5, -1)
     assert list(recall.get_ydata()) == pytest.approx(medians.tolist())
     masses = [means["sink_mass"].tolist() for means in watched.layers.values()]
     assert sinks.images[0].get_array().tolist() == masses
     assert regimes.images[0].get_array().tolist() == [heads.tolist() for heads in watched.regimes().values()]
+    heads = len(watched.table())
+    assert figure.get_suptitle() == f"{type(model).__name__}: {len(watched.layers)} layers, {heads} heads, 30 queries a head"
     assert "mixer" in " ".join(text.get_text() for text in regimes.get_legend().get_texts())
 
 

@@ -52,7 +52,7 @@ def test_train_digits_learns_and_prints_finite_numbers(train_digits, tmp_path, c
         numbers = [float(cell.replace(",", "")) for cell in row.split("│")]
         assert len(numbers) == 4 and all(map(math.isfinite, numbers)), row
         assert numbers[0] == pytest.approx(held_out, abs=6e-4)
-    assert {path.name for path in tmp_path.iterdir()} == {"losses.png", "samples.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"losses.json", "losses.png", "samples.json", "samples.png"}
 
 
 def test_train_digits_trains_the_models_that_were_asked_for(train_digits, tmp_path, capsys):
@@ -100,6 +100,24 @@ def test_histogram_of_uniform_levels_costs_the_logarithm_of_their_number(train_d
         assert bits == pytest.approx(math.log2(train_digits.LEVELS))
 
 
+def files(*names):
+    return {f"{name}.{suffix}" for name in names for suffix in ("png", "json")}
+
+
+def test_bad_arguments_get_one_line(train_digits, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    cases = {
+        "cannot write to": ["--out", str(tmp_path / "file")],
+        "no device nowhere here": ["--device", "nowhere"],
+        "whole number of at least 1": ["--steps", "0"],
+        "is no file": ["--page", str(tmp_path / "missing.md")],
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(SystemExit):
+            train_digits.main(arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def page_with(name, path):
     path.write_text(f"before\n<!-- {name} -->\nold figures\n<!-- /{name} -->\nafter\n")
     return path
@@ -129,7 +147,7 @@ def test_polarization_prints_what_the_flows_hold(tmp_path, capsys):
         )
     assert len(square) == 6 and cross_entropy.effective_support[-1].max() < 10
     assert "winner" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"polarization.png", "support.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == files("polarization", "support")
 
 
 def test_malleability_prints_what_was_measured(tmp_path, capsys):
@@ -143,7 +161,7 @@ def test_malleability_prints_what_was_measured(tmp_path, capsys):
         assert [float(cell) for cell in cells[1:4]] == pytest.approx(flips, abs=0.06)
     assert rows[0][1][4:6] == ["4.1", "34.6"]
     assert "cond(G)" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"flips.png", "influences.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == files("flips", "influences")
 
 
 def test_watch_attention_prints_and_draws_what_it_saw(tmp_path, capsys):
@@ -153,11 +171,14 @@ def test_watch_attention_prints_and_draws_what_it_saw(tmp_path, capsys):
     assert len(losses) == 3 and list(results) == ["untrained", "trained"]
     printed = capsys.readouterr().out
     for name, watched in results.items():
-        assert str(watched) in printed
+        assert name in printed
         assert (tmp_path / f"heads-{name}.png").read_bytes().startswith(b"\x89PNG")
         rows = watched.table()
         heads = [(f"blocks.{layer}.attention", head) for layer in range(3) for head in range(4)]
         assert [(row["layer"], row["head"]) for row in rows] == heads
+        assert json.loads((tmp_path / f"heads-{name}.json").read_text()) == rows
+        assert all(re.search(rf"│ {layer}.{head} +│ +{row['entropy']:.3f} │", printed) for (layer, head), row in
+                   zip([(layer, head) for layer in range(3) for head in range(4)], rows, strict=True))
         assert all(0 <= row["entropy"] <= math.log(64) and 0 < row["f_score"] <= 1 for row in rows)
 
 

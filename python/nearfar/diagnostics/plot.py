@@ -23,6 +23,8 @@ NAMES = ("precision", "recall", "F")
 def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
     """Draw entropy by layer, sink mass, precision, recall and F against top_n, and a map of the regimes.
 
+    The curves leave out top_n = 1, for which precision, recall and F are 1 by definition.
+
     Args:
         watched: a `Watch` of at least one layer.
         path: file to save the figure to; its suffix sets the format. None saves nothing.
@@ -50,9 +52,17 @@ def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
     draw_geometry(grid[0, 1], watched, means)
     draw_sinks(figure, grid[1, 0], matrix([m["sink_mass"] for m in means]))
     draw_regimes(grid[1, 1], matrix(regimes), watched.top_n)
+    figure.suptitle(title_of(watched))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def title_of(watched: "Watch") -> str:
+    """The model, how many layers and heads were seen, and by how many queries each."""
+    heads = sum(len(means["entropy"]) for means in watched.layers.values())
+    queries = max(watched._weights.values())
+    return f"{watched.model or 'Attention'}: {len(watched.layers)} layers, {heads} heads, {queries:,} queries a head"
 
 
 def matrix(rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -73,28 +83,32 @@ def draw_by_layer(axes: "Axes", values: Sequence[torch.Tensor]) -> None:
 
 def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Medians and quartiles over all heads, and the random control if there is one."""
-    curves = torch.cat([m["geometry"] for m in means], -1)
+    shown = [index for index, top_n in enumerate(watched.sweep) if top_n > 1]
+    sweep = [watched.sweep[index] for index in shown]
+    curves = torch.cat([m["geometry"] for m in means], -1)[:, shown]
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
         low, middle, high = curves[index].nanquantile(quartiles, -1).tolist()
-        axes.plot(watched.sweep, middle, marker=marker, color=f"C{index}", label=name)
-        axes.fill_between(watched.sweep, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+        axes.plot(sweep, middle, marker=marker, color=f"C{index}", label=name)
+        axes.fill_between(sweep, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
     for index, (name, marker) in enumerate(zip(NAMES, "osD", strict=True)):
         control = torch.cat([m[("control_precision", "control_recall", "control_f_score")[index]] for m in means])
         axes.plot(watched.top_n, control.nanmedian().item(), marker=marker, color=f"C{index}", markerfacecolor="none",
                   linestyle="none", label=f"{name}, random keys")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(watched.sweep, watched.sweep)
-    axes.set(title="selected keys told apart: median, middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))
+    axes.set_xticks(sweep, sweep)
+    axes.set(title="separation of the selected keys: median and middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))
     axes.grid(True, axis="y", color="0.9")
     axes.legend(frameon=False, ncols=2, fontsize=8)
 
 
 def draw_sinks(figure: "Figure", axes: "Axes", rows: torch.Tensor) -> None:
-    image = axes.imshow(rows.numpy(), vmin=0, vmax=1, cmap="YlOrRd", aspect="auto")
+    highest = rows.nan_to_num().max().item()
+    limit = next((end for end in (0.02, 0.05, 0.1, 0.2, 0.5) if highest <= end), 1)
+    image = axes.imshow(rows.numpy(), vmin=0, vmax=limit, cmap="YlOrRd", aspect="auto")
     figure.colorbar(image, ax=axes, label="share of the weight")
     label_axes(axes, *rows.shape)
-    axes.set(title="mass of the sink")
+    axes.set(title="mass of the sink, mean over queries")
 
 
 def draw_regimes(axes: "Axes", rows: torch.Tensor, top_n: int) -> None:

@@ -30,6 +30,7 @@ class Watch:
         texts whose sink is their first key, and geometry, (3, sweep, Hq): precision, recall and F for each top_n of the sweep.
         If a module is called with another number of heads, these calls form a layer "name#2".
     skipped: {name of the layer: why a call of it was skipped}, the first reason of each.
+    model: name of the class of the watched model, for titles; "" if `watch` did not make this Watch.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Watch:
         self.top_n, self.sweep, self.thresholds, self.backend = top_n, tuple(sweep), thresholds, backend
         self.layers: dict[str, dict[str, torch.Tensor]] = {}
         self.skipped: dict[str, str] = {}
+        self.model = ""
         self._weights: dict[str, int] = {}
 
     def record(self, layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> None:
@@ -233,6 +235,7 @@ def watch(
     if on_unsupported not in ON_UNSUPPORTED:
         raise ValueError(f"on_unsupported must be one of {', '.join(ON_UNSUPPORTED)}, got {on_unsupported!r}")
     watched = Watch(top_n, sweep, thresholds, backend)
+    watched.model = type(model).__name__
     session = Session(model, watched, on_unsupported)
     with running.opened(session):
         yield watched
