@@ -78,7 +78,7 @@ def _of_width(width, rows):
             order = (1, 2, tokens) if causal else (1, 2)
             yield nf.synchronization_attention, {"causal": causal, "top_k": top_k}, lambda order=order, tokens=tokens: [
                 *rows(width, width, tokens=tokens), _numbers(2), _numbers(2), _numbers(*order),
-            ]  # fmt: skip
+            ]
         yield nf.order_parameter, {"causal": causal}, lambda: rows(width)
         for sigma in (None, 2.0):
             yield statistics, {"causal": causal, "sigma": sigma}, lambda: rows(width, width)

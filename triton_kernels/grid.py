@@ -246,7 +246,7 @@ def attend(
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     num_tokens = num_globals + shape[0] * shape[1] * shape[2]
@@ -296,7 +296,7 @@ def attend_resident(
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, GLOBAL_KEYS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
-):  # fmt: skip
+):
     """Selects, as `select`, and attends, where walks are so short that all scores of a tile stay in registers.
 
     STEPS: of the longest walk. GLOBAL_KEYS: the size of the tile of global keys, 0 where there are none.
@@ -343,7 +343,7 @@ def attend_resident(
         store_selection(
             first_words, chosen.to(tl.int32), -1, place, halo, (t, h, w), rows < num_tokens, shape, radius, words,
             1, GLOBAL_KEYS,
-        )  # fmt: skip
+        )
         v_tile = load_tile(v, tl.arange(0, GLOBAL_KEYS), v_strides[2], num_globals, DV, BLOCK_DV)
         weight = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))
         total += tl.sum(weight, 1)
@@ -354,7 +354,7 @@ def attend_resident(
         store_selection(
             first_words, chosen.to(tl.int32), step, place, halo, (t, h, w), rows < num_tokens, shape, radius, words,
             KEY_H, KEY_W,
-        )  # fmt: skip
+        )
         keys, _ = step_tokens(step, place, halo, shape, num_globals, tl.arange(0, BLOCK_N), KEY_W)
         v_tile = load_tile(v, keys, v_strides[2], num_tokens, DV, BLOCK_DV)
         weight = exp2(tl.where(chosen, score - highest[:, None], float("-inf")))
@@ -374,7 +374,7 @@ def select(
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
-):  # fmt: skip
+):
     """The selection of boxes, or, from first_tile = their number on, of the global queries.
 
     SLOTS: a power of two that holds the steps of every walk. Within these, tiles are in the order of keys: a tile is a line,
@@ -435,7 +435,7 @@ def grad_queries(
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
-):  # fmt: skip
+):
     """dq, delta of each row, and the gradient of log(scale)."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
@@ -494,7 +494,7 @@ def grad_queries(
     write_grad_queries(
         k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_tokens, num_tokens,
         acc, scale * rounded_total, nearest, row_delta, sums, GRAD, D, BLOCK_D,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -505,7 +505,7 @@ def grad_keys(
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, QUERY_H: tl.constexpr, QUERY_W: tl.constexpr,
-):  # fmt: skip
+):
     """dk and dv of a box of keys, or of the global ones, summed over the query heads of a group."""
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     num_tokens = num_globals + shape[0] * shape[1] * shape[2]

@@ -42,7 +42,7 @@ def described(geometry, tiles):
     return (
         geometry.shape, geometry.num_globals, geometry.radius, geometry.dilation, tiles.boxes(geometry),
         forms(geometry, tiles), geometry.words,
-    )  # fmt: skip
+    )
 
 
 def sizes(call, tiles):
@@ -57,7 +57,7 @@ def plan_attend(pair, call, geometry, o_strides, selects):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count,
         *described(geometry, tiles), pair.scale, pair.score, call.precision, *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.attend, count * batch * heads, scalars, parameters)
 
 
@@ -69,7 +69,7 @@ def plan_attend_resident(pair, call, geometry, o_strides, top_k, tiles, steps, f
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count, first,
         *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision,
         steps, MAX_GLOBALS if geometry.num_globals else 0, *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.attend_resident, count * batch * heads, scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -85,7 +85,7 @@ def plan_select(pair, call, geometry, top_k, of_globals):
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry[2:], count, first,
         *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision, slots,
         width, width_block(width), *tiles.box, tiles.key_h, tiles.key_w,
-    )  # fmt: skip
+    )
     parameters = LaunchParameters(math.prod(tiles.box), SELECT_BLOCK, 4 if columns <= 128 else 8, 1)
     return Launch(grid.select, count * batch * heads, scalars, parameters)
 
@@ -98,7 +98,7 @@ def plan_grad_queries(pair, call, geometry, o_strides, do_strides, dq_strides, s
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
         *call.geometry[2:], count, *described(geometry, tiles),
         pair.scale, pair.score, pair.grad, call.precision, *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.grad_queries, count * batch * heads, scalars, parameters)
 
 
@@ -110,7 +110,7 @@ def plan_grad_keys(pair, call, geometry, do_strides, dk_strides, dv_strides, sel
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *call.geometry[2:], count, *described(geometry, tiles),
         pair.scale, pair.score, pair.grad, call.precision, *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.grad_keys, count * batch * heads, scalars, parameters)
 
 

@@ -288,7 +288,7 @@ def grad_queries(
     write_grad_queries(
         k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_queries, num_keys,
         acc, scale * rounded_total, nearest, row_delta, sums, GRAD, D, BLOCK_D,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -302,7 +302,7 @@ def add_row_sums(sums, weight, ds, log_weight):
 def write_grad_queries(
     k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_queries, num_keys,
     acc, ds_total_rounded, nearest, row_delta, sums, GRAD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Store dq and delta of a tile of queries, and what it adds to the gradient of log(scale).
 
     ds_total_rounded: of the dS that are in acc, in its units. nearest: the key of the greatest weight of each row.

@@ -103,7 +103,7 @@ def pair_sizes(q, k):
     batches, heads, num_queries, width = q.shape
     return dict(
         batches=batches, heads=heads, kv_heads=k.shape[1], num_queries=num_queries, num_keys=k.shape[2], width=width
-    )  # fmt: skip
+    )
 
 
 KRAUSE_WIDTHS = (32, 64, 128)

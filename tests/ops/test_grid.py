@@ -115,7 +115,7 @@ def swin(q, k, v, sigma, bias, shape, window, shift):
         x = torch.roll(x.reshape(*shape, -1), (-shift, -shift), (0, 1))
         return x.reshape(shape[0] // window, window, shape[1] // window, window, -1).transpose(1, 2).reshape(
             -1, window * window, x.shape[-1]
-        )  # fmt: skip
+        )
 
     region, count = torch.zeros(shape, dtype=torch.long), 0
     for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):

@@ -106,7 +106,7 @@ def test_ends_on_a_cpu_are_checked_in_every_call(operator, name, ends, message, 
     call = public(operator)
     state = {} if "initial_state" not in sample.tensors else {
         "initial_state": randn(len(ends) - 1, *sample.tensors["initial_state"].shape[1:])
-    }  # fmt: skip
+    }
     call(**sample.tensors, **sample.options, backend=backend)
     with pytest.raises(ValueError, match=message.replace("6", "21")):
         call(**sample.tensors | state, **sample.options | {"cu_seqlens": bad}, backend=backend)

@@ -111,7 +111,7 @@ def calls():
     for factors, width, causal in (
         ((64,), 64, True), ((64,), 64, False), ((128,), 128, False),
         ((16, 16), 64, True), ((16, 16), 64, False), ((64, 64), 128, False),
-    ):  # fmt: skip
+    ):
         count = len(factors)
         yield (
             f"hadamard {factors} {width} {'causal' if causal else 'full'}",
@@ -160,5 +160,5 @@ if __name__ == "__main__":
             found.append({"call": what, "kernel": launch._kernel.__name__, "stages": launch._options["num_stages"],
                           "shared": compiled.metadata.shared, "products": products, "buffers": buffers,
                           "instructions": compiled.asm["ptx"].count(";\n"),
-                          "unwritten": unwritten_reads(compiled.asm["cubin"]) if "packed" in what else []})  # fmt: skip
+                          "unwritten": unwritten_reads(compiled.asm["cubin"]) if "packed" in what else []})
     json.dump(found, sys.stdout)

@@ -684,9 +684,9 @@ def test_first_calls_cover_every_function_dtype_and_width():
 
 def test_slowest_first_calls_are_listed():
     row = {"operator": "krause_attention", "options": "top_k 4", "dtype": "float32", "width": 64, "kernel": "select",
-           "seconds": 9.0, "cpu_seconds": 4.0, "instructions": 12345}  # fmt: skip
+           "seconds": 9.0, "cpu_seconds": 4.0, "instructions": 12345}
     env = {"cores": 2, "device": "Xeon, CPU threads: 1", "load_before": [1.0], "load_after": [3.5], "torch": "2.13",
-           "triton": "3.6", "date": "2026-12-01T00:00"}  # fmt: skip
+           "triton": "3.6", "date": "2026-12-01T00:00"}
     rows = [row | {"width": width, "cpu_seconds": 0.5 * width} for width in range(1, 14)]
     page = first_calls.markdown({"environment": env, "calls": 3, "of_calls": 7, "rows": rows}).splitlines()
     words = "13 kernels for sm_90 of 3 of 7 calls, 3 of them beyond 5 s of CPU time, on 2 cores of Xeon, load 1.0 to 3.5; torch"

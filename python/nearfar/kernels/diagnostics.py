@@ -105,7 +105,7 @@ def statistics_backward(
         _launchers().statistics_backward(
             q, k, sigma, left, right, scale, _squares(k, sigma is not None), of_raw, level, slope, gain,
             dq, dk, weighted,
-        )  # fmt: skip
+        )
     if sigma is None:
         return dq, dk, dsigma
     # Scores are distances / sigma^2; weighted has the sums of dS times the distances.

@@ -55,7 +55,7 @@ class Linear(Operator):
 
     def _empty(
         self, tensors: Any, keeps: bool, _: str, normalize: bool, causal: bool, eps: float, return_state: bool, backend: str
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """keeps: save states if the call uses them."""
         qs, v = _queries_and_values(tensors)
         initial_state, cu_seqlens = tensors[-2:]
@@ -97,14 +97,14 @@ class LinearTriton(Backend):
 
     def forward(
         self, tensors: Any, outputs: Any, feature_map: str, normalize: bool, causal: bool, eps: float, return_state: bool
-    ) -> Program:  # fmt: skip
+    ) -> Program:
         route, launches = route_of(tensors, outputs[3] is not None, feature_map, causal, eps, self.name)
         return Program(tensors, outputs, [*launches, *route.forward(outputs)])
 
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any,
         feature_map: str, normalize: bool, causal: bool, eps: float, return_state: bool,
-    ) -> Program:  # fmt: skip
+    ) -> Program:
         route, launches = route_of(tensors, saved[2] is not None, feature_map, causal, eps, self.name)
         (do, dstate), (*factors, dv, dinitial, _) = gradients, results
         dqs, dks = tuple(factors[: len(factors) // 2]), tuple(factors[len(factors) // 2 :])
@@ -126,7 +126,7 @@ linear = Linear()
 def _step(
     qs: list[Tensor], ks: list[Tensor], v: Tensor, state: Tensor, out: Tensor,
     feature_map: str, normalize: bool, eps: float, backend: str,
-) -> None:  # fmt: skip
+) -> None:
     """One token: update the state and fill out (B, Hq, 1, Dv)."""
     if backend == "reference":
         with no_autocast(v):

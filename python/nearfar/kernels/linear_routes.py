@@ -51,7 +51,7 @@ def route_of(
         q.shape[0], q.shape[1], v.shape[1], q.shape[2], v.shape[2], widths, v.shape[3], v.dtype, feature_map, causal,
         walks(widths, v.shape[3], backend), piece_length_of(qs, v, causal, backend),
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, launch.operand_precision(v.dtype),
-    )  # fmt: skip
+    )
     pieces = first_pieces = None
     launches: list[Any] = []
     if cu_seqlens is not None:
