@@ -84,7 +84,7 @@ def track(console, *fields):
 
 
 class Log:
-    """The part of rich.progress.Progress that examples use, as lines for a file: one each 20 seconds and at the end of a task."""
+    """The part of rich.progress.Progress that examples use, as lines: one every 20 seconds and one at the end of a task."""
 
     def __init__(self, console, fields):
         self.console, self.tasks, self._fields = console, [], fields

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 import train_digits
-from console import add_arguments, make_console, plt, positive, save, track
+from console import add_arguments, make_console, positive, save, track
 from rich.table import Table
 from torch.nn.functional import pad
 

@@ -54,11 +54,12 @@ torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWind
 
 
 def __getattr__(name: str) -> Any:
-    """Import at first use what operators and layers do not need: it would double the time of `import nearfar`."""
+    """Import at first use the subpackages that operators and layers do not need, to keep `import nearfar` light."""
     if name in ("diagnostics", "integrations", "theory"):
         return importlib.import_module(f"nearfar.{name}")
     if name == "head_regimes":
-        return importlib.import_module("nearfar.diagnostics").head_regimes
+        globals()[name] = importlib.import_module("nearfar.diagnostics").head_regimes
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
