@@ -18,7 +18,7 @@ from nearfar.runtime.packing import check_cu_seqlens
 from nearfar.version import __version__
 
 if TYPE_CHECKING:
-    from nearfar import diagnostics, integrations, theory
+    from nearfar import diagnostics, distributed, integrations, theory
     from nearfar.diagnostics import head_regimes
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "attention_statistics",
     "check_cu_seqlens",
     "diagnostics",
+    "distributed",
     "explain",
     "hadamard_attention",
     "hadamard_attention_step",
@@ -55,7 +56,7 @@ torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWind
 
 def __getattr__(name: str) -> Any:
     """Import at first use the subpackages that operators and layers do not need, to keep `import nearfar` light."""
-    if name in ("diagnostics", "integrations", "theory"):
+    if name in ("diagnostics", "distributed", "integrations", "theory"):
         return importlib.import_module(f"nearfar.{name}")
     if name == "head_regimes":
         globals()[name] = importlib.import_module("nearfar.diagnostics").head_regimes

@@ -1,0 +1,175 @@
+"""Linear and Hadamard attention of a sequence that is sharded over ranks. States are plain sums: ranks exchange one each."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nearfar.distributed.exchange import exchange_states
+from nearfar.distributed.shards import Argument, Group, Shards, agree
+from nearfar.ops import linear as ops
+from nearfar.ops.linear import FeatureMap
+from nearfar.runtime.checks import require
+from nearfar.runtime.dispatch import Backend
+
+PIECE = 1024  # tokens of a piece, unless states are large
+
+
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    group: Group = None,
+    lengths: Sequence[int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`nearfar.linear_attention` (arXiv 2602.12128) of a sequence whose shards lie on the ranks of a group.
+
+    It is `nearfar.distributed.hadamard_attention` with one factor.
+
+    Args:
+        q: (B, Hq, n, D), the n tokens of this rank.
+        k: (B, Hkv, n, D). v: (B, Hkv, n, Dv).
+        feature_map, normalize, causal, eps, initial_state, return_state, cu_seqlens, backend, group, lengths: as for
+            `nearfar.distributed.hadamard_attention`.
+
+    Returns:
+        o (B, Hq, n, Dv) in the dtype of q, or (o, state).
+
+    Raises:
+        TypeError, ValueError: as `nearfar.distributed.hadamard_attention`.
+    """
+    options = dict(feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state)
+    prepare = functools.partial(ops.prepare_linear_attention, q, k, v, initial_state=initial_state, **options)
+    tensors = {"q": Argument(q), "k": Argument(k), "v": Argument(v)}
+    shards = _agree("linear_attention", prepare, tensors, initial_state, options, cu_seqlens, backend, group, lengths)
+    return _attend(shards, (q,), (k,), v, initial_state, cu_seqlens, backend, **options)
+
+
+def hadamard_attention(
+    qs: Sequence[torch.Tensor],
+    ks: Sequence[torch.Tensor],
+    v: torch.Tensor,
+    *,
+    feature_map: FeatureMap = "elu",
+    normalize: bool = True,
+    causal: bool = False,
+    eps: float = 1e-6,
+    initial_state: torch.Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    group: Group = None,
+    lengths: Sequence[int] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`nearfar.hadamard_attention` (arXiv 2602.12128) of a sequence whose shards lie on the ranks of a group.
+
+    Rank 0 has the first tokens, rank 1 those after them, and so on. Each rank sums the states of its pieces, the ranks gather one
+    state each, and each rank computes its pieces from the states before them. The backward gathers one gradient of a state each.
+
+    Args:
+        qs: R tensors (B, Hq, n, d_r), the n tokens of this rank.
+        ks: R tensors (B, Hkv, n, d_r). v: (B, Hkv, n, Dv).
+        initial_state: (B, Hkv, d_1, .., d_R, Dv + 1) float32 (float64 for float64 inputs): the state before the first token of
+            rank 0, the same on every rank.
+        return_state: return (o, state) with the state after the last token of the last rank, on every rank.
+        feature_map, normalize, causal, eps, backend: as for `nearfar.hadamard_attention`.
+        cu_seqlens: packed sequences, in a group of one only.
+        group: a ProcessGroup or a DeviceMesh of one dimension, whose ranks all call; None for the default group.
+        lengths: the tokens of each rank's shard, the same list on every rank; None if all have as many.
+
+    Returns:
+        o (B, Hq, n, Dv) in the dtype of qs[0], or (o, state); differentiable once in qs, ks, v and initial_state. The gradient of
+        initial_state is a part on each rank: their sum over ranks is the gradient, as for parameters.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype on some rank.
+        ValueError: shapes, devices or values do not fit on some rank, ranks disagree, or the backend cannot serve the call.
+    """
+    options = dict(feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state)
+    prepare = functools.partial(ops.prepare_hadamard_attention, qs, ks, v, initial_state=initial_state, **options)
+    tensors = {"v": Argument(v)}
+    for name, factors in (("qs", qs), ("ks", ks)):
+        tensors |= {f"{name}[{r}]": Argument(x) for r, x in enumerate(factors)}
+    shards = _agree("hadamard_attention", prepare, tensors, initial_state, options, cu_seqlens, backend, group, lengths)
+    return _attend(shards, tuple(qs), tuple(ks), v, initial_state, cu_seqlens, backend, **options)
+
+
+def _agree(
+    operator: str,
+    prepare: Any,
+    tensors: dict[str, Argument],
+    initial_state: torch.Tensor | None,
+    options: dict[str, Any],
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+    group: Group,
+    lengths: Sequence[int] | None,
+) -> Shards:
+    def check(count: int) -> None:
+        require(cu_seqlens is None or count == 1, "cu_seqlens: linear and Hadamard attention shard no packed sequences yet")
+        call = prepare(cu_seqlens=cu_seqlens)
+        call.backends.served(backend, call.v)
+
+    arguments = {**tensors, "initial_state": Argument(initial_state, sharded=False)}
+    return agree(operator, check, arguments, {**options, "backend": backend}, group, lengths)
+
+
+def _attend(
+    shards: Shards,
+    qs: tuple[torch.Tensor, ...],
+    ks: tuple[torch.Tensor, ...],
+    v: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    backend: Backend,
+    *,
+    feature_map: FeatureMap,
+    normalize: bool,
+    causal: bool,
+    eps: float,
+    return_state: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if callable(feature_map):  # once, although the keys are used twice
+        qs, ks, feature_map = tuple(map(feature_map, qs)), tuple(map(feature_map, ks)), "identity"
+    attend = functools.partial(
+        ops.hadamard_attention, feature_map=feature_map, normalize=normalize, eps=eps, backend=backend
+    )  # fmt: skip
+    pieces = num_pieces(v.shape[2], [k.shape[3] for k in ks])
+    if shards.count == 1 and (pieces == 1 or cu_seqlens is not None):
+        state = dict(initial_state=initial_state, return_state=return_state)
+        return attend(qs, ks, v, causal=causal, cu_seqlens=cu_seqlens, **state)
+    batch = v.shape[0]
+    qs, ks, (v,) = ([_cut(x, pieces) for x in tensors] for tensors in (qs, ks, (v,)))
+    no_keys, no_values = [k.detach()[:, :, :0] for k in ks], v.detach()[:, :, :0]
+    _, sums = attend(no_keys, ks, v, return_state=True)
+    states, state = exchange_states(shards, sums.unflatten(0, (pieces, batch)), initial_state, causal, return_state)
+    keys = (ks, v) if causal else (no_keys, no_values)
+    o = attend(qs, *keys, causal=causal, initial_state=states.flatten(0, 1))
+    o = o.unflatten(0, (pieces, batch)).movedim(0, 2).flatten(2, 3)
+    return (o, state) if return_state else o
+
+
+def num_pieces(length: int, widths: Sequence[int]) -> int:
+    """Into how many pieces a shard is cut.
+
+    Their length depends on the widths alone, not on the number of ranks: a state takes at most a quarter of its piece's float32
+    values. A shard that is not a multiple of it is one piece.
+    """
+    piece = max(PIECE, 1 << (8 * math.prod(widths) - 1).bit_length())
+    return length // piece if length and length % piece == 0 else 1
+
+
+def _cut(x: torch.Tensor, pieces: int) -> torch.Tensor:
+    """(B, H, n, D) as (pieces B, H, n / pieces, D): a view of one batch element."""
+    return x.unflatten(2, (pieces, -1)).movedim(2, 0).flatten(0, 1) if pieces > 1 else x
