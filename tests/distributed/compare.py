@@ -1,89 +1,135 @@
-"""A call on shards beside the same call on the whole sequence, with gradients."""
+"""Calls on shards beside the same call on the whole sequence, with gradients. They run in the processes of a pool."""
 
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import nearfar as nf
 
-HADAMARD = "hadamard_attention"
+# What has no tokens: the same on every rank. The others are shards along dimension 2.
+SHARED = "sigma", "sink", "initial_state", "coupling", "bandwidth", "order", "state", "r"
 
 
-def tensors_of(operator, length, dtype, state=False, sink=False, batch=2, heads=(4, 2), width=4, value_width=3):
-    """{name: tensor} of a whole call, and the names of those that are sharded along dimension 2."""
+def tensors_of(operator, length, dtype, state=False, sink=False, by_token=False, batch=2, width=4, value_width=3):
+    """{name: tensor} of a whole call, with 4 query heads and 2 key heads where they may differ."""
     torch.manual_seed(0)
-    queries, keys = heads
 
     def randn(*shape):
         return torch.randn(*shape, dtype=dtype)
 
-    found = {"q": randn(batch, queries, length, width), "k": randn(batch, keys, length, width)}
-    if operator == HADAMARD:
-        found |= {"q1": randn(batch, queries, length, 2), "k1": randn(batch, keys, length, 2)}
-    found["v"] = randn(batch, keys, length, value_width)
+    if operator == "order_parameter":
+        return {"theta": randn(batch, 2, length, width)}
+    if operator == "synchronization_attention":
+        found = {"omega": randn(batch, 4, length, width) / 4, "omega_k": randn(batch, 2, length, width) / 4}
+        order = torch.rand(batch, 4, *[length] * by_token, dtype=dtype)
+        parameters = {"coupling": randn(4).exp() + 2, "bandwidth": randn(4).exp(), "order": order}
+        return {**found, "v": randn(batch, 2, length, value_width), **parameters}
+    found = {"q": randn(batch, 4, length, width), "k": randn(batch, 2, length, width)}
+    if operator == "attention_statistics":
+        return found
+    if operator == "hadamard_attention":
+        found |= {"q1": randn(batch, 4, length, 2), "k1": randn(batch, 2, length, 2)}
+    found["v"] = randn(batch, 2, length, value_width)
     if operator == "affine_attention":
-        found |= {"alpha": randn(batch, queries, length), "beta": randn(batch, queries, length)}
-    sharded = list(found)
+        found |= {"alpha": randn(batch, 4, length), "beta": randn(batch, 4, length)}
     if operator == "krause_attention":
-        found["sigma"] = randn(queries).exp()
+        found["sigma"] = randn(4).exp()
     if state:
-        widths = (width, 2) if operator == HADAMARD else (width,)
-        wide = torch.promote_types(dtype, torch.float32)
-        found["initial_state"] = torch.rand(batch, keys, *widths, value_width + 1, dtype=wide)
+        widths = [x.shape[3] for name, x in found.items() if name[0] == "k"]
+        found["initial_state"] = torch.rand(batch, 2, *widths, value_width + 1, dtype=dtype)
     if sink:
-        found["sink"] = randn(queries)
-    return found, sharded
+        found["sink"] = randn(4)
+    return found
 
 
 def call(module, operator, tensors, options):
-    """The floating-point results of an operator, as a tuple."""
+    """{name: result} of an operator."""
     tensors = dict(tensors)
-    if operator == HADAMARD:
+    if "q1" in tensors:
         q, q1, k, k1 = (tensors.pop(name) for name in ("q", "q1", "k", "k1"))
         tensors |= {"qs": [q, q1], "ks": [k, k1]}
     result = getattr(module, operator)(**tensors, **options)
-    return result if isinstance(result, tuple) else (result,)
+    if operator == "attention_statistics":
+        return result._asdict()
+    if operator == "order_parameter" and not options.get("causal"):
+        return {"r": result}
+    return dict(zip(("o", "state"), result, strict=True)) if isinstance(result, tuple) else {"o": result}
 
 
 def gradients(results, tensors, upstream):
-    found = torch.autograd.grad(results, list(tensors.values()), upstream, allow_unused=True)
-    return dict(zip(tensors, found, strict=True))
+    """{"d" + name: gradient} from those of the results that upstream has."""
+    found = torch.autograd.grad([results[name] for name in upstream], list(tensors.values()), list(upstream.values()))
+    return {f"d{name}": x for name, x in zip(tensors, found, strict=True)}
 
 
-def on_shards(group, rank, operator, lengths, dtype, options, make=None):
-    """({name: (of the shards, of the whole call)}) of results and gradients of this rank, those of shared tensors summed."""
-    whole, sharded = tensors_of(operator, sum(lengths), dtype, **(make or {}))
+def results_on_shards(group, rank, operator, lengths, dtype, options, make=None):
+    """Two dicts {name: tensor}, of the shards and of the whole call: results and gradients; those that are shared are summed."""
     start = [0, *accumulate(lengths)][rank]
 
     def shard(name, x):
-        return x.narrow(2, start, lengths[rank]) if name in sharded or name == "o" else x
+        return x if name.removeprefix("d") in SHARED else x.narrow(2, start, lengths[rank])
 
-    whole = {name: x.requires_grad_() for name, x in whole.items()}
+    whole = {name: x.requires_grad_() for name, x in tensors_of(operator, sum(lengths), dtype, **(make or {})).items()}
     mine = {name: shard(name, x.detach()).requires_grad_() for name, x in whole.items()}
     expected = call(nf, operator, whole, options)
     got = call(nf.distributed, operator, mine, {**options, "group": group, "lengths": lengths})
     torch.manual_seed(1)
-    upstream = [torch.randn_like(x) for x in expected]
-    # The state is a result of every rank: one of them has the gradient.
-    of_state = [x if rank == len(lengths) - 1 else torch.zeros_like(x) for x in upstream[1:]]
-    found = gradients(got, mine, [shard("o", upstream[0]), *of_state])
-    wanted = gradients(expected, whole, upstream)
-    for name in set(found) - set(sharded):
-        dist.all_reduce(found[name], group=group)
-    pairs = {"o": (got[0], shard("o", expected[0]))}
-    if len(got) > 1:
-        pairs["state"] = got[1], expected[1]
-    pairs |= {f"d{name}": (found[name], shard(name, wanted[name])) for name in found}
-    return {name: tuple(x.detach() for x in pair) for name, pair in pairs.items()}
+    upstream = {name: torch.randn_like(x) for name, x in expected.items() if x.requires_grad}
+    # Of a result that all ranks have, one rank has the gradient.
+    last = rank == len(lengths) - 1
+    parts = {name: x * last if name in SHARED else shard(name, x) for name, x in upstream.items()}
+    got |= gradients(got, mine, parts)
+    expected |= gradients(expected, whole, upstream)
+    for name in got:
+        if name[0] == "d" and name[1:] in SHARED:
+            dist.all_reduce(got[name], group=group)
+    return {name: x.detach() for name, x in got.items()}, {name: shard(name, x.detach()) for name, x in expected.items()}
 
 
 def error(group, rank, *arguments):
-    """{name: largest error relative to the whole call's largest value} of `on_shards`."""
-    found = on_shards(group, rank, *arguments)
+    """{name: largest error, relative to the largest value of the whole call's shard}."""
+    got, expected = results_on_shards(group, rank, *arguments)
+    assert list(got) == list(expected)
     errors = {}
-    for name, (got, expected) in found.items():
-        assert got.shape == expected.shape and got.dtype == expected.dtype, name
-        difference = (got - expected).abs().max() if got.numel() else torch.zeros(())
-        errors[name] = float(difference / max(float(expected.abs().max()) if got.numel() else 0, 1e-3))
+    for name, x in got.items():
+        assert x.shape == expected[name].shape and x.dtype == expected[name].dtype, name
+        if x.numel():
+            errors[name] = float((x - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3))
     return errors
+
+
+def arrays(*arguments):
+    """{name: numpy array} of this rank's results and gradients."""
+    return {name: x.numpy() for name, x in results_on_shards(*arguments)[0].items()}
+
+
+def mismatched(group, rank, operator, changes, lengths=None):
+    """What a rank raises if rank 1 calls with other tensors or options: (its type, its message)."""
+    tensors = {"q": torch.randn(1, 2, 8, 4), "k": torch.randn(1, 2, 8, 4), "v": torch.randn(1, 2, 8, 3)}
+    options = {"group": group, "lengths": lengths}
+    if rank == 1:
+        operator = changes.get("operator", operator)
+        options |= changes.get("options", {})
+        tensors |= {name: torch.randn(shape) for name, shape in changes.get("shapes", {}).items()}
+        if changes.get("dtype"):
+            tensors = {name: x.to(changes["dtype"]) for name, x in tensors.items()}
+        if changes.get("tracked"):
+            tensors["k"].requires_grad_()
+    try:
+        getattr(nf.distributed, operator)(**tensors, **options)
+    except (TypeError, ValueError) as failure:
+        return type(failure).__name__, str(failure)
+    return None
+
+
+def over_a_mesh(group, rank):
+    """Largest difference between a call over a mesh and over its group, and what a mesh of two dimensions raises."""
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    one, other = (nf.distributed.softmax_attention(q, k, v, causal=True, group=x) for x in (mesh, group))
+    try:
+        nf.distributed.softmax_attention(q, k, v, group=DeviceMesh("cpu", [[0, 1], [2, 3]]))
+    except ValueError as failure:
+        return float((one - other).abs().max()), str(failure)

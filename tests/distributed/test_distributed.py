@@ -1,46 +1,156 @@
 """Operators on shards of a sequence, in 1, 2 and 4 processes, beside one process: results and gradients."""
 
+import numpy
 import pytest
 import torch
-from compare import error
+from compare import arrays, error, mismatched, over_a_mesh
 
 import nearfar as nf
 
 EXACT = 1e-12  # in float64
 
 
-def check(pool, count, *arguments, tolerance=EXACT):
-    for rank, errors in enumerate(pool(count, error, *arguments)):
-        assert errors and all(found <= tolerance for found in errors.values()), (rank, errors)
+def check(pool, operator, lengths, options, make=None, dtype=torch.float64, tolerance=EXACT):
+    for rank, errors in enumerate(pool(len(lengths), error, operator, lengths, dtype, options, make)):
+        assert all(found <= tolerance for found in errors.values()), (rank, errors)
+        assert errors or not lengths[rank]
 
 
-LENGTHS = [(12, 12), (16, 16), (5, 20), (8, 8, 8, 8), (0, 9, 0, 8), (3, 16, 1, 0)]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("operator", ["linear_attention", "hadamard_attention"])
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(16, 16), (8, 16, 0, 5)], ids=str)
 def test_states(pool, operator, causal, lengths):
-    options = {"causal": causal, "feature_map": "softplus" if causal else "elu", "normalize": lengths != (16, 16)}
-    check(pool, len(lengths), operator, lengths, torch.float64, options)
+    options = {"causal": causal, "feature_map": "softplus" if causal else "elu", "normalize": operator != "linear_attention"}
+    check(pool, operator, lengths, options)
 
 
 @pytest.mark.parametrize("operator", ["linear_attention", "hadamard_attention"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", [(32,), (16, 8), (8, 16, 0, 5)], ids=str)
-def test_states_in_and_out(pool, operator, causal, lengths):
+def test_states_in_and_out(pool, operator, causal):
     options = {"causal": causal, "return_state": True}
-    check(pool, len(lengths), operator, lengths, torch.float64, options, {"state": True})
+    for lengths in ((16,), (5, 8)) if causal else ((3, 16),):
+        check(pool, operator, lengths, options, {"state": True})
 
 
-WINDOWS = [(3, 0), (0, 0), (0, 4), (5, 2), (30, 1), (-1, 0), (-1, -1), (2, -1), (-1, 3)]
+def test_a_function_as_feature_map(pool):
+    check(pool, "linear_attention", (8, 5), {"causal": True, "feature_map": torch.nn.functional.softplus})
 
 
-@pytest.mark.parametrize("lengths", [(13, 13), (5, 20), (8, 1, 0, 9)], ids=str)
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("operator", ["krause_attention", "softmax_attention", "affine_attention"])
+# The window, and shards that it crosses: several where they are short, and an empty one.
+EVEN, UNEVEN = (13, 13), (8, 1, 0, 9)
+WINDOWS = [
+    ("krause_attention", (3, 0), EVEN),
+    ("krause_attention", (5, 2), UNEVEN),
+    ("krause_attention", (-1, -1), EVEN),
+    ("affine_attention", (0, 0), EVEN),
+    ("affine_attention", (12, 0), UNEVEN),
+    ("affine_attention", (-1, 0), UNEVEN),
+    ("affine_attention", (-1, -1), UNEVEN),
+    ("affine_attention", (-1, 3), EVEN),
+    ("softmax_attention", (0, 4), UNEVEN),
+    ("softmax_attention", (2, -1), EVEN),
+]
+
+
+@pytest.mark.parametrize(("operator", "window", "lengths"), WINDOWS, ids=str)
 def test_windows(pool, operator, window, lengths):
     options = {"locality": nf.SlidingWindow(*window)}
-    if operator == "krause_attention" and window[0] > 0:
+    if operator == "krause_attention":
         options["top_k"] = 3
-    check(pool, len(lengths), operator, lengths, torch.float64, options, {"sink": operator == "affine_attention"})
+    check(pool, operator, lengths, options, {"sink": operator == "affine_attention"})
+
+
+@pytest.mark.parametrize("operator", ["krause_attention", "affine_attention"])
+def test_packed_sequences_cross_ranks(pool, operator):
+    ends = torch.tensor([0, 2, 2, 11, 18], dtype=torch.int32)
+    options = {"locality": nf.SlidingWindow(5, 1), "cu_seqlens": ends}
+    check(pool, operator, UNEVEN, options, {"batch": 1})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_synchronization(pool, causal):
+    check(pool, "synchronization_attention", UNEVEN, {"causal": causal}, {"by_token": causal})
+    check(pool, "order_parameter", UNEVEN, {"causal": causal})
+
+
+def test_statistics(pool):
+    check(pool, "attention_statistics", UNEVEN, {"causal": True})
+    check(pool, "attention_statistics", EVEN, {"sigma": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [("linear_attention", {"causal": True}), ("krause_attention", {"locality": nf.SlidingWindow(5, 2)})],
+)
+def test_kernels(pool, operator, options):
+    make = {"width": 16, "value_width": 16, "batch": 1}
+    check(pool, operator, (16, 8), {**options, "backend": "triton"}, make, torch.float32, 2e-6)
+
+
+def bits(pool, operator, options, make, total):
+    """For 1, 2 and 4 ranks, {name: array}: whole results and gradients."""
+    found = []
+    for count in (1, 2, 4):
+        lengths = (total // count,) * count
+        ranks = pool(count, arrays, operator, lengths, torch.float32, options, make)
+        found.append({name: numpy.concatenate([rank[name] for rank in ranks], 2) for name in ranks[0]})
+    return found
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "hadamard_attention"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_states_have_the_same_bits_on_any_number_of_ranks(pool, operator, causal):
+    first, *others = bits(pool, operator, {"causal": causal}, {"batch": 1}, 64)
+    for other in others:
+        for name in first:
+            assert numpy.array_equal(first[name], other[name]), name
+
+
+def test_outputs_of_windows_have_the_same_bits_on_any_number_of_ranks(pool):
+    make = {"batch": 1, "width": 4}
+    first, *others = bits(pool, "softmax_attention", {"locality": nf.SlidingWindow(70, 3)}, make, 512)
+    for other in others:
+        same = {name: numpy.array_equal(first[name], other[name]) for name in first}
+        print(same, {name: abs(first[name] - other[name]).max() / abs(first[name]).max() for name in first})
+        assert same["o"] and same["dq"]
+
+
+MISMATCHES = {
+    "operators": {"operator": "softmax_attention"},
+    "dtypes of tensors": {"dtype": torch.float64},
+    "shapes of tensors": {"shapes": {"v": (1, 2, 8, 4)}},
+    "options": {"options": {"eps": 0.5}},
+    "tensors that require gradients": {"tracked": True},
+    "lengths of shards": {"shapes": {"q": (1, 2, 9, 4), "k": (1, 2, 9, 4), "v": (1, 2, 9, 3)}},
+}
+
+
+@pytest.mark.parametrize("what", MISMATCHES)
+def test_every_rank_raises_where_ranks_disagree(pool, what):
+    for kind, message in pool(2, mismatched, "linear_attention", MISMATCHES[what]):
+        assert kind == "ValueError" and f"ranks disagree on {what}: ranks [1] differ from rank 0" in message
+
+
+def test_every_rank_raises_where_one_has_arguments_that_do_not_fit(pool):
+    changes = {"shapes": {"k": (1, 3, 8, 4)}}
+    others, own = pool(2, mismatched, "softmax_attention", changes)
+    assert own == ("ValueError", "v must have the heads and length of k, (3, 8), got (2, 8)")
+    assert others == (
+        "ValueError", "softmax_attention: the arguments of ranks [1] of the group do not fit; those ranks say why"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [(8, 9), (8,), (8, -1)], ids=str)
+def test_lengths_must_be_those_of_the_shards(pool, lengths):
+    for kind, message in pool(2, mismatched, "softmax_attention", {}, lengths):
+        assert kind in ("ValueError", "TypeError") and "lengths" in message or "of ranks [1]" in message
+
+
+def test_a_mesh_of_one_dimension_is_a_group(pool):
+    for difference, message in pool(4, over_a_mesh):
+        assert difference == 0 and message == "group must be a DeviceMesh of one dimension, got 2; take a slice of it"
+
+
+def test_without_process_groups():
+    with pytest.raises(ValueError, match=r"torch\.distributed\.init_process_group"):
+        nf.distributed.linear_attention(*torch.randn(3, 1, 1, 4, 4))

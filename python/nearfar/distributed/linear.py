@@ -14,7 +14,8 @@ from nearfar.ops.linear import FeatureMap
 from nearfar.runtime.checks import require
 from nearfar.runtime.dispatch import Backend
 
-PIECE = 1024  # tokens of a piece, unless states are large
+PIECE = 1024  # tokens of a piece whose state has up to STATE rows; a float32 state takes an eighth of its values in float32
+STATE = 128
 
 
 def linear_attention(
@@ -100,7 +101,8 @@ def hadamard_attention(
     prepare = functools.partial(ops.prepare_hadamard_attention, qs, ks, v, initial_state=initial_state, **options)
     tensors = {"v": Argument(v)}
     for name, factors in (("qs", qs), ("ks", ks)):
-        tensors |= {f"{name}[{r}]": Argument(x) for r, x in enumerate(factors)}
+        if isinstance(factors, (list, tuple)):  # as is checked, on all ranks alike
+            tensors |= {f"{name}[{r}]": Argument(x) for r, x in enumerate(factors)}
     shards = _agree("hadamard_attention", prepare, tensors, initial_state, options, cu_seqlens, backend, group, lengths)
     return _attend(shards, tuple(qs), tuple(ks), v, initial_state, cu_seqlens, backend, **options)
 
@@ -163,10 +165,10 @@ def _attend(
 def num_pieces(length: int, widths: Sequence[int]) -> int:
     """Into how many pieces a shard is cut.
 
-    Their length depends on the widths alone, not on the number of ranks: a state takes at most a quarter of its piece's float32
-    values. A shard that is not a multiple of it is one piece.
+    Their length depends on the widths alone, not on the number of ranks, and grows with the state. A shard that is not a multiple of
+    it is one piece.
     """
-    piece = max(PIECE, 1 << (8 * math.prod(widths) - 1).bit_length())
+    piece = PIECE * max(1, (1 << (math.prod(widths) - 1).bit_length()) // STATE)
     return length // piece if length and length % piece == 0 else 1
 
 
