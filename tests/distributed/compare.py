@@ -1,6 +1,8 @@
 """Calls on shards beside the same call on the whole sequence, with gradients. They run in the processes of a pool."""
 
+import importlib.util
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import nearfar as nf
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/context_parallel.py"
 # What has no tokens: the same on every rank. The others are shards along dimension 2.
 SHARED = "sigma", "sink", "initial_state", "coupling", "bandwidth", "order", "state", "r"
 
@@ -65,7 +68,7 @@ def gradients(results, tensors, upstream):
 
 
 def results_on_shards(group, rank, operator, lengths, dtype, options, make=None):
-    """Two dicts {name: tensor}, of the shards and of the whole call: results and gradients; those that are shared are summed."""
+    """Two dicts {name: tensor}, of the shards and of the whole call: results and gradients, shared ones summed."""
     start = [0, *accumulate(lengths)][rank]
 
     def shard(name, x):
@@ -133,3 +136,11 @@ def over_a_mesh(group, rank):
         nf.distributed.softmax_attention(q, k, v, group=DeviceMesh("cpu", [[0, 1], [2, 3]]))
     except ValueError as failure:
         return float((one - other).abs().max()), str(failure)
+
+
+def example_losses(group, rank, steps):
+    """The losses of `examples/context_parallel.py`."""
+    spec = importlib.util.spec_from_file_location("context_parallel", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.train(group, steps)

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from compare import arrays, error, mismatched, over_a_mesh
+from compare import arrays, error, example_losses, mismatched, over_a_mesh
 
 import nearfar as nf
 
@@ -60,10 +60,12 @@ def test_windows(pool, operator, window, lengths):
     check(pool, operator, lengths, options, {"sink": operator == "affine_attention"})
 
 
-@pytest.mark.parametrize("operator", ["krause_attention", "affine_attention"])
-def test_packed_sequences_cross_ranks(pool, operator):
-    ends = torch.tensor([0, 2, 2, 11, 18], dtype=torch.int32)
-    options = {"locality": nf.SlidingWindow(5, 1), "cu_seqlens": ends}
+@pytest.mark.parametrize("operator", ["krause_attention", "affine_attention", "linear_attention", "hadamard_attention"])
+@pytest.mark.parametrize("ends", [(0, 2, 2, 11, 18), (0, 8, 18)], ids=str)
+def test_packed_sequences_cross_ranks(pool, operator, ends):
+    windowed = operator in ("krause_attention", "affine_attention")
+    options = {"locality": nf.SlidingWindow(5, 1)} if windowed else {"causal": True}
+    options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
     check(pool, operator, UNEVEN, options, {"batch": 1})
 
 
@@ -149,6 +151,13 @@ def test_lengths_must_be_those_of_the_shards(pool, lengths):
 def test_a_mesh_of_one_dimension_is_a_group(pool):
     for difference, message in pool(4, over_a_mesh):
         assert difference == 0 and message == "group must be a DeviceMesh of one dimension, got 2; take a slice of it"
+
+
+def test_the_example_trains_alike_on_two_processes(pool):
+    (alone,), together = pool(1, example_losses, 12), pool(2, example_losses, 12)
+    assert alone[-1] < alone[0] - 0.1
+    for losses in together:
+        assert losses == pytest.approx(alone, rel=1e-4)
 
 
 def test_without_process_groups():

@@ -1,6 +1,6 @@
 """Affine-scaled and softmax attention of a sequence that is sharded over ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -28,11 +28,11 @@ def affine_attention(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`nearfar.affine_attention` (arXiv 2602.23057) of a sequence whose shards lie on the ranks of a group.
+    """Compute `nearfar.affine_attention` (arXiv 2602.23057) of a sequence whose shards lie on the ranks of a group.
 
-    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys and values that others' queries see: a halo
-    for a window, those of all earlier ranks when causal without a window, otherwise all. In the backward their gradients return,
-    which are added in the order of the ranks.
+    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys and values that others' queries see: a
+    halo for a window, those of all earlier ranks when causal without a window, otherwise all. In the backward their gradients
+    return, which are added in the order of the ranks.
 
     Args:
         q: (B, Hq, n, D), the n tokens of this rank.
@@ -40,22 +40,22 @@ def affine_attention(
         alpha, beta: (B, Hq, n), as for `nearfar.affine_attention`.
         causal, window_size, scale, sink, backend: as for `nearfar.affine_attention`; sink is the same on every rank.
         locality: a SlidingWindow in place of window_size and causal; a group of one takes grids, too.
-        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along the shards of all ranks, the same on every rank. It
-            needs a window with a limit on both sides.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along the shards of all ranks, the same on every rank.
+            It needs a window with a limit on both sides.
         group: a ProcessGroup or a DeviceMesh of one dimension, whose ranks all call; None for the default group.
         lengths: the tokens of each rank's shard, the same list on every rank; None if all have as many.
 
     Returns:
-        (B, Hq, n, Dv) in the dtype of q, differentiable once in q, k, v, alpha, beta and sink. The gradient of sink is a part on
-        each rank: their sum over ranks is the gradient.
+        (B, Hq, n, Dv) in the dtype of q, differentiable once in q, k, v, alpha, beta and sink. The gradient of sink is a part
+        on each rank: their sum over ranks is the gradient.
 
     Raises:
         TypeError: an argument has the wrong type or dtype on some rank.
         ValueError: shapes, devices or values do not fit on some rank, ranks disagree, or the backend cannot serve the call.
     """
     return _attend(
-        "affine_attention", q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend, group, lengths
-    )
+        "affine_attention", q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend, group,
+    lengths )
 
 
 def softmax_attention(
@@ -73,7 +73,7 @@ def softmax_attention(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`nearfar.softmax_attention` (arXiv 1706.03762) of a sequence whose shards lie on the ranks of a group.
+    """Compute `nearfar.softmax_attention` (arXiv 1706.03762) of a sequence whose shards lie on the ranks of a group.
 
     It is `nearfar.distributed.affine_attention` with alpha = 1 and beta = 0.
 
@@ -90,8 +90,8 @@ def softmax_attention(
         TypeError, ValueError: as `nearfar.distributed.affine_attention`.
     """
     return _attend(
-        "softmax_attention", q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend, group, lengths
-    )
+        "softmax_attention", q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend, group,
+    lengths )
 
 
 def _attend(
@@ -128,7 +128,7 @@ def _attend(
 
     def attend(*tensors: torch.Tensor | None) -> torch.Tensor:
         *rows, cu_seqlens = tensors
-        return ops.affine_attention(*rows, **options, sink=sink, cu_seqlens=cu_seqlens, backend=backend)  # type: ignore[arg-type]
+        return ops.affine_attention(*rows, **options, sink=sink, cu_seqlens=cu_seqlens, backend=backend)  # type: ignore
 
     if shards.count == 1:
         return attend(q, k, v, alpha, beta, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Attention of a rank's queries to the keys of a window, which lie on several ranks: the operators run on [halo, own keys, halo]."""
+"""Attention of a rank's queries to keys that lie on several ranks: the operators run on [halo, own keys, halo]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,6 @@ from torch.nn.functional import pad
 
 from nearfar.distributed.exchange import reaches, with_halo
 from nearfar.distributed.shards import Shards
-
-CU_SEQLENS = "cu_seqlens of sequences that cross ranks needs a window with a limit on both sides"
-
 
 def attend_with_halo(
     operator: Callable[..., torch.Tensor],
@@ -52,4 +49,4 @@ def attend_with_halo(
 def check_window(left: int, right: int, cu_seqlens: Any, count: int) -> None:
     """Raise a ValueError unless packed sequences have a window that ends."""
     if cu_seqlens is not None and count > 1 and (left < 0 or right < 0):
-        raise ValueError(f"{CU_SEQLENS}, got ({left}, {right})")
+        raise ValueError(f"cu_seqlens: sequences that cross ranks need a window that ends on both sides, got ({left}, {right})")

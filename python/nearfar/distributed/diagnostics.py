@@ -24,10 +24,10 @@ def attention_statistics(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> AttentionStatistics:
-    """`nearfar.attention_statistics` of a sequence whose shards lie on the ranks of a group.
+    """Compute `nearfar.attention_statistics` of a sequence whose shards lie on the ranks of a group.
 
-    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys that others' queries see; the weight that
-    these keys receive returns to their rank, and is added in the order of the ranks.
+    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys that others' queries see; the weight
+    that these keys receive returns to their rank, and is added in the order of the ranks.
 
     Args:
         q: (B, Hq, n, D), the n tokens of this rank.
@@ -38,8 +38,9 @@ def attention_statistics(
         lengths: the tokens of each rank's shard, the same list on every rank; None if all have as many.
 
     Returns:
-        AttentionStatistics of this rank's queries and, for key_mass (B, Hq, n), of its keys. max_key counts from the first token of
-        rank 0. lse and entropy are differentiable once in q, k and sigma; the gradient of sigma is a part on each rank.
+        AttentionStatistics of this rank's queries and, for key_mass (B, Hq, n), of its keys. max_key counts from the first
+        token of rank 0. lse and entropy are differentiable once in q, k and sigma; the gradient of sigma is a part on each
+        rank.
 
     Raises:
         TypeError: an argument has the wrong type or dtype on some rank.

@@ -1,7 +1,7 @@
 """What ranks exchange: rows of their neighbours, and sums of states. Both are differentiable once.
 
-Every sum over ranks is made on the rank that needs it, in the order of the ranks, from tensors that were gathered: its bits depend
-neither on timing nor on the algorithm of a reduction.
+Every sum over ranks is made on the rank that needs it, in the order of the ranks, from tensors that were gathered: its bits
+depend neither on timing nor on the algorithm of a reduction.
 """
 
 from typing import Any
@@ -108,8 +108,8 @@ def exchange_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state that each piece of this rank starts from, and the state after the last key of the last rank.
 
-    States are added in a binary tree over the pieces of all ranks, so that a state has the same bits on any number of ranks whose
-    shards are whole subtrees: equally many pieces each, a power of 2.
+    States are added in a binary tree over the pieces of all ranks, so that a state has the same bits on any number of ranks
+    whose shards are whole subtrees: equally many pieces each, a power of 2.
 
     Args:
         sums: (pieces, ..) the sum over the keys of each piece.
@@ -155,6 +155,37 @@ class _States(torch.autograd.Function):
             of_ranks, later = gather(own, shards), torch.zeros_like(own)
         dsums = after(after(later, tree(of_ranks))[rank], levels)[: len(dstates)]
         return None, dsums, own + dtotal if ctx.continues else None, None, None
+
+
+def chosen_sum(shards: Shards, tensor: torch.Tensor, chosen: torch.Tensor, choosers: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensors of chosen ranks, zeros if there are none.
+
+    Args:
+        tensor: this rank's, of one shape on all ranks.
+        chosen: (ranks,) bool, those whose tensors this rank adds.
+        choosers: (ranks,) bool, those that add this rank's.
+    """
+    return _ChosenSum.apply(shards, tensor, chosen, choosers)
+
+
+class _ChosenSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, shards: Shards, tensor: torch.Tensor, chosen: torch.Tensor, choosers: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.shards = shards
+        ctx.save_for_backward(choosers)
+        return _sum_of(gather(tensor, shards), chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (choosers,) = ctx.saved_tensors
+        return None, _sum_of(gather(gradient, ctx.shards), choosers), None, None
+
+
+def _sum_of(tensors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return tree(tensors.where(chosen.view(-1, *[1] * (tensors.dim() - 1)), 0))[-1][0]
 
 
 def tree(leaves: torch.Tensor) -> list[torch.Tensor]:

@@ -25,18 +25,18 @@ def krause_attention(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`nearfar.krause_attention` (arXiv 2602.11534) of a sequence whose shards lie on the ranks of a group.
+    """Compute `nearfar.krause_attention` (arXiv 2602.11534) of a sequence whose shards lie on the ranks of a group.
 
-    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys and values that others' queries see, and
-    in the backward their gradients return, which are added in the order of the ranks.
+    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks send the keys and values that others' queries see,
+    and in the backward their gradients return, which are added in the order of the ranks.
 
     Args:
         q: (B, Hq, n, D), the n tokens of this rank.
         k: (B, Hkv, n, D). v: (B, Hkv, n, Dv).
         locality: None for all keys, or a SlidingWindow; a group of one takes grids, too.
         sigma, top_k, bias, backend: as for `nearfar.krause_attention`; sigma is the same on every rank.
-        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along the shards of all ranks, the same on every rank. It
-            needs a window with a limit on both sides.
+        cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along the shards of all ranks, the same on every rank.
+            It needs a window with a limit on both sides.
         group: a ProcessGroup or a DeviceMesh of one dimension, whose ranks all call; None for the default group.
         lengths: the tokens of each rank's shard, the same list on every rank; None if all have as many.
 

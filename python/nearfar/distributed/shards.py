@@ -58,8 +58,8 @@ def agree(
 ) -> Shards:
     """The shards of a call, once every rank is known to make it.
 
-    The ranks compare digests of what has to be alike, so that each raises where one alone would wait for the others forever. On a
-    CPU every call is compared. On a GPU, where reading the digests stalls the stream, calls like an earlier one are not.
+    The ranks compare digests of what has to be alike, so that each raises where one alone would wait for the others forever.
+    On a CPU every call is compared. On a GPU, where reading the digests stalls the stream, calls like an earlier one are not.
 
     Args:
         operator: its name, for messages.
@@ -150,7 +150,8 @@ def _facts(
     present = {name: x for name, x in arguments.items() if x.tensor is not None}
     dtypes = {name: x.tensor.dtype for name, x in present.items()}  # type: ignore[union-attr]
     shapes = {name: _shape(x) for name, x in present.items()}
-    needed = torch.is_grad_enabled() and [name for name, x in present.items() if x.tensor.requires_grad]  # type: ignore[union-attr]
+    needed = torch.is_grad_enabled() and [name for name, x in present.items() if x.tensor.requires_grad]  # type:
+    ignore[union-attr]
     texts = {name: getattr(value, "__qualname__", None) or repr(value) for name, value in options.items()}
     return operator, repr(dtypes), repr(shapes), repr(texts), repr(needed or []), repr(tuple(lengths))
 

@@ -21,12 +21,14 @@ def order_parameter(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`nearfar.order_parameter` (arXiv 2602.14445) of oscillators whose shards lie on the ranks of a group.
+    """Compute `nearfar.order_parameter` (arXiv 2602.14445) of oscillators whose shards lie on the ranks of a group.
 
-    Each rank sums exp(i theta) over its tokens, and the ranks gather the sums: those of all ranks, or of earlier ones when causal.
+    Each rank sums exp(i theta) over its tokens, and the ranks gather the sums: those of all ranks, or of earlier ones when
+    causal.
 
     Args:
-        theta: (B, H, n, D) phases of this rank's n tokens in radians, any floating dtype, computed in float32 (float64 in float64).
+        theta: (B, H, n, D) phases of this rank's n tokens in radians, any floating dtype, computed in float32 (float64 in
+            float64).
         causal: average over the tokens of all ranks up to token i.
         backend: of a group of one. On more ranks plain PyTorch computes, which keeps 3 numbers in float32 for each phase.
         group: a ProcessGroup or a DeviceMesh of one dimension, whose ranks all call; None for the default group.
@@ -74,24 +76,24 @@ def synchronization_attention(
     group: Group = None,
     lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`nearfar.synchronization_attention` (arXiv 2602.14445) of oscillators whose shards lie on the ranks of a group.
+    """Compute `nearfar.synchronization_attention` (arXiv 2602.14445) of oscillators whose shards lie on the ranks of a group.
 
-    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks gather the frequencies and values of all ranks, or of the
-    earlier ones when causal. In the backward their gradients return, which are added in the order of the ranks.
+    Rank 0 has the first tokens, rank 1 those after them, and so on. Ranks gather the frequencies and values of all ranks, or
+    of the earlier ones when causal. In the backward their gradients return, which are added in the order of the ranks.
 
     Args:
         omega: (B, Hq, n, D), the n tokens of this rank.
         v: (B, Hkv, n, Dv). omega_k: (B, Hkv, n, D), or None for omega.
         order: (B, Hq), the same on every rank, as `nearfar.distributed.order_parameter` returns it, or (B, Hq, n).
-        coupling, bandwidth, top_k, causal, grad_floor, backend: as for `nearfar.synchronization_attention`; coupling and bandwidth
-            are the same on every rank.
+        coupling, bandwidth, top_k, causal, grad_floor, backend: as for `nearfar.synchronization_attention`; coupling and
+            bandwidth are the same on every rank.
         sort: in a group of one only.
         group: a ProcessGroup or a DeviceMesh of one dimension, whose ranks all call; None for the default group.
         lengths: the tokens of each rank's shard, the same list on every rank; None if all have as many.
 
     Returns:
-        (B, Hq, n, Dv) in the dtype of omega, differentiable once in omega, v, omega_k, order and, where they are tensors, coupling
-        and bandwidth. Gradients of what is the same on every rank are parts: their sum over ranks is the gradient.
+        (B, Hq, n, Dv) in the dtype of omega, differentiable once in omega, v, omega_k, order and, where they are tensors,
+        coupling and bandwidth. Gradients of what is the same on every rank are parts: their sum over ranks is the gradient.
 
     Raises:
         TypeError: an argument has the wrong type or dtype on some rank.
