@@ -12,7 +12,12 @@ import nearfar as nf
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/context_parallel.py"
 # What has no tokens: the same on every rank. The others are shards along dimension 2.
-SHARED = "sigma", "sink", "initial_state", "coupling", "bandwidth", "order", "state", "r"
+SHARED = "sigma", "sink", "initial_state", "coupling", "bandwidth", "state", "r"
+
+
+def is_shared(name, x):
+    name = name.removeprefix("d")
+    return name in SHARED or name == "order" and x.dim() == 2
 
 
 def tensors_of(operator, length, dtype, state=False, sink=False, by_token=False, batch=2, width=4, value_width=3):
@@ -72,7 +77,7 @@ def results_on_shards(group, rank, operator, lengths, dtype, options, make=None)
     start = [0, *accumulate(lengths)][rank]
 
     def shard(name, x):
-        return x if name.removeprefix("d") in SHARED else x.narrow(2, start, lengths[rank])
+        return x if is_shared(name, x) else x.narrow(2, start, lengths[rank])
 
     whole = {name: x.requires_grad_() for name, x in tensors_of(operator, sum(lengths), dtype, **(make or {})).items()}
     mine = {name: shard(name, x.detach()).requires_grad_() for name, x in whole.items()}
@@ -82,11 +87,11 @@ def results_on_shards(group, rank, operator, lengths, dtype, options, make=None)
     upstream = {name: torch.randn_like(x) for name, x in expected.items() if x.requires_grad}
     # Of a result that all ranks have, one rank has the gradient.
     last = rank == len(lengths) - 1
-    parts = {name: x * last if name in SHARED else shard(name, x) for name, x in upstream.items()}
+    parts = {name: x * last if is_shared(name, x) else shard(name, x) for name, x in upstream.items()}
     got |= gradients(got, mine, parts)
     expected |= gradients(expected, whole, upstream)
     for name in got:
-        if name[0] == "d" and name[1:] in SHARED:
+        if name[0] == "d" and is_shared(name, got[name]):
             dist.all_reduce(got[name], group=group)
     return {name: x.detach() for name, x in got.items()}, {name: shard(name, x.detach()) for name, x in expected.items()}
 

@@ -109,12 +109,13 @@ def test_states_have_the_same_bits_on_any_number_of_ranks(pool, operator, causal
 
 
 def test_outputs_of_windows_have_the_same_bits_on_any_number_of_ranks(pool):
+    """Shards of whole tiles. Keys that several ranks see add up otherwise."""
     make = {"batch": 1, "width": 4}
     first, *others = bits(pool, "softmax_attention", {"locality": nf.SlidingWindow(70, 3)}, make, 512)
     for other in others:
-        same = {name: numpy.array_equal(first[name], other[name]) for name in first}
-        print(same, {name: abs(first[name] - other[name]).max() / abs(first[name]).max() for name in first})
-        assert same["o"] and same["dq"]
+        for name in first:
+            bound = 1e-7 * abs(first[name]).max() if name in ("dk", "dv") else 0
+            assert abs(first[name] - other[name]).max() <= bound, name
 
 
 MISMATCHES = {

@@ -6,7 +6,7 @@ import torch
 
 from nearfar.distributed.attend import attend_with_halo, check_window
 from nearfar.distributed.shards import Argument, Group, agree, check_packed
-from nearfar.localities import UNLIMITED, Locality, SlidingWindow
+from nearfar.localities import Locality, SlidingWindow
 from nearfar.ops import affine as ops
 from nearfar.runtime.dispatch import Backend
 
@@ -130,7 +130,7 @@ def _attend(
         *rows, cu_seqlens = tensors
         return ops.affine_attention(*rows, **options, sink=sink, cu_seqlens=cu_seqlens, backend=backend)  # type: ignore
 
-    if shards.count == 1:
+    if shards.size == 1:
         return attend(q, k, v, alpha, beta, cu_seqlens)
     left, right = (locality.left, locality.right) if isinstance(locality, SlidingWindow) else window_size
     return attend_with_halo(attend, shards, q, k, v, left, 0 if causal else right, (alpha, beta), cu_seqlens)

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from nearfar.distributed.exchange import reaches, with_halo
 from nearfar.distributed.shards import Shards
 
+
 def attend_with_halo(
     operator: Callable[..., torch.Tensor],
     shards: Shards,

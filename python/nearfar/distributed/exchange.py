@@ -46,7 +46,7 @@ def summed_on_owners(shards: Shards, spans: Spans, tensor: torch.Tensor) -> torc
 
     The own summand comes first, then those of the other ranks in their order, in float32 for half precision.
     """
-    (start, end), (first, last) = shards.spans[shards.rank], spans[shards.rank]
+    (start, end), (first, _) = shards.spans[shards.rank], spans[shards.rank]
     own = tensor.narrow(2, start - first, end - start)
     if spans == shards.spans:
         return own
@@ -87,7 +87,7 @@ class _Halo(torch.autograd.Function):
     def forward(ctx: Any, shards: Shards, spans: Spans, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.shards, ctx.spans = shards, spans
         ctx.widths = widths = [x.shape[3] for x in tensors]
-        (start, _), (first, _) = shards.spans[shards.rank], spans[shards.rank]
+        start, _ = shards.spans[shards.rank]
         sent, received = _overlaps(shards, spans)
         rows = [torch.cat([_rows_first(x.narrow(2, a - start, b - a)) for x in tensors], -1) for a, b in sent]
         parts = _all_to_all(shards, rows, [b - a for a, b in received])

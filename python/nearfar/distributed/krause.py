@@ -71,6 +71,6 @@ def krause_attention(
             q, k, v, sigma, locality, top_k=top_k, cu_seqlens=cu_seqlens, bias=bias, backend=backend
         )
 
-    if shards.count == 1:
+    if shards.size == 1:
         return attend(q, k, v, cu_seqlens)
     return attend_with_halo(attend, shards, q, k, v, left, right, cu_seqlens=cu_seqlens)

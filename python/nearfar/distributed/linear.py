@@ -51,7 +51,9 @@ def linear_attention(
     Raises:
         TypeError, ValueError: as `nearfar.distributed.hadamard_attention`.
     """
-    options = dict(feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state)
+    options: dict[str, Any] = dict(
+        feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state
+    )
     prepare = functools.partial(ops.prepare_linear_attention, q, k, v, **options)
     tensors = {"q": Argument(q), "k": Argument(k), "v": Argument(v)}
     shards = _agree("linear_attention", prepare, tensors, initial_state, options, cu_seqlens, backend, group, lengths)
@@ -100,7 +102,9 @@ def hadamard_attention(
         TypeError: an argument has the wrong type or dtype on some rank.
         ValueError: shapes, devices or values do not fit on some rank, ranks disagree, or the backend cannot serve the call.
     """
-    options = dict(feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state)
+    options: dict[str, Any] = dict(
+        feature_map=feature_map, normalize=normalize, causal=causal, eps=eps, return_state=return_state
+    )
     prepare = functools.partial(ops.prepare_hadamard_attention, qs, ks, v, **options)
     tensors = {"v": Argument(v)}
     for name, factors in (("qs", qs), ("ks", ks)):
@@ -154,17 +158,18 @@ def _attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     if callable(feature_map):  # once, although the keys are used twice
         qs, ks, feature_map = tuple(map(feature_map, qs)), tuple(map(feature_map, ks)), "identity"
-    attend = functools.partial(
+    attend: Any = functools.partial(
         ops.hadamard_attention, feature_map=feature_map, normalize=normalize, eps=eps, backend=backend
-    )  # fmt: skip
-    if shards.count > 1 and cu_seqlens is not None:
+    )
+    if shards.size > 1 and cu_seqlens is not None:
         return _attend_packed(attend, shards, qs, ks, v, cu_seqlens)
     pieces = num_pieces(v.shape[2], [k.shape[3] for k in ks])
-    if shards.count == 1 and (pieces == 1 or cu_seqlens is not None):
-        state = dict(initial_state=initial_state, return_state=return_state)
-        return attend(qs, ks, v, causal=causal, cu_seqlens=cu_seqlens, **state)
+    if shards.size == 1 and (pieces == 1 or cu_seqlens is not None):
+        return attend(
+            qs, ks, v, causal=causal, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
+        )  # fmt: skip
     batch = v.shape[0]
-    qs, ks, (v,) = ([_cut(x, pieces) for x in tensors] for tensors in (qs, ks, (v,)))
+    qs, ks, (v,) = (tuple([_cut(x, pieces) for x in tensors]) for tensors in (qs, ks, (v,)))
     no_keys, no_values = [k.detach()[:, :, :0] for k in ks], v.detach()[:, :, :0]
     _, sums = attend(no_keys, ks, v, return_state=True)
     states, state = exchange_states(shards, sums.unflatten(0, (pieces, batch)), initial_state, causal, return_state)
@@ -191,7 +196,7 @@ def _attend_packed(
     # The operator builds states of packed keys beside rows of as many queries only: any queries, of which nothing is used.
     halves = torch.cat((edges[:1], begins[rank + 1 : rank + 2].clamp(start, end) - start, edges[:1] + (end - start)))
     _, sums = attend([k.detach() for k in ks], ks, v, cu_seqlens=halves.int(), return_state=True)
-    others = torch.arange(shards.count, device=v.device)
+    others = torch.arange(shards.size, device=v.device)
     chosen = (edges[1:] > begins[rank]) & (others < rank)
     choosers = (edges[rank + 1] > begins[:-1]) & (others > rank)
     state = chosen_sum(shards, sums[1], chosen, choosers)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ class Shards(NamedTuple):
     lengths: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return len(self.lengths)
 
     @property
@@ -42,9 +42,9 @@ class Shards(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """A tensor of a call. sharded: its dimension 2 is that of the tokens."""
+    """A tensor of a call, or None. sharded: its dimension 2 is that of the tokens."""
 
-    tensor: torch.Tensor | None
+    tensor: Any
     sharded: bool = True
 
 
@@ -119,8 +119,7 @@ def _process_group(group: Group) -> "dist.ProcessGroup":
     if isinstance(group, dist.DeviceMesh):
         checks.require(group.ndim == 1, f"group must be a DeviceMesh of one dimension, got {group.ndim}; take a slice of it")
         return group.get_group()
-    if group is None:
-        return dist.group.WORLD
+    group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         kind = type(group).__name__
         raise TypeError(f"group must be a ProcessGroup that this rank belongs to, a DeviceMesh or None, got {kind}")
@@ -129,7 +128,7 @@ def _process_group(group: Group) -> "dist.ProcessGroup":
 
 def _lengths(arguments: Mapping[str, Argument], lengths: Sequence[int] | None, rank: int, count: int) -> tuple[int, ...]:
     (first, argument), *_ = arguments.items()
-    own = argument.tensor.shape[2]  # type: ignore[union-attr]  # as checked
+    own = argument.tensor.shape[2]
     for name, (tensor, sharded) in arguments.items():
         if sharded and tensor is not None and tensor.shape[2] != own:
             raise ValueError(f"{name} must have the tokens of {first}'s shard, {own}, got {tensor.shape[2]}")
@@ -148,16 +147,15 @@ def _facts(
 ) -> tuple[str, ...]:
     """What has to be alike on all ranks, in the order of FACTS."""
     present = {name: x for name, x in arguments.items() if x.tensor is not None}
-    dtypes = {name: x.tensor.dtype for name, x in present.items()}  # type: ignore[union-attr]
+    dtypes = {name: x.tensor.dtype for name, x in present.items()}
     shapes = {name: _shape(x) for name, x in present.items()}
-    needed = torch.is_grad_enabled() and [name for name, x in present.items() if x.tensor.requires_grad]  # type:
-    ignore[union-attr]
+    tracked = [name for name, x in present.items() if x.tensor.requires_grad and torch.is_grad_enabled()]
     texts = {name: getattr(value, "__qualname__", None) or repr(value) for name, value in options.items()}
-    return operator, repr(dtypes), repr(shapes), repr(texts), repr(needed or []), repr(tuple(lengths))
+    return operator, repr(dtypes), repr(shapes), repr(texts), repr(tracked), repr(tuple(lengths))
 
 
 def _shape(argument: Argument) -> tuple[int | str, ...]:
-    shape = tuple(argument.tensor.shape)  # type: ignore[union-attr]
+    shape = tuple(argument.tensor.shape)
     return (*shape[:2], "tokens", *shape[3:]) if argument.sharded else shape
 
 

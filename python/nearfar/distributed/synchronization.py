@@ -48,7 +48,7 @@ def order_parameter(
 
     options = {"causal": causal, "backend": backend}
     shards = agree("order_parameter", check, {"theta": Argument(theta)}, options, group, lengths)
-    if shards.count == 1:
+    if shards.size == 1:
         return ops.order_parameter(theta, causal=causal, backend=backend)
     theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
     parts = torch.stack((theta.cos(), theta.sin()))
@@ -115,7 +115,7 @@ def synchronization_attention(
     options: dict[str, Any] = {name: x for name, x in numbers.items() if not isinstance(x, torch.Tensor)}
     options |= {"top_k": top_k, "causal": causal, "grad_floor": grad_floor, "backend": backend}
     shards = agree("synchronization_attention", check, arguments, options, group, lengths)
-    if shards.count > 1:
+    if shards.size > 1:
         omega_k, v = with_halo(shards, reaches(shards, -1, 0 if causal else -1), omega if omega_k is None else omega_k, v)
     return ops.synchronization_attention(
         omega, v, coupling, bandwidth, order,
