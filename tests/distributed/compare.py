@@ -149,3 +149,14 @@ def example_losses(group, rank, steps):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.train(group, steps)
+
+
+def twice(group, rank):
+    """What a second derivative raises."""
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    o = nf.distributed.softmax_attention(q, k, v, causal=True, group=group)
+    (dk,) = torch.autograd.grad(o.square().sum(), k, create_graph=True)
+    try:
+        dk.sum().backward()
+    except RuntimeError as failure:
+        return str(failure)

@@ -16,7 +16,8 @@ class Pool:
 
     def __init__(self, store):
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["nearfar"])  # imported once for all of them
+        # Imported once for all of them; the references' checkpoints import Dynamo.
+        context.set_forkserver_preload(["nearfar.distributed", "torch._dynamo", "triton.language"])
         self.pipes, self.processes = [], []
         for rank in range(max(COUNTS)):
             pipe, theirs = context.Pipe()

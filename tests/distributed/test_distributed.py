@@ -3,9 +3,10 @@
 import numpy
 import pytest
 import torch
-from compare import arrays, error, example_losses, mismatched, over_a_mesh
+from compare import arrays, error, example_losses, mismatched, over_a_mesh, twice
 
 import nearfar as nf
+from nearfar.distributed.exchange import after, before, tree
 
 EXACT = 1e-12  # in float64
 
@@ -108,6 +109,30 @@ def test_states_have_the_same_bits_on_any_number_of_ranks(pool, operator, causal
             assert numpy.array_equal(first[name], other[name]), name
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_trees_over_ranks_add_as_one_tree(ranks):
+    torch.manual_seed(0)
+    leaves, start = torch.randn(16, 5), torch.randn(5)
+    levels = tree(leaves)
+    of_ranks = [tree(x) for x in leaves.chunk(ranks)]
+    over_ranks = tree(torch.stack([x[-1][0] for x in of_ranks]))
+    assert torch.equal(over_ranks[-1], levels[-1])
+    for walk, others in ((before, torch.tril), (after, torch.triu)):
+        whole = walk(start, levels)
+        weights = others(torch.ones(16, 16, dtype=torch.float64), -1 if walk is before else 1)
+        torch.testing.assert_close(whole.double(), start.double() + weights @ leaves.double(), atol=1e-5, rtol=1e-5)
+        parts = [walk(own, x) for own, x in zip(walk(start, over_ranks), of_ranks, strict=True)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_tree_of_any_number_of_leaves():
+    leaves = torch.arange(1.0, 7.0)[:, None]
+    levels = tree(leaves)
+    assert [len(level) for level in levels] == [8, 4, 2, 1] and levels[-1].item() == 21
+    assert before(torch.ones(1), levels)[:6, 0].tolist() == [1, 2, 4, 7, 11, 16]
+    assert after(torch.ones(1), levels)[:6, 0].tolist() == [21, 19, 16, 12, 7, 1]
+
+
 def test_outputs_of_windows_have_the_same_bits_on_any_number_of_ranks(pool):
     """Shards of whole tiles. Keys that several ranks see add up otherwise."""
     make = {"batch": 1, "width": 4}
@@ -140,7 +165,7 @@ def test_every_rank_raises_where_one_has_arguments_that_do_not_fit(pool):
     assert own == ("ValueError", "v must have the heads and length of k, (3, 8), got (2, 8)")
     assert others == (
         "ValueError", "softmax_attention: the arguments of ranks [1] of the group do not fit; those ranks say why"
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("lengths", [(8, 9), (8,), (8, -1)], ids=str)
@@ -159,6 +184,11 @@ def test_the_example_trains_alike_on_two_processes(pool):
     assert alone[-1] < alone[0] - 0.1
     for losses in together:
         assert losses == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_second_derivative_is_refused(pool):
+    for message in pool(2, twice):
+        assert "once_differentiable" in message
 
 
 def test_without_process_groups():

@@ -167,7 +167,7 @@ def _attend(
     if shards.size == 1 and (pieces == 1 or cu_seqlens is not None):
         return attend(
             qs, ks, v, causal=causal, cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state
-        )  # fmt: skip
+        )
     batch = v.shape[0]
     qs, ks, (v,) = (tuple([_cut(x, pieces) for x in tensors]) for tensors in (qs, ks, (v,)))
     no_keys, no_values = [k.detach()[:, :, :0] for k in ks], v.detach()[:, :, :0]

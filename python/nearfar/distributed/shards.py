@@ -63,7 +63,7 @@ def agree(
 
     Args:
         operator: its name, for messages.
-        check: called with the number of ranks; raises a TypeError or ValueError if the arguments do not fit on this rank.
+        check: called with the number of ranks; raises if the arguments do not fit on this rank.
         arguments: the tensors by name, the first of them sharded.
         options: the other arguments by name.
         group, lengths: as given to the operator.
@@ -79,7 +79,7 @@ def agree(
         check(count)
         shards = Shards(process_group, rank, _lengths(arguments, lengths, rank, count))
         facts = _facts(operator, arguments, options, shards.lengths)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
         problem = error
     device = next((x.tensor.device for x in arguments.values() if isinstance(x.tensor, torch.Tensor)), torch.device("cpu"))
     if count > 1 and (device.type == "cpu" or facts not in _agreed.setdefault(process_group, set())):

@@ -105,7 +105,7 @@ def synchronization_attention(
         call = ops.prepare(
             omega, v, coupling, bandwidth, order,
             omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor,
-        )  # fmt: skip
+        )
         call.backends.served(backend, call.q)
 
     by_token = isinstance(order, torch.Tensor) and order.dim() == 3
@@ -120,4 +120,4 @@ def synchronization_attention(
     return ops.synchronization_attention(
         omega, v, coupling, bandwidth, order,
         omega_k=omega_k, top_k=top_k, causal=causal, sort=sort, grad_floor=grad_floor, backend=backend,
-    )  # fmt: skip
+    )
