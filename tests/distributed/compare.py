@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import nearfar as nf
 
@@ -143,12 +144,47 @@ def over_a_mesh(group, rank):
         return float((one - other).abs().max()), str(failure)
 
 
-def example_losses(group, rank, steps):
-    """The losses of `examples/context_parallel.py`."""
+def example():
     spec = importlib.util.spec_from_file_location("context_parallel", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.train(group, steps)
+    return module
+
+
+def example_losses(group, rank, steps):
+    """The losses of `examples/context_parallel.py`."""
+    return example().train(group, steps)
+
+
+def beside_fsdp(group, rank):
+    """{name: error of the gradient} of the example's model, with FSDP over one dimension of a mesh, shards over the other."""
+    module, alone = example(), [dist.new_group([other]) for other in range(group.size())][rank]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    blocks = torch.randint(module.VOCABULARY, (4, module.PERIOD), generator=torch.Generator().manual_seed(0))
+
+    def gradients_of(model, blocks, positions):
+        logits = model(blocks[:, positions % module.PERIOD], positions)
+        targets = blocks[:, (positions + 1) % module.PERIOD]
+        cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        (cross_entropy / (4 * module.LENGTH)).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    models = []
+    for where in (alone, mesh["context"]):
+        torch.manual_seed(0)
+        models.append(module.Model(where))
+    positions = torch.arange(module.LENGTH)
+    expected = gradients_of(models[0], blocks, positions)
+    for layer in models[1].layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(models[1], mesh=mesh["data"])
+    data, context = (mesh.get_local_rank(name) for name in ("data", "context"))
+    errors = {}
+    for name, x in gradients_of(models[1], blocks.chunk(2)[data], positions.chunk(2)[context]).items():
+        x = 2 * x.full_tensor()  # FSDP takes the mean
+        dist.all_reduce(x, group=mesh["context"].get_group())
+        errors[name] = float((x - expected[name]).abs().max() / expected[name].abs().max())
+    return errors
 
 
 def twice(group, rank):

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 import torch
-from compare import arrays, error, example_losses, mismatched, over_a_mesh, twice
+from compare import arrays, beside_fsdp, error, example_losses, mismatched, over_a_mesh, twice
 
 import nearfar as nf
 from nearfar.distributed.exchange import after, before, tree
@@ -184,6 +184,11 @@ def test_the_example_trains_alike_on_two_processes(pool):
     assert alone[-1] < alone[0] - 0.1
     for losses in together:
         assert losses == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_model_beside_fsdp(pool):
+    for errors in pool(4, beside_fsdp):
+        assert len(errors) > 10 and max(errors.values()) < 1e-5, errors
 
 
 def test_a_second_derivative_is_refused(pool):
