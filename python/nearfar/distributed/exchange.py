@@ -1,7 +1,7 @@
 """What ranks exchange: rows of their neighbours, and sums of states. Both are differentiable once.
 
-Every sum over ranks is made on the rank that needs it, in the order of the ranks, from tensors that were gathered: its bits
-depend neither on timing nor on the algorithm of a reduction.
+Every sum over ranks is made on the rank that needs it, in a fixed order, from tensors that were gathered: its bits depend
+neither on timing nor on the algorithm of a reduction.
 """
 
 from typing import Any
