@@ -68,8 +68,8 @@ def measure(case, name, device, problems, ceilings):
         last = check.outputs_of(provider.run, inputs, expected, row["ours"])
         if not approve(row, check.check(expected, last, row["ours"])):
             return row
-        if row["ours"] and (changed := [name for name in first if not torch.equal(first[name], last[name])]):
-            return row | {"status": "wrong", "note": f"{', '.join(changed)} of a later call differ from the first one's"}
+        if row["ours"] and (names := check.changed(first, last)):
+            return row | {"status": "wrong", "note": f"{', '.join(names)} of a later call differ from the first one's"}
         del first, last
         for part, time, work in zip(times, times.values(), case.work(formula), strict=False):
             row[part] = figures(time, work, ceilings)

@@ -202,13 +202,20 @@ def test_hadamard_oracle_is_the_recurrence(feature_map, causal):
 def test_check_refuses_nan_and_a_missing_gradient():
     inputs = CASE.inputs(CPU, Rbf(31, 5))
     expected = check.expect(Rbf(31, 5), CASE, inputs)
-    broken = check.check(expected, {"o": CASE.call()(*inputs).detach() * float("nan")}, ours=True)
+    broken = check.check(expected, [{"o": CASE.call()(*inputs).detach() * float("nan")}], ours=True)
     assert not broken.passed and broken.worst[0] == "o"
     with pytest.raises(RuntimeError, match="not have been used"):
         check.outputs_of(lambda q, k, v, sigma: CASE.call()(q, k, v, sigma.detach()), inputs, expected, ours=True)
 
 
-PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=512, left=127, right=0)
+PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=256, left=63, right=0)
+ONE_KEY_HEAD = replace(PLANTED, batch=1, heads=2, kv_heads=1)
+PROBLEMS = {}  # inputs and expected results of the planted cases, which no test changes
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    monkeypatch.setitem(check.PAIRS, "cpu", 2**16)
 
 
 class LostGradient(torch.autograd.Function):
@@ -227,7 +234,8 @@ class LostGradient(torch.autograd.Function):
 
 def first_quarter_constant(call, *inputs):
     o = call(*inputs)
-    return torch.cat((torch.full_like(o[:, :, :128], 7.0), o[:, :, 128:]), 2)
+    quarter = o.shape[2] // 4
+    return torch.cat((torch.full_like(o[:, :, :quarter], 7.0), o[:, :, quarter:]), 2)
 
 
 def only_the_last_head(call, *inputs):
@@ -244,32 +252,65 @@ def head_0_for_all(call, q, k, v, sigma):
     return call(q, *(torch.cat((x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]), 1) for x in (k, v)), sigma)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "plant",
-    [
-        first_quarter_constant,
-        only_the_last_head,
-        only_the_last_batch_element,
-        head_0_for_all,
-        lambda call, *inputs: LostGradient.apply(call(*inputs)),
-        lambda call, *inputs: 1.03 * call(*inputs),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("provider", ["nearfar", "eager"])
-def test_planted_errors_are_seen(monkeypatch, plant, dtype, provider):
-    case = replace(PLANTED, dtype=dtype)
-    assert suite.measure(case, provider, CPU, {}, CEILINGS)["status"] == "ok"
-    of_case = krause.Case.provider
+def lost_gradient(call, *inputs):
+    return LostGradient.apply(call(*inputs))
+
+
+def three_percent_more(call, *inputs):
+    return 1.03 * call(*inputs)
+
+
+PLANTS = [
+    first_quarter_constant, only_the_last_head, only_the_last_batch_element, head_0_for_all, lost_gradient, three_percent_more
+]
+
+
+def measure_planted(monkeypatch, case, provider, plant=None):
+    """The row of a provider whose calls go through plant(call, *inputs)."""
+    of_case = type(case).provider
 
     def planted(case, name, inputs):
         right = of_case(case, name, inputs)
-        return right._replace(run=functools.partial(plant, right.run))
+        return right._replace(run=functools.partial(plant, right.run)) if plant else right
 
-    monkeypatch.setattr(krause.Case, "provider", planted)
-    row = suite.measure(case, provider, CPU, {}, CEILINGS)
-    assert row["status"] == "wrong" and row["forward"] is row["backward"] is None
+    monkeypatch.setattr(type(case), "provider", planted)
+    return suite.measure(case, provider, CPU, PROBLEMS.setdefault(case, {}), CEILINGS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("provider", ["nearfar", pytest.param("eager", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "case, plants",
+    [(PLANTED, [None, *PLANTS]), (ONE_KEY_HEAD, [None, first_quarter_constant, lost_gradient, three_percent_more])],
+    ids=["four key heads", "one key head"],
+)
+def test_planted_errors_are_seen(monkeypatch, few_pairs, case, plants, dtype, provider):
+    for plant in plants:
+        with monkeypatch.context() as patch:
+            row = measure_planted(patch, replace(case, dtype=dtype), provider, plant)
+        assert row["status"] == ("wrong" if plant else "ok"), (plant, row["note"])
+        assert bool(row["forward"]) == bool(row["backward"]) == (plant is None)
+
+
+@pytest.mark.parametrize("case", [STATISTICS, GEOMETRY], ids=["statistics", "geometry"])
+def test_planted_errors_of_diagnostics_are_seen(monkeypatch, few_pairs, case):
+    for plant in (None, first_quarter_constant, only_the_last_head, three_percent_more):
+        with monkeypatch.context() as patch:
+            row = measure_planted(patch, replace(case, length=256), "nearfar", plant)
+        assert row["status"] == ("wrong" if plant else "ok"), (plant, row["note"])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 32])
+@pytest.mark.parametrize("right", [0, 7])
+def test_every_case_compares_four_kinds_of_rows(kv_heads, right):
+    case = replace(CASE, heads=kv_heads, kv_heads=kv_heads, length=4096, right=right)
+    rounds = check.rounds_of_blocks(Rbf(31, right), case, pairs=2**16)
+    begins = [block.rows.start for blocks in rounds for block in blocks]
+    rows = rounds[0][0].counted
+    assert 0 in begins and 4096 - rows in begins
+    assert any((begin + rows // 2) % check.TILE == 0 for begin in begins) and len(set(begins)) >= 4
+    for blocks in rounds:  # which add up in no gradient
+        assert len({(block.batch, block.kv_head) for block in blocks}) == len(blocks)
 
 
 def one_rounding_off(o):
@@ -326,7 +367,7 @@ def test_flex_agrees_with_the_oracle(formula):
     inputs = case.inputs(CPU, formula)
     expected = check.expect(formula, case, inputs)
     run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
-    assert check.check(expected, {"o": run(*inputs).detach()}, ours=False).passed
+    assert check.check(expected, [{"o": run(*inputs).detach()}], ours=False).passed
 
 
 @pytest.mark.parametrize("top_k", [None, 12])
