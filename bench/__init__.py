@@ -11,6 +11,7 @@
     suite         cases x providers -> rows
     running       which cases, how long they may take, and their rows into a run
     runs          files of runs and records; record keeps a run for committing, compare compares two
+    fingerprint   whether a record is of today's kernels and cases
     trace         the kernels of a case and their times
     crossover     from which length nearfar is faster than softmax attention
     terminal      tables on a terminal; text writes their numbers

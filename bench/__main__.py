@@ -1,6 +1,7 @@
 """Command line: `python -m bench`, see docs/benchmarks.md."""
 
 import argparse
+import collections
 import datetime
 import os
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import cases, compare, environment, page, record, report, running, runs, terminal, timing, trace
+from bench import cases, compare, environment, fingerprint, page, record, report, running, runs, terminal, timing, trace
 
 OUT = Path(__file__).parent / "out"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -97,7 +98,16 @@ def record_command(args, console):
 
 
 def check_command(args, console):
-    return report.main(["--check"])
+    disagree = report.main(["--check"])
+    records = [(path, runs.read(path)) for path in sorted(report.RESULTS.glob("*/*.json"))]
+    states = {path: fingerprint.state(record) for path, record in records}
+    for path, (state, why) in states.items():
+        if state == fingerprint.STALE:
+            console.print(f"{path.parent.name}/{path.name} is stale: {why}; measure it again", soft_wrap=True)
+    counts = collections.Counter(state for state, _ in states.values())
+    kinds = (fingerprint.CURRENT, fingerprint.STALE, fingerprint.UNKNOWN)
+    console.print(f"records: {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}")
+    return 1 if disagree or counts[fingerprint.STALE] else 0
 
 
 def profile_command(args, console):
@@ -144,7 +154,7 @@ def make_parser():
     recording.add_argument("run", metavar="RUN", type=Path)
     recording.add_argument("--without", metavar="A,B", type=names, default=(), help="providers that may be missing")
 
-    command("check", check_command, "fail if a page disagrees with the records")
+    command("check", check_command, "fail if a page disagrees with the records, or a record is stale")
 
     profiling = command("profile", profile_command, "show the kernels of a case and their times")
     profiling.add_argument("case", metavar="CASE", help="a name of `list`")

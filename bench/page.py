@@ -18,10 +18,12 @@ CLOSE = 0.02  # nearer to 1 than that is neither won nor lost
 
 def render(records):
     """The page of records (bench/runs.py) as text. Raises ValueError where they have no row."""
+    records = sorted(records, key=lambda record: record["name"].endswith(("-length", "-million")))  # single problems first
     rows = [table_row(record, row) for record in records for row in record["rows"]]
     if not rows:
         raise ValueError("there are no rows to report")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["short"] = lambda ratio: text.significant(ratio, 2)
     template = environment.from_string(TEMPLATE.read_text())
     ours = [row for row in rows if row["ours"] and row["timed"]]
     kinds = (("sdpa", "SDPA"), ("alike", "the best like for like"))

@@ -139,5 +139,4 @@ def styled(figure, height):
 
 
 def to_html(figure):
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
-    return figure.to_html(full_html=False, include_plotlyjs=False, config=config)
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})

@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import cases, crossover, overhead, plots, suite, terminal
+from bench import cases, crossover, fingerprint, overhead, plots, suite, terminal
 
 QUICK, DEFAULT, FULL = "quick", "default", "full"
 # Seconds of a provider beside its calls (the oracle, compilation), and how many calls at what multiple of the floor there are.
@@ -84,7 +84,7 @@ def measure(run, chosen, device, level, console):
         for room, of_room in chosen.items():
             for name, group in groupby(of_room, lambda case: case.name):
                 of_name = list(group)
-                record = run.record(name, room)
+                record = run.record(name, room, fingerprint.of(room))
                 kept = {id(row) for row in record["rows"]}
                 for row in suite.rows(of_name, device, ceilings, advance, run.done):
                     if id(row) not in kept:

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 SCHEMA = 2
+BESIDE = ("tags", "source", "providers", "plotted", "goal_ms", "goal_over")  # fields of a case that change no result
 HEAD = ("schema", "environment", "ceilings")
 COLUMNS = ("name", "title", "source", "provider", "label", "status", "forward_ms", "backward_ms", "forward_percent_of_floor",
            "backward_percent_of_floor", "peak_bytes", "worst_output", "worst_error", "worst_limit", "note")  # fmt: skip
@@ -48,11 +49,12 @@ class Run:
             raise ValueError(f"{path} was measured with another {', '.join(changed)}: start a new run, without --resume")
         return cls(path, {**data, "finished": False})
 
-    def record(self, name, room):
+    def record(self, name, room, fingerprint):
         """The record of a name, a new one unless an earlier start made it."""
         found = [record for record in self.data["records"] if record["name"] == name]
         if not found:
-            self.data["records"].append({"name": name, "room": room, "rows": [], "measures": []})
+            new = {"name": name, "room": room, "fingerprint": fingerprint, "rows": [], "measures": []}
+            self.data["records"].append(new)
         return found[0] if found else self.data["records"][-1]
 
     def finish(self):
@@ -67,9 +69,13 @@ class Run:
 
 
 def identity(row):
-    """What tells a row from the others of a run; tags and goals may change."""
-    case = {key: value for key, value in row["case"].items() if key not in ("tags", "source", "providers", "plotted")}
-    return json.dumps([{k: v for k, v in case.items() if not k.startswith("goal")}, row["provider"]], sort_keys=True)
+    """What distinguishes a row from the others of a run."""
+    return f"{row['provider']} {case_identity(row['case'])}"
+
+
+def case_identity(case):
+    """What a case computes: its description but for what may change without another result."""
+    return json.dumps({key: value for key, value in case.items() if key not in BESIDE}, sort_keys=True)
 
 
 def read(path):

@@ -24,6 +24,7 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+GPU = torch.device("cuda")
 TABLE = Path(__file__).with_name("cases.toml")
 TAGS = ("lm", "vision", "video", "inference", "short", "quick", "long")
 OURS = {"nearfar": "auto", "cuda": "cuda", "triton": "triton", "reference": "reference"}

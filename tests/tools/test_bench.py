@@ -19,7 +19,21 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
 from bench import cases as bench_cases
-from bench import check, crossover, environment, first_calls, plots, report, running, runs, suite, text, timing, trace
+from bench import (
+    check,
+    crossover,
+    environment,
+    fingerprint,
+    first_calls,
+    plots,
+    report,
+    running,
+    runs,
+    suite,
+    text,
+    timing,
+    trace,
+)
 from bench.baselines import affine as affine_baselines
 from bench.baselines import krause as krause_baselines
 from bench.baselines import linear as linear_baselines
@@ -804,6 +818,32 @@ def test_record_keeps_a_sound_run_and_refuses_others(tmp_path, monkeypatch, caps
     missing = finished_run(tmp_path / "missing.json", 1.0, status="missing", provider="fa4", ours=False, forward=None)
     assert bench.main(["record", str(missing)]) == 2 and "--without fa4" in capsys.readouterr().err
     assert bench.main(["record", str(missing), "--without", "fa4"]) == 0
+
+
+def test_a_fingerprint_covers_an_operators_sources_alone():
+    names = {room: {str(path.relative_to(fingerprint.ROOT)) for path in fingerprint.sources(room)} for room in rooms()}
+    krause = {"python/nearfar/ops/krause.py", "python/nearfar/kernels/krause.py", "triton_kernels/krause.py",
+              "triton_kernels/pairwise.py", "triton_kernels/selection.py", "csrc/krause/forward.cu", "csrc/common/mma.cuh",
+              "bench/cases/krause.py", "bench/formulas/krause.py"}  # fmt: skip
+    assert krause <= names["krause"] and not any("linear" in name or "affine" in name for name in names["krause"])
+    assert {"csrc/hadamard/bidirectional_read.cu", "triton_kernels/linear_walk.py"} <= names["linear"]
+    assert len({fingerprint.of(room) for room in names}) == len(names)
+
+
+def test_check_finds_stale_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "main", lambda arguments: 0)
+    case = bench_cases.suite(GPU)["krause"][0]
+    head = {"name": case.name, "room": "krause", "rows": [suite.new_row(case, "nearfar")], "measures": []}
+    record = {**head, "fingerprint": fingerprint.of("krause")}
+    runs.write_record(tmp_path / "h100", head)
+    runs.write_record(tmp_path / "h200", record)
+    assert bench.main(["check"]) == 0 and "1 current, 0 stale, 1 unknown" in capsys.readouterr().out
+    runs.write_record(tmp_path / "h200", record | {"fingerprint": "another"})
+    assert bench.main(["check"]) == 1 and "sources of krause have changed" in capsys.readouterr().out
+    changed = suite.new_row(replace(case, sigma=9.0), "nearfar")
+    runs.write_record(tmp_path / "h200", record | {"rows": [changed]})
+    assert bench.main(["check"]) == 1 and "other cases of that name" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
