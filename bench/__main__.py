@@ -128,7 +128,7 @@ def make_parser():
         prog="python -m bench", description="Measure nearfar against its baselines.",
         epilog="Exit status: 1, a provider disagreed with the float64 oracle, one of nearfar's own failed, or what a command "
                "looks for is there; 2, it was asked for what cannot be done; 130, it was stopped.",
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name, run, text):

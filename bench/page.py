@@ -13,6 +13,7 @@ from bench import cases, page_figures, text
 from bench.terminal import rate
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+CHECKS = ("an earlier one, of the last rows of the last key head", "rows of four kinds, see docs/benchmarks.md")
 CLOSE = 0.02  # nearer to 1 than that is neither won nor lost
 
 
@@ -28,12 +29,12 @@ def render(records):
     ours = [row for row in rows if row["ours"] and row["timed"]]
     kinds = (("sdpa", "SDPA"), ("alike", "the best like for like"))
     measures = [m | {"measured": text.measured(m), "goal_text": text.goal(m), "met": text.met(m)}
-                for record in records for m in record["measures"]]  # fmt: skip
+                for record in records for m in record["measures"]]
     return template.render(
         title=title(records), rows=rows, plotly=get_plotlyjs(), figures=page_figures.figures(records), measures=measures,
         runs=runs_of(records), summary=[summary(ours, *kind) for kind in kinds],
         untimed=[row for row in rows if not row["timed"]], operators=list(dict.fromkeys(row["operator"] for row in rows)),
-    )  # fmt: skip
+    )
 
 
 def title(records):
@@ -52,7 +53,7 @@ def table_row(record, row):
     worst = row["check"]["worst"] if row["check"] else None
     cells["accuracy"] = f"{worst[0]} {worst[1]:.1e} of {worst[2]:.1e}" if worst else ""
     kinds = {"sdpa": lambda r: r["provider"].startswith("sdpa") and not r["provider"].endswith("-epilogue"),
-             "alike": lambda r: alike(record["room"], r)}  # fmt: skip
+             "alike": lambda r: alike(record["room"], r)}
     for kind, chosen in kinds.items():
         cells[kind] = best_ratio(row, [r for r in rivals if chosen(r)]) if row["ours"] and row["forward"] else None
     return cells
@@ -81,7 +82,7 @@ def summary(rows, key, name):
     lost = [row for row in compared if row[key][0] > 1 + CLOSE]
     won = [row for row in compared if row[key][0] < 1 - CLOSE]
     return {"key": key, "name": name, "compared": compared, "lost": lost, "won": won,
-            "even": len(compared) - len(lost) - len(won), "alone": len(rows) - len(compared)}  # fmt: skip
+            "even": len(compared) - len(lost) - len(won), "alone": len(rows) - len(compared)}
 
 
 def runs_of(records):
@@ -95,7 +96,8 @@ def runs_of(records):
             "Triton": env["triton"], "nearfar": f"{env['nearfar']}, commit {env['commit'] or 'unknown'}",
             "copy": rate(ceilings["bytes_per_s"], "B/s"),
             "matmul": f"{rate(ceilings['flops_per_s'], 'FLOP/s')} ({ceilings['matmul']})",
+            "check": CHECKS[bool(record.get("schema"))],
             "packages": ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items()) or "not recorded",
-        }  # fmt: skip
+        }
         found.setdefault((env["date"], *facts.values()), (env["date"], facts, []))[2].append(record["name"])
     return list(found.values())

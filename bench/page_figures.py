@@ -24,7 +24,7 @@ def figures(records):
          "matrices reached in the same run.", roofline(records)),
         ("Accuracy", "The worst output of each provider over its limit, which is the line. Only what is below it has a time.",
          accuracy(rows)),
-    ]  # fmt: skip
+    ]
     return [(heading, about, to_html(figure)) for heading, about, figure in drawn]
 
 
@@ -50,14 +50,14 @@ def sweep(rows, value, unit, panels):
                 mode="lines+markers", line={"width": 3 if ours else 1.5, "color": COLORS[index % len(COLORS)]},
                 marker={"symbol": "circle" if ours else "square", "size": 7}, row=1, col=column,
                 hovertemplate=f"%{{x:,}} tokens: %{{y:.3g}} {unit}<extra>{label}</extra>",
-            )  # fmt: skip
+            )
         crossed = [c for c in crossover.crossings(rows) if c.total == panel and c.length]
         if crossed:
             figure.add_scatter(
                 x=[c.length for c in crossed], y=[c.ms for c in crossed], text=[c.what for c in crossed], mode="markers",
                 marker={"symbol": "x", "size": 9, "color": GRAY}, name="crossover", showlegend=column == 1, row=1, col=column,
                 hovertemplate="%{x:.0f} tokens<extra>%{text}</extra>",
-            )  # fmt: skip
+            )
     lengths = sorted({row["case"]["length"] for row in rows})
     shown = lengths[:: -(-len(lengths) // 8)]
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[text.token_count(n) for n in shown], title="length (tokens)")
@@ -81,7 +81,7 @@ def guides(figure, rows, value, panels):
                 x=[first, end], y=[low, low * (end / first) ** slope], mode="lines+text", text=["", f"∝ {name}"],
                 textposition="top left", line={"dash": "dash", "width": 1, "color": GRAY}, showlegend=False, hoverinfo="skip",
                 row=1, col=column,
-            )  # fmt: skip
+            )
 
 
 def roofline(records):
@@ -95,7 +95,7 @@ def roofline(records):
             name=name, marker={"color": color, "size": 8 if ours else 6, "symbol": "circle" if ours else "square"},
             text=[f"{row['case']['name']}: {row['title']}<br>{row['label']}, {d}" for row, d, _ in chosen],
             hovertemplate="%{text}<br>%{y:.3g} TFLOP/s<extra></extra>",
-        )  # fmt: skip
+        )
     intensities = [row[d]["flops"] / row[d]["bytes"] for _, row, d in passes if row[d]["bytes"] and row[d]["flops"]]
     devices = {record["environment"]["device"]: record["ceilings"] for record in records}
     for device, ceilings in devices.items():
@@ -120,7 +120,7 @@ def accuracy(rows):
             mode="markers", name=name, marker={"color": color, "size": 7, "symbol": "circle" if ours else "square"},
             text=[f"{row['title']}<br>{row['label']}, {row['check']['worst'][0]}" for row in chosen],
             hovertemplate="%{text}<br>%{y:.2g} of the limit<extra></extra>",
-        )  # fmt: skip
+        )
     figure.add_hline(y=1, line={"color": COLORS[1], "width": 2})
     figure.update_yaxes(type="log", title="error / limit")
     return styled(figure, height=420)
@@ -131,7 +131,7 @@ def styled(figure, height):
     figure.update_layout(
         height=height, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GRAY, "size": 13},
         margin={"l": 60, "r": 20, "t": 40, "b": 50}, legend={"orientation": "h", "y": -0.2},
-    )  # fmt: skip
+    )
     grid = {"gridcolor": "rgba(128,128,128,0.2)", "linecolor": GRAY, "zeroline": False}
     figure.update_xaxes(**grid)
     figure.update_yaxes(**grid)

@@ -21,7 +21,7 @@ SCHEMA = 2
 BESIDE = ("tags", "source", "providers", "plotted", "goal_ms", "goal_over")  # fields of a case that change no result
 HEAD = ("schema", "environment", "ceilings")
 COLUMNS = ("name", "title", "source", "provider", "label", "status", "forward_ms", "backward_ms", "forward_percent_of_floor",
-           "backward_percent_of_floor", "peak_bytes", "worst_output", "worst_error", "worst_limit", "note")  # fmt: skip
+           "backward_percent_of_floor", "peak_bytes", "worst_output", "worst_error", "worst_limit", "note")
 
 
 class Run:

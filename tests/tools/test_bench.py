@@ -765,7 +765,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(out, monkeypatch,
 
 def test_levels_and_tags_choose_cases():
     quick, default, full = ({case for cases in running.select(GPU, level).values() for case in cases}
-                            for level in (running.QUICK, running.DEFAULT, running.FULL))  # fmt: skip
+                            for level in (running.QUICK, running.DEFAULT, running.FULL))
     assert quick < default < full and {case.name for case in full - default} >= {"krause-million", "linear-million"}
     vision = running.select(GPU, running.FULL, tags=("vision", "video"))
     assert all({"vision", "video"} & set(case.tags) for cases in vision.values() for case in cases)
@@ -776,7 +776,7 @@ def test_levels_and_tags_choose_cases():
 
 def test_a_case_of_the_table_varies_what_it_lists():
     entry = {"name": "x", "shape": [1, 4, 8, 16], "kv_heads": 2, "providers": ["nearfar"], "device": "cpu",
-             "vary": {"length": [8, 16], "batch": [2, 1]}}  # fmt: skip
+             "vary": {"length": [8, 16], "batch": [2, 1]}}
     cases = bench_cases.from_entry("krause", entry)
     assert [(case.batch, case.length) for case in cases] == [(2, 8), (1, 16)]
     assert {(case.heads, case.kv_heads, case.width, case.dtype, case.providers) for case in cases} == {
@@ -824,7 +824,7 @@ def test_a_fingerprint_covers_an_operators_sources_alone():
     names = {room: {str(path.relative_to(fingerprint.ROOT)) for path in fingerprint.sources(room)} for room in rooms()}
     krause = {"python/nearfar/ops/krause.py", "python/nearfar/kernels/krause.py", "triton_kernels/krause.py",
               "triton_kernels/pairwise.py", "triton_kernels/selection.py", "csrc/krause/forward.cu", "csrc/common/mma.cuh",
-              "bench/cases/krause.py", "bench/formulas/krause.py"}  # fmt: skip
+              "bench/cases/krause.py", "bench/formulas/krause.py"}
     assert krause <= names["krause"] and not any("linear" in name or "affine" in name for name in names["krause"])
     assert {"csrc/hadamard/bidirectional_read.cu", "triton_kernels/linear_walk.py"} <= names["linear"]
     assert len({fingerprint.of(room) for room in names}) == len(names)
