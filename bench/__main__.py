@@ -166,6 +166,14 @@ def add_tag(parser):
     parser.add_argument("--tag", metavar="A,B", type=names, help=f"cases with one of these: {', '.join(cases.TAGS)}")
 
 
+def add_file(parser):
+    """Accepted before and after an operator's name."""
+    kept = {"default": argparse.SUPPRESS}
+    parser.add_argument("--out", metavar="FILE", type=Path, help="of the run (default: bench/out/<time>-<device>.json)", **kept)
+    resume = "go on with --out, or with the newest run that was stopped"
+    parser.add_argument("--resume", action="store_true", help=resume, **kept)
+
+
 def add_run_arguments(parser):
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--quick", dest="level", action="store_const", const=running.QUICK, help="the headline cases")
@@ -174,11 +182,12 @@ def add_run_arguments(parser):
     add_tag(parser)
     parser.add_argument("--cases", metavar="A,B", type=names, help="names of cases to run, whatever their tags")
     parser.add_argument("--only", metavar="A,B", type=names, help="providers to measure (default: all of each case)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="of the run (default: bench/out/<time>-<device>.json)")
-    parser.add_argument("--resume", action="store_true", help="go on with --out, or with the newest run that was stopped")
+    parser.set_defaults(out=None, resume=False)
+    add_file(parser)
     rooms = parser.add_subparsers(dest="room", metavar="OPERATOR", title="single problems of an operator")
     for room, module in cases.rooms().items():
         sub = rooms.add_parser(room, help=module.__doc__.splitlines()[0], description=f"Measure single problems of {room}.")
+        add_file(sub)
         sub.add_argument("--shapes", metavar="B,H,N,D", type=shape, nargs="+", required=True, help="one or more shapes")
         sub.add_argument("--kv-heads", metavar="H", type=positive, help="heads of k and v (default: those of q)")
         module.add_arguments(sub)

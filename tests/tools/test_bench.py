@@ -25,6 +25,7 @@ from bench import (
     environment,
     fingerprint,
     first_calls,
+    page,
     plots,
     report,
     running,
@@ -729,7 +730,7 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(out, wrong_nearfar):
     wrong, right = rows_in(path)
     assert wrong["status"] == "wrong" and wrong["forward"] is None and "o is off by" in wrong["note"]
     assert right["status"] == "ok"
-    assert any("nearfar is wrong" in reason for reason in reasons(runs.read(path), set()))
+    assert any("nearfar reference is wrong" in reason for reason in reasons(runs.read(path), set()))
 
 
 @pytest.mark.parametrize(
@@ -782,6 +783,56 @@ def test_a_case_of_the_table_varies_what_it_lists():
     assert {(case.heads, case.kv_heads, case.width, case.dtype, case.providers) for case in cases} == {
         (4, 2, 16, "float32", ("nearfar",))
     }
+
+
+TINY_TABLE = """
+[[krause]]
+name = "near-length"
+device = "cpu"
+source = "a paper"
+tags = ["vision", "quick"]
+shape = [1, 2, 32, 16]
+vary = { length = [32, 64] }
+providers = ["nearfar", "eager", "sdpa"]
+plotted = true
+
+[[linear]]
+name = "far"
+device = "cpu"
+source = "a model"
+tags = ["lm", "long"]
+shape = [1, 2, 32, 16]
+factors = [16]
+causal = true
+providers = ["nearfar", "sdpa"]
+"""
+
+
+def test_the_suite_of_a_table_runs_reports_and_compares(out, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench_cases, "TABLE", out / "cases.toml")
+    bench_cases.TABLE.write_text(TINY_TABLE)
+    path = out / "run.json"
+    assert bench.main(["run", "--quick", "--only", "nearfar,eager,sdpa", "--out", str(path)]) == 0
+    (near,) = runs.load(path)
+    assert [row["case"]["length"] for row in near["rows"]] == [32, 32, 32, 64, 64, 64]
+    assert any(m["what"].startswith("faster from this length") for m in near["measures"])
+    assert bench.main(["run", "--full", "--resume", "--out", str(path)]) == 0
+    kept, far = runs.load(path)
+    assert kept["rows"] == near["rows"] and [row["provider"] for row in far["rows"]] == ["nearfar", "sdpa"]
+    rows = [page.table_row(record, row) for record in (kept, far) for row in record["rows"]]
+    ours = [row for row in rows if row["ours"]]
+    assert [row["source"] for row in ours] == ["a paper", "a paper", "a model"]
+    times = [sum(row[d]["ms"] for d in text.DIRECTIONS) for row in near["rows"][:3]]
+    assert ours[0]["alike"] == (pytest.approx(times[0] / times[1]), "eager")  # SDPA computes something else
+    assert ours[0]["sdpa"] == (pytest.approx(times[0] / times[2]), "sdpa causal") and ours[2]["alike"] is None
+    found = page.summary(ours, "alike", "")
+    assert len(found["lost"]) + found["even"] + len(found["won"]) == 2 and found["alone"] == 1
+    assert bench.main(["compare", str(path), str(path), "--fail-above", "0"]) == 0
+    capsys.readouterr()
+    assert bench.main(["list", "--tag", "lm"]) == 0
+    listed = capsys.readouterr().out
+    assert "a model" in listed and "near-length" not in listed
 
 
 def finished_run(path, ms, **changed):
