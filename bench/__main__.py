@@ -25,6 +25,9 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"python -m bench: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("python -m bench: stopped", file=sys.stderr)
+        return INTERRUPTED
 
 
 # ---- commands
@@ -112,8 +115,8 @@ def check_command(args, console):
 
 def profile_command(args, console):
     device = torch.device(this_device())
-    chosen = running.select(device, running.FULL, names=[args.case], providers=[args.provider])
-    (case, *_), = chosen.values()
+    ((room, (case, *_)),) = running.select(device, running.FULL, names=[args.case]).items()
+    running.refuse_unknown("provider", [args.provider], cases.module(room).PROVIDERS)
     label, table = trace.kernels(case, args.provider, device)
     console.print(f"{case.name}: {case.title}, {label}")
     print(table)

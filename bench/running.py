@@ -61,7 +61,7 @@ def refuse_unfit(case, device):
 
 
 def estimate(chosen, ceilings, device):
-    """Seconds that the cases may take, within a factor of two or three."""
+    """Seconds that the cases may take: a guess from floors, to tell minutes from hours."""
     total = 0.0
     for case in chosen:
         for name in case.providers:

@@ -750,6 +750,7 @@ def test_a_wrong_provider_is_not_timed_and_fails_the_run(out, wrong_nearfar):
         (["compare", "nowhere", "nowhere", "--fail-above", "much"], "as in 5%"),
         (["report", "nowhere.json"], "there is no nowhere.json"),
         (["profile", "nonsense"], "there are krause-length"),
+        (["profile", "krause-length", "--provider", "nonsense"], "there are nearfar, cuda"),
         ([], "COMMAND"),
     ],
 )
