@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import cases, compare, environment, fingerprint, page, record, report, running, runs, terminal, timing, trace
+from bench import cases, compare, environment, fingerprint, record, report, running, runs, terminal, timing, trace
 
 OUT = Path(__file__).parent / "out"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -22,7 +22,7 @@ def main(arguments=None):
     console = Console(width=None if sys.stdout.isatty() else 170)
     try:
         return args.command(args, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"python -m bench: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -83,6 +83,8 @@ def compare_command(args, console):
 
 
 def report_command(args, console):
+    from bench import page  # plotly, which a machine that only measures may lack
+
     records = runs.load(args.run)
     refuse_unwritable(args.output)
     args.output.write_text(page.render(records))

@@ -5,6 +5,7 @@ cases/ and formulas/. The runtime and the tables of launch parameters are everyb
 """
 
 import ast
+import functools
 import hashlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ CUDA = {"linear": ("linear", "hadamard")}  # folders of csrc/ whose name is not 
 CURRENT, STALE, UNKNOWN = "current", "stale", "unknown"
 
 
+@functools.cache
 def of(room):
     """The hash of an operator's sources."""
     digest = hashlib.sha256()
