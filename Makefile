@@ -23,7 +23,7 @@ help:  ## show this list
 	@echo "PYTHONS (of wheels)"
 
 bench: $(VENV)/.with-bench  ## measure every operator against its baselines
-	$(PY) -m bench $(ARGS)
+	$(PY) -m bench $(or $(ARGS),run)
 
 # Two workers interpret; a GPU serves as many as there are cores, as they mostly compile, and twelve fill its memory.
 WORKERS ?= $(shell if command -v nvidia-smi >/dev/null; then nproc | awk '{print ($$1 > 12) ? 12 : $$1}'; else echo 2; fi)

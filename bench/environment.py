@@ -1,6 +1,7 @@
 """What a figure depends on beside the code: machine and versions."""
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -12,22 +13,37 @@ import triton
 
 import nearfar
 
+PACKAGES = ("torch", "triton", "flash-linear-attention", "flash-attn-4", "flash-attn")
+
 
 def describe(device):
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, CPU threads: {torch.get_num_threads()}"
     return {
         "device": name,
-        "short_name": short_name(name) if cuda else "cpu",
+        "short_name": short_of(device),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "packages": {package: version(package) for package in PACKAGES} | {"cudnn": torch.backends.cudnn.version()},
         "nearfar": nearfar.__version__,
         # A copy of the sources, whose .git is missing or behind, can say in the environment what it is a copy of.
         "commit": os.environ.get("NEARFAR_COMMIT") or output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def version(package):
+    """Of an installed package, None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def short_of(device):
+    return short_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
 
 
 def short_name(gpu):

@@ -12,7 +12,8 @@ import torch
 
 import nearfar as nf
 from bench import crossover
-from bench.report import RESULTS, ROOT, token_count
+from bench.report import RESULTS, ROOT
+from bench.text import token_count
 
 ASSETS = ROOT / "docs/assets"
 TOTAL = "forward + backward"

@@ -5,6 +5,7 @@ import gc
 import torch
 
 from bench import check
+from bench.runs import identity
 from bench.timing import median_time, peak_bytes
 
 # A competitor's sweep ends at a length that takes longer: the next one takes four times that.
@@ -12,23 +13,26 @@ PATIENCE_MS = {"cuda": 100, "cpu": 600}
 SCALING_GOAL, MEMORY_GOAL = 2.1, 1.5
 
 
-def run(cases, device, ceilings, advance):
-    """Rows of all cases; advance(text) is called before each measurement."""
-    rows, ended = [], {}
+def rows(cases, device, ceilings, advance, done=()):
+    """Each row of all cases as soon as it is there; advance(text) is called before. done: {runs.identity: row} of those
+    that are there already."""
+    ended = {}
     for case in cases:
         problems = {}
         for name in case.providers:
             advance(f"{case.name} N={case.length} {name}")
             sweep = (case.name, case.width, case.variant, name)
-            if sweep in ended:
-                rows.append(new_row(case, name) | {"status": "skipped", "note": ended[sweep]})
-                continue
-            row = measure(case, name, device, problems, ceilings)
-            rows.append(row)
+            row = new_row(case, name)
+            if (key := identity(row)) in done:
+                row = done[key]
+            elif sweep in ended:
+                row |= {"status": "skipped", "note": ended[sweep]}
+            else:
+                row = measure(case, name, device, problems, ceilings)
+            yield row
             if case.name.endswith("-length") and not row["ours"]:
                 if reason := end_of_sweep(row, PATIENCE_MS[device.type]):
-                    ended[sweep] = reason
-    return rows
+                    ended.setdefault(sweep, reason)
 
 
 def new_row(case, name):
@@ -68,8 +72,8 @@ def measure(case, name, device, problems, ceilings):
         last = check.outputs_of(provider.run, inputs, expected, row["ours"])
         if not approve(row, check.check(expected, last, row["ours"])):
             return row
-        if row["ours"] and (changed := [name for name in first if not torch.equal(first[name], last[name])]):
-            return row | {"status": "wrong", "note": f"{', '.join(changed)} of a later call differ from the first one's"}
+        if row["ours"] and (names := check.changed(first, last)):
+            return row | {"status": "wrong", "note": f"{', '.join(names)} of a later call differ from the first one's"}
         del first, last
         for part, time, work in zip(times, times.values(), case.work(formula), strict=False):
             row[part] = figures(time, work, ceilings)
@@ -80,7 +84,7 @@ def measure(case, name, device, problems, ceilings):
         else:
             row["peak_bytes"] = peak_bytes(lambda: provider.run(*inputs), inputs)
     except Exception as failure:
-        row["status"] = "failed" if row["ours"] else "unavailable"
+        row["status"] = "failed" if row["ours"] else "missing" if isinstance(failure, ImportError) else "unavailable"
         row["note"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
     finally:
         gc.collect()  # what a failed call left in its traceback
@@ -114,7 +118,7 @@ def end_of_sweep(row, patience_ms):
     """Why the provider of this row is not worth trying on the next length, or None."""
     length = row["case"]["length"]
     if row["status"] != "ok":
-        return f"{row['status']} at N={length}"
+        return row["note"] if row["status"] == "missing" else f"{row['status']} at N={length}"
     total = sum(row[part]["ms"] for part in ("forward", "backward") if row[part])
     return f"N={length} took {total:.0f} ms" if total > patience_ms else None
 

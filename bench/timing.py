@@ -1,5 +1,6 @@
 """Medians of repeated calls, peak memory, and the ceilings of the machine that floors are made of."""
 
+import itertools
 import statistics
 import time
 from typing import NamedTuple
@@ -66,15 +67,25 @@ def wall_times(fn, seconds=0.15, least=3, most=100):
 
 
 def peak_bytes(fn, inputs):
-    """Most memory in use during a call, its inputs included; None where torch does not count (CPU)."""
+    """Most memory in use during a call, its inputs included."""
+    held = sum(t.numel() * t.element_size() for t in inputs)
     if inputs[0].device.type != "cuda":
-        return None
+        return held + peak_of_cpu(fn)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     fn()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + sum(t.numel() * t.element_size() for t in inputs)
+    return torch.cuda.max_memory_allocated() - before + held
+
+
+def peak_of_cpu(fn):
+    """Most bytes that torch allocated during a call and did not yet free, from its profiler's events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        fn()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max([0, *in_use])
 
 
 def ceilings(device):

@@ -1,9 +1,9 @@
-"""Benchmark cases: one module per operator, under the name of its room in nearfar.registry.
+"""Benchmark cases: their table, cases.toml, and one module per operator, under the name of its room in nearfar.registry.
 
 A module offers
 
     Case                                a BaseCase with the operator's own parameters
-    suite(device)                       the cases that `python -m bench` runs on a device
+    PROVIDERS                           names of who may compute it
     add_arguments(parser)               the operator's own options of `python -m bench <room>`
     from_arguments(shape, args)         the Case of one shape and those options
 """
@@ -12,12 +12,21 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from nearfar import registry
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+GPU = torch.device("cuda")
+TABLE = Path(__file__).with_name("cases.toml")
+TAGS = ("lm", "vision", "video", "inference", "short", "quick", "long")
 OURS = {"nearfar": "auto", "cuda": "cuda", "triton": "triton", "reference": "reference"}
 
 
@@ -61,6 +70,7 @@ class BaseCase:
     goal_over: (provider, how many times its forward ours may take at most), None where there is none.
     plotted: part of the plot of time against length.
     linear_time: time grows as the length does, not as its square.
+    source: whose shape it is. tags: see cases.toml.
     """
 
     name: str
@@ -75,6 +85,8 @@ class BaseCase:
     goal_ms: tuple[float, float] | None = None
     goal_over: tuple[str, float] | None = None
     plotted: bool = False
+    source: str = ""
+    tags: tuple[str, ...] = ()
 
     linear_time: ClassVar = True
 
@@ -124,9 +136,27 @@ class BaseCase:
         return Work(moved, forward), Work(2 * moved, backward)
 
 
-def lengths(case, first, last):
-    """The case at first, 2 first, ... last tokens."""
-    return [replace(case, length=first << i) for i in range((last // first).bit_length())]
+def suite(device):
+    """{room: cases} of the table for a torch.device."""
+    table = tomllib.loads(TABLE.read_text())
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    found = {
+        room: [case for entry in table.get(room, ()) if entry.get("device", "gpu") == kind for case in from_entry(room, entry)]
+        for room in rooms()
+    }
+    return {room: cases for room, cases in found.items() if cases}
+
+
+def from_entry(room, entry):
+    """The Cases of an entry of the table, several where it has something to vary."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    kind, vary, shape = (fields.pop(key, None) for key in ("device", "vary", "shape"))
+    batch, heads, length, width = shape
+    sizes = {"batch": batch, "heads": heads, "kv_heads": heads, "length": length, "width": width}
+    case = module(room).Case(**{**sizes, "dtype": "float32" if kind == "cpu" else "bfloat16", **fields})
+    if not vary:
+        return [case]
+    return [replace(case, **dict(zip(vary, values, strict=True))) for values in zip(*vary.values(), strict=True)]
 
 
 def rooms():

@@ -1,13 +1,13 @@
 """Streamed diagnostics: statistics and selection geometry, beside the forward of softmax attention over the same tokens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import nearfar
 from bench.baselines import SDPA, sdpa
 from bench.baselines import diagnostics as baselines
-from bench.cases import OURS, BaseCase, Provider, Work, lengths
+from bench.cases import OURS, BaseCase, Provider, Work
 from bench.formulas import Softmax
 from bench.formulas.diagnostics import Geometry, Statistics
 from nearfar import registry
@@ -68,37 +68,6 @@ class Case(BaseCase):
         if self.top_n is None:
             return registry.find(nearfar.attention_statistics).prepare(*inputs, causal=self.causal)
         return registry.find(nearfar.selection_geometry).prepare(*inputs, self.top_n, causal=self.causal)
-
-
-def suite(device):
-    return gpu_suite() if device.type == "cuda" else cpu_suite()
-
-
-def gpu_suite():
-    statistics = Case(
-        name="statistics", batch=1, heads=32, kv_heads=32, length=16384, width=128, dtype="bfloat16",
-        providers=("nearfar", "sdpa-cudnn", "sdpa-flash"), goal_over=("sdpa-cudnn", 1.3),
-    )
-    geometry = replace(statistics, name="geometry", top_n=4, goal_over=("sdpa-cudnn", 2.5))
-    others = [replace(case, goal_over=None) for case in (statistics, geometry)]
-    eager = dict(heads=16, kv_heads=16, length=4096, providers=("nearfar", "eager"))
-    long = dict(heads=8, kv_heads=8, length=131072, width=64, providers=("nearfar",))
-    return [
-        statistics,
-        geometry,
-        *(replace(geometry, name="geometry-top", top_n=top_n, goal_over=None) for top_n in (16, 256)),
-        *(replace(case, name=f"{case.name}-full", heads=16, kv_heads=16, width=64, causal=False) for case in others),
-        *(replace(case, name=f"{case.name}-4k", **eager) for case in others),
-        *(replace(case, name=f"{case.name}-long", **long) for case in others),
-    ]
-
-
-def cpu_suite():
-    sweep = Case(
-        name="diagnostics-length", batch=1, heads=4, kv_heads=4, length=512, width=64, dtype="float32", plotted=True,
-        providers=("nearfar", "sdpa"),
-    )
-    return [case for one in (sweep, replace(sweep, top_n=4, providers=("nearfar",))) for case in lengths(one, 512, 4096)]
 
 
 def add_arguments(parser):

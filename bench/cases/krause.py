@@ -1,14 +1,14 @@
-"""Krause attention: the cases of the design's performance page, a sweep over length, and a million tokens."""
+"""Krause attention, beside softmax attention, FlexAttention and the formula written down."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import nearfar
 from bench.baselines import SDPA, sdpa
 from bench.baselines import krause as baselines
-from bench.cases import OURS, BaseCase, Provider, lengths
+from bench.cases import OURS, BaseCase, Provider
 from bench.formulas import Softmax
 from bench.formulas.krause import Rbf
 from nearfar import SlidingWindow
@@ -59,51 +59,6 @@ class Case(BaseCase):
 
     def keywords(self):
         return {"locality": SlidingWindow(self.left, self.right), "top_k": self.top_k}
-
-
-def suite(device):
-    return gpu_suite() if device.type == "cuda" else cpu_suite()
-
-
-def gpu_suite():
-    core = Case(
-        name="krause-window", batch=1, heads=32, kv_heads=32, length=16384, width=64, dtype="bfloat16",
-        providers=("nearfar", "flex-rbf", "flex-softmax", "sdpa-flash", "sdpa-cudnn"), goal_ms=(0.14, 0.40),
-    )
-    topk = replace(
-        core, name="krause-window-topk", top_k=96, providers=("nearfar", "flex-rbf", "sdpa-flash"), goal_ms=(0.30, 0.45)
-    )
-    small = replace(
-        topk, name="krause-window-topk-4k", heads=16, kv_heads=16, length=4096, goal_ms=None,
-        providers=("nearfar", "eager"),
-    )
-    sweep = replace(
-        core, name="krause-length", heads=8, kv_heads=8, goal_ms=None, plotted=True,
-        providers=("nearfar", "flex-rbf", "sdpa-flash", "sdpa-cudnn", "eager"),
-    )
-    million = replace(sweep, name="krause-million", providers=("nearfar",))
-    # FlexAttention takes seconds to compile for each length: every other one draws its line.
-    swept = lengths(sweep, 1024, 131072)
-    swept[1::2] = [replace(case, providers=("nearfar", "sdpa-flash", "sdpa-cudnn", "eager")) for case in swept[1::2]]
-    return [
-        core,
-        topk,
-        small,
-        *swept,
-        *lengths(replace(sweep, top_k=96, providers=("nearfar",)), 1024, 131072),
-        *lengths(million, 524288, 1048576),
-    ]
-
-
-def cpu_suite():
-    sweep = Case(
-        name="krause-length", batch=1, heads=4, kv_heads=4, length=512, width=64, dtype="float32", plotted=True,
-        providers=("nearfar", "sdpa", "eager"),
-    )
-    return [
-        *lengths(sweep, 512, 8192),
-        *lengths(replace(sweep, top_k=96, providers=("nearfar",)), 512, 8192),
-    ]
 
 
 def add_arguments(parser):

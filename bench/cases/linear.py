@@ -1,14 +1,14 @@
-"""Linear and Hadamard linear attention: the cases of the performance page, a sweep over length, and a million tokens."""
+"""Linear and Hadamard linear attention, beside fla, the formula compiled or eager, and softmax attention."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import nearfar
 from bench.baselines import SDPA, sdpa, static
 from bench.baselines import linear as baselines
-from bench.cases import OURS, BaseCase, Provider, lengths
+from bench.cases import OURS, BaseCase, Provider
 from bench.formulas import Softmax
 from bench.formulas.linear import FEATURE_MAPS, Hadamard, split
 from nearfar import registry
@@ -73,63 +73,6 @@ class Case(BaseCase):
 
     def keywords(self):
         return {"feature_map": self.feature_map, "normalize": self.normalize, "causal": self.causal}
-
-
-def suite(device):
-    return gpu_suite() if device.type == "cuda" else cpu_suite()
-
-
-def gpu_suite():
-    softmax, plain = ("sdpa-flash", "sdpa-cudnn"), ("compile", "eager")
-    causal = Case(
-        name="linear-causal", batch=4, heads=32, kv_heads=32, length=4096, width=64, factors=(64,), causal=True,
-        dtype="bfloat16", providers=("nearfar", *FLA, "fla-fused-chunk-bare", *plain, *softmax), goal_ms=(0.12, 0.30),
-    )
-    full = replace(
-        causal, name="linear-full", batch=1, length=16384, causal=False, providers=("nearfar", *plain, *softmax),
-        goal_ms=(0.13, 0.30),
-    )
-    wide = replace(full, heads=16, kv_heads=16, length=65536, width=128, factors=(128,), goal_ms=(0.45, 1.1))
-    hadamard = replace(full, name="hadamard-full", factors=(16, 16), goal_ms=(0.25, 0.80))
-    video = replace(
-        hadamard, name="hadamard-video", heads=12, kv_heads=12, length=32760, width=128, factors=(64, 64),
-        goal_ms=(2.5, 8.0),
-    )
-    hadamard_causal = replace(
-        hadamard, name="hadamard-causal", batch=4, length=4096, causal=True, goal_ms=(0.35, 1.1)
-    )
-    sweep = replace(full, name="linear-length", goal_ms=None, plotted=True, providers=("nearfar", *softmax))
-    million = replace(sweep, name="linear-million", heads=8, kv_heads=8, plotted=False, providers=("nearfar",))
-    hadamard_million = replace(million, name="hadamard-million", factors=(16, 16))
-    return [
-        causal,
-        full,
-        wide,
-        hadamard,
-        video,
-        hadamard_causal,
-        *swept(sweep, 256, 65536),
-        *(case for one in both(million) for case in lengths(one, 524288, 1048576)),
-        *(case for one in both(hadamard_million) for case in lengths(one, 524288, 1048576)),
-    ]
-
-
-def cpu_suite():
-    sweep = Case(
-        name="linear-length", batch=1, heads=4, kv_heads=4, length=512, width=64, factors=(64,), dtype="float32",
-        plotted=True, providers=("nearfar", "sdpa"),
-    )
-    return swept(sweep, 512, 8192)
-
-
-def swept(sweep, first, last):
-    """Linear and Hadamard linear attention of one value width over lengths; softmax attention is the same for both."""
-    hadamard = replace(sweep, factors=(16, 16), providers=("nearfar",))
-    return [case for one in (*both(sweep), *both(hadamard)) for case in lengths(one, first, last)]
-
-
-def both(case):
-    return replace(case, causal=True), replace(case, causal=False)
 
 
 def add_arguments(parser):

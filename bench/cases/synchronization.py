@@ -1,13 +1,13 @@
-"""Selective synchronization attention: the cases of the performance page, and a sweep over the share of pairs that can lock."""
+"""Selective synchronization attention, beside the paper's formula and softmax attention."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import nearfar
 from bench.baselines import SDPA, sdpa
 from bench.baselines import synchronization as baselines
-from bench.cases import OURS, BaseCase, Provider, lengths
+from bench.cases import OURS, BaseCase, Provider
 from bench.formulas import Softmax
 from bench.formulas.synchronization import Synchronization
 from nearfar.ops.synchronization import prepare
@@ -75,37 +75,6 @@ class Case(BaseCase):
         shape = (self.batch, self.heads, self.length) if self.causal else (self.batch, self.heads)
         order = order[:, None] if self.causal else order
         return *others, order.expand(shape)
-
-
-def suite(device):
-    return gpu_suite() if device.type == "cuda" else cpu_suite()
-
-
-def gpu_suite():
-    softmax = ("sdpa-flash", "sdpa-cudnn")
-    dense = Case(
-        name="ssa-dense", batch=4, heads=32, kv_heads=32, length=4096, width=64, dtype="bfloat16",
-        providers=("nearfar", *softmax), goal_ms=(1.8, 5.0),
-    )
-    # A fifth of the dense goals.
-    sparse = replace(dense, name="ssa-sparse", clusters=10, goal_ms=(0.36, 1.0))
-    causal = replace(dense, name="ssa-causal", causal=True, goal_ms=None)
-    small = replace(
-        dense, name="ssa-dense-small", batch=1, heads=8, kv_heads=8, goal_ms=None, providers=("nearfar", "eager")
-    )
-    locked = [
-        replace(dense, name="ssa-locked", clusters=clusters, goal_ms=None, providers=("nearfar",))
-        for clusters in (1, 2, 4, 8, 16, 32, 64)
-    ]
-    return [dense, sparse, causal, small, *locked]
-
-
-def cpu_suite():
-    sweep = Case(
-        name="ssa-length", batch=1, heads=4, kv_heads=4, length=256, width=64, dtype="float32", plotted=True,
-        providers=("nearfar", "sdpa", "eager"),
-    )
-    return lengths(sweep, 256, 2048)
 
 
 def add_arguments(parser):

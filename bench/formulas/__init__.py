@@ -6,7 +6,7 @@ A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the
     rows                        names of further inputs, one float32 number for each query
     parameters                  names of further inputs, one number for each query head, whose value is a field of the case
     every_row                   whether its oracle needs all queries, as they are keys, too
-    anywhere                    whether rows anywhere can be compared, or the last ones alone
+    compared(clear, last)       mask over the columns, too, of what can be compared in rows that are clear and maybe the last
     columns(case)               width of its output
     precision(case)             dtype that its results are rounded to
     flops(case)                 (forward, backward) at the very least
@@ -49,7 +49,6 @@ class Formula(Window):
     rows: ClassVar = ()
     parameters: ClassVar = ()
     every_row: ClassVar = False
-    anywhere: ClassVar = True
 
     def columns(self, case):
         return case.width
@@ -61,6 +60,9 @@ class Formula(Window):
         (q, *_), (*_, v) = inputs, inputs
         visible = self.visible(q.shape[2], v.shape[2], q.device)
         return visible, torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
+
+    def compared(self, clear, last):
+        return clear[..., None]
 
     def oracle(self, *inputs):
         return self.plain(*inputs, keep=self.selection(*inputs)[0])

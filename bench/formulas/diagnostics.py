@@ -4,7 +4,6 @@ Statistics are float32 whatever the inputs, and so is their plain formula, the y
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -28,13 +27,18 @@ class Streamed(Formula):
 class Statistics(Streamed):
     """lse, entropy and largest weight of the queries, and, if causal, the mass of the keys in their places.
 
-    The last queries are all that send the last keys any, so that both can be compared without the others.
+    The last queries are all that send the last keys any, so that their mass can be compared without the other queries; the mass
+    of earlier keys cannot.
     """
 
-    anywhere: ClassVar = False
-
-    def columns(self, case):
+    def columns(self, case=None):
         return 4 if self.right == 0 else 3
+
+    def compared(self, clear, last):
+        columns = torch.ones(self.columns(), dtype=torch.bool, device=clear.device)
+        if self.right == 0:
+            columns[-1] = last
+        return clear[..., None] & columns
 
     def precision(self, case):
         return torch.float32

@@ -1,9 +1,12 @@
 """The benchmark room: floors, the oracle check, the command line on a CPU, and the tables it writes into documents."""
 
+import csv
 import functools
+import importlib
 import itertools
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -15,7 +18,22 @@ from harness import needs_gpu
 from torch.nn.attention.flex_attention import create_block_mask
 
 from bench import __main__ as bench
-from bench import check, crossover, first_calls, report, suite
+from bench import cases as bench_cases
+from bench import (
+    check,
+    crossover,
+    environment,
+    fingerprint,
+    first_calls,
+    plots,
+    report,
+    running,
+    runs,
+    suite,
+    text,
+    timing,
+    trace,
+)
 from bench.baselines import affine as affine_baselines
 from bench.baselines import krause as krause_baselines
 from bench.baselines import linear as linear_baselines
@@ -25,6 +43,7 @@ from bench.formulas import Softmax, Window
 from bench.formulas.affine import Affine
 from bench.formulas.krause import Rbf
 from bench.formulas.linear import Hadamard
+from bench.record import reasons
 from bench.timing import median_time
 from nearfar import registry
 
@@ -45,7 +64,7 @@ STATISTICS = diagnostics.Case(
 )
 GEOMETRY = replace(STATISTICS, top_n=4)
 CEILINGS = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -71,17 +90,21 @@ def wrong_nearfar(monkeypatch):
 def test_every_room_here_is_an_operator_and_offers_what_the_suite_needs():
     found = rooms()
     assert found and set(found) <= {operator.room for operator in registry.OPERATORS}
-    for module in found.values():
-        for device in (CPU, torch.device("cuda")):
-            for case in module.suite(device):
-                assert isinstance(case, BaseCase) and set(case.providers) <= set(module.PROVIDERS)
+    for device in (CPU, GPU):
+        suites = bench_cases.suite(device)
+        assert set(suites) == set(found)
+        for room, cases in suites.items():
+            for case in cases:
+                assert isinstance(case, BaseCase) and set(case.providers) <= set(found[room].PROVIDERS)
+                assert case.source and case.tags and set(case.tags) <= set(bench_cases.TAGS)
+                assert case.heads % case.kv_heads == 0 and ("short" in case.tags) <= (case.length <= 1024)
 
 
 @pytest.mark.parametrize("room", rooms())
 @pytest.mark.parametrize("gpu", [False, True])
 def test_single_problems_have_providers_by_default(monkeypatch, room, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    args = bench.make_parser().parse_args([room, "--shapes", "1,2,64,16"])
+    args = bench.make_parser().parse_args(["run", room, "--shapes", "1,2,64,16"])
     case = rooms()[room].from_arguments(args.shapes[0], args)
     assert case.providers[0] == "nearfar" and set(case.providers) <= set(rooms()[room].PROVIDERS)
     assert case.output_shape == (1, 2, 64, 16)
@@ -119,7 +142,7 @@ def test_work_counts_tensors_and_products():
     ],
 )
 def test_floors_of_the_performance_page(name, floor):
-    core = next(case for module in rooms().values() for case in module.gpu_suite() if case.name == name)
+    core = next(case for cases in bench_cases.suite(GPU).values() for case in cases if case.name == name)
     ceilings = {"bytes_per_s": 3.02e12, "flops_per_s": 700e12}
     floors = [work.floor_ms(ceilings) for work in core.work(core.formula("nearfar"))]
     assert floors == pytest.approx(floor, rel=0.02)
@@ -202,13 +225,20 @@ def test_hadamard_oracle_is_the_recurrence(feature_map, causal):
 def test_check_refuses_nan_and_a_missing_gradient():
     inputs = CASE.inputs(CPU, Rbf(31, 5))
     expected = check.expect(Rbf(31, 5), CASE, inputs)
-    broken = check.check(expected, {"o": CASE.call()(*inputs).detach() * float("nan")}, ours=True)
+    broken = check.check(expected, [{"o": CASE.call()(*inputs).detach() * float("nan")}], ours=True)
     assert not broken.passed and broken.worst[0] == "o"
     with pytest.raises(RuntimeError, match="not have been used"):
         check.outputs_of(lambda q, k, v, sigma: CASE.call()(q, k, v, sigma.detach()), inputs, expected, ours=True)
 
 
-PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=512, left=127, right=0)
+PLANTED = replace(CASE, batch=2, heads=8, kv_heads=4, length=256, left=63, right=0)
+ONE_KEY_HEAD = replace(PLANTED, batch=1, heads=2, kv_heads=1)
+PROBLEMS = {}  # inputs and expected results of the planted cases, which no test changes
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    monkeypatch.setitem(check.PAIRS, "cpu", 2**16)
 
 
 class LostGradient(torch.autograd.Function):
@@ -227,7 +257,8 @@ class LostGradient(torch.autograd.Function):
 
 def first_quarter_constant(call, *inputs):
     o = call(*inputs)
-    return torch.cat((torch.full_like(o[:, :, :128], 7.0), o[:, :, 128:]), 2)
+    quarter = o.shape[2] // 4
+    return torch.cat((torch.full_like(o[:, :, :quarter], 7.0), o[:, :, quarter:]), 2)
 
 
 def only_the_last_head(call, *inputs):
@@ -244,32 +275,65 @@ def head_0_for_all(call, q, k, v, sigma):
     return call(q, *(torch.cat((x[:, :1].expand(-1, 3, -1, -1), x[:, 3:]), 1) for x in (k, v)), sigma)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "plant",
-    [
-        first_quarter_constant,
-        only_the_last_head,
-        only_the_last_batch_element,
-        head_0_for_all,
-        lambda call, *inputs: LostGradient.apply(call(*inputs)),
-        lambda call, *inputs: 1.03 * call(*inputs),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("provider", ["nearfar", "eager"])
-def test_planted_errors_are_seen(monkeypatch, plant, dtype, provider):
-    case = replace(PLANTED, dtype=dtype)
-    assert suite.measure(case, provider, CPU, {}, CEILINGS)["status"] == "ok"
-    of_case = krause.Case.provider
+def lost_gradient(call, *inputs):
+    return LostGradient.apply(call(*inputs))
+
+
+def three_percent_more(call, *inputs):
+    return 1.03 * call(*inputs)
+
+
+PLANTS = [
+    first_quarter_constant, only_the_last_head, only_the_last_batch_element, head_0_for_all, lost_gradient, three_percent_more
+]
+
+
+def measure_planted(monkeypatch, case, provider, plant=None):
+    """The row of a provider whose calls go through plant(call, *inputs)."""
+    of_case = type(case).provider
 
     def planted(case, name, inputs):
         right = of_case(case, name, inputs)
-        return right._replace(run=functools.partial(plant, right.run))
+        return right._replace(run=functools.partial(plant, right.run)) if plant else right
 
-    monkeypatch.setattr(krause.Case, "provider", planted)
-    row = suite.measure(case, provider, CPU, {}, CEILINGS)
-    assert row["status"] == "wrong" and row["forward"] is row["backward"] is None
+    monkeypatch.setattr(type(case), "provider", planted)
+    return suite.measure(case, provider, CPU, PROBLEMS.setdefault(case, {}), CEILINGS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("provider", ["nearfar", pytest.param("eager", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "case, plants",
+    [(PLANTED, [None, *PLANTS]), (ONE_KEY_HEAD, [None, first_quarter_constant, lost_gradient, three_percent_more])],
+    ids=["four key heads", "one key head"],
+)
+def test_planted_errors_are_seen(monkeypatch, few_pairs, case, plants, dtype, provider):
+    for plant in plants:
+        with monkeypatch.context() as patch:
+            row = measure_planted(patch, replace(case, dtype=dtype), provider, plant)
+        assert row["status"] == ("wrong" if plant else "ok"), (plant, row["note"])
+        assert bool(row["forward"]) == bool(row["backward"]) == (plant is None)
+
+
+@pytest.mark.parametrize("case", [STATISTICS, GEOMETRY], ids=["statistics", "geometry"])
+def test_planted_errors_of_diagnostics_are_seen(monkeypatch, few_pairs, case):
+    for plant in (None, first_quarter_constant, only_the_last_head, three_percent_more):
+        with monkeypatch.context() as patch:
+            row = measure_planted(patch, replace(case, length=256), "nearfar", plant)
+        assert row["status"] == ("wrong" if plant else "ok"), (plant, row["note"])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 32])
+@pytest.mark.parametrize("right", [0, 7])
+def test_every_case_compares_four_kinds_of_rows(kv_heads, right):
+    case = replace(CASE, heads=kv_heads, kv_heads=kv_heads, length=4096, right=right)
+    rounds = check.rounds_of_blocks(Rbf(31, right), case, pairs=2**16)
+    begins = [block.rows.start for blocks in rounds for block in blocks]
+    rows = rounds[0][0].counted
+    assert 0 in begins and 4096 - rows in begins
+    assert any((begin + rows // 2) % check.TILE == 0 for begin in begins) and len(set(begins)) >= 4
+    for blocks in rounds:  # which add up in no gradient
+        assert len({(block.batch, block.kv_head) for block in blocks}) == len(blocks)
 
 
 def one_rounding_off(o):
@@ -326,7 +390,7 @@ def test_flex_agrees_with_the_oracle(formula):
     inputs = case.inputs(CPU, formula)
     expected = check.expect(formula, case, inputs)
     run = krause_baselines.flex(formula, CASE.length, CPU, compiled=lambda function: function)
-    assert check.check(expected, {"o": run(*inputs).detach()}, ours=False).passed
+    assert check.check(expected, [{"o": run(*inputs).detach()}], ours=False).passed
 
 
 @pytest.mark.parametrize("top_k", [None, 12])
@@ -387,7 +451,7 @@ def test_times_over_a_baseline_have_goals():
     times = ((case, "nearfar", 6.0), (case, "sdpa", 3.0), (longer, "nearfar", 8.0), (longer, "sdpa", 2.0))
     rows = [suite.new_row(c, name) | {"forward": {"ms": ms}} for c, name, ms in times]
     measures = suite.relative(rows)
-    assert [(m["value"], report.met(m)) for m in measures] == [(2.0, True), (4.0, False)]
+    assert [(m["value"], text.met(m)) for m in measures] == [(2.0, True), (4.0, False)]
     assert measures[0]["what"] == "forward of nearfar over sdpa, geometry, top_n 4, causal"
     rows[1]["forward"] = None
     assert [m["value"] for m in suite.relative(rows)] == [None, 4.0]
@@ -439,7 +503,7 @@ def test_flash_attention_4_is_called_in_its_layout_or_missed(monkeypatch):
     case = replace(AFFINE, kv_heads=4)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
     row = suite.measure(case, "fa4", CPU, {}, CEILINGS)
-    assert row["status"] == "unavailable" and "flash_attn.cute" in row["note"]
+    assert row["status"] == "missing" and "flash_attn.cute" in row["note"]
 
     def attention(q, k, v, causal):
         assert all(t.is_contiguous() for t in (q, k, v)), "it would copy"
@@ -497,7 +561,7 @@ def test_a_failing_baseline_says_why_and_a_failing_nearfar_fails_the_run(monkeyp
         return Provider(name, run)
 
     monkeypatch.setattr(krause.Case, "provider", broken)
-    rows = suite.run([replace(CASE, providers=("sdpa", "nearfar"))], CPU, CEILINGS, lambda text: None)
+    rows = list(suite.rows([replace(CASE, providers=("sdpa", "nearfar"))], CPU, CEILINGS, lambda text: None))
     assert [row["status"] for row in rows] == ["unavailable", "failed"]
     assert rows[0]["note"] == "RuntimeError: no such kernel"
     assert suite.sound(rows[:1]) and not suite.sound(rows)
@@ -510,7 +574,7 @@ def test_scaling_measures():
 
     measures = suite.scaling([row(8, 5.0, 140), row(4, 2.0, 70), row(2, 0.5, 70)])
     assert [(m["value"], m["goal"]) for m in measures] == [(2.5, 2.1), (1.4, 1.5)]
-    assert [report.met(m) for m in measures] == [False, True]
+    assert [text.met(m) for m in measures] == [False, True]
     assert measures[0]["what"] == "time at N=8 over N=4"
     measures = suite.scaling([row(4, 1.0, None, "full"), row(4, 2.0, None, "causal"), row(8, 2.0, None, "full")])
     assert [(m["what"], m["value"]) for m in measures] == [("time at N=8 over N=4, full", 2.0)]
@@ -537,7 +601,7 @@ def test_crossover_of_straight_lines_is_exact():
     assert [c.ms for c in found] == pytest.approx([3, 4 * 12 / 9])
     measures = crossover.measures([*ours, *theirs])
     assert measures[0]["what"] == "faster from this length: nearfar, over sdpa-flash, forward"
-    assert report.measured(measures[0]) == "300 tokens"
+    assert text.measured(measures[0]) == "300 tokens"
 
 
 def test_lines_of_several_widths_cross_at_their_own():
@@ -553,11 +617,11 @@ def test_lines_of_several_widths_cross_at_their_own():
 
 
 def test_a_sweep_at_fixed_tokens_keeps_them():
-    cases = [case for case in affine.gpu_suite() if case.name == "affine-length"]
+    cases = [case for case in bench_cases.suite(GPU)["affine"] if case.name == "affine-length"]
     assert {(case.width, case.batch * case.length) for case in cases if case.length <= 16384} == {(64, 16384), (128, 16384)}
     assert {case.length for case in cases} == {4**i for i in range(5, 9)}
     rows = [suite.new_row(case, "nearfar") for case in cases]
-    assert list(report.series(rows)) == ["nearfar, H16 D128 bfloat16", "nearfar, H32 D64 bfloat16"]
+    assert list(plots.series(rows)) == ["nearfar, H16 D128 bfloat16", "nearfar, H32 D64 bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -591,55 +655,280 @@ def test_times_of_a_gpu_leave_the_host_out():
     assert median_time(slow, x.device).ms < 0.5
 
 
+SHAPES = ["run", "krause", "--shapes", "1,2,64,16", "1,2,128,16", "--window", "15,0", "--top-k", "8"]
+
+
+def rows_in(path):
+    return [row for record in runs.load(path) for row in record["rows"]]
+
+
 def test_command_line_on_a_tiny_case(out, capsys):
-    shapes = ["--shapes", "1,2,64,16", "1,2,128,16", "--window", "15,0", "--top-k", "8"]
-    assert bench.main(["krause", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
+    assert bench.main([*SHAPES, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
     ours = "nearfar triton" if torch.cuda.is_available() else "nearfar reference"
-    record = json.loads((out / "krause-custom.json").read_text())
+    (path,) = out.glob("*.json")
+    (record,) = runs.load(path)
     assert record["room"] == "krause" and record["environment"]["torch"] == torch.__version__
-    assert [row["label"] for row in record["rows"]] == 2 * [ours, "sdpa causal", "eager"]
-    assert all(row["status"] == "ok" and row["backward"]["ms"] > 0 for row in record["rows"])
-    assert (out / "krause-length.png").read_bytes().startswith(b"\x89PNG")
+    assert record["schema"] == runs.SCHEMA and set(environment.PACKAGES) < set(record["environment"]["packages"])
+    rows = record["rows"]
+    assert [row["label"] for row in rows] == 2 * [ours, "sdpa causal", "eager"]
+    assert all(row["status"] == "ok" and row["backward"]["ms"] > 0 for row in rows)
+    assert all(row["peak_bytes"] > row["forward"]["bytes"] for row in rows)
+    assert path.with_name(f"{path.stem}-krause-length.png").read_bytes().startswith(b"\x89PNG")
+    table = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert [float(line["forward_ms"]) for line in table] == [row["forward"]["ms"] for row in rows]
     assert ours in capsys.readouterr().out
+    refused = list(reasons(runs.read(path), set()))
+    assert "CPU" in refused[0] or torch.cuda.is_available()
+    assert any("krause-custom" in reason for reason in refused)
+
+
+def assert_page_shows(path, page, rows):
+    """The report of a run names every row and loads nothing."""
+    assert bench.main(["report", str(path), "-o", str(page)]) == 0
+    own = page.read_text().replace(importlib.import_module("plotly.offline").get_plotlyjs(), "")
+    assert not re.findall(r"(?:src|href)=.?https?:|@import|url\(", own)
+    assert own.count("<tr class=") == len(rows) and all(text.both(row, "ms", 3) in own for row in rows)
+    assert own.count('class="plotly-graph-div"') == own.count('<section class="figure">') == 4
+
+
+def test_a_stopped_run_keeps_its_rows_and_goes_on(out, monkeypatch, capsys):
+    path, measure = out / "run.json", suite.measure
+
+    def stopped(case, name, *rest):
+        if case.length == 128:
+            raise KeyboardInterrupt
+        return measure(case, name, *rest)
+
+    command = [*SHAPES, "--providers", "nearfar", "--out", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "measure", stopped)
+        assert bench.main(command) == bench.INTERRUPTED
+    first = rows_in(path)
+    assert [row["case"]["length"] for row in first] == [64] and runs.read(path)["finished"] is False
+    assert any("stopped" in reason for reason in reasons(runs.read(path), set()))
+    assert bench.main([*command, "--resume"]) == 0
+    assert rows_in(path)[0] == first[0] and [row["case"]["length"] for row in rows_in(path)] == [64, 128]
+    capsys.readouterr()
+    assert bench.main(command) == 2 and "exists" in capsys.readouterr().err  # it overwrites nothing
 
 
 def test_command_line_of_linear_attention(out):
     shapes = ["--shapes", "1,2,64,16", "--factors", "8,16", "--causal", "--feature-map", "relu", "--no-normalize"]
-    assert bench.main(["linear", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
-    record = json.loads((out / "linear-custom.json").read_text())
+    path = out / "linear.json"
+    assert bench.main(["run", "--out", str(path), "linear", *shapes, "--backward", "--providers", "nearfar,sdpa,eager"]) == 0
     ours = "nearfar triton" if torch.cuda.is_available() else "nearfar reference"
-    assert [row["label"] for row in record["rows"]] == [ours, "sdpa softmax", "eager"]
-    assert {row["variant"] for row in record["rows"]} == {"factors 8x16, causal, relu, not normalised"}
+    assert [row["label"] for row in rows_in(path)] == [ours, "sdpa softmax", "eager"]
+    assert {row["variant"] for row in rows_in(path)} == {"factors 8x16, causal, relu, not normalised"}
 
 
 def test_a_wrong_provider_is_not_timed_and_fails_the_run(out, wrong_nearfar):
-    assert bench.main(["krause", "--shapes", "1,2,64,16", "--providers", "nearfar,eager"]) == 1
-    wrong, right = json.loads((out / "krause-custom.json").read_text())["rows"]
+    path = out / "run.json"
+    assert bench.main(["run", "--out", str(path), "krause", "--shapes", "1,2,64,16", "--providers", "nearfar,eager"]) == 1
+    wrong, right = rows_in(path)
     assert wrong["status"] == "wrong" and wrong["forward"] is None and "o is off by" in wrong["note"]
     assert right["status"] == "ok"
+    assert any("nearfar reference is wrong" in reason for reason in reasons(runs.read(path), set()))
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cases", "nonsense"], ["krause", "--shapes", "1,2,3"], ["krause"], ["krause", "--record"]]
+    "arguments, says",
+    [
+        (["run", "--cases", "nonsense"], "there are krause-length"),
+        (["run", "--tag", "nonsense"], "there are lm, vision"),
+        (["run", "--only", "nonsense"], "there are nearfar, cuda"),
+        (["list", "--device", "tpu"], "cuda"),
+        (["run", "krause", "--shapes", "1,2,3"], "as in 1,32,16384,64"),
+        (["run", "krause", "--shapes", "1,2,0,16"], "as in 1,32,16384,64"),
+        (["run", "krause", "--shapes", "1,3,64,16", "--kv-heads", "2"], "no multiple of 2 key heads"),
+        (["run", "krause", "--shapes", "1,2,64,16", "--top-k", "0"], "top_k"),
+        (["run", "krause"], "--shapes"),
+        (["run", "--out", "/dev/null/run.json"], "name another file"),
+        (["run", "--resume"], "leave --resume out"),
+        (["compare", "nowhere", "nowhere", "--fail-above", "much"], "as in 5%"),
+        (["report", "nowhere.json"], "there is no nowhere.json"),
+        (["profile", "nonsense"], "there are krause-length"),
+        (["profile", "krause-length", "--provider", "nonsense"], "there are nearfar, cuda"),
+        ([], "COMMAND"),
+    ],
 )
-def test_bad_arguments_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(arguments)
-    assert "error:" in capsys.readouterr().err
+def test_bad_arguments_are_refused_before_anything_is_measured(out, monkeypatch, arguments, says, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "ceilings", None)
+    try:
+        status = bench.main(arguments)
+    except SystemExit as refused:
+        status = refused.code
+    error = capsys.readouterr().err
+    assert status == 2 and says in error and "Traceback" not in error
+
+
+def test_levels_and_tags_choose_cases():
+    quick, default, full = ({case for cases in running.select(GPU, level).values() for case in cases}
+                            for level in (running.QUICK, running.DEFAULT, running.FULL))
+    assert quick < default < full and {case.name for case in full - default} >= {"krause-million", "linear-million"}
+    vision = running.select(GPU, running.FULL, tags=("vision", "video"))
+    assert all({"vision", "video"} & set(case.tags) for cases in vision.values() for case in cases)
+    sdpa = running.select(GPU, providers=("sdpa-cudnn",))
+    assert all(case.providers == ("sdpa-cudnn",) for cases in sdpa.values() for case in cases)
+    assert running.estimate(list(quick), CEILINGS, GPU) < running.estimate(list(full), CEILINGS, GPU)
+
+
+def test_a_case_of_the_table_varies_what_it_lists():
+    entry = {"name": "x", "shape": [1, 4, 8, 16], "kv_heads": 2, "providers": ["nearfar"], "device": "cpu",
+             "vary": {"length": [8, 16], "batch": [2, 1]}}
+    cases = bench_cases.from_entry("krause", entry)
+    assert [(case.batch, case.length) for case in cases] == [(2, 8), (1, 16)]
+    assert {(case.heads, case.kv_heads, case.width, case.dtype, case.providers) for case in cases} == {
+        (4, 2, 16, "float32", ("nearfar",))
+    }
+
+
+TINY_TABLE = """
+[[krause]]
+name = "near-length"
+device = "cpu"
+source = "a paper"
+tags = ["vision", "quick"]
+shape = [1, 2, 32, 16]
+vary = { length = [32, 64] }
+providers = ["nearfar", "eager", "sdpa"]
+plotted = true
+
+[[linear]]
+name = "far"
+device = "cpu"
+source = "a model"
+tags = ["lm", "long"]
+shape = [1, 2, 32, 16]
+factors = [16]
+causal = true
+providers = ["nearfar", "sdpa"]
+"""
+
+
+def test_the_suite_of_a_table_runs_reports_and_compares(out, monkeypatch, capsys):
+    page = pytest.importorskip("bench.page", reason="plotly draws the report, and a machine that measures may lack it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench_cases, "TABLE", out / "cases.toml")
+    bench_cases.TABLE.write_text(TINY_TABLE)
+    path = out / "run.json"
+    assert bench.main(["run", "--quick", "--only", "nearfar,eager,sdpa", "--out", str(path)]) == 0
+    (near,) = runs.load(path)
+    assert [row["case"]["length"] for row in near["rows"]] == [32, 32, 32, 64, 64, 64]
+    assert any(m["what"].startswith("faster from this length") for m in near["measures"])
+    assert bench.main(["run", "--full", "--resume", "--out", str(path)]) == 0
+    kept, far = runs.load(path)
+    assert kept["rows"] == near["rows"] and [row["provider"] for row in far["rows"]] == ["nearfar", "sdpa"]
+    assert_page_shows(path, out / "page.html", rows_in(path))
+    rows = [page.table_row(record, row) for record in (kept, far) for row in record["rows"]]
+    ours = [row for row in rows if row["ours"]]
+    assert [row["source"] for row in ours] == ["a paper", "a paper", "a model"]
+    times = [sum(row[d]["ms"] for d in text.DIRECTIONS) for row in near["rows"][:3]]
+    assert ours[0]["alike"] == (pytest.approx(times[0] / times[1]), "eager")  # SDPA computes something else
+    assert ours[0]["sdpa"] == (pytest.approx(times[0] / times[2]), "sdpa causal") and ours[2]["alike"] is None
+    found = page.summary(ours, "alike", "")
+    assert len(found["lost"]) + found["even"] + len(found["won"]) == 2 and found["alone"] == 1
+    assert bench.main(["compare", str(path), str(path), "--fail-above", "0"]) == 0
+    capsys.readouterr()
+    assert bench.main(["list", "--tag", "lm"]) == 0
+    listed = capsys.readouterr().out
+    assert "a model" in listed and "near-length" not in listed
+
+
+def finished_run(path, ms, **changed):
+    """A run of a GPU with one row of nearfar's and one of a competitor's."""
+    timed = {"ms": ms, "bytes": 1, "floor_ms": 0.1, "percent_of_floor": 10.0}
+    rows = [suite.new_row(CASE, name) | {"forward": timed} for name in ("nearfar", "sdpa")]
+    rows[0] |= changed
+    environment = {"short_name": "h200", "device": "NVIDIA H200", "driver": "1", "cuda": "13", "torch": "2", "triton": "3"}
+    records = [{"name": "krause-test", "room": "krause", "rows": rows, "measures": []}]
+    head = {"schema": runs.SCHEMA, "environment": environment, "ceilings": CEILINGS, "finished": True}
+    path.write_text(json.dumps({**head, "records": records}))
+    return path
+
+
+def test_compare_fails_above_the_limit(tmp_path, capsys):
+    old, slower = finished_run(tmp_path / "old.json", 1.0), finished_run(tmp_path / "slower.json", 1.2)
+    broken = finished_run(tmp_path / "broken.json", 1.0, forward=None, status="wrong")
+    assert bench.main(["compare", str(old), str(slower)]) == 0 and "1.200" in capsys.readouterr().out
+    assert bench.main(["compare", str(old), str(slower), "--fail-above", "25%"]) == 0
+    assert bench.main(["compare", str(old), str(slower), "--fail-above", "5%"]) == 1
+    assert bench.main(["compare", str(slower), str(old), "--fail-above", "5"]) == 0
+    capsys.readouterr()
+    assert bench.main(["compare", str(old), str(broken), "--fail-above", "5%"]) == 1
+    assert "has no time any more" in capsys.readouterr().out
+
+
+def test_record_keeps_a_sound_run_and_refuses_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    run = finished_run(tmp_path / "run.json", 1.0)
+    assert bench.main(["record", str(run)]) == 0
+    assert rows_in(tmp_path / "results/h200/krause-test.json") == rows_in(run)
+    wrong = finished_run(tmp_path / "wrong.json", 1.0, status="wrong", note="o is off by 1", forward=None)
+    assert bench.main(["record", str(wrong)]) == 2 and "is wrong: o is off by 1" in capsys.readouterr().err
+    missing = finished_run(tmp_path / "missing.json", 1.0, status="missing", provider="fa4", ours=False, forward=None)
+    assert bench.main(["record", str(missing)]) == 2 and "--without fa4" in capsys.readouterr().err
+    assert bench.main(["record", str(missing), "--without", "fa4"]) == 0
+
+
+def test_a_fingerprint_covers_an_operators_sources_alone():
+    names = {room: {str(path.relative_to(fingerprint.ROOT)) for path in fingerprint.sources(room)} for room in rooms()}
+    krause = {"python/nearfar/ops/krause.py", "python/nearfar/kernels/krause.py", "triton_kernels/krause.py",
+              "triton_kernels/pairwise.py", "triton_kernels/selection.py", "csrc/krause/forward.cu", "csrc/common/mma.cuh",
+              "bench/cases/krause.py", "bench/formulas/krause.py"}
+    assert krause <= names["krause"] and not any("linear" in name or "affine" in name for name in names["krause"])
+    assert {"csrc/hadamard/bidirectional_read.cu", "triton_kernels/linear_walk.py"} <= names["linear"]
+    assert len({fingerprint.of(room) for room in names}) == len(names)
+
+
+def test_check_finds_stale_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "main", lambda arguments: 0)
+    case = bench_cases.suite(GPU)["krause"][0]
+    head = {"name": case.name, "room": "krause", "rows": [suite.new_row(case, "nearfar")], "measures": []}
+    record = {**head, "fingerprint": fingerprint.of("krause")}
+    runs.write_record(tmp_path / "h100", head)
+    runs.write_record(tmp_path / "h200", record)
+    assert bench.main(["check"]) == 0 and "1 current, 0 stale, 1 unknown" in capsys.readouterr().out
+    runs.write_record(tmp_path / "h200", record | {"fingerprint": "another"})
+    assert bench.main(["check"]) == 1 and "sources of krause have changed" in capsys.readouterr().out
+    changed = suite.new_row(replace(case, sigma=9.0), "nearfar")
+    runs.write_record(tmp_path / "h200", record | {"rows": [changed]})
+    assert bench.main(["check"]) == 1 and "other cases of that name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, says", [("[1", "not a file of results"), ("{}", "neither"), ('{"rows": [], "schema": 99}', "schema 99")]
+)
+def test_files_that_are_no_results_are_refused(tmp_path, content, says):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=says):
+        runs.load(path)
+
+
+def test_a_profile_lists_what_ran():
+    label, table = trace.kernels(replace(CASE, providers=("eager",)), "eager", CPU, calls=1)
+    assert label == "eager" and "aten::bmm" in table
+
+
+def test_windowed_softmax_agrees_with_the_oracle():
+    row = suite.measure(replace(AFFINE, affine=False, left=31), "nearfar", CPU, {}, CEILINGS)
+    assert row["status"] == "ok" and row["title"].endswith("causal, window 32"), row["note"]
 
 
 def test_documents_are_refreshed_from_recorded_results(tmp_path, capsys):
     aimed = replace(CASE, goal_ms=(1.0, 2.0))
     rows = [suite.measure(case, name, CPU, {}, CEILINGS) for case in (CASE, aimed) for name in ("nearfar", "sdpa")]
-    environment = dict(device="GPU", torch="2", triton="3", cuda="13", nearfar="0", date="2026-01-01T00:00")
+    env = dict(device="GPU", torch="2", triton="3", cuda="13", nearfar="0", date="2026-01-01T00:00")
     measures = [
         {"what": "first call", "value": 3.2, "unit": "s", "goal": 5.0, "note": None},
         {"what": "crossover", "value": None, "unit": "tokens", "goal": None, "note": "faster at every length"},
     ]
-    head = dict(name="krause-test", room="krause", environment=environment, ceilings=CEILINGS)
+    head = dict(name="krause-test", room="krause", environment=env, ceilings=CEILINGS)
     results = tmp_path / "results"
-    report.write_json(results / "h100", {**head, "rows": rows, "measures": measures})
-    report.write_json(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
+    runs.write_record(results / "h100", {**head, "rows": rows, "measures": measures})
+    runs.write_record(results / "h100", {**head, "name": "other", "room": "linear", "rows": [], "measures": []})
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n<!-- bench:krause -->\nold\n<!-- /bench:krause -->\n"
                       "<!-- bench:overview -->\n<!-- /bench:overview -->\nThe end.\n")
