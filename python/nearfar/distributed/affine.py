@@ -54,7 +54,8 @@ def affine_attention(
         ValueError: shapes, devices or values do not fit on some rank, ranks disagree, or the backend cannot serve the call.
     """
     return _attend(
-        "affine_attention", q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend, group, lengths,
+        "affine_attention", q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend, group,
+        lengths,
     )
 
 
@@ -90,7 +91,8 @@ def softmax_attention(
         TypeError, ValueError: as `nearfar.distributed.affine_attention`.
     """
     return _attend(
-        "softmax_attention", q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend, group, lengths,
+        "softmax_attention", q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend, group,
+        lengths,
     )
 
 
