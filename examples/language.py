@@ -1,0 +1,83 @@
+"""Byte-level language models on the source text of Python's standard library, alike but for their attention.
+
+Eleven of them: softmax, with a sink, with an output gate, affine (arXiv 2602.23057) without and with a gate, halved softmax,
+Krause in a window and beside softmax (2602.11534), linear and Hadamard (2602.12128), synchronization (2602.14445). Measured:
+bits per byte of files that were held out, variance, variation and spikes of the gradient norm, the first token's mass and the
+entropy of the weights by layer, tokens a second. Models of one seed start from the same values and read the same bytes.
+
+    python examples/language.py
+    python examples/language.py --gpu
+    python examples/language.py --gpu --models softmax affine --resume
+
+Needs `pip install '.[examples]'`. The small size takes some minutes on one CPU core; with --gpu, 19 million parameters read 600
+batches of 8 x 2,048 bytes. The record grows with every run that is finished; --resume continues it. Files go to examples/out/.
+"""
+
+import json
+
+import records
+import torch
+from bytelm import data, report
+from bytelm.model import ATTENTIONS
+from bytelm.train import CPU, GPU, train
+from rich.console import Console
+
+
+def plan_as_dict(plan):
+    return plan._asdict() | {"size": plan.size._asdict()}
+
+
+def opened(path, settings, device, resume):
+    """The record to add runs to: a new one, or with --resume that of the path, which must have the same settings."""
+    if not (resume and path.exists()):
+        return {"environment": records.environment(device), "settings": settings, "runs": []}
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        raise SystemExit(f"{path} has other settings or another text: leave --resume out, or give another --out")
+    return record
+
+
+def measure(record, path, attentions, text, plan, seeds, device, progress):
+    """Add the runs that the record lacks, seed after seed, so that a record that was cut off compares all models."""
+    done = {(run["model"], run["seed"]) for run in record["runs"]}
+    missing = [(name, seed) for seed in range(seeds) for name in attentions if (name, seed) not in done]
+    task = progress.add_task("", total=len(missing) * plan.steps, note="")
+    for name, seed in missing:
+        progress.update(task, description=f"{name}, seed {seed}")
+
+        def advance(loss):
+            progress.update(task, advance=1, **({} if loss is None else {"note": f"{loss:.3f}"}))
+
+        record["runs"].append({"model": name, **train(attentions[name], text, plan, seed, device, advance)})
+        records.save(record, path)
+
+
+def main(arguments=None):
+    parser = records.parser(__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="which (default: all)")
+    parser.add_argument("--steps", type=records.at_least(6), help="of each model (default: 100, with --gpu 600)")
+    parser.add_argument("--text", help="folder of *.py files to read (default: the standard library)")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the record in --out has")
+    options = parser.parse_args(arguments)
+    device, console = records.device_of(options), Console()
+    plan = GPU if options.gpu else CPU
+    if options.steps:
+        plan = plan._replace(**{name: min(getattr(plan, name), options.steps // 3) for name in ("warmup", "decay")})
+        plan = plan._replace(steps=options.steps)
+    text = data.load(options.text, least=plan.size.context + 1)
+    console.print(f"{text.files} files, {len(text.train):,} bytes to train on, {len(text.held_out):,} held out")
+
+    torch.set_float32_matmul_precision("high")
+    path = options.out / "language.json"
+    record = opened(path, {"plan": plan_as_dict(plan), "text": text.describe()}, device, options.resume)
+    attentions = {name: ATTENTIONS[name] for name in options.models}
+    with records.progress(console, " bits/byte") as progress:
+        measure(record, path, attentions, text, plan, options.seeds, device, progress)
+    console.print(report.tabulate_training(record), report.tabulate_weights(record), sep="\n")
+    report.plot(record, options.out / "language.png")
+    console.print(f"Plot and record: {options.out}/language.png, {path}")
+    return record
+
+
+if __name__ == "__main__":
+    main()
