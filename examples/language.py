@@ -16,15 +16,31 @@ batches of 8 x 2,048 bytes. The record grows with every run that is finished; --
 import json
 
 import records
-import torch
 from bytelm import data, report
 from bytelm.model import ATTENTIONS
 from bytelm.train import CPU, GPU, train
 from rich.console import Console
 
 
-def plan_as_dict(plan):
-    return plan._asdict() | {"size": plan.size._asdict()}
+def parser_of(doc):
+    parser = records.parser(doc.splitlines()[0])
+    parser.add_argument("--steps", type=records.at_least(6), help="of each model (default: 100, with --gpu 600)")
+    parser.add_argument("--text", help="folder of *.py files to read (default: the standard library)")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the record in --out has")
+    return parser
+
+
+def plan_of(options):
+    plan = GPU if options.gpu else CPU
+    if not options.steps:
+        return plan
+    shorter = {name: min(getattr(plan, name), options.steps // 3) for name in ("warmup", "decay")}
+    return plan._replace(steps=options.steps, **shorter)
+
+
+def settings_of(plan, text):
+    """What the runs of one record have in common."""
+    return {"plan": plan._asdict() | {"size": plan.size._asdict()}, "text": text.describe()}
 
 
 def opened(path, settings, device, resume):
@@ -53,23 +69,15 @@ def measure(record, path, attentions, text, plan, seeds, device, progress):
 
 
 def main(arguments=None):
-    parser = records.parser(__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="which (default: all)")
-    parser.add_argument("--steps", type=records.at_least(6), help="of each model (default: 100, with --gpu 600)")
-    parser.add_argument("--text", help="folder of *.py files to read (default: the standard library)")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that the record in --out has")
     options = parser.parse_args(arguments)
     device, console = records.device_of(options), Console()
-    plan = GPU if options.gpu else CPU
-    if options.steps:
-        plan = plan._replace(**{name: min(getattr(plan, name), options.steps // 3) for name in ("warmup", "decay")})
-        plan = plan._replace(steps=options.steps)
+    plan = plan_of(options)
     text = data.load(options.text, least=plan.size.context + 1)
     console.print(f"{text.files} files, {len(text.train):,} bytes to train on, {len(text.held_out):,} held out")
-
-    torch.set_float32_matmul_precision("high")
     path = options.out / "language.json"
-    record = opened(path, {"plan": plan_as_dict(plan), "text": text.describe()}, device, options.resume)
+    record = opened(path, settings_of(plan, text), device, options.resume)
     attentions = {name: ATTENTIONS[name] for name in options.models}
     with records.progress(console, " bits/byte") as progress:
         measure(record, path, attentions, text, plan, options.seeds, device, progress)

@@ -8,15 +8,23 @@ from rich import box
 from rich.console import Console
 
 
-def write_table(page, name, table):
-    """Write a rich table, its title and its caption as Markdown between <!-- name --> and <!-- /name --> of a page."""
+def markdown(table):
+    """A rich table, its title and its caption as Markdown."""
     plain, text = copy.copy(table), io.StringIO()
     plain.title, plain.caption, plain.box = None, None, box.MARKDOWN
-    Console(file=text, width=300).print(plain)
+    Console(file=text, width=2000).print(plain)  # wider than any row: a wrapped cell would be two rows
     rows = "\n".join(filter(None, map(str.strip, text.getvalue().splitlines())))
-    block = "\n\n".join(filter(None, (table.title, rows, table.caption)))
-    old = page.read_text()
-    new, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{block}\n{m[2]}", old, flags=re.DOTALL)
+    return "\n\n".join(filter(None, (table.title, rows, table.caption)))
+
+
+def with_block(text, name, block, page):
+    """The text of a page with a block between <!-- name --> and <!-- /name -->."""
+    new, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
     if found != 1:
         raise ValueError(f"{page} must have the lines <!-- {name} --> and <!-- /{name} --> once")
-    page.write_text(new)
+    return new
+
+
+def write_table(page, name, table):
+    """Write a rich table between the markers of its name in a page."""
+    page.write_text(with_block(page.read_text(), name, markdown(table), page))

@@ -16,10 +16,11 @@ import nearfar as nf
 RESULTS = Path(__file__).parent / "results"  # committed records, a folder a device; claims.py reads them
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """With the options that these scripts share."""
+def parser(description: str, gpu: bool = True) -> argparse.ArgumentParser:
+    """With the options that these scripts share. gpu: whether there is a size for a GPU."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--gpu", action="store_true", help="the size at which differences show, on a GPU (default: a small one)")
+    if gpu:
+        made.add_argument("--gpu", action="store_true", help="the size at which differences show, on a GPU")
     made.add_argument("--seeds", type=at_least(1), default=3, help="how many seeds, from 0 (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plot and the JSON")
     return made

@@ -139,7 +139,7 @@ class Hadamard(Attention):
 
 
 class Synchronization(Attention):
-    """arXiv 2602.14445: queries are frequencies, keys phases. scale: of the frequencies, 1 in the paper; None for 0.5 D^-1/2."""
+    """arXiv 2602.14445: queries are frequencies, keys phases. scale: of frequencies, 1 in the paper; None for 0.5 D^-1/2."""
 
     def __init__(self, dim: int, heads: int, scale: float | None = None):
         super().__init__(dim, heads)

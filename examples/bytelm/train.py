@@ -84,7 +84,7 @@ def train(attention, text: data.Text, plan: Plan, seed: int, device: torch.devic
 
 @torch.no_grad()
 def watch(model, tokens) -> dict[str, list[float]]:
-    """By layer: the first token's share of the weights, their entropy in nats and, of synchronization, the share of locked pairs.
+    """By layer: the first token's share of the weights, their entropy in nats; of synchronization, the share of locked pairs.
 
     The query of the first token, which sees only itself, does not count. Entropy is that of |w| / sum |w|: weights of affine
     attention can be negative.

@@ -1,5 +1,6 @@
 """Results from papers on attention, as small experiments in plain PyTorch, one file per paper."""
 
+from nearfar.theory.clusters import KrauseParticles, count_clusters, krause_particles
 from nearfar.theory.malleability import (
     InfluenceMalleability,
     influence_malleability,
@@ -18,10 +19,13 @@ from nearfar.theory.polarization import (
 
 __all__ = [
     "InfluenceMalleability",
+    "KrauseParticles",
     "ValueSoftmax",
     "ValueSoftmaxFlow",
+    "count_clusters",
     "draw_value_softmax",
     "influence_malleability",
+    "krause_particles",
     "leave_one_out_influence",
     "log_spaced",
     "neural_tangent_kernel",
