@@ -1,8 +1,8 @@
 """Clusters or consensus: particles on a circle and on a sphere that attend to one another (arXiv 2602.11534).
 
 Krause attention lets a token see near tokens only, as opinions with bounded confidence do; softmax attention lets it see all.
-With q = k = v = x, `nf.theory.krause_particles` moves particles by either. On the sphere both weigh by distance in the same way,
-so the bound alone makes the difference. How many clusters are left, for bounds from a quarter of the radius to none?
+With q = k = v = x, `nf.theory.krause_particles` moves particles by either. On the sphere both weigh by distance in the same
+way, so the bound alone makes the difference. How many clusters are left, for bounds from a quarter of the radius to none?
 
     python examples/clusters.py
 

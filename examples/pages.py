@@ -19,7 +19,8 @@ def markdown(table):
 
 def with_block(text, name, block, page):
     """The text of a page with a block between <!-- name --> and <!-- /name -->."""
-    new, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+    between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    new, found = between.subn(lambda m: f"{m[1]}{block}\n{m[2]}", text)
     if found != 1:
         raise ValueError(f"{page} must have the lines <!-- {name} --> and <!-- /{name} --> once")
     return new

@@ -69,9 +69,9 @@ def save(record: dict, path: Path) -> None:
     fresh.replace(path)
 
 
-def load(name: str, folder: Path = RESULTS) -> dict | None:
+def load(name: str) -> dict | None:
     """The committed record of a script, that of a GPU before that of a CPU; None if there is none."""
-    found = sorted(folder.glob(f"*/{name}.json"), key=lambda path: path.parent.name == "cpu")
+    found = sorted(RESULTS.glob(f"*/{name}.json"), key=lambda path: path.parent.name == "cpu")
     return json.loads(found[0].read_text()) if found else None
 
 

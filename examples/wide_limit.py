@@ -1,14 +1,14 @@
 """Does a network on linearized attention approach its wide limit (arXiv 2603.13085)? The distance |f_m - f_NTK| by width.
 
-Networks of m random ReLU units learn by gradient descent whether a digit of scikit-learn's is odd: from pixels, from pixels scaled
-to norm 1, and from the scaled rows of X X^T X. f_NTK is what descent for as many steps gives with the kernel of infinitely many
-units, in closed form. The distance is that of predictions for digits held out, divided by the size of f_NTK.
+Networks of m random ReLU units learn by gradient descent whether a digit of scikit-learn's is odd: from pixels, from pixels
+scaled to norm 1, and from the scaled rows of X X^T X. f_NTK is what descent for as many steps gives with the kernel of
+infinitely many units, in closed form. The distance is that of predictions for held-out digits, divided by the size of f_NTK.
 
     python examples/wide_limit.py
     python examples/wide_limit.py --gpu
 
-Needs `pip install '.[examples]'`; the small size takes about a minute on one CPU core. A plot and a record go to examples/out/. The
-paper's definition of f_m was not at hand: network, step size and number of steps are ours.
+Needs `pip install '.[examples]'`; the small size takes about a minute on one CPU core. A plot and a record go to
+examples/out/. The paper's definition of f_m was not at hand: network, step size and number of steps are ours.
 """
 
 import math
@@ -64,7 +64,7 @@ def network_prediction(x, y, x_test, width, steps, rate, generator):
     w = torch.randn(width, x.shape[1], generator=generator, dtype=x.dtype, device=x.device)
     signs = torch.randint(2, (width,), generator=generator, device=x.device) * 2.0 - 1
     out = (signs / math.sqrt(width)).to(x.dtype)
-    before_train, before_test = (points @ w.mT).relu() @ out, (x_test @ w.mT).relu() @ out
+    before_train, before_test = (x @ w.mT).relu() @ out, (x_test @ w.mT).relu() @ out
     for _ in range(steps):
         units = x @ w.mT
         residual = units.relu() @ out - before_train - y

@@ -16,6 +16,11 @@ class KrauseParticles(NamedTuple):
     x: torch.Tensor  # (T, B, N, d)
 
 
+def _distances(x: torch.Tensor) -> torch.Tensor:
+    """(.., N, N), from differences: by products, equal particles would be apart."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def krause_weights(
     x: torch.Tensor, sigma: float, radius: float | None = None, top_k: int | None = None
 ) -> torch.Tensor:
@@ -24,7 +29,7 @@ def krause_weights(
     w_ij is the softmax over j of -|x_i - x_j|^2 / (2 sigma^2). Only the top_k nearest j take part (of equally near ones the
     smaller j), and of these only those within `radius`.
     """
-    distance = torch.linalg.vector_norm(x[..., :, None, :] - x[..., None, :, :], dim=-1)
+    distance = _distances(x)
     scores = -(distance**2) / (2 * sigma**2)
     if top_k is not None:
         nearest = distance.sort(dim=-1, stable=True).indices[..., :top_k]
@@ -105,7 +110,7 @@ def count_clusters(x: torch.Tensor, distance: float) -> torch.Tensor:
     """
     require(x.ndim >= 2, f"x must be (.., N, d), got {tuple(x.shape)}")
     require(distance >= 0, f"distance must not be negative, got {distance}")
-    near = torch.linalg.vector_norm(x[..., :, None, :] - x[..., None, :, :], dim=-1) <= distance
+    near = _distances(x) <= distance
     own = torch.arange(x.shape[-2], device=x.device)
     labels = own.expand(x.shape[:-1])
     while True:  # each particle takes the smallest label in reach, until none changes
