@@ -244,7 +244,7 @@ CLAIMS = (
     Claim(MALLEABILITY, "MNIST, 3 against 8: 41.0% against 8.4%", "malleability.py", malleability("3 or 8", "supported")),
     Claim(MALLEABILITY, "attention stays far from its wide limit", "wide_limit.py --gpu", far_from_the_limit),
     Claim(REGIMES, "heads retrieve, mix or reset, by depth, in pretrained models", "watch_attention.py", not_run),
-)  # fmt: skip
+)
 
 
 def tabulate() -> Table:

@@ -114,7 +114,7 @@ def tabulate_weights(record: dict) -> Table:
 def smoothed(runs: list[dict], key: str, window: int) -> tuple[range, torch.Tensor]:
     """Running means (seeds, steps), and the step at which each ends."""
     values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-    window = min(window, values.shape[1])
+    window = max(1, min(window, values.shape[1] // 5))
     return range(window, values.shape[1] + 1), values.unfold(1, window, 1).mean(2)
 
 
