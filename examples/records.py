@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -52,7 +51,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": os.environ.get("NEARFAR_COMMIT", ""),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

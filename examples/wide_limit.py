@@ -36,7 +36,7 @@ def load_points(setting, seed, device):
     digits = load_digits()
     chosen = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(seed))
     x = torch.as_tensor(digits.data, device=device)[chosen.to(device)] / 16
-    y = 2.0 * torch.as_tensor(digits.target % 2, device=device)[chosen.to(device)] - 1
+    y = 2 * torch.as_tensor(digits.target % 2, device=device)[chosen.to(device)].to(x.dtype) - 1
     points, end = setting["points"], setting["points"] + setting["held_out"]
     return x[:points], y[:points], x[points:end]
 

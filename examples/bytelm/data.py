@@ -60,4 +60,5 @@ def windows(text: torch.Tensor, starts: torch.Tensor, context: int) -> torch.Ten
 
 def spaced(text: torch.Tensor, count: int, context: int) -> torch.Tensor:
     """`count` windows evenly spaced over the text."""
-    return windows(text, torch.linspace(0, len(text) - context - 1, count, device=text.device).long(), context)
+    starts = torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64, device=text.device)
+    return windows(text, starts.long(), context)
