@@ -12,17 +12,13 @@ Needs `pip install '.[examples]'`; the small size takes a few minutes on one CPU
 The set-up is ours: neither the paper's text nor the set-up behind the figures that the table quotes was at hand.
 """
 
-import matplotlib
 import records
 import torch
-from rich.console import Console
+from console import make_console, plt, positive, track
 from rich.table import Table
 from torch import nn
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 WIDTHS = 16, 32, 64  # numbers a token and head of q, and as many of k
 FACTORS = 1, 2
@@ -72,7 +68,7 @@ def relative_error(student, teacher, x):
     return (student(x, v) - target).square().sum() / target.square().sum()
 
 
-def fit(setting, width, factors, seed, device, advance) -> float:
+def fit(setting, width, factors, seed, device, progress, task) -> float:
     """Relative squared error on tokens that no step has seen. Students of a seed have one teacher and see the same tokens."""
     generator = torch.Generator(device).manual_seed(seed)
     teacher = Teacher(setting, generator)
@@ -90,7 +86,7 @@ def fit(setting, width, factors, seed, device, advance) -> float:
         loss.backward()
         optimizer.step()
         schedule.step()
-        advance()
+        progress.advance(task)
     with torch.no_grad():
         return relative_error(student, teacher, tokens(4 * setting["batch"])).item()
 
@@ -119,7 +115,7 @@ def spread3(values) -> str:
     return records.spread(values, 3)
 
 
-def plot(record: dict, path) -> None:
+def draw(record: dict):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for factors, name in zip(FACTORS, ("linear: one factor", "Hadamard: two factors"), strict=True):
         runs = [run for run in record["runs"] if run["factors"] == factors]
@@ -130,31 +126,28 @@ def plot(record: dict, path) -> None:
     axes.set_xticks(WIDTHS, WIDTHS, minor=False)
     axes.minorticks_off()
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments=None):
     parser = records.parser(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=records.at_least(1), help="of each student (default: 300, with --gpu 2,000)")
+    parser.add_argument("--steps", type=positive, help="of each student (default: 300, with --gpu 2,000)")
     options = parser.parse_args(arguments)
-    device, console = records.device_of(options), Console()
+    device, console = records.device_of(options), make_console()
     setting = dict(GPU if options.gpu else CPU)
     setting["steps"] = options.steps or setting["steps"]
     record = {"environment": records.environment(device), "settings": setting, "runs": []}
     path = options.out / "approximate_softmax.json"
     cases = [(seed, width, factors) for seed in range(options.seeds) for width in WIDTHS for factors in FACTORS]
-    with records.progress(console) as progress:
-        task = progress.add_task("", total=len(cases) * setting["steps"], note="")
+    with track(console, "{task.fields[error]}") as progress:
         for seed, width, factors in cases:
-            progress.update(task, description=f"{factors} x {width // factors} numbers, seed {seed}")
-            error = fit(setting, width, factors, seed, device, lambda: progress.advance(task))
-            progress.update(task, note=f"{error:.3f}")
+            task = progress.add_task(f"{factors} x {width // factors} numbers, seed {seed}", total=setting["steps"], error="")
+            error = fit(setting, width, factors, seed, device, progress, task)
+            progress.update(task, error=f"{error:.3f}")
             record["runs"].append({"seed": seed, "width": width, "factors": factors, "error": error})
             records.save(record, path)
     console.print(tabulate(record))
-    plot(record, options.out / "approximate_softmax.png")
-    console.print(f"Plot and record: {options.out}/approximate_softmax.png, {path}")
+    console.print(records.finish(record, draw(record), options.out, "approximate_softmax"), soft_wrap=True)
     return record
 
 

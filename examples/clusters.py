@@ -10,17 +10,13 @@ Needs `pip install '.[examples]'`; takes about a minute on one CPU core, and the
 examples/out/.
 """
 
-import matplotlib
 import records
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from console import make_console, plt, positive, track
 from rich.table import Table
 
 import nearfar as nf
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 SURFACES = {"circle": 2, "sphere": 3}
 BOUNDS = 0.25, 0.5, 0.75, 1.0, 1.5, None
@@ -36,11 +32,10 @@ def start(width, count, seeds):
 
 def flows(count, steps, seeds, progress):
     """(surface, bound) -> KrauseParticles of all seeds."""
-    task = progress.add_task("", total=len(SURFACES) * len(BOUNDS), note="")
     found = {}
     for surface, width in SURFACES.items():
+        task = progress.add_task(surface, total=len(BOUNDS))
         for bound in BOUNDS:
-            progress.update(task, description=f"{surface}, {name_of(bound)}")
             found[surface, bound] = nf.theory.krause_particles(
                 start(width, count, seeds), nf.theory.log_spaced(steps, 60), sigma=SIGMA, radius=bound, step_size=STEP_SIZE
             )
@@ -68,7 +63,7 @@ def tabulate(record: dict) -> Table:
     return table
 
 
-def plot(found, record, path) -> None:
+def draw(found, record):
     """Angles on the circle of one seed with and without a bound, and clusters by bound."""
     figure, (bounded, free, counts) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axes, bound in ((bounded, 0.5), (free, None)):
@@ -84,17 +79,16 @@ def plot(found, record, path) -> None:
     counts.set_xticks(range(len(BOUNDS)), ["none" if bound is None else f"{bound:g}" for bound in BOUNDS])
     counts.set(title="clusters left, mean over seeds", xlabel="bound", ylim=(0, None))
     counts.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments=None):
     parser = records.parser(__doc__.splitlines()[0], gpu=False)
-    parser.add_argument("--steps", type=records.at_least(1), default=3000, help="of the flows (default: %(default)s)")
-    parser.add_argument("--particles", type=records.at_least(2), default=64, help="of each flow (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=3000, help="of the flows (default: %(default)s)")
+    parser.add_argument("--particles", type=positive, default=64, help="of each flow (default: %(default)s)")
     options = parser.parse_args(arguments)
-    console = Console()
-    with records.progress(console) as progress:
+    console = make_console()
+    with track(console) as progress:
         found = flows(options.particles, options.steps, options.seeds, progress)
     record = {
         "environment": records.environment(torch.device("cpu")),
@@ -105,9 +99,7 @@ def main(arguments=None):
         ],
     }
     console.print(tabulate(record))
-    records.save(record, options.out / "clusters.json")
-    plot(found, record, options.out / "clusters.png")
-    console.print(f"Plot and record: {options.out}/clusters.png, {options.out}/clusters.json")
+    console.print(records.finish(record, draw(found, record), options.out, "clusters"), soft_wrap=True)
     return record
 
 

@@ -13,18 +13,29 @@ Needs `pip install '.[examples]'`. The small size takes some minutes on one CPU 
 batches of 8 x 2,048 bytes. The record grows with every run that is finished; --resume continues it. Files go to examples/out/.
 """
 
+import argparse
 import json
+import math
 
 import records
 from bytelm import data, report
 from bytelm.model import ATTENTIONS
 from bytelm.train import CPU, GPU, train
-from rich.console import Console
+from console import make_console, positive, track
+
+NOTE = "{task.fields[loss]:.3f} bits/byte"
+
+
+def several(text):
+    """Type of --steps: below 6, no variance after a warm-up could be taken."""
+    if positive(text) < 6:
+        raise argparse.ArgumentTypeError(f"must be at least 6, got {text}")
+    return int(text)
 
 
 def parser_of(doc):
     parser = records.parser(doc.splitlines()[0])
-    parser.add_argument("--steps", type=records.at_least(6), help="of each model (default: 100, with --gpu 600)")
+    parser.add_argument("--steps", type=several, help="of each model (default: 100, with --gpu 600)")
     parser.add_argument("--text", help="folder of *.py files to read (default: the standard library)")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the record in --out has")
     return parser
@@ -57,14 +68,10 @@ def measure(record, path, attentions, text, plan, seeds, device, progress):
     """Add the runs that the record lacks, seed after seed, so that a record that was cut off compares all models."""
     done = {(run["model"], run["seed"]) for run in record["runs"]}
     missing = [(name, seed) for seed in range(seeds) for name in attentions if (name, seed) not in done]
-    task = progress.add_task("", total=len(missing) * plan.steps, note="")
     for name, seed in missing:
-        progress.update(task, description=f"{name}, seed {seed}")
-
-        def advance(loss):
-            progress.update(task, advance=1, **({} if loss is None else {"note": f"{loss:.3f}"}))
-
-        record["runs"].append({"model": name, **train(attentions[name], text, plan, seed, device, advance)})
+        task = progress.add_task(f"{name}, seed {seed}", total=plan.steps, loss=math.nan)
+        run = train(attentions[name], text, plan, seed, device, progress, task)
+        record["runs"].append({"model": name, **run})
         records.save(record, path)
 
 
@@ -72,18 +79,17 @@ def main(arguments=None):
     parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="which (default: all)")
     options = parser.parse_args(arguments)
-    device, console = records.device_of(options), Console()
+    device, console = records.device_of(options), make_console()
     plan = plan_of(options)
     text = data.load(options.text, least=plan.size.context + 1)
     console.print(f"{text.files} files, {len(text.train):,} bytes to train on, {len(text.held_out):,} held out")
     path = options.out / "language.json"
     record = opened(path, settings_of(plan, text), device, options.resume)
     attentions = {name: ATTENTIONS[name] for name in options.models}
-    with records.progress(console, " bits/byte") as progress:
+    with track(console, NOTE) as progress:
         measure(record, path, attentions, text, plan, options.seeds, device, progress)
     console.print(report.tabulate_training(record), report.tabulate_weights(record), sep="\n")
-    report.plot(record, options.out / "language.png")
-    console.print(f"Plot and record: {options.out}/language.png, {path}")
+    console.print(records.finish(record, report.draw(record), options.out, "language"), soft_wrap=True)
     return record
 
 

@@ -15,15 +15,11 @@ import math
 from functools import partial
 
 import language
-import matplotlib
 import records
 from bytelm import data, report
 from bytelm.model import ATTENTIONS, Synchronization
-from rich.console import Console
+from console import make_console, plt, track
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 FACTORS = 2.0, 1.0, 0.7, 0.5, 0.25  # c of a scale of c D^-1/2
 
@@ -52,7 +48,7 @@ def tabulate(record: dict) -> Table:
     return table
 
 
-def plot(record: dict, path) -> None:
+def draw(record: dict):
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for index, (name, runs) in enumerate(report.by_model(record).items()):
         bits = [run["bits_per_byte"] for run in runs]
@@ -63,24 +59,22 @@ def plot(record: dict, path) -> None:
             axes.plot(shares, bits, "o", color=plt.cm.viridis(index / (len(FACTORS) + 2)), label=name)
     axes.set(xlabel="pairs that lock after training, %", ylabel="bits per byte held out", xscale="symlog")
     axes.legend(frameon=False, title="frequency scale")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments=None):
     parser = language.parser_of(__doc__)
     options = parser.parse_args(arguments)
-    device, console = records.device_of(options), Console()
+    device, console = records.device_of(options), make_console()
     plan = language.plan_of(options)
     text = data.load(options.text, least=plan.size.context + 1)
     path = options.out / "locking.json"
     record = language.opened(path, language.settings_of(plan, text), device, options.resume)
-    with records.progress(console, " bits/byte") as progress:
+    with track(console, language.NOTE) as progress:
         chosen = attentions(plan.size.dim // plan.size.heads)
         language.measure(record, path, chosen, text, plan, options.seeds, device, progress)
     console.print(tabulate(record))
-    plot(record, options.out / "locking.png")
-    console.print(f"Plot and record: {options.out}/locking.png, {path}")
+    console.print(records.finish(record, draw(record), options.out, "locking"), soft_wrap=True)
     return record
 
 

@@ -1,4 +1,4 @@
-"""What the scripts that write JSON share: options, the record's head, seeds and their spread, and progress bars."""
+"""What the scripts that write a record share: options, its head, seeds and their spread."""
 
 import argparse
 import datetime
@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from console import add_arguments, plt, positive
 
 import nearfar as nf
 
@@ -20,20 +20,9 @@ def parser(description: str, gpu: bool = True) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     if gpu:
         made.add_argument("--gpu", action="store_true", help="the size at which differences show, on a GPU")
-    made.add_argument("--seeds", type=at_least(1), default=3, help="how many seeds, from 0 (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder of the plot and the JSON")
+    made.add_argument("--seeds", type=positive, default=3, help="how many seeds, from 0 (default: %(default)s)")
+    add_arguments(made, page=False)
     return made
-
-
-def at_least(least: int):
-    """A type for argparse: an int that is not smaller."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        return int(text)
-
-    return number
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -54,17 +43,19 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def progress(console, unit: str = "") -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[note]}" + unit), console=console)
-
-
 def save(record: dict, path: Path) -> None:
     """Write whole or not at all: a run that is cut off leaves the record of what was finished before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(record) + "\n")
     fresh.replace(path)
+
+
+def finish(record: dict, figure, out: Path, name: str) -> str:
+    """Save a record and its figure; return a line that says so."""
+    figure.savefig(out / f"{name}.png", dpi=150)
+    plt.close(figure)
+    save(record, out / f"{name}.json")
+    return f"Figure: {out / name}.png, record: {out / name}.json"
 
 
 def load(name: str) -> dict | None:

@@ -13,18 +13,14 @@ examples/out/. The paper's definition of f_m was not at hand: network, step size
 
 import math
 
-import matplotlib
 import records
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from console import make_console, plt, positive, track
 from rich.table import Table
 from sklearn.datasets import load_digits
 
 from nearfar.theory.malleability import FEATURES
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 NAMES = {"rows": "pixels", "unit_rows": "unit pixels", "attention": "attention"}
 CPU = {"widths": [16, 64, 256, 1024, 4096], "steps": 100, "points": 200, "held_out": 200}
@@ -74,17 +70,16 @@ def network_prediction(x, y, x_test, width, steps, rate, generator):
 
 def measure(setting, seeds, device, progress):
     """One dict for each seed, feature and width."""
-    task = progress.add_task("", total=seeds * len(FEATURES) * len(setting["widths"]), note="")
     runs = []
     for seed in range(seeds):
         x, y, x_test = load_points(setting, seed, device)
         for name, feature in FEATURES.items():
             # Of equal mean size, so that one step size means the same to all.
+            task = progress.add_task(f"{NAMES[name]}, seed {seed}", total=len(setting["widths"]))
             train, test = feature(x, x), feature(x_test, x)
             size = train.norm(dim=-1).mean()
             limit, rate = limit_prediction(train / size, y, test / size, setting["steps"])
             for width in setting["widths"]:
-                progress.update(task, description=f"{NAMES[name]}, {width} units, seed {seed}")
                 generator = torch.Generator(device).manual_seed(seed)
                 found = network_prediction(train / size, y, test / size, width, setting["steps"], rate, generator)
                 distance = (F.mse_loss(found, limit) / limit.square().mean()).sqrt().item()
@@ -112,7 +107,7 @@ def tabulate(record: dict) -> Table:
     return table
 
 
-def plot(record: dict, path) -> None:
+def draw(record: dict):
     figure, axes = plt.subplots(figsize=(6, 4.2), layout="constrained")
     widths = record["settings"]["widths"]
     for color, (features, name) in zip(("C0", "C2", "C1"), NAMES.items(), strict=True):
@@ -122,24 +117,21 @@ def plot(record: dict, path) -> None:
     axes.loglog(widths, [(widths[0] / width) ** 0.5 for width in widths], "k:", label="slope of width^-1/2")
     axes.set(xlabel="units", ylabel="|f_m - f_NTK| / |f_NTK|")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments=None):
     parser = records.parser(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=records.at_least(1), help="of descent (default: 100, with --gpu 2,000)")
+    parser.add_argument("--steps", type=positive, help="of descent (default: 100, with --gpu 2,000)")
     options = parser.parse_args(arguments)
-    device, console = records.device_of(options), Console()
+    device, console = records.device_of(options), make_console()
     setting = dict(GPU if options.gpu else CPU)
     setting["steps"] = options.steps or setting["steps"]
-    with records.progress(console) as progress:
+    with track(console) as progress:
         runs = measure(setting, options.seeds, device, progress)
     record = {"environment": records.environment(device), "settings": setting, "runs": runs}
     console.print(tabulate(record))
-    records.save(record, options.out / "wide_limit.json")
-    plot(record, options.out / "wide_limit.png")
-    console.print(f"Plot and record: {options.out}/wide_limit.png, {options.out}/wide_limit.json")
+    console.print(records.finish(record, draw(record), options.out, "wide_limit"), soft_wrap=True)
     return record
 
 

@@ -2,13 +2,10 @@
 
 import math
 
-import matplotlib
 import torch
+from console import plt
 from records import spread
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a window)
 
 FIRST = 500  # steps over which arXiv 2602.23057 takes the variance
 SPIKES = 6, 9  # a step is a spike if its norm exceeds the median by this many median absolute deviations
@@ -118,7 +115,7 @@ def smoothed(runs: list[dict], key: str, window: int) -> tuple[range, torch.Tens
     return range(window, values.shape[1] + 1), values.unfold(1, window, 1).mean(2)
 
 
-def plot(record: dict, path) -> None:
+def draw(record: dict):
     """Loss, gradient norm, and by layer the first token's mass and the entropy."""
     figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for index, (name, runs) in enumerate(by_model(record).items()):
@@ -137,5 +134,4 @@ def plot(record: dict, path) -> None:
     for axes in grid[1]:
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure

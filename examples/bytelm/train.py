@@ -32,8 +32,8 @@ CPU = Plan(Size(dim=64, heads=4, layers=2, context=128), batch=8, steps=100, war
 GPU = Plan(Size(dim=512, heads=8, layers=6, context=2048), batch=8, steps=600, warmup=100, decay=100, held_out=64, watched=2)
 
 
-def train(attention, text: data.Text, plan: Plan, seed: int, device: torch.device, advance) -> dict:
-    """Train one model; its figures as they go into the record. advance(loss or None) is called after each step."""
+def train(attention, text: data.Text, plan: Plan, seed: int, device: torch.device, progress, task) -> dict:
+    """Train one model; its figures as they go into the record."""
     torch.manual_seed(seed)
     model = ByteModel(attention, plan.size).to(device)
     train_text, held_out = text.train.to(device), data.spaced(text.held_out.to(device), plan.held_out, plan.size.context)
@@ -62,7 +62,9 @@ def train(attention, text: data.Text, plan: Plan, seed: int, device: torch.devic
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.detach())
-        advance(loss.item() if step % 20 == 0 else None)
+        if step % 20 == 0:
+            progress.update(task, loss=loss.item())
+        progress.advance(task)
     synchronize(device)
     seconds = time.perf_counter() - started
 
