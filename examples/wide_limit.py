@@ -96,7 +96,7 @@ def tabulate(record: dict) -> Table:
     setting = record["settings"]
     seeds = len({run["seed"] for run in record["runs"]})
     table = Table(
-        title=f"|f_m - f_NTK| / |f_NTK| after {setting['steps']:,} steps on {setting['points']} digits, "
+        title=f"Relative distance |f_m - f_NTK| / |f_NTK| after {setting['steps']:,} steps on {setting['points']} digits, "
         f"{record['environment']['device']}: means over {seeds} seeds ± the largest deviation"
     )
     table.add_column("units", justify="right")
