@@ -81,7 +81,7 @@ def test_text_is_split_by_the_hash_of_the_path(examples, text):
     assert found.files == 60 and len(found.train) > len(found.held_out) > 0
     assert len(found.train) + len(found.held_out) == sum(path.stat().st_size + 1 for path in text.rglob("*.py"))
     (text / "package0/tests").mkdir()
-    (text / "package0/tests/case.py").write_text("skipped")
+    (text / "package0/tests" / "case.py").write_text("skipped")
     assert data.load(text).digest == found.digest
     held_out = bytes(found.held_out.tolist()).split(b"\0")[:-1]
     (text / "added.py").write_text("new")
