@@ -1,4 +1,4 @@
-"""The benchmark room: `python -m bench`.
+"""The benchmarks: `python -m bench`.
 
     cases/        one file per operator: its cases, their floors and goals, and who competes
     formulas/     what a provider computes: its inputs, its work, its float64 oracle, its plain formula
