@@ -167,7 +167,7 @@ def draw_flips(results):
         axes.axhline(50, color="gray", linestyle=":", label="signs at random")
         axes.set(title=title, xlabel=label)
         axes.legend(fontsize=8, ncols=2, loc="upper left")
-    figure.suptitle("Influence malleability on scikit-learn's 8x8 digits: share of influential points whose sign changes")
+    figure.suptitle("scikit-learn's 8x8 digits: influential training points whose influence changes sign")
     return figure
 
 
@@ -186,6 +186,7 @@ def draw_influences(by_feature):
         axes.set(title=f"{name}: {flips(result):.0f}% flips", xlabel="influence before", ylabel="after PGD")
         axes.set_xscale("symlog", linthresh=0.01)
         axes.set_yscale("symlog", linthresh=0.01)
+        axes.margins(0.1)
         ticks = (-0.1, -0.01, 0.01, 0.1)
         axes.set_xticks(ticks, ticks)
         axes.set_yticks(ticks, ticks)
