@@ -8,7 +8,7 @@ import torch
 
 from nearfar._cuda import BuiltLaunch
 from nearfar.runtime.private import current_stream, empty_cuda
-from nearfar.runtime.tensors import allocate, device_of, layouts, allocates_directly, triton_module
+from nearfar.runtime.tensors import allocate, allocates_directly, device_of, layouts, triton_module
 
 _launch = triton_module("launch")
 
