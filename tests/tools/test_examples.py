@@ -178,7 +178,8 @@ def test_watch_attention_prints_and_draws_what_it_saw(tmp_path, capsys):
         assert [(row["layer"], row["head"]) for row in rows] == heads
         assert json.loads((tmp_path / f"heads-{name}.json").read_text()) == rows
         for number, row in enumerate(rows):
-            assert re.search(rf"^ {number // 4}\.{number % 4} +{row['entropy']:.3f} .* {row['regime']} *$", printed, re.MULTILINE)
+            line = rf"^ {number // 4}\.{number % 4} +{row['entropy']:.3f} .* {row['regime']} *$"
+            assert re.search(line, printed, re.MULTILINE), row
         assert all(len(line) <= 80 for line in printed.splitlines() if str(tmp_path) not in line)
         assert all(0 <= row["entropy"] <= math.log(64) and 0 < row["f_score"] <= 1 for row in rows)
 
