@@ -1,4 +1,4 @@
-"""The benchmark room: `python -m bench`.
+"""The benchmarks: `python -m bench`.
 
     cases/        cases.toml, the table of all cases, and one file per operator: its floors, and who competes
     formulas/     what a provider computes: its inputs, its work, its float64 oracle, its plain formula

@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a block says of one output: where it is, and its values by the oracle and by the plain formula."""
+    """A block of one output: its position, and its values by the oracle and by the plain formula."""
 
     index: tuple
     exact: torch.Tensor

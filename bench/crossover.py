@@ -8,7 +8,7 @@ TOTALS = {"forward": ("forward",), "forward + backward": ("forward", "backward")
 
 
 class Crossing(NamedTuple):
-    """Where two lines of a sweep cross for the last time. length and ms are None where they do not; note says why."""
+    """The last crossing of two lines of a sweep. length and ms are None if they do not cross; note gives the reason."""
 
     what: str
     total: str

@@ -31,7 +31,7 @@ TOKENS = 4096
 
 
 def calls():
-    """(operator, what it is called with, dtype, width, function, tensors) of each call."""
+    """(operator, arguments in words, dtype, width, function, tensors) of each call."""
     for dtype in DTYPES:
         for width in WIDTHS:
             rows = functools.partial(_rows, dtype)

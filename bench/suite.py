@@ -106,7 +106,7 @@ def approve(row, result):
 
 
 def figures(time, work, ceilings):
-    """A time beside what it achieved."""
+    """A time with the rates that it achieved."""
     seconds = 1e-3 * time.ms
     floor = work.floor_ms(ceilings)
     return {**time._asdict(), "floor_ms": floor, "percent_of_floor": 100 * floor / time.ms,

@@ -1,5 +1,5 @@
 // Module nearfar._C. It sees addresses, sizes, strides and streams, never a torch::Tensor: one build serves every
-// PyTorch. Arguments are checked by the Python callers, which know the tensors.
+// PyTorch. The Python callers, which have the tensors, check the arguments.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

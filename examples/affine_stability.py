@@ -119,7 +119,7 @@ def variance(runs, first):
 
 def smoothed(values, window):
     """Running means of (seeds, steps), and the step at which each ends."""
-    window = min(window, values.shape[1])
+    window = train_digits.window_of(values.shape[1], window)
     return range(window, values.shape[1] + 1), values.unfold(1, window, 1).mean(2)
 
 
@@ -140,13 +140,14 @@ def draw(results):
         band(difference, *smoothed(loss - reference, 50), name)
         band(norms, *smoothed(over_steps(runs, "gradient_norms"), 10), name)
     losses.set(title="training loss, bits per pixel", xlabel="step")
-    difference.set_title("minus that of softmax, means of 50 steps", fontsize=9)
+    steps = reference.shape[1]
+    difference.set_title(f"minus that of softmax, means of {train_digits.window_of(steps, 50)} steps", fontsize=9)
     difference.tick_params(labelsize=8)
     norms.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
     norms.set_yticks((0.2, 0.3, 0.5, 1, 2), minor=False)
     norms.minorticks_off()
     norms.yaxis.set_major_formatter("{x:g}")
-    legend = f"means of 10 steps and of {len(reference)} seeds, whose range is shaded"
+    legend = f"means of {train_digits.window_of(steps)} steps and of {len(reference)} seeds, whose range is shaded"
     figure.legend(*norms.get_legend_handles_labels(), title=legend, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle("Pixel transformers on 8x8 digits, 64 tokens an image")
     return figure

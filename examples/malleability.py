@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from console import add_arguments, make_console, plt, positive, save, track
 from pages import write_table
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.table import Table
 from sklearn.datasets import load_digits
 
@@ -107,17 +108,21 @@ def accuracy(prediction, y_test):
 
 
 COLUMNS = *FEATURES.values(), "paper, ReLU", "paper, attention", "Spearman", "accuracy"
-FLIPS, EFFECTS = COLUMNS[:5], COLUMNS[5:]  # each of which fits 80 columns
+FLIPS, EFFECTS = COLUMNS[:5], COLUMNS[5:]  # of the tables in the terminal, each of which fits 80 columns
 
 
 def tabulate(results, ten, pair, columns=COLUMNS):
     """A table of some columns, one row for each setting and attack."""
     title = f"Influential points whose influence changed sign, %; {len(ten[0])} digits (pair: {len(pair[0])})"
-    table = Table(title=title if "pixels" in columns else "The same runs, pixels / attention")
-    table.add_column("setting")
+    whole = columns == COLUMNS
+    table = Table(
+        title=title if columns != EFFECTS else "The same runs, pixels / attention",
+        box=HEAVY_HEAD if whole else SIMPLE_HEAD, padding=(0, 1 if whole else 0),
+    )
+    table.add_column("setting", no_wrap=True)
     table.add_column("attack", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", max_width=None if whole or columns == EFFECTS else 9)
     for (setting, attack), by_feature in results.items():
         of_setting = {"ten digits": PAPER, PAIR_SETTING: PAPER_PAIR}.get(setting, {})
         paper = of_setting.get(attack, ("", ""))
@@ -130,7 +135,8 @@ def tabulate(results, ten, pair, columns=COLUMNS):
         )
         numbers = (f"{flips(by_feature[features]):.1f}" for features in FEATURES)
         cells = dict(zip(COLUMNS, (*numbers, *map(str, paper), " / ".join(correlations), " / ".join(changes)), strict=True))
-        table.add_row(setting, attack.upper(), *(cells[column] for column in columns))
+        name = setting if whole else setting.replace("adversarially", "adv.")
+        table.add_row(name, attack.upper(), *(cells[column] for column in columns))
     return table
 
 
@@ -167,7 +173,7 @@ def draw_flips(results):
         axes.axhline(50, color="gray", linestyle=":", label="signs at random")
         axes.set(title=title, xlabel=label)
         axes.legend(fontsize=8, ncols=2, loc="upper left")
-    figure.suptitle("Influence malleability on scikit-learn's 8x8 digits: share of influential points whose sign changes")
+    figure.suptitle("scikit-learn's 8x8 digits: influential training points whose influence changes sign")
     return figure
 
 
@@ -186,6 +192,7 @@ def draw_influences(by_feature):
         axes.set(title=f"{name}: {flips(result):.0f}% flips", xlabel="influence before", ylabel="after PGD")
         axes.set_xscale("symlog", linthresh=0.01)
         axes.set_yscale("symlog", linthresh=0.01)
+        axes.margins(0.1)
         ticks = (-0.1, -0.01, 0.01, 0.1)
         axes.set_xticks(ticks, ticks)
         axes.set_yticks(ticks, ticks)

@@ -210,16 +210,23 @@ def sample(model, count, seed, device):
 LOSS = "{task.fields[loss]:.3f} bits/pixel"
 
 
+def window_of(steps, most=10):
+    """Steps that a point of a smoothed curve is the mean of: few for a short run, which would be a single point."""
+    return max(1, min(most, steps // 5))
+
+
 def draw_losses(curves):
     """curves: name -> (training losses, held-out bits per pixel)."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, (losses, held_out) in curves.items():
-        window = min(10, len(losses))
+        window = window_of(len(losses))
         smooth = torch.tensor(losses).unfold(0, window, 1).mean(1).tolist()
         (line,) = axes.plot(range(window, len(losses) + 1), smooth, label=name)
         axes.axhline(held_out, color=line.get_color(), linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel="bits per pixel", title=f"Pixel transformers on 8x8 digits, {PIXELS} tokens an image")
-    axes.legend(title="solid: training, mean of 10 steps\ndotted: held out at the end", frameon=False)
+    axes.legend(
+        title=f"solid: training, mean of {window} steps\ndotted: held out at the end", alignment="left", frameon=False
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

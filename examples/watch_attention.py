@@ -14,6 +14,7 @@ import argparse
 import torch
 import train_digits
 from console import add_arguments, make_console, positive, save, track
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.nn.functional import pad
 
@@ -38,7 +39,7 @@ COLUMNS = {
 
 def tabulate(found, title):
     """The quantities of every head; str(found) has more of them, in longer lines."""
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0))  # fits 80 columns
     table.add_column("head", no_wrap=True)
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")

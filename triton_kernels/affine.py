@@ -39,9 +39,9 @@ from .tiles import (
     transpose_window,
 )
 
-CHUNKS_AT_ONCE: tl.constexpr = tl.constexpr(16)  # of those that are added up where running sums do not serve
-RUN: tl.constexpr = tl.constexpr(128)  # chunks that running_sums adds up at once
-COLUMNS: tl.constexpr = tl.constexpr(16)  # and of how many columns
+CHUNKS_AT_ONCE: tl.constexpr = tl.constexpr(16)  # chunks summed together if there are no running sums
+RUN: tl.constexpr = tl.constexpr(128)  # chunks that running_sums sums together
+COLUMNS: tl.constexpr = tl.constexpr(16)  # columns per program of running_sums
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def shift_and_factor(lse):
 
 @triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b. float32 inputs have float64 sums: over the tiles of 64k tokens float32 is off by a dozen roundings."""
+    """acc + a @ b. float32 inputs get float64 sums: over 64k tokens a float32 sum has an error of a dozen roundings."""
     if acc.dtype == tl.float64:
         return acc + tl.dot(a, b, input_precision=PRECISION)
     else:
@@ -189,7 +189,7 @@ def attend(
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
     SUM: tl.constexpr = lse.dtype.element_ty
-    # What the epilogue reads is read ahead: there is nothing left that would hide the latency by then.
+    # Prefetch the inputs of the epilogue, which has no other work to hide their latency.
     if alpha is not None:
         row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
     if beta is not None:

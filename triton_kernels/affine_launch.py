@@ -13,17 +13,17 @@ __all__ = [
     "chunk", "plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_grad_sink", "plan_sums", "signature", "sums_shape",
 ]
 
-SMALLEST = 2.0**-126  # normal float32; a factor of 0 times the -inf of a masked product would be NaN
-SHARED_BYTES = 2**24  # a third of an H100's L2: the rest is for what passes through
+SMALLEST = 2.0**-126  # the smallest normal float32: a factor of 0 times the -inf of a masked product would be NaN
+SHARED_BYTES = 2**24  # a third of an H100's L2; the rest is for streamed tensors
 
 
 def runs(call):
-    """Whether sums over all keys before a tile serve a call: no window begins, and no packed sequence."""
+    """Whether a call can use running sums over all keys before a tile: no left limit and no packed sequences."""
     return call.left < 0 and not call.packed
 
 
 def heads_together(call, keys):
-    """How many heads' programs run side by side: as many as L2 holds keys and values of, or queries and gradients of o."""
+    """Number of heads whose programs run together: their keys and values, or queries and dO, must fit in L2."""
     num_queries, num_keys, num_heads, group = call.geometry
     row = (call.q_shape[3] + call.v_shape[3]) * call.dtype.itemsize
     if keys:
@@ -34,12 +34,12 @@ def heads_together(call, keys):
 
 
 def chunk(call, kernel):
-    """Tokens of the chunks that a kernel reads the sums of: its tiles of keys."""
+    """Tokens per chunk of the sums that a kernel reads: the size of its key tiles."""
     return call.tuned(kernel).block_n
 
 
 def sums_shape(call, chunk):
-    """What chunk_sums fills: (B, Hkv, chunks, width of v)."""
+    """Shape of the output of chunk_sums: (B, Hkv, chunks, width of v)."""
     batch, heads, length, width = call.v_shape
     return batch, heads, triton.cdiv(length, chunk), width
 

@@ -1,4 +1,4 @@
-"""Streamed diagnostics of attention: no N x N object, every pair scored on its way through registers.
+"""Streamed diagnostics of attention. Scores exist only in registers; there is no N x N object.
 
     squares             |x|^2 of each row: of keys for scores by distance, of values for the geometry
     statistics          lse, entropy, and the largest weight with its key, by a walk over the keys of a tile of queries
@@ -48,7 +48,7 @@ from .tiles import (
 
 @triton.jit
 def head_scale(parameter, parameter_stride, head, scale):
-    """The positive factor c of a head's raw scores."""
+    """The positive factor c by which a head's raw scores are multiplied."""
     if parameter is None:
         return scale
     else:
@@ -116,7 +116,7 @@ def statistics_tiles(
             raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
         tile_highest = tl.max(raw, 1)
         tile_key = tl.min(tl.where(raw == tile_highest[:, None], keys[None, :], num_keys), 1)
-        # Edges before the whole tiles come after them.
+        # Edges before the whole tiles are visited after them.
         ahead = (tile_highest > highest) | ((tile_highest == highest) & (tile_key < highest_key))
         highest_key = tl.where(ahead, tile_key, highest_key)
         new_highest = tl.maximum(highest, tile_highest)
@@ -127,7 +127,7 @@ def statistics_tiles(
         x = raw * unit - shift[:, None]
         weight = exp2(x)
         if EDGES:
-            x = tl.maximum(x, -1e30)  # as 0 * -inf is no number
+            x = tl.maximum(x, -1e30)  # 0 * -inf would be NaN
         moved = tl.where(highest == float("-inf"), 0.0, level - shift)
         decay = exp2(moved)
         weighted = (weighted + total * moved) * decay + tl.sum(weight * x, 1)
@@ -154,7 +154,7 @@ def statistics(
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    # highest * unit, rounded once: what is added up is relative to this very number, not to what a fused multiply-add makes.
+    # highest * unit, rounded once: sums must be relative to exactly this number, not to the result of a fused multiply-add.
     level = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     highest_key = tl.zeros((BLOCK_M,), tl.int32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -277,7 +277,7 @@ def statistics_grad_queries(
         if BY_DISTANCE:
             ds_total += tl.sum(ds.to(SUMS), 1)
 
-    if BY_DISTANCE:  # sums of the same rounded numbers: only so do they cancel for tokens near each other
+    if BY_DISTANCE:  # both sums must use the same rounded numbers, or they do not cancel for tokens near each other
         acc -= ds_total[:, None] * q_tile.to(SUMS)
     acc *= row_scale * SIGN / tl.load(gain + batch * (num_heads // group) + head // group)
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
@@ -306,7 +306,7 @@ def statistics_grad_keys(
     SUMS: tl.constexpr = tl.float64 if BY_DISTANCE and q.dtype.element_ty == tl.float32 else tl.float32
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), SUMS)
     ds_total = tl.zeros((BLOCK_N,), SUMS)
-    # dS enters its products unscaled, lest half precision lose or overflow it; the sums are in units of the head at hand.
+    # dS enters products unscaled, so that it neither underflows nor overflows in half precision. Sums are scaled per head.
     unit = head_scale(parameter, parameter_stride, kv_head * group, scale)
     for member in range(group):
         head = kv_head * group + member
@@ -383,7 +383,7 @@ def select(
     for _ in tl.static_range(COUNT):
         best = best + (tl.full((BLOCK_M,), float("-inf"), tl.float32),)
         best_keys = best_keys + (tl.zeros((BLOCK_M,), tl.int32),)
-    # Triton pipelines no loop with a loop inside: the next tile of keys is on its way while this one is searched.
+    # Triton does not pipeline a loop that contains a loop, so the next tile of keys is prefetched here explicitly.
     first_key = tile_begin // BLOCK_N * BLOCK_N
     k_tile = load_tile(k, first_key + tl.arange(0, BLOCK_N), k_strides[2], num_keys, D, BLOCK_D)
     for first in range(first_key, tile_end, BLOCK_N):
@@ -394,7 +394,7 @@ def select(
             raw = tl.where(inside(keys, begin, end), raw, float("-inf"))
         if RESUMED:
             raw = tl.where(follows(raw, keys, last_score, last_key), raw, float("-inf"))
-        # Few rows find anything new in a tile, and those that do find little: entries move to the lists one by one.
+        # Few rows find new entries in a tile, and only a few of them, so entries are inserted one by one.
         candidate = tl.max(raw, 1)
         while tl.max((candidate > best[COUNT - 1]).to(tl.int32), 0) > 0:
             key = tl.min(tl.where(raw == candidate[:, None], keys[None, :], num_keys), 1)
@@ -503,7 +503,7 @@ def separate(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
-    """Its tiles are those of `select`, so that every score has the very bits by which it was selected or not."""
+    """It uses the tiles of `select`, so that every score has exactly the bits that decided its selection."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     if k_squares is not None:
@@ -524,7 +524,7 @@ def separate(
     s_tile = load_tile(s + row_offset * DV, rows, DV, num_queries, DV, BLOCK_DV)
 
     nearest = tl.full((BLOCK_M,), float("inf"), tl.float32)
-    intruders = tl.zeros((BLOCK_M,), tl.float32)  # exact below 2^24, and cheaper to add up than integers
+    intruders = tl.zeros((BLOCK_M,), tl.float32)  # exact below 2^24, and cheaper to sum than integers
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_N)
     for EDGES in tl.static_range(2):
         nearest, intruders = separate_tiles(

@@ -11,12 +11,12 @@ from . import diagnostics
 from .launch import Launch, LaunchParameters, launch_all, width_block
 from .pairwise_launch import signature
 
-ROWS = LaunchParameters(16, None, 4, 1)  # of kernels that see no pairs
-ROUND = 8  # entries that `select` finds at once: they stay in registers, and few calls ask for more
+ROWS = LaunchParameters(16, None, 4, 1)  # of kernels that do not visit pairs
+ROUND = 8  # entries that `select` finds in one pass: they stay in registers, and few calls need more
 
 
 def sign_and_size(scale):
-    """(sign, |scale|, 1 for 0): kernels take the sign into the products, so that the largest product is the largest score."""
+    """(sign, |scale| or 1 for 0). Kernels apply the sign to the products, so that the largest product is the largest score."""
     return (scale > 0) - (scale < 0), abs(scale) or 1.0
 
 
@@ -84,7 +84,7 @@ def plan_separate(call, scale, top_n):
 
 
 def squares_of(x, out):
-    """The launch that fills out (B, H, N) with |x|^2, if there is an out."""
+    """The launch that fills out (B, H, N) with |x|^2; none if out is None."""
     return [] if out is None else [(plan_squares(x.shape, x.stride()), (x, out))]
 
 

@@ -1,4 +1,4 @@
-"""What Triton's interpreter, which runs the kernels for CPU tensors, gets wrong."""
+"""Known faults of Triton's interpreter, which runs the kernels for CPU tensors."""
 
 import functools
 
@@ -18,7 +18,7 @@ def product(x, o, SIZE: tl.constexpr):
 
 @functools.cache
 def multiplies_bfloat16():
-    """Whether products of bfloat16 are right: up to Triton 3.6, the bits of the numbers are multiplied."""
+    """Whether products of bfloat16 are right. Up to Triton 3.6 the interpreter multiplies the raw bits as integers."""
     halves = torch.full((SIZE, SIZE), 0.5, dtype=torch.bfloat16, device="cpu")
     o = torch.empty((SIZE, SIZE), dtype=torch.float32, device="cpu")
     product[(1,)](halves, o, SIZE)

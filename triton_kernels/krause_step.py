@@ -10,8 +10,8 @@ from .launch import Launch, LaunchParameters, dot_precision, width_block
 from .selection import cut_top_k, row_maximum
 from .tiles import LOG2E, at, exp2, row_squares, store_tile, tile_pointers
 
-ROWS = 16  # query heads of a group that are scored at once: what a product needs at least
-TILE_BYTES = 16384  # of keys, or values
+ROWS = 16  # query heads of a group that are scored together: the smallest size of a product
+TILE_BYTES = 16384  # of a tile of keys, or of values
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def decode(
     cached_k += program.to(tl.int64) * WINDOW * D
     cached_v += program.to(tl.int64) * WINDOW * DV
     k, v = at(k, k_strides, batch, head), at(v, v_strides, batch, head)
-    # Slots are written here and not read again, as the threads of a program do not wait for each other's stores.
+    # The new slot is written here but not read again: threads of a program do not see each other's stores.
     copy_row(cached_k + slot * D, k, D, BLOCK_D)
     copy_row(cached_v + slot * DV, v, DV, BLOCK_DV)
 
@@ -60,7 +60,7 @@ def decode(
             counts, starts = tl.zeros_like(member) + count, tl.zeros_like(member) + oldest
             scores, cut = cut_top_k(scores, counts, starts, highest, top_k, WINDOW)
 
-        chosen = (scores[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+        chosen = (scores[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
         weights = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))
         total = tl.sum(weights, 1)
         weights = tl.reshape(weights, (BLOCK_M, NUM_TILES, BLOCK_N))
@@ -68,7 +68,7 @@ def decode(
         for t in range(num_tiles):
             v_tile = load_slots(cached_v, t * BLOCK_N + tl.arange(0, BLOCK_N), slot, count, v, DV, BLOCK_DV)
             weight = tl.sum(tl.where(tile == t, weights, 0.0), 1)
-            # Added after the product: on top of acc, float32 would be one chain of as many roundings as there are keys.
+            # Added after the product: accumulating onto acc would be one chain with a rounding for every key.
             acc += tl.dot(weight.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         acc *= tl.div_rn(1.0, total)[:, None]
         store_tile(at(out, out_strides, batch, head * group), rows, out_strides[1], group, acc, DV, BLOCK_DV)
@@ -98,12 +98,12 @@ def plan(q_shape, cache_shape, value_width, itemsize, strides, sigma_stride, top
         *strides, sigma_stride, heads, q_shape[1] // heads, 0 if top_k is None else top_k,
         precision, top_k is not None, window, num_tiles, width, value_width, ROWS, block_n, *blocks,
     )
-    warps = 8 if window > 256 else 4  # lest the scores of wide windows spill
+    warps = 8 if window > 256 else 4  # with 4, the scores of wide windows would spill
     return Launch(decode, batch * heads, scalars, LaunchParameters(ROWS, block_n, num_warps=warps, num_stages=3))
 
 
 def step(q, k, v, cache, sigma, top_k, out):
-    """Fill out (B, Hq, 1, Dv) and the slots of the new tokens. cache.length stays as it is, as other programs read it."""
+    """Fill out (B, Hq, 1, Dv) and the slots of the new tokens. cache.length is not updated, because all programs read it."""
     strides = q.stride(), k.stride(), v.stride(), out.stride()
     launch = plan(
         q.shape, cache.k.shape, v.shape[3], q.dtype.itemsize, strides, int(sigma.numel() > 1), top_k, dot_precision(q.dtype)

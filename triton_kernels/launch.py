@@ -14,7 +14,7 @@ from filelock import FileLock
 from nearfar.runtime.private import bound, driver, knobs, stub_arguments
 from nearfar.runtime.tensors import tf32_allowed
 
-ALIGNMENT = 16  # bytes; what Triton compiles a kernel for when an address allows it
+ALIGNMENT = 16  # bytes; Triton specialises a kernel on addresses that are multiples of this
 TABLE = Path(__file__).with_name("launch.json")
 
 
@@ -55,12 +55,12 @@ def launch_parameters(kernel, width, itemsize):
 
 
 def width_block(width):
-    """Tile width that holds a head width: a power of two of at least 16, as tl.dot needs."""
+    """Tile width for a head width: the next power of two, at least 16, as tl.dot requires."""
     return max(16, triton.next_power_of_2(width))
 
 
 def dot_precision(dtype):
-    """float32 products are exact unless the user allowed tf32, by the switch that torch obeys."""
+    """Precision of products: exact for float32, unless the user allowed tf32 by torch's switches."""
     return "tf32" if tf32_allowed(dtype) else "ieee"
 
 
@@ -87,7 +87,7 @@ class CompilationLock:
 
     @staticmethod
     def _acquired():
-        """The lock of the cache's folder; None where there can be no file to lock."""
+        """The lock of the cache's folder; None if no lock file can be created."""
         try:
             folder = Path(knobs.cache.dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class CompilationLock:
 
 @functools.cache
 def lock_of(folder):
-    """One object for each file: filelock takes a second one, after another thread has released the first, for a deadlock."""
+    """One lock object per file. filelock reports a deadlock for a second object after another thread released the first."""
     return FileLock(folder / "nearfar.lock", thread_local=False)
 
 
@@ -108,14 +108,14 @@ COMPILING = CompilationLock()
 
 
 class Variant:
-    """A kernel compiled for scalars of one sort, which launches of many lengths share: see `sort_of`."""
+    """A kernel compiled for scalars of one sort (see `sort_of`). Launches with different lengths share it."""
 
     def __init__(self, kernel, options):
         self._kernel, self._options = kernel, dict(options)
         self._locks, self._built, self.loaded = {}, {}, {}  # by kinds
 
     def load(self, tensors, scalars, grid, kinds):
-        """The kernel for tensors of these kinds, all of them aligned."""
+        """The loaded kernel for tensors of these kinds, all aligned."""
         if kinds not in self.loaded:
             with COMPILING:
                 compiled = self.build(tensors, scalars, grid, kinds)
@@ -146,14 +146,14 @@ def variant_of(kernel, options, _sorts):
 
 
 def sort_of(value):
-    """What Triton compiles a scalar in: whether an integer is 1 or a multiple of 16, and how many bits it needs."""
+    """The properties of a scalar that Triton specialises on: whether an integer is 1 or a multiple of 16, and its bits."""
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
     return tuple([sort_of(part) for part in value]) if type(value) is tuple else type(value)
 
 
 class Launch:
-    """A kernel launch with everything fixed but its tensors.
+    """A kernel launch with everything fixed except its tensors.
 
     Triton's own launch looks every argument over to find the compiled kernel, and then looks for the stream and for hooks to
     call, which takes longer than the launch itself. Here the scalars are the same in every call, so that dtypes, device and
@@ -178,7 +178,7 @@ class Launch:
         return variant_of(self._kernel, tuple(self._options.items()), sorts)
 
     def __call__(self, *tensors):
-        """tensors: the leading arguments of the kernel; None and tuples of tensors are arguments, too."""
+        """tensors: the leading arguments of the kernel: tensors, None and tuples of tensors."""
         self.run(tensors, survey(tensors))
 
     def run(self, tensors, surveyed):
@@ -194,7 +194,7 @@ class Launch:
             self._launch(tensors, kinds)(addresses, driver.active.get_current_stream(kinds[0]))
 
     def bound(self, _device, kinds):
-        """A function (addresses, stream) that runs the kernel loaded for these kinds, without a look at hooks."""
+        """A function (addresses, stream) that runs the kernel loaded for these kinds, without calling hooks."""
         return self._launch((), kinds) if self._grid[0] else lambda addresses, stream: None
 
     def is_new(self, surveyed):
@@ -203,14 +203,14 @@ class Launch:
         return kinds not in self._variant.loaded and aligned and self._grid[0] > 0
 
     def compile(self, tensors, kinds):
-        """Build and load the kernel for tensors of these kinds, all of them aligned."""
+        """Build and load the kernel for tensors of these kinds, all aligned."""
         self._launch(tensors, kinds)
 
     def build_ahead(self, tensors, kinds):
-        """Build the kernel, and into Triton's cache the C stub that launches it, which loading it would build."""
+        """Build the kernel and, in Triton's cache, its C launch stub, which loading would build otherwise."""
         with COMPILING:
             arguments = stub_arguments(self._variant.build(tensors, self._scalars, self._grid, kinds))
-            if arguments is not None:  # else another launch has loaded it
+            if arguments is not None:  # otherwise another launch has loaded it
                 driver.active.launcher_cls(*arguments)
 
     def _load(self, tensors, kinds):
@@ -224,13 +224,13 @@ class Launch:
 
 
 def hooks_are_set():
-    """Whether a profiler wants to hear of launches; Triton calls chains of hooks, which may be empty."""
+    """Whether launch hooks are set, as by a profiler. Triton's chains of hooks may be empty."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def shared_memory():
-    """Bytes of shared memory that a block may have on the current device."""
+    """Bytes of shared memory available to a block on the current device."""
     return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
@@ -262,7 +262,7 @@ def survey(tensors):
 
 
 def launch_all(*launches):
-    """Make (launch, tensors) pairs in order."""
+    """Run (launch, tensors) pairs in order."""
     surveyed = [(launch, tensors, survey(tensors)) for launch, tensors in launches]
     if not knobs.runtime.interpret:
         compile_new(surveyed)
@@ -305,14 +305,14 @@ def build_ahead(*launches):
 
 
 def in_threads(method, launches):
-    """Futures of method(launch, tensors, kinds) for each {(launch, kinds): tensors}, in a thread of its own each."""
+    """Futures of method(launch, tensors, kinds) for each {(launch, kinds): tensors}, each in its own thread."""
     device = torch.cuda.current_device()
 
     def on_device(launch, tensors, kinds):
         with torch.cuda.device(device):
             method(launch, tensors, kinds)
 
-    driver.active.get_current_target()  # Triton sets its driver up on first use; not in several threads at once
+    driver.active.get_current_target()  # Triton initialises its driver at first use, which is not thread-safe
     pool = ThreadPoolExecutor(len(launches))
     futures = [pool.submit(on_device, launch, tensors, kinds) for (launch, kinds), tensors in launches.items()]
     pool.shutdown(wait=False)

@@ -45,7 +45,7 @@ def relu_grad(x):
 @triton.jit
 def softplus(x):
     small = exp(-tl.abs(x))
-    # The logarithm of 1 + small forgets small where its series needs three terms only.
+    # log(1 + small) loses the digits of small; there three terms of the series suffice.
     rest = tl.where(small < 0.01, small * (1 - small * (0.5 - small * (1.0 / 3))), tl.log(1 + small))
     return tl.maximum(x, 0.0) + rest
 

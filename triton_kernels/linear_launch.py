@@ -17,11 +17,11 @@ __all__ = [
 ]
 
 PIECES_AT_ONCE = 8
-STEP_TILE = 4096  # elements of the state that a decoding program holds at once
+STEP_TILE = 4096  # elements of the state in one tile of a decoding program
 
 
 class Problem(NamedTuple):
-    """All that fixes the launches of a call, apart from strides and addresses."""
+    """Everything that determines the launches of a call, except strides and addresses."""
 
     batch: int
     query_heads: int
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
     @property
     def divisors(self):
-        """For each factor before the last what its flat index is divided by; factors later in the list run faster."""
+        """For each factor before the last, the divisor of the flat feature index. Later factors vary faster."""
         return tuple(math.prod(self.widths[r + 1 : -1]) for r in range(len(self.widths) - 1))
 
     @property
@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
     @property
     def operand(self):
-        """The function that makes operands of products."""
+        """The function that rounds operands of products."""
         if self.dtype == torch.bfloat16:
             return linear_tiles.to_bfloat16
         return linear_tiles.to_tf32 if self.precision == "tf32" else linear_tiles.to_float32
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
         return launch_parameters(kernel, widest, 2 if self.dtype == torch.bfloat16 else 4)
 
     def num_pieces(self, length):
-        """Pieces of `length` tokens; the most that packed sequences can make."""
+        """Number of pieces of `length` tokens; with packed sequences, an upper bound."""
         if self.num_sequences:
             return length // self.piece_length + self.num_sequences
         return triton.cdiv(length, self.piece_length)
@@ -89,7 +89,7 @@ class Problem(NamedTuple):
 
     @property
     def num_states(self):
-        """States of one head that rows may read."""
+        """Number of states of one head that rows may read."""
         if self.causal:
             return self.num_pieces(self.num_keys)
         return self.num_sequences or 1
@@ -104,7 +104,7 @@ class Problem(NamedTuple):
 
 
 def operand_precision(dtype):
-    """float16 enters products as tf32, which has its precision and a range that sums of features do not leave."""
+    """float16 enters products as tf32, which has the same precision and enough range for sums of features."""
     return "tf32" if dtype == torch.float16 else dot_precision(dtype)
 
 

@@ -51,7 +51,7 @@ def to_tf32(tile):
     """Rounded to the ten bits that a product reads: it cuts the others off, which makes sums of positive numbers too small."""
     tile = tile.to(tl.float32)
     bits = (tile.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-    return tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)  # the carry would make 0 of a NaN
+    return tl.where(tile == tile, bits.to(tl.float32, bitcast=True), tile)  # the carry could turn a NaN into 0
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def zero_tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_features(base, rows, stride, num_rows, FEATURE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A float32 tile of phi(x), zero outside the matrix, where phi(0) need not be."""
+    """A float32 tile of phi(x), with zeros outside the matrix (phi(0) may differ from 0)."""
     mask = tile_mask(rows, num_rows, WIDTH, BLOCK)
     x = tl.load(tile_pointers(base, rows, stride, BLOCK), mask=mask, other=0.0)
     return tl.where(mask, FEATURE(x.to(tl.float32)), 0.0)
@@ -91,7 +91,7 @@ def load_all_features(
 def load_outer(
     xs, rows, strides, mask, outer, FEATURE: tl.constexpr, WIDTHS: tl.constexpr, DIVISORS: tl.constexpr, SKIP: tl.constexpr
 ):
-    """Product of the features of the factors before the last, but for factor SKIP, at their flat index; operands broadcast."""
+    """Product of the features of the factors before the last, except factor SKIP, at a flat index; operands broadcast."""
     product = tl.where(mask, 1.0, 0.0)
     for r in tl.static_range(len(DIVISORS)):
         if r != SKIP:
@@ -156,7 +156,7 @@ def accumulate(
     first_outer = tile // INNER_TILES * BLOCK_OUTER
     inner_index = tile % INNER_TILES * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
     outer = first_outer + tl.arange(0, BLOCK_OUTER)
-    NORMS_BY_PRODUCT: tl.constexpr = BLOCK_OUTER >= 16  # fewer rows a product cannot have
+    NORMS_BY_PRODUCT: tl.constexpr = BLOCK_OUTER >= 16  # the fewest rows of a product
 
     accs = ()
     for _ in tl.static_range(BLOCK_OUTER):
@@ -246,7 +246,7 @@ def combine(
         first_state = head.to(tl.int64) * num_pieces + first_piece
         count = tl.load(first_pieces + sequence + 1) - first_piece
     for step in range(0, count, AT_ONCE):
-        # Several pieces are in flight at once, or the latency of each would add up.
+        # Load several pieces at once; otherwise their latencies would add up.
         loaded = ()
         for i in tl.static_range(AT_ONCE):
             piece = count - 1 - (step + i) if REVERSE else step + i
@@ -474,7 +474,7 @@ def grad(
     if not TRANSPOSED:
         weight = tl.zeros((BLOCK_M,), tl.float32)
         if inverse is not None:
-            # dO . o is added up from what it is subtracted from: o was rounded, and where one pair counts nothing must be left.
+            # Sum dO . o from the same terms that it is subtracted from: o was rounded, and for a single pair the result is 0.
             delta = tl.zeros((BLOCK_M,), tl.float32)
             if states is not None:
                 delta += tl.sum(inner * dx_tiles[R - 1], 1)

@@ -126,7 +126,7 @@ def walk_grad_queries(
             before = norm_state
         weight = tl.zeros((BLOCK_M,), tl.float32)
         if inverse is not None:
-            # dO . o is added up from what it is subtracted from: o was rounded, and where one pair counts nothing must be left.
+            # Sum dO . o from the same terms that it is subtracted from: o was rounded, and for a single pair the result is 0.
             q_tile = load_features(q, rows, q_strides[2], end, FEATURE, D, BLOCK_D)
             factor = load_vector(inverse + row_offset, rows, end, 0.0)
             delta = tl.sum(q_tile * acc, 1)
@@ -184,7 +184,7 @@ def walk_grad_keys(
                 norm_state += tl.sum(q_tile * weight[:, None], 0)
                 if inverse is None:
                     scaled = q_tile
-                else:  # dO enters products as it is, not rounded once more
+                else:  # dO enters products unscaled, so that it is not rounded again
                     factor = load_vector(inverse + row_offset, rows, end, 0.0)
                     scaled = q_tile * factor[:, None]
                 state = tl.dot(tl.trans(OPERAND(scaled)), do_tile, state, input_precision=PRECISION)

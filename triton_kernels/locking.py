@@ -15,12 +15,12 @@ import triton.language as tl
 
 from .tiles import at, load_tile, load_vector, program_coordinates
 
-CELL: tl.constexpr = tl.constexpr(64)  # tokens
+CELL: tl.constexpr = tl.constexpr(64)  # tokens per cell
 CELLS_AT_ONCE: tl.constexpr = tl.constexpr(32)
 NEWTON_STEPS: tl.constexpr = tl.constexpr(6)  # relative error 1e-5 from 1e-30 to 1e37
-# A c beyond any use that keeps c |w_i - w_j|^2 finite: tokens lock with themselves alone.
+# Upper bound of c, so that c |w_i - w_j|^2 stays finite. At the bound, tokens lock only with themselves.
 LARGEST_C: tl.constexpr = tl.constexpr(1e24)
-ORDER_ROUNDING: tl.constexpr = tl.constexpr(1e-3)  # by which an order of 1 may be exceeded
+ORDER_ROUNDING: tl.constexpr = tl.constexpr(1e-3)  # an order may exceed 1 by this much
 # Extent of a cell: its radius, the largest |w|^2, the squared lock radius.
 EXTENT: tl.constexpr = tl.constexpr(3)
 # Distances of centres and radii are right to 2^-12 of themselves; squared distances by products to 2^-17 of |w|^2 + |w'|^2.
@@ -90,7 +90,7 @@ def survey(
         row_c = tl.minimum(tl.div_rn(1.0, K * K * r * r), LARGEST_C)
         row_c = tl.where(good, row_c, float("nan")) + tl.where((K > 0) & (alpha > 0), 0.0, float("nan"))
         tl.store(c + index * num_tokens + rows, row_c, mask=rows < num_tokens)
-        # The widest radius, that of the smallest c; tl.min drops NaN, which has to be kept.
+        # The widest radius is that of the smallest c. tl.min drops NaN, which must be preserved.
         smallest = tl.min(tl.where(row_c == row_c, row_c, 0.0), 0)
         tl.store(extents + 2, lock_radius_squared(alpha, smallest))
 
@@ -136,7 +136,7 @@ def neighbours(
             distance = tl.sqrt(tl.sum(away * away, 1))
             gap = distance * (1.0 - DISTANCE_ROUNDING) - (radius + other_radius) * (1.0 + DISTANCE_ROUNDING)
             limit = lock_squared * (1.0 + 4 * DISTANCE_ROUNDING) + PRODUCT_ROUNDING * (square + other_square)
-            # In this form NaN skips nothing.
+            # Written so that NaN skips nothing.
             meets = ((gap > 0) & (gap * gap > limit)) == 0
             if CAUSAL and QUERIES:
                 meets &= others * CELL <= tl.minimum(cell * CELL + CELL, num_tokens) - 1 + offset
@@ -150,4 +150,4 @@ def neighbours(
         tl.store(lists + index * num_others + place, entries, mask=kept != 0)
         count += tl.sum(kept, 0)
     tl.store(counts + index, count)
-    tl.store(lists + index * num_others, 0, mask=count == 0)  # a walk reads its first cell before it knows
+    tl.store(lists + index * num_others, 0, mask=count == 0)  # a walk loads its first cell before it checks the count

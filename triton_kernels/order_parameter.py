@@ -22,14 +22,14 @@ CHUNK: tl.constexpr = tl.constexpr(32)  # tokens
 
 @triton.jit
 def chunk_index(num_chunks, num_heads):
-    """(chunk, head, batch, number of the chunk among those of all heads)."""
+    """(chunk, head, batch, index of the chunk among those of all heads)."""
     chunk, head, batch = program_coordinates(num_chunks, num_heads)
     return chunk, head, batch, (batch.to(tl.int64) * num_heads + head) * num_chunks + chunk
 
 
 @triton.jit
 def load_phases(theta, strides, chunk, head, batch, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, cosines, sines); those of rows beyond the last are 0."""
+    """(rows, cosines, sines); 0 for rows beyond the last."""
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
     angle = load_tile(at(theta, strides, batch, head), rows, strides[2], num_tokens, D, BLOCK_D).to(tl.float32)
     present = (rows < num_tokens)[:, None]

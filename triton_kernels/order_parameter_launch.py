@@ -12,7 +12,7 @@ CHUNK = order_parameter.CHUNK.value
 
 @functools.lru_cache(maxsize=1024)
 def plan(kernel, shape, *strides):
-    """A kernel of order_parameter.py: all of them go by chunks."""
+    """Launch a kernel of order_parameter.py; all of them work on chunks."""
     batch, heads, length, width = shape
     chunks = triton.cdiv(length, CHUNK)
     scalars = *strides, length, heads, chunks, width, width_block(width)

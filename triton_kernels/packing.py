@@ -1,4 +1,4 @@
-"""Packed sequences: what the kernels know of cu_seqlens, worked out on the device.
+"""Packed sequences: tables that kernels need, computed from cu_seqlens on the device.
 
 Ends are valid that start at 0, never decrease and end at the number of tokens. Invalid ones, which nobody reads back here, put
 tokens into other sequences or into none; whatever they are, everything stays inside the tensors.
@@ -12,12 +12,12 @@ import triton.language as tl
 
 from .launch import Launch, LaunchParameters
 
-TOKENS, PIECES, SEQUENCES = 256, 64, 64  # of one program, and of one step along the ends
+TOKENS, PIECES, SEQUENCES = 256, 64, 64  # tokens or pieces per program; sequences per step along cu_seqlens
 
 
 @triton.jit
 def fill_bounds(ends, bounds, num_sequences, num_tokens, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """bounds (2, num_tokens): first position and end of the sequence of each token; 0 and 0 outside of all sequences."""
+    """bounds (2, num_tokens): begin and end of the sequence of each token; 0 and 0 for tokens of no sequence."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.full((BLOCK,), -1, tl.int32)
     end = tl.full((BLOCK,), num_tokens + 1, tl.int32)
@@ -87,7 +87,7 @@ def plan_pieces(num_sequences, num_tokens, num_pieces, piece_length):
 
 
 def bounds_launches(cu_seqlens, num_tokens):
-    """token_bounds, not filled, and what fills them; None and nothing without packed sequences."""
+    """(token_bounds, launches that fill them); (None, []) without packed sequences."""
     if cu_seqlens is None:
         return None, []
     bounds = cu_seqlens.new_empty((2, num_tokens), dtype=torch.int32)
@@ -95,7 +95,7 @@ def bounds_launches(cu_seqlens, num_tokens):
 
 
 def piece_launches(cu_seqlens, num_tokens, num_pieces, piece_length):
-    """pieces and first_pieces, not filled, and what fills them, likewise."""
+    """(pieces, first_pieces, launches that fill them)."""
     if cu_seqlens is None:
         return None, None, []
     pieces = cu_seqlens.new_empty((5, num_pieces), dtype=torch.int32)

@@ -99,7 +99,7 @@ def attend(
 
 @triton.jit
 def online_softmax(score, highest, total):
-    """(weights, decay of what was added up before, highest, total) after one more tile of scores."""
+    """(weights, factor for earlier sums, highest, total) after one more tile of scores."""
     new_highest = tl.maximum(highest, tl.max(score, 1))
     # Rows that have seen no key yet keep -inf; shifting them by 0 instead avoids -inf - -inf.
     shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
@@ -151,7 +151,7 @@ def attend_resident(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for slot in tl.static_range(NUM_SLOTS):
-        chosen = (scores[slot] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+        chosen = (scores[slot] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
         store_bits(bits, rows, num_queries, first_key + slot * BLOCK_N, RING // WORD, chosen, BLOCK_M, BLOCK_N)
         for t in tl.static_range(slot, NUM_KEY_TILES, NUM_SLOTS):
             keys = first_key + t * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -190,7 +190,7 @@ def select(
     scale = SCALE(tl.load(parameter + head * parameter_stride)) * LOG2E
     q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
 
-    # Loops, as one unrolled tile after another would take a compiler too long.
+    # Loops, because unrolled tiles would take too long to compile.
     slots = tl.arange(0, SLOTS)[None, :, None]
     scores = tl.full((BLOCK_M, SLOTS, BLOCK_N), float("-inf"), tl.float32)
     for t in range(NUM_KEY_TILES):
@@ -206,7 +206,7 @@ def select(
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
     candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING)
-    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+    chosen = (candidates[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
     for slot in range(NUM_SLOTS):
@@ -308,11 +308,11 @@ def write_grad_queries(
     ds_total_rounded: of the dS that are in acc, in its units. nearest: the key of the greatest weight of each row.
     """
     ds_total, ds_score, mean_score = sums
-    # Of the points that dq may be taken from, the nearest key is where the terms of a row cancel best.
+    # dq is taken relative to a point; with the nearest key, the terms of a row cancel best.
     centre = load_tile(k, nearest, k_strides[2], num_keys, D, BLOCK_D)
     dq_tile = GRAD(acc, ds_total_rounded[:, None], centre.to(tl.float32))
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, dq_tile, D, BLOCK_D)
-    # What dS sums to is the error of delta: grad_keys gets one without.
+    # The sum of dS is the error of delta: grad_keys gets the corrected delta.
     delta += (batch.to(tl.int64) * num_heads + head) * num_queries
     tl.store(delta + rows, row_delta + ds_total, mask=rows < num_queries)
     # d log(scale) = sum dS * score, with any number taken off the scores of a row; off the mean, an error of delta cancels.
@@ -342,7 +342,7 @@ def grad_keys(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     ds_total = tl.zeros((BLOCK_N,), tl.float32)
-    # dS enters its products unscaled, lest half precision lose or overflow it; the sums are in units of the head at hand.
+    # dS enters products unscaled, so that it neither underflows nor overflows in half precision. Sums are scaled per head.
     unit = SCALE(tl.load(parameter + kv_head * group * parameter_stride))
     for member in range(group):
         head = kv_head * group + member

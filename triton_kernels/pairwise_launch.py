@@ -13,14 +13,14 @@ from . import pairwise
 from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
-WORD = 32  # keys of one word of a saved selection
-AT_ONCE_BYTES = 24576  # keys, or values, of a query tile that fit them while in flight
-RESIDENT_SCORES = 16384  # scores of a query tile that fit the registers of four warps, with room to spare of eight
+WORD = 32  # keys per word of a saved selection
+AT_ONCE_BYTES = 24576  # most bytes of keys, or of values, of a query tile that are loaded before the first is used
+RESIDENT_SCORES = 16384  # scores of a query tile that fit in the registers of four warps, and easily in those of eight
 
 
 @dataclass(frozen=True, eq=False)
 class PairFunctions:
-    """The `triton.jit` functions that make an operator of the skeleton; pairwise.py says what each receives."""
+    """The `triton.jit` functions that turn the skeleton into an operator; pairwise.py documents their arguments."""
 
     scale: Callable
     score: Callable
@@ -29,7 +29,7 @@ class PairFunctions:
 
 
 class Signature(NamedTuple):
-    """All that fixes the launches of a call, apart from addresses."""
+    """Everything that determines the launches of a call, except addresses."""
 
     q_shape: tuple
     k_shape: tuple
@@ -83,7 +83,7 @@ class Signature(NamedTuple):
 
 
 def signature(q, k, v, parameter, packed, left, right):
-    """parameter: of heads, None where there is none."""
+    """parameter: one number per head or for all heads; None if there is none."""
     return Signature(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
         0 if parameter is None else parameter.numel(), packed, left, right, dot_precision(q.dtype),

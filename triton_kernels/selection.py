@@ -32,7 +32,7 @@ def row_minimum(scores):
 
 @triton.jit
 def count_above(scores, threshold):
-    """How many of each row's scores exceed its threshold."""
+    """Number of each row's scores that exceed its threshold."""
     LAST: tl.constexpr = len(scores) - 1
     above = tl.where(scores[LAST] > threshold[:, None], 1.0, 0.0)
     for t in tl.static_range(1, LAST):
@@ -47,7 +47,7 @@ def count_above(scores, threshold):
 
 @triton.jit
 def halve(scores, k, low, high, above_low):
-    """One step of the bisection; it keeps: at least k scores exceed low, fewer than k exceed high."""
+    """One step of the bisection. Invariant: at least k scores exceed low, fewer than k exceed high."""
     middle = 0.5 * low + 0.5 * high
     above = count_above(scores, middle)
     enough = above >= k
@@ -56,7 +56,7 @@ def halve(scores, k, low, high, above_low):
 
 @triton.jit
 def any_open(k, low, high, above_low):
-    """Whether a row still keeps more than k scores and has a number left between low and high."""
+    """Whether a row still has more than k scores above low, and a number between low and high."""
     middle = 0.5 * low + 0.5 * high
     return tl.max(((above_low > k) & (middle > low) & (middle < high)).to(tl.int32), 0) > 0
 
@@ -103,7 +103,7 @@ def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr):
     low = lowest - tl.abs(lowest) * 1e-6 - 1e-30
     high = highest
     above_low = count.to(tl.float32)
-    # Asking whether every row is done needs a barrier; the first steps never finish a tile, so they do not ask.
+    # Testing whether every row is done takes a barrier. The first steps never finish a tile, so they skip the test.
     for _ in range(UNASKED_STEPS):
         low, high, above_low = halve(scores, k, low, high, above_low)
     while any_open(k, low, high, above_low):
@@ -113,5 +113,5 @@ def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr):
     tied_row = above_low > k
     if tl.max(tied_row.to(tl.int32), 0) > 0:
         scores = drop_late_ties(scores, k, low, high, tied_row, start, RING)
-    # A row of NaN has no bracket: cut below everything, so that its masked pairs alone stay out.
+    # A row of NaN has no bracket: cut below all scores, so that only masked pairs are excluded.
     return scores, tl.where(low == low, low, float("-inf"))

@@ -47,12 +47,12 @@ from .tiles import (
 )
 
 EPS: tl.constexpr = tl.constexpr(1e-8)
-FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of what is not there: beyond every lock radius
-NEVER: tl.constexpr = tl.constexpr(-1e30)  # and its x
-SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt take what is below for 0
-EXACT: tl.constexpr = tl.constexpr("ieee")  # products of frequencies: tf32 would drown small distances
-# Where tokens are float32, distances and sums of pulls are float64: far from the origin most of their digits cancel.
-# Squared distances and sums of pulls are right to this part of |w|^2 and |w|, in float32 and in float64.
+FAR: tl.constexpr = tl.constexpr(1e30)  # squared distance of absent tokens: beyond every lock radius
+NEVER: tl.constexpr = tl.constexpr(-1e30)  # x of absent tokens
+SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)  # sqrt and rsqrt treat smaller numbers as 0
+EXACT: tl.constexpr = tl.constexpr("ieee")  # precision of products of frequencies: tf32 would lose small distances
+# For float32 tokens, distances and sums of pulls are float64: far from the origin most of their digits cancel.
+# Relative accuracy of squared distances and sums of pulls, to |w|^2 and |w|, in float32 and in float64.
 ROUNDING: tl.constexpr = tl.constexpr(2.0**-20)
 WIDE_ROUNDING: tl.constexpr = tl.constexpr(2.0**-46)
 
@@ -64,7 +64,7 @@ def load_decay(bandwidth):
 
 @triton.jit
 def positive(x):
-    """max(x, 0); NaN passes, or a broken input would leave no trace in the output."""
+    """max(x, 0), but NaN for NaN, so that invalid inputs show in the output."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -110,7 +110,7 @@ def log_similarity(x_tile, y_tile, squares, other_squares, decay):
 
 @triton.jit
 def load_squares(squares, tokens, num_tokens, decay):
-    """The share of each token's |w|^2 in x."""
+    """The contribution of each token's |w|^2 to x."""
     return tl.where(tokens < num_tokens, decay * load_vector(squares, tokens, num_tokens, 0.0), NEVER)
 
 
@@ -122,7 +122,7 @@ def strength(margin):
 
 @triton.jit
 def inverse_strength(margin):
-    """1 / S where the pair locks, else 0; S is this times the positive part of the margin, without another special function."""
+    """1 / S if the pair locks, else 0. S is this times the positive part of the margin, without another special function."""
     return tl.where(margin < SMALLEST_NORMAL, 0.0, rsqrt(margin))
 
 
@@ -198,7 +198,7 @@ def attend(
 
 @triton.jit
 def mask_forward(distance, positions, keys, FAR: tl.constexpr, SELF: tl.constexpr, CAUSAL: tl.constexpr):
-    """Tokens are exactly at distance 0 from themselves, and out of the reach of earlier ones when causal."""
+    """Set the distance of a token from itself to exactly 0 and, when causal, hide later tokens from earlier ones."""
     if SELF:
         distance = tl.where(keys == positions, 0.0, distance)
     if CAUSAL:
@@ -208,7 +208,7 @@ def mask_forward(distance, positions, keys, FAR: tl.constexpr, SELF: tl.constexp
 
 @triton.jit
 def mask_backward(x, positions, keys, SELF: tl.constexpr, CAUSAL: tl.constexpr):
-    """As mask_forward, but a token does not see itself: its own share of dv, S_ii = 1, is added after the walk."""
+    """As mask_forward, but a token does not see itself: its own contribution to dv, S_ii = 1, is added after the walk."""
     if SELF and CAUSAL:
         return tl.where(keys >= positions, NEVER, x)
     elif SELF:
@@ -246,7 +246,7 @@ def attend_top_k(
     row_squares = load_vector(squares + row_offset, rows, num_queries, FAR)
     row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
 
-    # Loops, as one unrolled tile after another would take a compiler too long.
+    # Loops, because unrolled tiles would take too long to compile.
     slots = tl.arange(0, SLOTS)[None, :, None]
     scores = tl.full((BLOCK_M, SLOTS, BLOCK_N), float("-inf"), tl.float32)
     count = tl.zeros((BLOCK_M,), tl.int32)
@@ -256,7 +256,7 @@ def attend_top_k(
         delta2 = squared_distance(w_tile, k_tile, row_squares, load_vector(k_squares, keys, num_keys, FAR))
         delta2 = mask_forward(delta2, rows[:, None] + offset, keys[None, :], FAR, SELF, CAUSAL)
         score = strength(exp2(decay * delta2) - row_c[:, None] * delta2)
-        # What is not locked is no candidate: else its zeros would be ties.
+        # Pairs that are not locked are no candidates; otherwise their zeros would be ties.
         count += tl.sum((score > 0.0).to(tl.int32), 1)
         score = tl.where(score == 0.0, float("-inf"), score)
         scores = tl.where(slots == t, score[:, None, :], scores)
@@ -266,7 +266,7 @@ def attend_top_k(
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     highest = row_maximum(candidates)
     candidates, cut = cut_top_k(candidates, count, tl.zeros_like(count), highest, top_k, RING)
-    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+    chosen = (candidates[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
     weights = tl.where(chosen, candidates[0], 0.0)
     row_total = tl.sum(weights, 1)
 
@@ -343,7 +343,7 @@ def grad_queries(
     row_c = load_vector(c + row_offset, rows, num_queries, 1.0)
     row_inverse = load_vector(inverse + row_offset, rows, num_queries, 0.0)
     row_shift = load_vector(shift + row_offset, rows, num_queries, 0.0)
-    # Pulls are taken in this unit, lest half precision overflow: c may be large.
+    # Pulls are in this unit, so that they do not overflow in half precision: c may be large.
     two_alpha = 2.0 * tl.load(bandwidth + head * bandwidth_stride)
     unit = two_alpha + row_c
     row_steepest = steepest_of(steepest, row_squares, row_c, decay, w.dtype.element_ty)
@@ -400,7 +400,7 @@ def grad_queries(
 
 @triton.jit
 def store_parameters(dalpha, dradius, row_offset, rows, num_queries, row_dalpha, row_dradius, row_c):
-    """Gradients of alpha and of K r, row by row; a c at its bound depends on neither K nor r."""
+    """Gradients of alpha and of K r for each row. A clamped c depends on neither K nor r."""
     row_dradius = tl.where(row_c == LARGEST_C, 0.0, row_dradius * row_c * tl.sqrt(row_c))
     tl.store(dalpha + row_offset + rows, row_dalpha, mask=rows < num_queries)
     tl.store(dradius + row_offset + rows, row_dradius, mask=rows < num_queries)
@@ -522,11 +522,11 @@ def grad_tokens(
 
     SUMS: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float32 else tl.float32
     dw_tile = tl.zeros((BLOCK_M, BLOCK_D), SUMS)
-    dv_tile = row_inverse[:, None] * do_tile.to(tl.float32)  # of the own pair, which the walk leaves out
+    dv_tile = row_inverse[:, None] * do_tile.to(tl.float32)  # the pair of a token with itself, which the walk skips
     pulls = tl.zeros((BLOCK_M,), SUMS)
     row_dalpha = tl.zeros((BLOCK_M,), tl.float32)
     row_dradius = tl.zeros((BLOCK_M,), tl.float32)
-    MEND: tl.constexpr = w.dtype.element_ty != tl.float32  # as in grad_queries, but for dw, which takes the others' shifts, too
+    MEND: tl.constexpr = w.dtype.element_ty != tl.float32  # as in grad_queries, but not for dw, which uses all tokens' shifts
     balance = tl.sum(do_tile.to(tl.float32) * v_tile.to(tl.float32), 1) * row_inverse - row_shift  # likewise
     dalpha_by_shift = tl.zeros((BLOCK_M,), tl.float32)
     dradius_by_shift = tl.zeros((BLOCK_M,), tl.float32)
@@ -572,7 +572,7 @@ def grad_tokens(
     dw_tile = (dw_tile - pulls[:, None] * w_tile.to(dw_tile.dtype)) * unit
     store_tile(at(dw, dw_strides, batch, head), rows, dw_strides[2], num_tokens, dw_tile, D, BLOCK_D)
     store_tile(at(dv, dv_strides, batch, head), rows, dv_strides[2], num_tokens, dv_tile, DV, BLOCK_DV)
-    # Every pair counts in the rows of both of its tokens, and so does the error of each one's shift.
+    # Every pair counts in the rows of both tokens, and so do the errors of both shifts.
     if MEND:
         error = shift_error(balance, row_inverse, row_shift)
         row_dradius -= 2.0 * error * dradius_by_shift

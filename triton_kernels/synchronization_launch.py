@@ -18,13 +18,13 @@ FEW_ROWS = LaunchParameters(64, None, 4, 1)
 
 
 def signature(omega, omega_k, v, causal):
-    """omega_k None: the keys are the queries."""
+    """omega_k: None if the keys are the queries."""
     k = omega if omega_k is None else omega_k
     return pairwise_launch.signature(omega, k, v, None, False, -1, 0 if causal else -1)
 
 
 def stride(parameter):
-    """Of a parameter with one number a head, or one for all."""
+    """The stride of a parameter with one number per head (1), or with one for all heads (0)."""
     return 1 if parameter.numel() > 1 else 0
 
 
@@ -34,7 +34,7 @@ def options(call, self):
 
 
 def own_block(call, kernel):
-    """Tokens that one program of a kernel works for."""
+    """Tokens per program of a kernel."""
     parameters = call.tuned(kernel)
     return parameters.block_n if kernel == "sync_grad_keys" else parameters.block_m
 
@@ -45,7 +45,7 @@ def list_rows(call, kernel, cuda=None):
 
 
 def members(cuda=None):
-    """The first bit in the lists' entries that tells of a tile's cells, of which Triton's kernels want to know nothing."""
+    """The first bit of a list entry that flags cells of a tile; Triton's kernels do not use these flags."""
     return None if cuda is None else cuda.members
 
 
@@ -154,7 +154,7 @@ def plan_head_gradients(rows, coupling_stride, per_token):
 
 
 class InPlace(NamedTuple):
-    """A kernel in CUDA C++ in the place of Triton's.
+    """A CUDA C++ kernel that replaces one of Triton's.
 
     rows: tokens that share a list of cells. members: see `members`. call: (launch, tensors) from the tensors that are worked
     out here, by name: squares, c, lists, counts, a counter; for a backward inverse, shift, dalpha and dradius, too.
@@ -175,7 +175,7 @@ class Survey(NamedTuple):
 
 
 def survey(w, queries):
-    """A Survey, not filled."""
+    """An uninitialised Survey."""
     batch, heads, length, width = w.shape
     cells = triton.cdiv(length, CELL)
 
@@ -257,7 +257,7 @@ def backward_launches(
             launches += [fill, cuda.call(squares=queries.squares, c=queries.c, **rows, **named(lists))]
     else:
         num_words = 0 if bits is None else bits.shape[-1]
-        # What tokens get as queries is kept unrounded until what they get as keys is added.
+        # The gradient of tokens as queries stays unrounded until their gradient as keys is added.
         of_queries, of_keys = (omega.new_empty(omega.shape, dtype=torch.float32), dw) if self else (dw, dk)
         given = (
             omega, omega if self else omega_k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits,
@@ -286,5 +286,5 @@ def backward_launches(
 
 
 def is_symmetric(omega_k, bits, causal, order):
-    """Whether S is: queries are the keys, all see all, nothing is selected, and a head has one order parameter."""
+    """Whether S is symmetric: keys are the queries, all see all, no selection, and one order parameter per head."""
     return omega_k is None and bits is None and not causal and order.dim() == 2

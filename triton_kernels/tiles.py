@@ -7,8 +7,8 @@ from nearfar.runtime.private import knobs
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-WORD: tl.constexpr = tl.constexpr(32)  # bits of one word of a saved selection
-INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)  # Triton's interpreter knows no inline assembly
+WORD: tl.constexpr = tl.constexpr(32)  # bits per word of a saved selection
+INTERPRETED: tl.constexpr = tl.constexpr(knobs.runtime.interpret)  # the interpreter does not support inline assembly
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def tile_pointers(base, rows, stride, BLOCK_WIDTH: tl.constexpr):
 
 @triton.jit
 def load_tile(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows of a (num_rows, WIDTH) matrix as a (len(rows), BLOCK_WIDTH) tile; everything outside the matrix reads as zero."""
+    """Rows of a (num_rows, WIDTH) matrix as a (len(rows), BLOCK_WIDTH) tile, with zeros outside the matrix."""
     mask = tile_mask(rows, num_rows, WIDTH, BLOCK_WIDTH)
     return tl.load(tile_pointers(base, rows, stride, BLOCK_WIDTH), mask=mask, other=0.0)
 
@@ -115,7 +115,7 @@ def row_squares(tile):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a times b. Exact float32 products take the tensor cores of float64: without any they are far slower (H200)."""
+    """a times b. Exact float32 products use float64 tensor cores; without tensor cores they are far slower (H200)."""
     if a.dtype == tl.float32 and PRECISION == "ieee":
         return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
@@ -124,13 +124,13 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def finite_or_zero(tile):
-    """The tile with zeros for its infinities and NaN, for products whose other factor is 0 wherever nobody may see them."""
+    """The tile with infinities and NaN replaced by 0. Hidden pairs have weight 0, but 0 times NaN would be NaN."""
     return tl.where(tl.abs(tile) < float("inf"), tile, 0.0).to(tile.dtype)
 
 
 @triton.jit
 def poison(tile):
-    """NaN for each row of a tile that holds infinities or NaN, 0 for the others: added to the weights of those who see it."""
+    """NaN for each row of a tile that contains infinities or NaN, otherwise 0; added to the weights of visible pairs."""
     wide = tile.to(tl.float32)
     return tl.sum(wide - wide, 1)
 
@@ -184,7 +184,7 @@ def tile_ranges(begin, all_begin, all_end, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def steps(ranges, EDGES: tl.constexpr):
-    """(start, stop) of the loop over the edges of tile_ranges, or over its whole tiles; `position` says where a step is."""
+    """(start, stop) of the loop over the edges of tile_ranges, or over its whole tiles. `position` maps a step to its tile."""
     first, whole_first, whole_stop, stop = ranges
     if EDGES:
         return first, stop - (whole_stop - whole_first)
@@ -212,7 +212,7 @@ def inside(targets, begin, end, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def exp2(x):
-    """2^x by one special-function instruction; results below 2^-126 flush to zero, which tl.exp2 pays four more for."""
+    """2^x in one special-function instruction. Results below 2^-126 flush to zero; tl.exp2 takes four more instructions."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -221,7 +221,7 @@ def exp2(x):
 
 @triton.jit
 def sqrt(x):
-    """The square root by one special-function instruction; it takes no negative x."""
+    """The square root of x >= 0 in one special-function instruction."""
     if INTERPRETED:
         return tl.sqrt(x)
     else:
@@ -230,7 +230,7 @@ def sqrt(x):
 
 @triton.jit
 def rsqrt(x):
-    """1 / sqrt(x) by one special-function instruction: infinity at 0, NaN where x is negative."""
+    """1 / sqrt(x) in one special-function instruction: infinity at 0, NaN for negative x."""
     if INTERPRETED:
         return tl.rsqrt(x)
     else:
@@ -267,7 +267,7 @@ def load_bits(
     bits, rows, num_rows, begin, end, first_key, num_words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):
-    """(BLOCK_M, BLOCK_N) mask of the selected keys from first_key on, or its transpose; nothing outside [begin, end)."""
+    """(BLOCK_M, BLOCK_N) mask of the selected keys from first_key on, or its transpose; False outside [begin, end)."""
     words = tl.load(ring_words(bits, rows, first_key, num_words, BLOCK_N), mask=(rows < num_rows)[:, None], other=0)
     # Bits outside a row's interval belong to other keys of the ring. Clearing them a word at a time is cheap, except where
     # the words lie across the registers of the tile.

@@ -1,4 +1,4 @@
-"""The competitors: one module per room, and here what rooms share. Each function returns a callable (*inputs) -> o."""
+"""The baselines: one module per operator, and here what they share. Each function returns a callable (*inputs) -> o."""
 
 import functools
 

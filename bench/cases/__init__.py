@@ -1,4 +1,4 @@
-"""Benchmark cases: their table, cases.toml, and one module per operator, under the name of its room in nearfar.registry.
+"""Benchmark cases: their table, cases.toml, and one module per operator, named as its `room` in nearfar.registry.
 
 A module offers
 
@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """Somebody who computes a case.
+    """An implementation that computes a case.
 
     label: name in tables. run: inputs -> output. token_major: its tensors are (B, N, H, D), so it is given inputs that lie
     like that in memory.

@@ -1,4 +1,4 @@
-"""What the providers compute: one module per room, and here what rooms share.
+"""The formulas that providers compute: one module per operator, and here what they share.
 
 A formula works on (B, Hq, N, D) queries and (B, Hkv, M, D) keys and values; the queries are the last N positions.
 

@@ -1,4 +1,4 @@
-"""Affine-scaled attention's formula; that of plain softmax attention is in the room's `__init__`."""
+"""The formula of affine-scaled attention; that of softmax attention is in `bench/formulas/__init__.py`."""
 
 from typing import ClassVar
 

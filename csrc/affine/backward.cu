@@ -1,14 +1,14 @@
-// Gradients of softmax attention with an affine epilogue, in two walks over all pairs: queries meet the keys that they see, for
-// dq, and keys the queries that see them, for dk and dv. With P the weights, dP = dO v^T and m the row sums of u dO,
+// Gradients of softmax attention with an affine epilogue, in two walks over all pairs: queries visit the keys that they see,
+// for dq, and keys the queries that see them, for dk and dv. With P the weights, dP = dO v^T and m the row sums of u dO,
 //
 //     dS = P (alpha dP - alpha m),   dq = scale dS k,   dk = scale dS^T q,   dv = (alpha P + beta)^T dO
 //
-// u was rounded to 16 bits, of weights that were. The gradients of alpha and of the sink are m and a sum of it: for them the
-// queries' walk adds up the row sums of P dP, in float32, which are m exactly. dk takes these, too.
+// u was rounded to 16 bits, and so were the weights in it. The gradients of alpha and of the sink are m and a sum of m, so for
+// them the queries' walk sums P dP over each row in float32, which gives m without that rounding. dk uses these sums too.
 //
-// Two warp groups have 64 own rows each and multiply them with tiles of the others: two products make the weights of a tile,
-// and one or two more add what it gives. While one group computes weights, the products of the other run. One thread of a third
-// group copies tiles ahead. Blocks take one span of 128 rows after the other (spans.cuh).
+// Two warp groups have 64 rows each and multiply them with tiles of the other side: two products give the weights of a tile,
+// and one or two more add its contribution. While one group computes weights, the products of the other run. One thread of a
+// third group copies tiles ahead. Blocks take one span of 128 rows after the other (spans.cuh).
 #include "affine/backward.h"
 
 #include <cstdint>
@@ -23,7 +23,7 @@
 namespace nearfar {
 namespace {
 
-// Where a thread's two rows, 8 apart, reach in a tile of others from `first` on.
+// The columns that a thread's two rows, 8 apart, reach in a tile that starts at `first`.
 struct Reach {
     int begin[2], end[2];
 
@@ -40,8 +40,8 @@ struct Reach {
 template <typename Traits>
 using Weights = uint32_t[Traits::kTile / 16][4];
 
-// What a thread knows of its queries: of each of two rows its log-sum-exp in base 2, m by u and alpha, and a lane's part of
-// dbeta and of exact m.
+// A thread's data of its queries: for each of two rows the log-sum-exp in base 2, m computed from u, alpha, and the lane's part
+// of dbeta and of exact m.
 template <typename Traits>
 struct Queries {
     using Number = typename Traits::Number;
@@ -113,7 +113,7 @@ struct Queries {
         }
     }
 
-    // dS but for alpha, of a tile whose second products may still run.
+    // dS without alpha, of a tile whose second products may still run.
     __device__ __forceinline__ void weigh(Products& score, Products& slope, Weights<Traits> (&weights)[1],
                                           const Arguments<Number>& arguments, int row, int first, bool cut, int) {
 #pragma unroll
@@ -160,7 +160,7 @@ struct Queries {
     }
 };
 
-// Keys learn from each slot what there is to know of its queries.
+// Keys read the terms of the queries from each slot.
 template <typename Traits>
 struct Keys {
     using Number = typename Traits::Number;
@@ -190,7 +190,7 @@ struct Keys {
     __device__ void finish(const Arguments<Number>&, const Span<Traits>&, int, float (&)[2][Traits::kWidth / 2]) const {}
 
    private:
-    // All at once for two columns, so that their terms are loaded once.
+    // Everything for two columns together, so that their terms are loaded once.
     __device__ __forceinline__ void weigh(const float (&score)[Traits::kTile / 2], const float (&slope)[Traits::kTile / 2],
                                           Weights<Traits> (&weights)[2], const float* terms, float factor) {
 #pragma unroll

@@ -20,20 +20,20 @@ struct Traits {
     static constexpr int kWidth = kWidth_, kSums = kSums_, kPanels = kWidth / 64;
     static constexpr bool kOfKeys = kSums == 2, kScaled = kScaled_, kExact = kExact_;
     static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-    static constexpr int kTile = kTile_, kStages = kStages_;  // others at once
+    static constexpr int kTile = kTile_, kStages = kStages_;  // rows of a tile of the other side
     static constexpr int kRegisters = 240, kProducerRegisters = 24;
     static constexpr int kOwnPanel = 128 * kRows, kPanel = 128 * kTile;
     static constexpr int kOwnBytes = kPanels * kOwnPanel, kTileBytes = kPanels * kPanel;  // of one of two tensors
     static constexpr int kTerms = kScaled ? 4 : 2, kTermBytes = kOfKeys ? 4 * kTerms * kTile : 0;
     static constexpr int kSlotBytes = 2 * kTileBytes + kTermBytes;
-    // Bytes from the start of shared memory: own rows of two tensors; slots of two tiles; slots of terms; barriers.
+    // Bytes from the start of shared memory: the block's rows of two tensors; slots of two tiles; slots of terms; barriers.
     static constexpr int kSlots = 2 * kOwnBytes, kTermSlots = kSlots + kStages * 2 * kTileBytes;
     static constexpr int kPipeline = kTermSlots + kStages * kTermBytes, kOwnRows = kPipeline + Pipeline<kStages>::kBytes;
     static constexpr int kNext = kOwnRows + OwnRows<kGroups>::kBytes, kBytes = kNext + NextSpan::kBytes;
     static_assert(kAffineTerms == kRows && kAffineTerms % kTile == 0 && kBytes <= 227 * 1024);
 };
 
-// What keys are told of each query, in an array of its own each: its log-sum-exp in base 2, alpha m, alpha and beta.
+// Terms of each query that the keys' kernel reads, one array each: log-sum-exp in base 2, alpha m, alpha and beta.
 enum Term { kLevel, kShift, kAlpha, kBeta };
 
 template <typename Number>
@@ -78,12 +78,12 @@ struct Places {
     __device__ static int terms(int step) { return Traits::kTermSlots + step % Traits::kStages * Traits::kTermBytes; }
 };
 
-// Some rows of a head, and what they meet: tiles [begin, end) of each of `heads` heads from other_head on.
+// Rows of a head, and the tiles that they visit: [begin, end) of each of `heads` heads from other_head on.
 template <typename Traits>
 struct Span {
     int batch, head, other_head, heads, first_row, begin, end;
 
-    // The rows that meet most come first.
+    // The rows that visit the most tiles come first.
     __device__ Span(const Arguments<typename Traits::Number>& arguments, int number) {
         const Band& band = arguments.band;
         int index, tile;
@@ -97,7 +97,7 @@ struct Span {
     }
 };
 
-// What one thread does for the others: it takes spans, one ahead of them, and starts all copies in the order of their use.
+// Producer thread: takes spans, one ahead of the consumers, and starts all copies in the order of their use.
 template <typename Traits>
 __device__ void copy_tiles(const Arguments<typename Traits::Number>& arguments, const Places<Traits>& places) {
     int step = 0, number = blockIdx.x;

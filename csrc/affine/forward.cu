@@ -22,7 +22,7 @@ struct Traits {
     using Number = Number_;
     static constexpr int kWidth = kWidth_, kPanels = kWidth / 64;
     static constexpr int kGroups = 2, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-    static constexpr int kTile = 128, kStages = 256 / kWidth;  // keys at once
+    static constexpr int kTile = 128, kStages = 256 / kWidth;  // keys per tile
     static constexpr int kRegisters = 240, kProducerRegisters = 24;
     static constexpr int kPanel = 128 * kTile, kTileBytes = kPanels * kPanel;
     static_assert(kTile == kAffineChunk);
@@ -81,7 +81,7 @@ template <typename Traits>
 struct Span {
     int index, batch, head, kv_head, first_row, tiles, cut;
 
-    // The last queries, which see most, come first.
+    // The last queries, which see the most keys, come first.
     __device__ Span(const Arguments<typename Traits::Number>& arguments, int number) {
         const Band& band = arguments.band;
         int tile;
@@ -94,7 +94,7 @@ struct Span {
     }
 };
 
-// What one thread does for the others: it takes spans, one ahead of them, and starts all copies in the order of their use.
+// Producer thread: takes spans, one ahead of the consumers, and starts all copies in the order of their use.
 template <typename Traits>
 __device__ void copy_tiles(const Arguments<typename Traits::Number>& arguments, const Places<Traits>& places) {
     int keys = 0, values = 0, number = blockIdx.x;  // steps

@@ -21,7 +21,7 @@ namespace nearfar {
 
 namespace py = pybind11;
 
-// The arguments of one kernel, of which a plan sets those that are no tensors, and says where each address goes.
+// The arguments of one kernel. A plan sets those that are not tensors, and the position of each address.
 class ArgumentList {
    public:
     ArgumentList(std::string kernel, std::vector<Argument> arguments)

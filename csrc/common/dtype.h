@@ -1,4 +1,4 @@
-// The element types that tensors come in, and the way from the type known at run time to a template argument.
+// Element types of tensors, and the dispatch from a run-time type to a template argument.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// Two float16 numbers in one word, compared at once.
+// Two float16 numbers in one word, compared together.
 #pragma once
 
 #include <cuda_fp16.h>

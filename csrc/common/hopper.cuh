@@ -55,7 +55,8 @@ __device__ __forceinline__ void wait_for_barrier(uint32_t barrier, int parity) {
 
 // ---- registers
 
-// Of each thread of this warp group from here on: more than at launch, once other groups have given theirs, or fewer.
+// Sets the registers of each thread of this warp group from here on: more than at launch, after other groups released
+// theirs, or fewer.
 template <int Count>
 __device__ __forceinline__ void claim_registers() {
     NEARFAR_HOPPER(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)));
@@ -160,7 +161,7 @@ __device__ __forceinline__ void commit_products() {
     NEARFAR_HOPPER(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"));
 }
 
-// Waits for all groups of products but the last `Pending`; c are results of the others.
+// Waits for all groups of products except the last `Pending`; c are results of the completed ones.
 template <int Pending, int Count, int Numbers>
 __device__ __forceinline__ void wait_for_products(float (&c)[Count][Numbers]) {
     NEARFAR_HOPPER(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"));

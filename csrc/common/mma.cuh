@@ -40,7 +40,7 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
     else return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
 }
 
-// 1 / x of a normal number, correctly rounded but for one case in millions; the operator `/` branches to serve all others.
+// 1 / x of a normal number, correctly rounded except for one case in millions. The operator `/` has branches for other numbers.
 __device__ __forceinline__ float reciprocal(float x) {
     const float result = reciprocal_approximate(x);
     return fmaf(fmaf(-x, result, 1.0f), result, result);

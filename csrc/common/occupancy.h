@@ -1,4 +1,4 @@
-// How many blocks of a kernel a device holds at once.
+// Number of blocks of a kernel that are resident on a device.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,9 @@
-// Every pair of a block's own rows with a sequence of others: what kernels share that score pairs and keep little of them.
+// Products of a block's rows with all tiles of the other side (keys for queries, or queries for keys), for kernels that keep
+// little per pair.
 //
-// One thread starts copies of their tiles into a pipeline. Warp groups, each with 64 of the block's rows, multiply
-// them with one tile after the other at their own pace: while some compute with their products, those of others run. So the
-// others are read once for all groups.
+// One thread copies the tiles into a pipeline. Warp groups, each with 64 of the block's rows, multiply them with one tile after
+// the other at their own pace: while one group uses its products, those of other groups run. So tiles are read once for all
+// groups.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +16,12 @@
 
 namespace nearfar {
 
-// Products of `kProducts` pairs of tensors at once: of rows x_i with others y_i, all of them `kWidth` wide.
+// Products of `kProducts` pairs of tensors per tile: rows x_i with tiles y_i, all `kWidth` wide.
 template <typename Number_, int kWidth_, int kProducts_, int kGroups_, int kTile_, int kStages_>
 struct PairTraits {
     using Number = Number_;
     static constexpr int kWidth = kWidth_, kProducts = kProducts_, kGroups = kGroups_, kStages = kStages_;
-    static constexpr int kTile = kTile_;          // others at once
+    static constexpr int kTile = kTile_;          // rows of a tile of the other side
     static constexpr int kRows = 64 * kGroups;    // of a block
     static constexpr int kThreads = 128 * (kGroups + 1);
     // Of a thread with rows and of one that copies: all of a multiprocessor's 65,536.
@@ -29,7 +30,7 @@ struct PairTraits {
     static constexpr int kOwnPanel = 128 * kRows, kPanel = 128 * kTile;
     static constexpr int kSlotBytes = kPanels * kPanel;
     static constexpr int kVectorBytes = 4 * kTile;
-    // Bytes from the start of shared memory: own rows, slots, one number for each row in them, and barriers.
+    // Bytes from the start of shared memory: the block's rows, slots, one number for each row of a slot, and barriers.
     static constexpr int kSlots = kPanels * kOwnPanel;
     static constexpr int kVectors = kSlots + kStages * kSlotBytes;
     static constexpr int kBarriers = kVectors + kStages * kVectorBytes;
@@ -46,7 +47,7 @@ struct Band {
     __device__ int end(int row) const { return min(num_others, min(row, num_rows - 1) + offset + ahead + 1); }
 };
 
-// Where a block's rows are, and the head of the others.
+// Position of a block's rows, and the head of the other side.
 struct Place {
     int tile, batch, head, other_head;
 };
@@ -102,10 +103,11 @@ __device__ int own_row(const Place& place) {
     return place.tile * Traits::kRows + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-// Calls body.add<Edges>(products, first, vector) for each tile of others that some row of the block reaches; the products are
-// those with others [first, first + kTile), and the vector has one number for each of them. Without Edges all rows of the group
-// reach all of them.
-// vectors: numbers of the head's others in global memory, padded to whole tiles, or null. True to the threads that have rows.
+// Calls body.add<Edges>(products, first, vector) for each tile that some row of the block reaches. The products are those with
+// rows [first, first + kTile) of the other side, and the vector has one number for each of these. Without Edges all rows of the
+// group reach all of them.
+// vectors: one number for each row of the other side in global memory, padded to whole tiles, or null. Returns true to threads
+// that have rows.
 template <typename Traits, typename Arguments, typename Body>
 __device__ __forceinline__ bool for_each_tile(const Arguments& arguments, const Place& place, const float* vectors,
                                               char* memory, Body& body) {

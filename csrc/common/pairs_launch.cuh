@@ -68,7 +68,7 @@ struct PairArguments {
     }
 };
 
-// own and others: of each product, a tensor of rows and one that they meet.
+// own and others: for each product, the tensor of the block's rows and that of the other side.
 template <typename Traits>
 PairArguments<Traits::kProducts> pair_arguments(const std::array<Rows, Traits::kProducts>& own,
                                                 const std::array<Rows, Traits::kProducts>& others, const Band& band,

@@ -1,7 +1,7 @@
-// Spans of rows, which the blocks of a launch take one after the other, each as soon as it is free.
+// Spans of rows. The persistent blocks of a launch take one after the other, whenever they are free.
 //
-// A block stays on its multiprocessor: what comes before and after the work on one span passes beside the products of another,
-// and copies for the next span start early. Which block takes which span changes no result.
+// So prologue and epilogue of one span overlap the products of another, and copies for the next span start early. Which block
+// takes which span changes no result.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace nearfar {
 
-// Spans are tiles of the rows of one head. Their numbers put `together` heads side by side, so that L2 holds what they meet.
+// Spans are tiles of rows of one head. They are numbered so that `together` heads run at the same time and share L2.
 struct Spans {
     int tiles, together, heads;  // of a head, heads in all
 
@@ -21,8 +21,8 @@ struct Spans {
     }
 };
 
-// How one thread tells the others of its block the number of the next span, while they work on the nth one. It may do so once
-// they have all left the span before: a place and its barrier serve every other span.
+// One thread passes the number of the next span to its block, while the block works on the nth one. It may do so after all
+// threads have finished the span before: there are two slots with barriers, used in turn.
 struct NextSpan {
     static constexpr int kBytes = 2 * (8 + 4);
     uint32_t barriers;
@@ -48,7 +48,7 @@ struct NextSpan {
     }
 };
 
-// Rows of each of a block's groups, which a span has of its own: copied when the group is done with those of the span before.
+// Rows of each of a block's groups. They are copied when the group is done with the rows of the previous span.
 template <int kGroups>
 struct OwnRows {
     static constexpr int kBytes = 8 * 2 * kGroups;

@@ -10,9 +10,9 @@
 
 namespace nearfar {
 
-// rows: of each of `heads` heads. unit: heads that meet the same others, which have `bytes`.
+// rows: of each of `heads` heads. unit: heads that share the same other side (a group of query heads), whose data has `bytes`.
 inline Spans make_spans(int64_t rows, int rows_at_once, int64_t heads, int64_t unit, int64_t bytes) {
-    constexpr int64_t kShared = 1 << 24;  // bytes of what heads side by side meet, a third of an H100's L2
+    constexpr int64_t kShared = 1 << 24;  // bytes shared by the heads that run together, a third of an H100's L2
     const int64_t together = unit * std::max<int64_t>(1, kShared / std::max<int64_t>(1, bytes));
     return {static_cast<int>((rows + rows_at_once - 1) / rows_at_once), static_cast<int>(std::min(heads, together)),
             static_cast<int>(heads)};

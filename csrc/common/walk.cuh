@@ -1,9 +1,9 @@
-// What the walks of causal linear attention share: their traits, and the state that goes along.
+// Shared by the walks of causal linear attention: their traits, and the state that they carry.
 //
 // A block walks through a piece of a sequence in chunks of tokens. Tensors of a chunk lie as tiles in a stage of a pipeline in
 // shared memory. Sixteen rows of a result belong to one warp, or each of kParts warps has some of its columns.
 //
-// The state, sum_j x_j y_j^T over the chunks behind, is kept in float32 in the registers of all warps, as c fragments of
+// The state, sum_j x_j y_j^T over earlier chunks, is in float32 in the registers of all warps, as c fragments of
 // mma.cuh. After each chunk they round it into shared memory, where it is an operand of the products of the next chunk.
 #pragma once
 
@@ -23,7 +23,7 @@
 
 namespace nearfar {
 
-using Number = __nv_bfloat16;  // of all tensors; sums of features leave the range of float16
+using Number = __nv_bfloat16;  // of all tensors; sums of features exceed the range of float16
 
 template <int kWidth_, int kChunk_, int kWarps_, int kStages_>
 struct Walk {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void take_means(float (&c)[2][4], float (&mean)[2], i
 // -dO . o of a row, by w, which has it times the inverse.
 __device__ __forceinline__ float shift_of(float weight, float inverse) { return inverse == 0 ? 0.0f : weight / inverse; }
 
-// c *= factor phi'(x), with x the same rows of a tile, whose columns `lane` knows.
+// c *= factor phi'(x), with x the same rows of a tile; `lane` determines the columns.
 template <typename Map, int Width, int Tiles>
 __device__ __forceinline__ void multiply_by_slopes(float (&c)[Tiles][4], const float (&factor)[2], uint32_t rows,
                                                    const LaneOffsets<Width>& lane) {

@@ -1,8 +1,8 @@
-// The largest scores of each query with their keys, and how near the other keys come to what these select.
+// The largest scores of each query with their keys, and how near other keys come to the selected ones.
 //
-// Both kernels multiply the same rows by the same instructions, so that a score has the very bits by which it was selected or
-// not: a key is selected if it does not rank behind the last that was. A lane looks after its own columns, and lanes of a row
-// meet at the end.
+// Both kernels multiply the same rows with the same instructions, so a score has the same bits in both. A key is therefore
+// selected exactly if it does not rank behind the last selected one. Each lane handles its own columns; the lanes of a row are
+// combined at the end.
 #include "diagnostics/geometry.h"
 
 #include <cstdint>
@@ -181,7 +181,7 @@ struct SeparateBody {
         const auto inside = [&](int r, int key) {
             return !Edges || (key >= band.begin(row + 8 * r) && key < band.end(row + 8 * r));
         };
-        // Keys that score as the last selected one does rank behind it where they come after it.
+        // Keys with the score of the last selected key rank behind it if they come after it.
         float limit[2];
         bool mixed = false;
 #pragma unroll

@@ -1,7 +1,7 @@
 // Log-sum-exp, entropy and largest weight of each query, and the weight that each key receives, without any N x N object.
 //
-// Two walks over all pairs (pairs.cuh): queries meet the keys that they see, and then keys the queries that see them, with the
-// log-sum-exp of each query at hand. A lane keeps what it needs of its columns alone, and lanes of a row meet at the end.
+// Two walks over all pairs (pairs.cuh): queries visit the keys that they see; then keys visit the queries that see them, given
+// each query's log-sum-exp. A lane keeps data of its own columns only; the lanes of a row are combined at the end.
 #include "diagnostics/statistics.h"
 
 #include <cstdint>

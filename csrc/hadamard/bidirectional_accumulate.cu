@@ -2,8 +2,8 @@
 //
 // A block takes four outer features of a piece of a sequence, a warp group two of them. In each chunk of tokens a group loads
 // the inner features as left operands once, transposed, and multiplies them by the numbers of one outer feature while the
-// products of the other run. The norms, sums of f_j w_j, are spans of their own, taken last: a product of all outer with all
-// inner features.
+// products of the other run. The norms, sums of f_j w_j, have separate spans, taken last: products of all outer with all inner
+// features.
 #include <cstdint>
 
 #include "common/fragments.cuh"
@@ -80,7 +80,7 @@ struct Places {
     __device__ int slot(int step) const { return step % Traits::kStages * Traits::kSlotBytes; }
 };
 
-// What one thread does for the others.
+// Producer thread.
 template <typename Traits>
 __device__ void copy_chunks(const Arguments& arguments, const Places<Traits>& places) {
     int step = 0, number = blockIdx.x;
@@ -109,7 +109,7 @@ __device__ void copy_chunks(const Arguments& arguments, const Places<Traits>& pl
                 copy_bytes(slot, arguments.inner + tile, Traits::kTileBytes, full);
             }
         }
-        // All have come to this span, and have read what told them its number.
+        // All threads have reached this span and read its number.
         places.pipeline.wait_consumed(max(first_step, step - Traits::kStages));
         number = places.next.take(nth, arguments.counter);
     }

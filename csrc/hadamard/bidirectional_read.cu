@@ -1,9 +1,9 @@
-// What rows take from the state of Hadamard linear attention with two factors, of 64 x 64 features.
+// Reads the state of Hadamard linear attention with two factors, of 64 x 64 features, for all rows.
 //
 // A warp group has two tiles of 64 rows, whose inner features stay in registers as left operands. For each outer feature a slab
-// of the state comes by, 64 inner features times all values: a group multiplies the operands of one tile by that feature of its
-// rows while the products of the other run. Ahead of the slabs come the norms of the state, for a product with the operands as
-// they are. Blocks take one span of 256 rows after the other (spans.cuh).
+// of the state arrives, 64 inner features times all values: a group multiplies the operands of one tile by that feature of its
+// rows while the products of the other run. The norms of the state arrive before the slabs, for a product with the unscaled
+// operands. Blocks take one span of 256 rows after the other (spans.cuh).
 #include <cstdint>
 #include <string>
 
@@ -92,7 +92,7 @@ __device__ void copy_slabs(const Arguments& arguments, const Places<Traits>& pla
     int step = 0, number = blockIdx.x;
     for (int nth = 0; number < arguments.spans.count(); ++nth) {
         const Span<Traits> span(arguments, number);
-        number = places.next.take(nth, arguments.counter);  // slabs of the span before were read: all know where that ended
+        number = places.next.take(nth, arguments.counter);  // safe: all threads have read the slabs of the previous span
         const auto claim = [&] {
             places.slabs.wait_empty(step);
             arrive_expecting(places.slabs.full(step), Traits::kSlabBytes);

@@ -152,7 +152,7 @@ __device__ __forceinline__ void add_second_norms(float (&second)[2][4], const ui
     }
 }
 
-// The similarities x^r . y^r with 16 others, factor by factor.
+// The similarities x^r . y^r with 16 rows of the other side, factor by factor.
 __device__ __forceinline__ void similarities(float (&c)[2][2][4], const uint32_t (&x)[2][4], uint32_t others,
                                              const LaneOffsets<2 * kFactor>& factors) {
 #pragma unroll
@@ -172,7 +172,7 @@ __device__ __forceinline__ void multiply_elements(float (&c)[2][4], const float 
     for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = x[i / 4][i % 4] * y[i / 4][i % 4];
 }
 
-// sum += weights y, for one factor of 16 others.
+// sum += weights y, for one factor of 16 rows of the other side.
 __device__ __forceinline__ void add_factor(float (&sum)[2][4], const float (&weights)[2][4], uint32_t others, int factor,
                                            const LaneOffsets<2 * kFactor>& factors) {
     uint32_t a[4], b[4];

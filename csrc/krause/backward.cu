@@ -6,8 +6,8 @@
 //     dk_j = scale (sum_i dS_ij q_i - k_j sum_i dS_ij)                dv_j = sum_i P_ij dO_i
 //     d log(scale) = sum_ij dS_ij (s_ij - m_i)
 //
-// As dS sums to zero in a row, c_i and m_i may be anything, but delta is off by what o lost when it was rounded. With the key
-// of greatest weight as c_i that hardly matters, with the mean score sum_j P_ij s_ij as m_i it cancels.
+// As dS sums to zero in a row, any c_i and m_i are correct, but delta contains the rounding error of o. With the key of
+// greatest weight as c_i that error hardly matters, and with the mean score sum_j P_ij s_ij as m_i it cancels.
 //
 // Two kinds of blocks: one walks a strip of consecutive tiles of 64 queries and keeps the keys and values within reach in a
 // ring of rows in shared memory; the other walks tiles of keys, with a ring of the queries that see them and their dO. A warp

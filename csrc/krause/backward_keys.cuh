@@ -60,7 +60,7 @@ __device__ void grad_keys(const Arguments<T>& arguments, const Memory<Width>& me
         const float2 delta = row_products<T>(grad, out, lane);
         memory.store_pairs(ring_row + warp * kRows, lane, -delta.x, -delta.y);
         if (!packed) return;
-        memory.template clean<T>(ring_row * kRowBytes + my_rows, lane);  // lse says what was not finite
+        memory.template clean<T>(ring_row * kRowBytes + my_rows, lane);  // lse marks rows that were not finite
         memory.template clean<T>(kSecond + ring_row * kRowBytes + my_rows, lane);
         float* const lse = memory.numbers + ring_row + warp * kRows + quad;
         if (pair == 0) lse[0] += delta.x - delta.x, lse[8] += delta.y - delta.y;  // and so it does of dO

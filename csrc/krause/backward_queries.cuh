@@ -175,7 +175,7 @@ __device__ void grad_queries(const Arguments<T>& arguments, const Memory<Width>&
             for (int i = 0; i < Width / 8; ++i)
                 subtract<T>(sum[i], r, rounded_total[2 * r], reinterpret_cast<const uint32_t*>(key + 8 * i)[pair]);
         }
-        // dS entered its products unscaled, lest half precision lose or overflow it.
+        // dS entered products unscaled, so that it neither underflows nor overflows in half precision.
         store_rows<T, Width>(sum, scale, lane, window.num_queries - first_row, arguments.dq.row,
                              dq + first_row * arguments.dq.row);
     }

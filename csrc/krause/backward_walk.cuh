@@ -41,7 +41,7 @@ struct Arguments {
     int num_blocks;  // of the ring that a warp may reach, or more
 };
 
-// What a block keeps in shared memory: a ring of rows of two matrices, with two numbers a row, and three tiles of its own.
+// A block's shared memory: a ring of rows of two matrices, with two numbers per row, and three tiles of its own rows.
 template <int Width>
 struct Memory {
     static constexpr int kRowBytes = Tile<Width>::kRowBytes;

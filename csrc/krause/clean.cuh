@@ -1,5 +1,5 @@
 // NaN of one packed sequence must not reach another: pairs that do not see each other have weight 0, and 0 times NaN is NaN. So
-// rows that enter a product behind weights are rid of what is not finite, and whoever does see it is told otherwise.
+// values that are not finite are replaced by 0 in such products, and rows that do see them are set to NaN separately.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -3,10 +3,10 @@
 // Most of the search works on halves, two to a word: each row maps its scores to halves by a monotone x -> half(a x + b) and
 // bisects for a cut that exactly k of them exceed. A comparison leaves ones and zeros in the layout of an a fragment, so the
 // tensor cores count them: a matrix of ones sums a row over its lanes too. When the bisection has narrowed the bracket, the
-// map is stretched to what is left of it, which tells apart all scores but a few in a thousand rows.
+// map is stretched over the remaining bracket, which separates all scores except a few in a thousand rows.
 //
-// What remains is bisected on the scores themselves, as integers in their order, and equal scores at the cut are told apart
-// by column. Whatever the maps do, they only decide how soon the search ends: the result is exact.
+// The remaining scores are bisected themselves, as integers in the same order, and column decides between equal scores at the
+// cut. The maps affect only the number of steps: the result is exact.
 #pragma once
 
 #include <cfloat>
@@ -20,7 +20,7 @@ namespace nearfar {
 constexpr int kZooms = 3;   // maps tried before the scores themselves
 constexpr int kSteps = 14;  // of the bisection in one map
 
-// Integers in the order of the floats they come from, -0 and 0 apart, and back.
+// Maps floats to integers in the same order (-0 below 0), and back.
 __device__ __forceinline__ int ordered(float x) {
     const int bits = __float_as_int(x);
     return bits ^ (bits >> 31 & 0x7fffffff);
@@ -71,7 +71,7 @@ class TopK {
         drop_losers();
     }
 
-    // Ones (1.0) for the columns that are kept, as a fragments.
+    // 1.0 for the selected columns, as a fragments.
     __device__ const uint32_t (&kept(int block) const)[4] { return half_[block]; }
 
    private:

@@ -156,7 +156,7 @@ __device__ __forceinline__ float weigh(int* scores, const CacheSlots& slots, int
     lowest = over_warp(lowest, [](int x, int y) { return min(x, y); });
     highest = over_warp(highest, [](int x, int y) { return max(x, y); });
 
-    // At least top_k keys exceed low, fewer exceed high; what lies in between is kept up to the number that is needed.
+    // At least top_k keys exceed low, fewer exceed high; of those in between, only as many are selected as are needed.
     int low = lowest - 1, high = highest, above = slots.count, above_high = 0;
     if (top_k > 0) {
         while (above > top_k && static_cast<unsigned>(high) - static_cast<unsigned>(low) > 1) {
@@ -222,7 +222,7 @@ __device__ __forceinline__ void average_values(const T* values, const CacheSlots
     }
 }
 
-// Bytes of shared memory: the scores, in whose place the sums of the warps come, and a total for each query head.
+// Bytes of shared memory: the scores, later overwritten by the sums of the warps, and a total for each query head.
 template <int Width, int Heads>
 constexpr int shared_bytes(int window) {
     return 4 * Heads * (std::max(window, kWarps * Width) + 1);
@@ -289,7 +289,7 @@ void launch(const KrauseStep& call, cudaStream_t stream) {
           "krause_step launch");
 }
 
-// As many query heads at once as share a key head, up to eight.
+// Processes the query heads that share a key head together, up to eight.
 template <typename T, int Width>
 void launch_heads(const KrauseStep& call, cudaStream_t stream) {
     const int64_t group = call.heads / call.kv_heads;

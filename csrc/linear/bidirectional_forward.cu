@@ -1,8 +1,8 @@
 // Bidirectional linear attention with one factor: sums over the keys of a piece, and queries that read those of all keys.
 //
 // Both pass rows through a pipeline in shared memory. For the sums, each warp of a block has 16 features, takes them
-// from all rows of a chunk, and maps each once; there is one barrier a chunk. Queries meet nothing but the state of their
-// sequence, which lies in shared memory, so each warp has 16 rows of a chunk to itself, and needs no other warp.
+// from all rows of a chunk, and maps each once; there is one barrier per chunk. Queries read only the state of their sequence,
+// which is in shared memory, so each warp has its own 16 rows of a chunk and needs no synchronisation.
 #include "linear/bidirectional_forward.h"
 
 #include <algorithm>

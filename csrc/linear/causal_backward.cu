@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_queries_kernel(const _
         const uint32_t before = base + Memory::kStates + chunk % 2 * Walk::kStateBytes + my_state_rows;
         const float* const norm = norms + chunk % 2 * kWidth + role.part * Walk::kColumns + 2 * role.pair;
         // u_i = sum_{j <= i} (dO_i . v_j - c_i) phi(k_j) and z_i = sum_{j <= i} phi(k_j), c_i the mean of dO_i . v_j in its
-        // block. Where values have much in common, all dO_i . v_j are near dO_i . o_i, and rounded they would lose what dq is
-        // made of.
+        // block. If values have a large common part, all dO_i . v_j are near dO_i . o_i, and rounding them would lose the small
+        // differences that make up dq.
         float own[2][4] = {}, u[Walk::kColumns / 8][4], z[Walk::kColumns / 8][4];
         multiply_transposed<Number, kWidth>(own, grad, values + role.block * kBlockBytes, 0, whole);
         if (normalised) take_means(own, common, role.quad, role.pair);
@@ -275,8 +275,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) grad_keys_kernel(const __gr
         }
         commit_copies();
     };
-    // In lane i, of the warp's own query i: its features are taken times the inverse, so that its pairs have dO . v - dO . o,
-    // which may nearly cancel, of dO as it is.
+    // Lane i has the numbers of the warp's query i. Its features are multiplied by the inverse, so that dO . v - dO . o, which
+    // may nearly cancel, uses dO without further rounding.
     float next_factor = 1, next_shift = 0;
     const auto fetch_numbers = [&](int index) {
         if (index >= num_steps || role.lane >= Walk::kOwnRows) return;

@@ -1,4 +1,4 @@
-// What the kernels of the gradients of causal linear attention are given, on Hopper and elsewhere.
+// Arguments of the gradient kernels of causal linear attention, on Hopper and elsewhere.
 #pragma once
 
 #include "common/tensor.cuh"

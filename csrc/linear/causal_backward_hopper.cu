@@ -1,8 +1,8 @@
 // The gradients of causal linear attention with one factor of 64 features, by the products of Hopper.
 //
 // The walks are those of linear/causal_backward.cu: a block of eight warps goes from chunk to chunk of 128 tokens, and each
-// warp fetches and maps rows of its own. Here its two groups of four warps have 64 rows of the results each, and tiles are
-// operands in shared memory. The group whose rows meet only half of the chunk keeps the state.
+// warp fetches and maps its own rows. Here its two groups of four warps have 64 rows of the results each, and tiles are
+// operands in shared memory. The group whose rows pair with only half of the chunk has the state.
 #include <cstdint>
 #include <string>
 
@@ -113,7 +113,7 @@ class HopperState {
 
 // ------------------------------------------------------------------------------------------------------------ queries
 
-// Fragments of ones for a group's rows and 64 others: for those up to their own, or for all.
+// Fragments of ones for a group's rows and 64 columns: for columns up to the row's own, or for all.
 __device__ __forceinline__ void ones_fragments(uint32_t (&a)[4][4], bool diagonal, const Part& part) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {

@@ -1,9 +1,9 @@
 // Causal linear attention with one factor: a block walks through a piece of a sequence with the state in registers.
 //
 // In each chunk a warp reads the state before the chunk with 16 queries, pairs them with the keys of the chunk up to their own,
-// and adds its share of the chunk to the state. A key's features are computed once, by the warp that fetched it, and replace
-// it in shared memory; those of queries stay in registers. There is one barrier a chunk: before it warps map what they have
-// fetched, after it they only read tiles, fetch into the slot that the last chunk has left, and store the next state.
+// and adds its part of the chunk to the state. A key's features are computed once, by the warp that fetched it, and replace
+// it in shared memory; those of queries stay in registers. There is one barrier per chunk: before it warps map the rows that
+// they fetched; after it they only read tiles, fetch into the slot that the last chunk released, and store the next state.
 #include "linear/causal_forward.h"
 
 #include <cstdint>

@@ -1,13 +1,13 @@
-// Selective synchronization attention where the keys are the queries: tiles of rows meet the cells that may lock with them.
+// Selective synchronization attention for keys that are the queries: tiles of rows visit the cells that may lock with them.
 //
 // Warp groups have 64 rows each. While the weights of one cell are multiplied with its values, a group turns the products of
 // the next one into weights; several groups share the tensor cores and the special functions. Warps of a further group copy
-// what they meet, in the order of the lists, into a pipeline; a group passes by the cells that only others meet. Blocks
-// take one tile after the other (spans.cuh).
+// the cells, in the order of the lists, into a pipeline. A group skips the cells that only other groups need. Blocks take one
+// tile after the other (spans.cuh).
 //
-// log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. Nothing bounds it: the margin J^2 - c d^2 is saturated
-// to [0, 1] where it is formed, for free, and is 1 at 0. Saturation hides NaN, so broken frequencies go another
-// way: see copy_cells.
+// log2 J^2, from products of 16-bit numbers, may exceed 0 by rounding. It needs no bound, because the margin J^2 - c d^2 is
+// saturated to [0, 1] by the instruction that forms it. Saturation hides NaN, so frequencies that are not finite are marked
+// separately: see copy_cells.
 #include "synchronization/synchronization.h"
 
 #include <cstdint>
@@ -20,14 +20,14 @@
 namespace nearfar {
 namespace {
 
-// What a warp group knows and does in either direction, in the block's nth span.
+// State and steps of a warp group in the block's nth span, for both directions.
 template <typename Traits, typename Tokens>
 struct Group {
     const Block<Traits, Tokens>& block;
     Span span;
     int nth, group, lane;
 
-    // Once its rows have come.
+    // Call after its rows have arrived.
     __device__ Group(const Block<Traits, Tokens>& block, int nth, int number)
         : block(block), span(block.tokens, number), nth(nth), group(__shfl_sync(kWholeWarp, threadIdx.x / 128, 0)),
           lane(threadIdx.x % 32) {
@@ -43,7 +43,7 @@ struct Group {
         for (int r = 0; r < 2; ++r) mine[r] = block.own_numbers(nth, which)[local_row() + 8 * r];
     }
 
-    // Products of this group's rows in one tensor with the others of a step in another one, all columns of both.
+    // Products of this group's rows in one tensor with the cell of a step in another tensor, over all columns.
     __device__ __forceinline__ void start_scores(float (&score)[kCell / 2], int own, int others, int step) const {
         const uint64_t rows = panel_operand(block.own(nth, own, group), 0);
         const uint64_t columns = panel_operand(block.others(step, others), 0);
@@ -52,7 +52,7 @@ struct Group {
             start_product<typename Traits::Number, kCell>(score, further(rows, 32 * i), further(columns, 32 * i), i > 0);
     }
 
-    // sum += weights of the others of a step times their rows in one tensor.
+    // sum += weights of the cell of a step times its rows in one tensor.
     __device__ __forceinline__ void start_values(float (&sum)[kWidth / 2], const uint32_t (&weight)[kCell / 16][4], int others,
                                                  int step) const {
         const uint64_t rows = rows_operand(block.others(step, others), kPanel);
@@ -67,9 +67,9 @@ struct Group {
         return (cell_of(block.entry(step)) - span.tile * Traits::kGroups - group) * kCell;
     }
 
-    // The group's way through the steps of its span. Pairs are products of its rows with one cell; weigh makes weights of them,
-    // round those that sums take. The sums of one cell run beside the pairs of the next one that the group meets, and after
-    // them the slot is left.
+    // Visits the steps of the span. Pairs are products of the group's rows with one cell; weigh turns them into weights, and
+    // round rounds the weights for the sums. The sums of one cell run beside the pairs of the group's next cell; then the slot
+    // is released.
     template <int kPairs, int kSums, typename StartPairs, typename StartSums, typename Weigh, typename Round>
     __device__ __forceinline__ void walk(int step, int end, float (&pair)[kPairs][kCell / 2], float (&sum)[kSums][kWidth / 2],
                                          const StartPairs& start_pairs, const StartSums& start_sums, const Weigh& weigh,
@@ -87,7 +87,7 @@ struct Group {
         for (; step < end; ++step) {
             block.pipeline.wait_full(step);
             if (!meets(step)) {
-                if (last != kNone) finish();  // lest it go all around the pipeline with a stage that it has not left
+                if (last != kNone) finish();  // release the stage before the producer needs it again
                 block.pipeline.release(step);
                 continue;
             }
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_forward_k
 
 // What is one for a head.
 struct Rates {
-    float decay, two_alpha, c, unit;  // pulls are taken in this unit, lest half precision overflow: c may be large
+    float decay, two_alpha, c, unit;  // unit of the pulls, so that they do not overflow in half precision: c may be large
 
     __device__ explicit Rates(const Common& common)
         : decay(common.decay), two_alpha(-kLn2 * decay), c(common.c), unit(two_alpha + c) {}
@@ -267,11 +267,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_backward_
         for (int r = 0; r < 2; ++r)
             steepest[r] = rates.c * (square[r] / rates.decay) * kRounding > 1 ? 0.0f : arguments.steepest;
 
-        // Products of the rows with the others: omega with omega, grad_o with v, v with grad_o. Of these the weights of dv take
-        // the place of the first, and pulls that of the second.
+        // Products of the rows with a cell: omega with omega, grad_o with v, v with grad_o. The weights of dv overwrite the
+        // first, and the pulls the second.
         float pair[3][kCell / 2], acc[2][kWidth / 2] = {}, pulls[4] = {}, dalpha[2] = {}, dradius[2] = {};
-        // To mend what the shift of rounded o lacks: the rows' sums of S dS, as queries, which tell it, and by how much the
-        // gradients of parameters change with it.
+        // To correct the error that rounding o leaves in the shift: the rows' sums of S dS as queries, which measure it, and
+        // the derivatives of the parameter gradients with respect to the shift.
         float balance[2] = {}, dalpha_by_shift[2] = {}, dradius_by_shift[2] = {};
         uint32_t weight[kCell / 16][4], pull[kCell / 16][4];
         const auto start_pairs = [&](int step) {
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_backward_
             commit_products();
         };
         const auto weigh = [&](int step) {
-            if (group.behind(step) == 0) {  // a token's own share of dv is added in the end
+            if (group.behind(step) == 0) {  // a token's contribution to its own dv is added at the end
                 const float apart = product_of_far(factor);
 #pragma unroll
                 for (int i = 0; i < kCell / 2; ++i) {
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) synchronization_backward_
         group.walk(step, end, pair, acc, start_pairs, start_sums, weigh, round);
         step = end;
 
-        // Loaded anew, rather than held in registers all the way.
+        // Loaded again, to save registers.
         const Rates again(block.common(nth));
         group.own_numbers(kInverse, inverse);
         group.own_numbers(kShift, shift);

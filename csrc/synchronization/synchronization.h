@@ -10,15 +10,15 @@
 
 namespace nearfar {
 
-// Selective synchronization attention where the keys are the queries, on the current device, a GPU of compute capability 9.0:
+// Selective synchronization attention for keys that are the queries, on the current device, a GPU of compute capability 9.0:
 // the kernels `attend` and `grad_tokens` of triton_kernels/synchronization.py, which has the formulas.
 //
-// omega, v, grad_o and what is like them (B, H, N, 64): float16 or bfloat16, strides in numbers for the first three dimensions,
-// 1 for the last; rows start at multiples of 16 bytes. What follows is contiguous, floats but for the lists. By the kernels of
-// locking.py: squares and c (B, H, N), and for each tile of rows the cells of 64 tokens that it meets, lists (B, H, tiles,
-// cells) and their number, counts (B, H, tiles), int32; tiles of kSynchronizationRows and kSynchronizationGradRows rows. An
-// entry of a list has from bit kSynchronizationMembers on a bit for each cell of the tile, whether that one meets the other.
-// bandwidth: of each head, or of all with a stride of 0. counter: a workspace of one number.
+// omega, v, grad_o and tensors of their shape (B, H, N, 64): float16 or bfloat16, with strides in numbers for the first three
+// dimensions and 1 for the last; rows start at multiples of 16 bytes. All other tensors are contiguous and float32, except the
+// lists. The kernels of locking.py compute squares and c (B, H, N) and, for each tile of rows, the cells of 64 tokens that it
+// visits: lists (B, H, tiles, cells) and their lengths, counts (B, H, tiles), int32; tiles have kSynchronizationRows or
+// kSynchronizationGradRows rows. From bit kSynchronizationMembers on, a list entry has one bit per cell of the tile: whether
+// that cell needs the listed one. bandwidth: of each head, or of all with a stride of 0. counter: a workspace of one number.
 
 inline constexpr int kSynchronizationWidth = 64;
 inline constexpr int kSynchronizationRows = 192, kSynchronizationGradRows = 128;

@@ -1,4 +1,4 @@
-// What both directions of synchronization/synchronization.cu share: traits, arguments, shared memory, and the copying warps.
+// Shared by both directions of synchronization/synchronization.cu: traits, arguments, shared memory, and the copying warps.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kCell = 64, kWidth = kSynchronizationWidth;
 constexpr int kPanel = 128 * kCell;  // bytes of a cell of one tensor
-constexpr float kNever = -1e30f;     // log2 J^2 of what is not there
+constexpr float kNever = -1e30f;     // log2 J^2 of absent tokens
 constexpr float kEps = 1e-8f, kLargestC = 1e24f;
-constexpr float kRounding = 0x1p-20f;  // squared distances and sums of pulls are right to this part of |w|^2 and |w|
+constexpr float kRounding = 0x1p-20f;  // accuracy of squared distances and sums of pulls, relative to |w|^2 and |w|
 
-// kOwn, kOthers: tensors that a block has its rows of, and the cells it meets; kOwnNumbers, kNumbers: of each token in them.
+// kOwn, kOthers: number of tensors of the block's rows, and of the cells; kOwnNumbers, kNumbers: numbers per token of each.
 template <typename Number_, int kOwn_, int kOthers_, int kOwnNumbers_, int kNumbers_, int kGroups_, int kStages_>
 struct Traits {
     using Number = Number_;
@@ -26,8 +26,8 @@ struct Traits {
     static constexpr int kGroups = kGroups_, kStages = kStages_, kRows = kCell * kGroups, kThreads = 128 * (kGroups + 1);
     static constexpr int kRegisters = kGroups == 2 ? 240 : 160, kCopyingRegisters = kGroups == 2 ? 24 : 32;
     static constexpr int kCopying = 2;  // warps that copy cells
-    // Bytes from the start of shared memory: own rows of two spans, slots of cells, the numbers that belong to them, an even
-    // count, and barriers.
+    // Bytes from the start of shared memory: the block's rows of two spans, slots of cells, their numbers (an even count), and
+    // barriers.
     static constexpr int kOwnBytes = kOwn * kGroups * kPanel, kOwnNumberBytes = 4 * (kOwnNumbers * kRows + 4);
     static constexpr int kSlotBytes = kOthers * kPanel, kNumberBytes = 4 * (kNumbers * kCell + 2);
     static constexpr int kSlots = 2 * kOwnBytes, kOwnNumbersAt = kSlots + kStages * kSlotBytes;
@@ -67,7 +67,7 @@ struct Common {
     int count;       // of the cells in the list
 };
 
-// Places in shared memory. Steps of all of a block's spans use the slots in turn, and spans the two places of own rows.
+// Addresses in shared memory. The steps of all spans use the slots in turn; spans alternate between the two buffers of rows.
 template <typename Traits, typename Tokens>
 struct Block {
     const Tokens& tokens;
@@ -127,8 +127,8 @@ struct Block {
 
 __device__ __forceinline__ int cell_of(int entry) { return entry & ((1 << kSynchronizationMembers) - 1); }
 
-// What one warp does for the others: it takes spans, up to two ahead of the groups, and copies their rows with the numbers of
-// each and what they have in common.
+// Producer warp of rows: takes spans, up to two ahead of the groups, and copies their rows, the numbers of each row, and the
+// numbers that the rows share.
 template <typename Traits, typename Tokens>
 __device__ void copy_rows(const Block<Traits, Tokens>& block) {
     const Tokens& tokens = block.tokens;
@@ -160,10 +160,10 @@ __device__ void copy_rows(const Block<Traits, Tokens>& block) {
     }
 }
 
-// What each of two warps does: it copies every other cell of the lists and the numbers of its tokens, which it has to load, so
-// that loads for two cells are under way at once. A slot is always filled by the same warp: a barrier tells the last phase
-// from the one before, but not from one that another warp, less far, has yet to begin. The squares of a cell with one that is
-// not finite become NaN, all of them, so that a look at one of them tells.
+// Producer of cells, run by two warps. Each copies every second cell of the lists and loads the numbers of its tokens, so that
+// loads for two cells are in flight. A slot is always filled by the same warp, because a barrier distinguishes only its last
+// two phases, and the other warp may be further behind. If any square of a cell is not finite, all of its squares become NaN,
+// so that testing one of them suffices.
 template <typename Traits, typename Tokens>
 __device__ void copy_cells(const Block<Traits, Tokens>& block, int warp) {
     const Tokens& tokens = block.tokens;

@@ -28,7 +28,7 @@ from triton.testing import do_bench
 
 import nearfar as nf
 from nearfar import tune_choices
-from nearfar.runtime import plans
+from nearfar.runtime import choices, plans
 from nearfar.triton_kernels import (
     affine_launch,
     diagnostics_launch,
@@ -253,6 +253,11 @@ def main() -> None:
         help="measure which backend serves these operators faster, or all, instead of launch parameters",
     )
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it measures on a GPU, and torch sees none here")
+    written = launch.TABLE if arguments.choices is None else choices.TABLE
+    if not os.access(written, os.W_OK):
+        parser.error(f"{written} cannot be written: run it from a source tree of yours, installed with pip install -e")
     if arguments.choices is not None:
         return tune_choices.main(arguments.choices)
     chosen = [

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.full
 
 WIDTH, CELL = 64, 64
 ROWS, GRAD_ROWS, MEMBERS = 192, 128, 24  # kSynchronizationRows, kSynchronizationGradRows, kSynchronizationMembers
-FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
+FLOOR = 0.1  # grad_floor: the allowed 4 eps of the terms do not cover the factor 1 / S^2 at the lock boundary
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +190,7 @@ def test_tiles_that_meet_nothing(kernels, monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("omega", math.nan), ("omega", math.inf), ("v", math.nan), ("order", math.nan)])
 def test_broken_inputs_reach_the_outputs_of_their_head_alone(kernels, name, value):
     sample = make(torch.float16, length=90)
-    token = 77  # whose own numbers nobody looks at on behalf of its cell
+    token = 77  # not the token whose numbers are tested for its cell
     sample.tensors[name][(0, 1, token, 5)[: sample.tensors[name].dim()]] = value
     found = backward_of(kernels, sample, Conditions())
     assert found["o"][:, 1].isnan().any(-1).all()

@@ -88,7 +88,7 @@ class Conditions(NamedTuple):
 
 
 class Guarded:
-    """Tensors amid numbers that nobody may use or change; those to be filled are full of such numbers themselves."""
+    """Tensors between guard numbers, which kernels must not use or change. Outputs are filled with such numbers too."""
 
     MARGIN = 256
 

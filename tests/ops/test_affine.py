@@ -228,7 +228,7 @@ def test_window_sums_of_the_reference_over_64k_tokens(left, right):
 
 
 def running_sums(sums):
-    """What the kernel makes of sums (B, H, chunks, width) of single chunks, float64 for values in float32."""
+    """Running sums by the kernel from sums (B, H, chunks, width) of single chunks, float64 for values in float32."""
     batch, heads, chunks, width = sums.shape
     dtype = torch.float32 if sums.dtype == torch.float64 else torch.float16
     chunk = launch_parameters("softmax_attend", 64, dtype.itemsize).block_n

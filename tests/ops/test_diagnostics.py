@@ -199,7 +199,7 @@ def test_keys_that_are_all_selected(backend):
 
 @each_backend
 def test_orthogonal_values_of_equal_weight(backend):
-    """n selected unit vectors are nearer to their sum (n - 1) than the others are (n + 1): all told apart."""
+    """n selected unit vectors are nearer to their sum (n - 1) than the others are (n + 1): all are separated."""
     values = torch.eye(32, device=DEVICE)[None, None]
     q, k = torch.zeros(1, 1, 5, 16, device=DEVICE), randn(1, 1, 32, 16)
     for top_n in (1, 5, 11):

@@ -1,4 +1,4 @@
-"""What every operator of nearfar.registry promises, tested on the samples of tests/samples/<room>.py."""
+"""The properties that every operator of nearfar.registry promises, tested on the samples in tests/samples/."""
 
 from pathlib import Path
 
@@ -473,7 +473,7 @@ def test_other_stream(operator, name):
 
 @each_operator
 def test_rooms(operator):
-    """One name in every room."""
+    """An operator's file has one name in every folder."""
     root = Path(__file__).resolve().parents[2]
     for room in ("python/nearfar/ops", "python/nearfar/reference", "triton_kernels", "tests/samples"):
         assert (root / room / f"{operator.room}.py").is_file(), room

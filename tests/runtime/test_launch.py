@@ -442,7 +442,7 @@ def program(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
     monkeypatch.setattr(tensors_module, "current_device", lambda: 3)
-    monkeypatch.setattr(program_module, "takes_the_short_way", lambda device: True)
+    monkeypatch.setattr(program_module, "allocates_directly", lambda device: True)
     monkeypatch.setattr(program_module, "current_stream", lambda device: STREAM)
     monkeypatch.setattr(
         program_module, "empty_cuda", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Samples and oracle of each operator, in the file named like its room; none of it shares code with nearfar.
+"""Samples and oracles, in one file per operator (named as its `room` in the registry). None shares code with nearfar.
 
 A file offers to the generic tests of test_operators.py, by the name of each operator of its room:
     SAMPLES                     its samples, by name

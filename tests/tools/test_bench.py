@@ -1,4 +1,4 @@
-"""The benchmark room: floors, the oracle check, the command line on a CPU, and the tables it writes into documents."""
+"""The benchmarks: floors, the oracle check, the command line on a CPU, and the tables they write into documents."""
 
 import csv
 import functools

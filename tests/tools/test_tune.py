@@ -82,3 +82,19 @@ def test_every_entry_of_the_table_has_a_call():
         for size, widths in sizes.items():
             for width in widths:
                 assert len(list(tune.candidates(kernel, int(size.split("-")[0]), int(width)))) >= 2
+
+
+@pytest.mark.parametrize("arguments, gpu, writable, message", [
+    (["--kernels", "nothing"], True, True, "invalid choice: 'nothing'"),
+    (["--choices", "nothing"], True, True, "invalid choice: 'nothing'"),
+    ([], False, True, "torch sees none here"),
+    ([], True, False, "launch.json cannot be written"),
+    (["--choices"], True, False, "choices.json cannot be written"),
+], ids=["kernel", "operator", "no GPU", "launch table", "table of choices"])
+def test_bad_arguments_get_one_line(monkeypatch, capsys, arguments, gpu, writable, message):
+    monkeypatch.setattr("sys.argv", ["tune", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(tune.os, "access", lambda path, mode: writable)
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]

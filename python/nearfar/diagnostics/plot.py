@@ -97,7 +97,7 @@ def draw_geometry(axes: "Axes", watched: "Watch", means: Sequence[Mapping[str, t
                   linestyle="none", label=f"{name}, random keys")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sweep, sweep)
-    axes.set(title="separation of the selected keys: median and middle half of heads", xlabel="top_n", ylim=(-0.03, 1.03))
+    axes.set(title="separation of the selected keys (median, quartiles)", xlabel="top_n", ylim=(-0.03, 1.03))
     axes.grid(True, axis="y", color="0.9")
     axes.legend(frameon=False, ncols=2, fontsize=8)
 

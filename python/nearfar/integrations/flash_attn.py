@@ -43,9 +43,9 @@ def flash_attn_func(
     """Softmax attention of q over k and v.
 
     Args:
-        q: (B, N, Hq, D).
-        k: (B, M, Hkv, D).
-        v: (B, M, Hkv, Dv).
+        q: (B, N, Hq, D), float32, float16 or bfloat16 (float64 on a CPU).
+        k: (B, M, Hkv, D), dtype and device of q.
+        v: (B, M, Hkv, Dv), dtype and device of q.
         softmax_scale: factor of q . k, None for D^-0.5.
         causal: a query sees the keys up to its own position; the last query is at the position of the last key.
         window_size: (left, right), how many keys before and after its own a query sees, both inclusive, -1 for all.
@@ -119,9 +119,9 @@ def flash_attn_varlen_func(
     """Softmax attention within packed sequences.
 
     Args:
-        q: (total, Hq, D).
-        k: (total, Hkv, D).
-        v: (total, Hkv, Dv).
+        q: (total, Hq, D), float32, float16 or bfloat16 (float64 on a CPU).
+        k: (total, Hkv, D), dtype and device of q.
+        v: (total, Hkv, Dv), dtype and device of q.
         cu_seqlens_q: (S + 1,) int32, the boundaries of the sequences, from 0 to total.
         cu_seqlens_k: the same boundaries. Pass the same tensor object: comparing two tensors waits for the GPU.
         max_seqlen_q, max_seqlen_k: ignored.
@@ -219,9 +219,9 @@ def flash_attn_with_kvcache(
     lengths from a tensor waits for the GPU; one int for all sequences avoids that and needs a single call.
 
     Args:
-        q: (B, N, Hq, D).
-        k_cache: (cache batch, slots, Hkv, D).
-        v_cache: (cache batch, slots, Hkv, Dv).
+        q: (B, N, Hq, D), float32, float16 or bfloat16 (float64 on a CPU).
+        k_cache: (cache batch, slots, Hkv, D), dtype and device of q.
+        v_cache: (cache batch, slots, Hkv, Dv), dtype and device of q.
         k, v: (B, new, Hkv, D) and (B, new, Hkv, Dv), written to the slots from cache_seqlens on; or None.
         cache_seqlens: number of filled slots of each sequence before the new keys: an int, (B,) int32, or None for all slots.
         cache_batch_idx: (B,), index in the cache of each sequence of q; None for the first B.

@@ -8,7 +8,7 @@ import torch
 
 from nearfar._cuda import BuiltLaunch
 from nearfar.runtime.private import current_stream, empty_cuda
-from nearfar.runtime.tensors import allocate, device_of, layouts, takes_the_short_way, triton_module
+from nearfar.runtime.tensors import allocate, allocates_directly, device_of, layouts, triton_module
 
 _launch = triton_module("launch")
 
@@ -71,7 +71,7 @@ class Program:
         It does if kernels are not compiled yet or are interpreted, an input does not start at a multiple of 16 bytes, another
         device is current, torch is in deterministic mode, or a Triton launch hook is set.
         """
-        if not (self._steps and takes_the_short_way(self._device)) or self._hooks_are_set():
+        if not (self._steps and allocates_directly(self._device)) or self._hooks_are_set():
             return None
         addresses: list[Any] = []
         low_bits = 0

@@ -33,14 +33,14 @@ def layouts(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
-def takes_the_short_way(device: torch.device) -> bool:
+def allocates_directly(device: torch.device) -> bool:
     """True if `empty_cuda` may allocate: on the current device, while torch does not fill new memory (deterministic mode)."""
     return empty_cuda is not None and device.index == current_device() and not is_deterministic()
 
 
 def allocate(layouts: Sequence[Any], device: torch.device) -> list[Any]:
     """Uninitialised tensors of these layouts on this device; None for None."""
-    if device.type == "cuda" and takes_the_short_way(device):
+    if device.type == "cuda" and allocates_directly(device):
         return [None if x is None else empty_cuda(tuple(x[0]), x[1], x[2]) for x in layouts]
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in layouts]
 

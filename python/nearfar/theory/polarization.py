@@ -1,4 +1,4 @@
-"""Gradient flow of a value matrix times normalised weights, arXiv 2603.06248: V and a of L(V s(a)) trained together."""
+"""Gradient flow of a value matrix and the logits of its weights (arXiv 2603.06248): V and a of L(V s(a)) trained together."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ class ValueSoftmax(NamedTuple):
 
     v: torch.Tensor  # (B, d, n) values, a column a token
     a: torch.Tensor  # (B, n) logits of the weights s(a)
-    beta: torch.Tensor  # (B, d) target: a direction, a point or a distribution, as the loss wants it
+    beta: torch.Tensor  # (B, d) target: a direction, a point or a distribution, depending on the loss
 
 
 class ValueSoftmaxFlow(NamedTuple):
@@ -24,7 +24,7 @@ class ValueSoftmaxFlow(NamedTuple):
     steps: torch.Tensor  # (T,) int64 Euler steps taken; times the step size, the time of the flow
     v: torch.Tensor  # (T, B, d, n)
     a: torch.Tensor  # (T, B, n)
-    weights: torch.Tensor  # (T, B, n) s(a); they sum to 1 but for the sigmoid
+    weights: torch.Tensor  # (T, B, n) s(a); they sum to 1, except with "sigmoid"
     entropy: torch.Tensor  # (T, B) in nats, of the weights divided by their sum
     loss: torch.Tensor  # (T, B)
 
@@ -35,6 +35,8 @@ class ValueSoftmaxFlow(NamedTuple):
 
 
 class Differentiable(NamedTuple):
+    """A loss or a normaliser with its gradient."""
+
     value: Callable[..., torch.Tensor]
     gradient: Callable[..., torch.Tensor]  # of a loss: (z, beta) -> dL/dz; of a normaliser: (a, s, dL/ds) -> dL/da
 
@@ -130,7 +132,7 @@ def value_softmax_flow(
 
         z = V s(a);   V' = -grad L(z) s^T;   a' = -(ds/da)^T V^T grad L(z)
 
-    initial:     ValueSoftmax of B models, any floating dtype and device (draw_value_softmax); left as it is
+    initial:     ValueSoftmax of B models, any floating dtype and device (draw_value_softmax); it is not modified
     steps:       numbers of steps to record at, increasing, 0 for the start; the run ends with the last (log_spaced)
     loss:        "logistic"       log(1 + exp(-beta . z))
                  "square"         |z - beta|^2 / 2

@@ -6,7 +6,7 @@ from samples.synchronization import parameters
 
 import nearfar as nf
 
-FLOOR = 0.1  # as the allowance of 4 eps of the terms does not cover what 1 / S^2 makes of them at the boundary
+FLOOR = 0.1  # grad_floor: the allowed 4 eps of the terms do not cover the factor 1 / S^2 at the lock boundary
 SAMPLES = {
     "all lock": dict(length=700, spread=0.03),
     "about half lock": dict(length=330, batch=2, spread=0.12),
