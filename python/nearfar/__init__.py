@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # Lets torch.load with its default, weights_only=True, load caches and configurations that contain localities.
-torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWindow, SlidingWindow, nn.affine.Cache])
+torch.serialization.add_safe_globals([KrauseCache, GridNeighborhood, ShiftedWindow, SlidingWindow])
 
 
 def __getattr__(name: str) -> Any:

@@ -161,6 +161,8 @@ def test_extra_repr_shows_what_was_asked_for():
         ((64, 4), {"head_dim": 0}, "head_dim"),
         ((64, 4), {"sigma_init": 0.0}, "sigma_init"),
         ((64, 4), {"sigma_init": math.nan}, "sigma_init"),
+        ((64, 4), {"causal": True, "locality": nf.SlidingWindow(3, 1)}, "causal"),
+        ((64, 4), {"causal": True, "locality": nf.GridNeighborhood((2, 2), 1)}, "causal"),
     ],
 )
 def test_bad_arguments_raise_and_are_named(arguments, options, name):
@@ -170,56 +172,164 @@ def test_bad_arguments_raise_and_are_named(arguments, options, name):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "head_dim": 24, "bias": True, "top_k": None}])
-def test_krause_decodes_token_by_token_what_the_forward_computes(options, backend):
+def test_krause_decodes_in_pieces_what_the_forward_computes(options, backend):
     layer, x = krause(backend=backend, **options), tokens()[:, :19]  # more than two rounds of 8 slots
-    cache = layer.init_cache(2)
-    assert cache.k.shape[1:] == (layer.num_kv_heads, 8, layer.head_dim)
-    addresses = [part.data_ptr() for part in cache]
-    y = torch.cat([layer.step(token, cache) for token in x.split(1, 1)], 1)
-    assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
-    assert not y.requires_grad
-    assert [part.data_ptr() for part in cache] == addresses and cache.length.tolist() == [19, 19]
+    for sizes in ((1,) * 19, (3, 1, 8, 1, 6), (19,)):
+        cache = layer.init_cache(2)
+        assert cache.k.shape[1:] == (layer.num_kv_heads, 8, layer.head_dim)
+        addresses = [part.data_ptr() for part in cache]
+        y = torch.cat([layer(part, cache=cache) for part in x.split(sizes, 1)], 1)
+        assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
+        assert not y.requires_grad
+        assert [part.data_ptr() for part in cache] == addresses and cache.length.tolist() == [19, 19]
 
 
-@pytest.mark.parametrize("prompt", [0, 3, 8, 21])
-def test_krause_goes_on_from_a_prompt(prompt):
-    layer, x = krause(), tokens()[:, :30]
-    cache = layer.cache_after(x[:, :prompt])
-    assert cache.length.tolist() == [prompt] * 2
-    y = torch.cat([layer.step(token, cache) for token in x[:, prompt:].split(1, 1)], 1)
-    assert_close(y, layer(x)[:, prompt:], atol=1e-5, rtol=1e-4)
+def test_krause_sequences_of_a_cache_have_lengths_of_their_own():
+    """Slots that were never filled hold NaN, and nothing of it shows."""
+    layer, x = krause(num_kv_heads=2), tokens()
+    alone = [layer.init_cache(1), layer.init_cache(1)]
+    for row, (cache, length) in enumerate(zip(alone, (3, 12), strict=True)):
+        cache.k.fill_(math.nan), cache.v.fill_(math.nan)
+        layer(x[row : row + 1, :length], cache=cache)
+    cache = nf.KrauseCache(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
+    for begin, end in ((0, 4), (4, 5), (5, 14)):
+        y = layer(torch.stack((x[0, 3 + begin : 3 + end], x[1, 12 + begin : 12 + end])), cache=cache)
+        for row, length in enumerate((3, 12)):
+            expected = layer(x[row : row + 1, : length + end])[0, length + begin :]
+            assert_close(y[row], expected, atol=1e-5, rtol=1e-4)
+    assert cache.length.tolist() == [17, 26]
 
 
 def test_krause_decodes_in_the_autocast_dtype():
     layer, x = krause(top_k=None), tokens()[:, :19]
     with torch.autocast(DEVICE, torch.bfloat16):
         cache = layer.init_cache(2)
-        y = torch.cat([layer.step(token, cache) for token in x.split(1, 1)], 1)
+        y = torch.cat([layer(part, cache=cache) for part in x.split((4, *(1,) * 15), 1)], 1)
     assert y.dtype == cache.k.dtype == cache.v.dtype == torch.bfloat16
     assert_close(y.float(), layer(x), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("locality", [None, nf.SlidingWindow(7, 1), nf.SlidingWindow(-1, 0)], ids=str)
-def test_krause_decodes_only_with_a_causal_window(locality):
+def test_krause_without_a_limit_on_the_left_keeps_every_key():
+    layer, x = krause(locality=None, causal=True), tokens()[:, :19]
+    assert layer.locality == nf.SlidingWindow(-1)
+    cache = layer.init_cache(2, 19)
+    y = torch.cat([layer(part, cache=cache) for part in x.split((6, 1, 12), 1)], 1)
+    assert_close(y, layer(x), atol=1e-5, rtol=1e-4)
+    assert cache.length == 19
+
+
+@pytest.mark.parametrize("locality", [None, nf.SlidingWindow(7, 1), nf.GridNeighborhood((6, 6), 1, global_tokens=1)], ids=str)
+def test_krause_decodes_only_where_it_is_causal(locality):
     layer, x = krause(locality=locality), tokens()
     cache = krause().init_cache(2)
-    for call in (lambda: layer.init_cache(2), lambda: layer.cache_after(x), lambda: layer.step(x[:, :1], cache)):
-        with pytest.raises(ValueError, match=r"^decoding needs locality=SlidingWindow\(left, 0\) with left >= 0"):
+    for call in (lambda: layer.init_cache(2), lambda: layer(x[:, :1], cache=cache)):
+        with pytest.raises(ValueError, match="a cache needs a causal layer, and this KrauseAttention has causal=False"):
             call()
 
 
-def test_bad_calls_of_a_krause_step_raise_and_are_named():
+def test_bad_caches_of_a_krause_layer_raise_and_are_named():
     layer, x = krause(), tokens()
     cache = layer.init_cache(2)
-    with pytest.raises(ValueError, match="1 token"):
-        layer.step(x[:, :2], cache)
     with pytest.raises(ValueError, match="cache must have a slot for each of 8 keys, got 5"):
-        layer.step(x[:, :1], krause(locality=nf.SlidingWindow(4)).init_cache(2))
-    with pytest.raises(ValueError, match=r"\bcache.k\b"):
-        layer.step(x[:1, :1], cache)
-    with pytest.raises(TypeError, match=r"\bcache\b"):
-        layer.step(x[:, :1], None)
+        layer(x[:, :1], cache=krause(locality=nf.SlidingWindow(4)).init_cache(2))
+    for length in (1, 2):
+        with pytest.raises(ValueError, match=r"\bcache.k\b"):
+            layer(x[:1, :length], cache=cache)
     assert cache.length.tolist() == [0, 0] and cache.k.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "locality",
+    [
+        nf.GridNeighborhood((6, 6), 1, global_tokens=1),
+        nf.GridNeighborhood((3, 4, 3), (0, 1, 1), global_tokens=1),
+        nf.ShiftedWindow((6, 6), 3, 1),
+    ],
+    ids=str,
+)
+def test_krause_layers_on_grids_see_their_locality(locality):
+    layer, x = krause(locality=locality, top_k=None, backend="reference"), tokens()[:, : locality.num_tokens]
+    changed = x.clone()
+    changed[:, 20] += 10
+    difference = (layer(changed) - layer(x)).abs().amax((0, 2))
+    seen = locality.visible(torch.arange(x.shape[1]), torch.tensor(20)).to(DEVICE)
+    assert (difference > 0).tolist() == seen.tolist()
+    with pytest.raises(ValueError, match="neither cu_seqlens nor key_padding_mask"):
+        layer(x, key_padding_mask=torch.zeros(x.shape[:2], dtype=torch.bool, device=DEVICE))
+
+
+def test_krause_learns_a_table_of_relative_positions():
+    locality = nf.ShiftedWindow((6, 6), 3, 1)
+    layer, x = krause(locality=locality, top_k=None, position_bias=True), tokens(length=36)
+    assert layer.position_table.shape == (HEADS, 25) and layer.position_table.abs().max() == 0
+    with torch.no_grad():
+        layer.position_table.copy_(torch.randn(HEADS, 25, generator=torch.Generator().manual_seed(2)))
+    q, k, v = layer.split_heads(x)
+    o = nf.krause_attention(q, k, v, 2.5, locality, bias=layer.position_table)
+    assert_close(layer(x), layer.merge_heads(o))
+    layer(x).square().sum().backward()
+    assert layer.position_table.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"^position_bias is a table of a ShiftedWindow"):
+        krause(position_bias=True)
+
+
+def test_one_sigma_for_a_layer_equals_the_same_for_each_head():
+    layer, heads, x = krause(sigma_per_head=False, top_k=None), krause(top_k=None), tokens()
+    assert layer.log_sigma.shape == (1,) and layer.per_head == ("position_table",)
+    assert_close(layer(x), heads(x))
+    for each in (layer, heads):
+        each(x).square().sum().backward()
+    assert_close(layer.log_sigma.grad[0], heads.log_sigma.grad.sum())
+
+
+def test_top_k_schedules_go_from_first_to_last():
+    assert nf.nn.top_k_schedule(12, 8, 16) == [8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15, 16]
+    assert nf.nn.top_k_schedule(3, 16, 8) == [16, 12, 8] and nf.nn.top_k_schedule(1, 8, 16) == [8]
+    with pytest.raises(ValueError, match=r"^depth must be at least 1, got 0"):
+        nf.nn.top_k_schedule(0, 8, 16)
+
+
+# A Krause branch beside softmax attention -----------------------------------------------------------------------------------
+
+
+def gated(**options):
+    torch.manual_seed(0)
+    options = {"causal": True, "locality": nf.SlidingWindow(7), "top_k": 4, "sigma_init": 1.0, **options}
+    return nf.nn.KrauseGatedAttention(DIM, HEADS, **options).to(DEVICE)
+
+
+def test_gated_attention_mixes_its_branches_token_by_token():
+    layer, x = gated(num_kv_heads=2), tokens()
+    with torch.no_grad():
+        layer.gate_proj.weight *= 100
+    softmax, krause = layer.softmax(x), layer.krause(x)
+    q, k, v = layer.softmax.split_heads(x)
+    k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(softmax, layer.softmax.merge_heads(o))
+    logits = torch.cat((softmax, krause), -1) @ layer.gate_proj.weight.T + layer.gate_proj.bias
+    share = torch.sigmoid(logits[..., 0] - logits[..., 1])[..., None]
+    assert share.min() < 0.7 and share.max() > 0.85
+    assert_close(layer(x), share * softmax + (1 - share) * krause)
+
+
+def test_gated_attention_starts_in_favour_of_softmax_attention():
+    layer, x = gated(), tokens()
+    assert_close(layer.gate_proj.bias.softmax(0), torch.tensor([0.8, 0.2], device=DEVICE))
+    assert 0.008 < layer.gate_proj.weight.std() < 0.012
+    assert_close(layer(x), 0.8 * layer.softmax(x) + 0.2 * layer.krause(x), atol=1e-2, rtol=1e-2)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_branches_of_gated_attention_are_both_causal_or_neither():
+    with pytest.raises(ValueError, match=r"^causal=False, and SlidingWindow\(left=7, right=0\) is causal"):
+        gated(causal=False)
+    with pytest.raises(ValueError, match="causal sees no key after the query"):
+        gated(locality=nf.SlidingWindow(7, 1))
+    layer = gated(causal=False, locality=nf.SlidingWindow(7, 7))
+    assert not (layer.causal or layer.softmax.causal or layer.krause.causal)
 
 
 # Linear and Hadamard attention ---------------------------------------------------------------------------------------------
@@ -279,9 +389,9 @@ def test_far_layers_equal_their_formula(kind, options, causal):
 def test_kernels_serve_the_far_layers_as_the_reference_does(kind, causal):
     def results(backend, dtype=torch.float32):
         layer = far(kind, causal=causal, num_kv_heads=2, backend=backend).to(dtype)
-        y, state = layer(tokens().to(dtype), return_state=True)
-        gradients = torch.autograd.grad(y.square().sum() + state.sum(), layer.parameters())
-        return {"y": y, "state": state, **dict(zip(dict(layer.named_parameters()), gradients, strict=True))}
+        y = layer(tokens().to(dtype))
+        gradients = torch.autograd.grad(y.square().sum(), layer.parameters())
+        return {"y": y, **dict(zip(dict(layer.named_parameters()), gradients, strict=True))}
 
     exact, plain = results("reference", torch.float64), results("reference")
     for name, got in results("triton").items():
@@ -325,71 +435,36 @@ def test_far_causal_layers_see_every_earlier_token_and_no_later_one(kind):
 
 @pytest.mark.parametrize("causal", [False, True])
 @FAR
-def test_far_layers_keep_packed_sequences_and_their_states_apart(kind, causal):
+def test_far_layers_keep_packed_sequences_apart(kind, causal):
     layer, x = far(kind, causal=causal), tokens(batch=1)
     ends = torch.tensor([0, 12, 12, 37], dtype=torch.int32, device=DEVICE)
-    parts = [x[:, :12], x[:, 12:12], x[:, 12:]]
-    state = torch.rand_like(layer.init_state(3))
-    y, after = layer(x, cu_seqlens=ends, state=state, return_state=True)
-    for index, (part, begin) in enumerate(zip(parts, (0, 12, 12), strict=True)):
-        expected, expected_after = layer(part, state=state[index : index + 1], return_state=True)
-        assert_close(y[:, begin : begin + part.shape[1]], expected)
-        assert_close(after[index : index + 1], expected_after)
+    assert_close(layer(x, cu_seqlens=ends), torch.cat((layer(x[:, :12]), layer(x[:, 12:])), 1))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "value_dim": 24, "normalize": False}])
 @FAR
-def test_decoding_token_by_token_equals_the_parallel_forward(kind, options, backend):
+def test_decoding_in_pieces_equals_the_parallel_forward(kind, options, backend):
     layer, x = far(kind, causal=True, backend=backend, **options), tokens()[:, :13]
-    expected, expected_state = layer(x, return_state=True)
+    expected, state = layer(x), layer.init_cache(2)
     scale = expected.abs().max().item()  # sums of weights, unless they are divided by their total
-    state = layer.init_state(2)
     address = state.data_ptr()
-    y = torch.cat([layer.step(token, state) for token in x.split(1, 1)], 1)
+    y = torch.cat([layer(part, cache=state) for part in x.split((4, *(1,) * 6, 3), 1)], 1)
     assert_close(y, expected, atol=1e-5 * scale, rtol=0)
-    assert_close(state, expected_state, atol=1e-5, rtol=1e-4)
+    whole = layer.init_cache(2)
+    layer(x, cache=whole)
+    assert_close(state, whole, atol=1e-5, rtol=1e-4)
     assert state.data_ptr() == address and state.dtype == torch.float32
     assert not y.requires_grad
-
-
-@FAR
-def test_decoding_goes_on_from_the_state_of_a_prompt(kind):
-    layer, x = far(kind, causal=True), tokens()
-    expected = layer(x)
-    y, state = layer(x[:, :30], return_state=True)
-    assert_close(y, expected[:, :30])
-    state = state.detach()
-    assert_close(torch.cat([layer.step(token, state) for token in x[:, 30:].split(1, 1)], 1), expected[:, 30:])
-
-
-@FAR
-def test_parts_chained_by_states_equal_the_whole_with_gradients(kind):
-    layer, x = far(kind, causal=True, backend="reference").double(), tokens().double()
-
-    def gradients(y):
-        return torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
-
-    x.requires_grad_()
-    whole = layer(x)
-    outputs, state = [], layer.init_state(2)
-    assert state.dtype == torch.float64
-    for part in x.split([5, 20, 12], 1):
-        y, state = layer(part, state=state, return_state=True)
-        outputs.append(y)
-    chained = torch.cat(outputs, 1)
-    assert_close(chained, whole)
-    for got, expected in zip(gradients(chained), gradients(whole), strict=True):
-        assert_close(got, expected)
 
 
 def test_a_module_as_feature_map_is_learned_and_decodes():
     features = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Softplus())
     layer, x = far(nf.nn.LinearAttention, causal=True, feature_map=features), tokens()[:, :9]
     expected = layer(x)
-    state = layer.init_state(2)
+    state = layer.init_cache(2)
     assert state.shape == (2, HEADS, 24, 17)
-    assert_close(torch.cat([layer.step(token, state) for token in x.split(1, 1)], 1), expected)
+    assert_close(torch.cat([layer(part, cache=state) for part in x.split((1, 1, 5, 2), 1)], 1), expected)
     expected.square().sum().backward()
     assert layer.get_parameter("feature_map.0.weight").grad.abs().max() > 0
 
@@ -398,11 +473,10 @@ def test_a_module_as_feature_map_is_learned_and_decodes():
 def test_far_layers_run_in_the_autocast_dtype_with_float32_states(kind):
     layer, x = far(kind, causal=True), tokens()
     with torch.autocast(DEVICE, torch.bfloat16):
-        y, state = layer(x, return_state=True)
-        decoding = layer.init_state(2)
-        first = layer.step(x[:, :1], decoding)
+        y, state = layer(x), layer.init_cache(2)
+        first = layer(x[:, :1], cache=state)
     assert y.dtype == first.dtype == torch.bfloat16
-    assert state.dtype == decoding.dtype == torch.float32
+    assert state.dtype == torch.float32
     assert_close(y.float(), layer(x), atol=2e-2, rtol=2e-2)
     assert_close(first.float(), y[:, :1].float(), atol=2e-2, rtol=2e-2)
 
@@ -412,12 +486,11 @@ def test_far_layers_run_in_the_autocast_dtype_with_float32_states(kind):
 @FAR
 def test_far_layers_compile_to_one_graph(kind, options, backend, dtype):
     layer, x = far(kind, backend=backend, **options).to(dtype), tokens(batch=1, length=9).to(dtype)
-    state = torch.rand_like(layer.init_state(1))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = []
     for function in (layer, compiled):
-        y, after = function(x, state=state, return_state=True)
-        results.append((y, after, *torch.autograd.grad(y.square().sum() + after.sum(), layer.parameters())))
+        y = function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), layer.parameters())))
     for expected, got in zip(*results, strict=True):
         assert_close(got, expected)
 
@@ -454,6 +527,7 @@ def test_extra_repr_of_the_far_layers_shows_what_was_asked_for():
         (nf.nn.HadamardAttention, (64, 4), {"factor_widths": ()}, "factor_widths"),
         (nf.nn.HadamardAttention, (64, 4), {"factor_widths": (16, 0)}, "factor_widths"),
         (nf.nn.HadamardAttention, (65, 4), {}, "value_dim"),
+        (nf.nn.HadamardAttention, (64, 4), {"factor_widths": (8, 8), "head_dim": 24}, "head_dim"),
     ],
 )
 def test_bad_arguments_of_the_far_layers_raise_and_are_named(kind, arguments, options, name):
@@ -464,18 +538,19 @@ def test_bad_arguments_of_the_far_layers_raise_and_are_named(kind, arguments, op
 @FAR
 def test_bad_calls_of_the_far_layers_raise_and_are_named(kind):
     layer, x = far(kind, causal=True), tokens()
-    state = layer.init_state(2)
+    state = layer.init_cache(2)
     with pytest.raises(ValueError, match=r"\binitial_state\b"):
-        layer(x, state=state[:1])
+        layer(x, cache=state[:1])
     with pytest.raises(TypeError, match=r"\bstate\b"):
-        layer.step(x[:, :1], state.double())
-    with pytest.raises(ValueError, match="1 token"):
-        layer.step(x[:, :2], state)
-    with pytest.raises(ValueError, match=r"\bcausal\b"):
-        far(kind).step(x[:, :1], state)
+        layer(x[:, :1], cache=state.double())
     with pytest.raises(ValueError, match=r"\bfeature_map\b"):
         far(kind, feature_map="tanh")(x)
     assert state.abs().max() == 0
+
+
+def test_head_dim_of_hadamard_attention_makes_two_factors():
+    assert far(nf.nn.HadamardAttention, head_dim=48).factor_widths == (24, 24)
+    assert far(nf.nn.HadamardAttention).factor_widths == (16, 16)
 
 
 # Affine-scaled attention ---------------------------------------------------------------------------------------------------
@@ -483,7 +558,7 @@ def test_bad_calls_of_the_far_layers_raise_and_are_named(kind):
 
 def affine(**options):
     torch.manual_seed(0)
-    layer = nf.nn.AffineScaledAttention(DIM, HEADS, **options)
+    layer = nf.nn.AffineScaledAttention(DIM, HEADS, **{"causal": True, **options})
     with torch.no_grad():
         layer.alpha_proj.weight *= 10  # until some of clip's values are at its ends
         if layer.sink is not None:
@@ -500,9 +575,7 @@ def trained_affine(**options):
 
 def angles(length, width=DIM // HEADS):
     """(cos, sin) of rotary positions, each (length, width)."""
-    turns = torch.arange(length)[:, None] * 100 ** -torch.linspace(0, 1, width // 2)
-    turns = torch.cat((turns, turns), -1).to(DEVICE)
-    return turns.cos(), turns.sin()
+    return nf.nn.rotary(length, width, base=100.0, device=DEVICE)
 
 
 def affine_by_formula(layer, x, average, rotary=None):
@@ -709,9 +782,10 @@ def test_affine_decoding_equals_the_parallel_forward(options, sizes, backend):
     cos, sin = angles(13, layer.head_dim)
     expected = layer(x, rotary=(cos, sin))
     average, cache = layer.train().alpha_average.clone(), layer.init_cache(2, 16)
+    cache.num_keys = 13
     addresses = cache.k.data_ptr(), cache.v.data_ptr(), cache.total.data_ptr()
     parts = zip(x.split(sizes, 1), cos.split(sizes), sin.split(sizes), strict=True)
-    y = torch.cat([layer.step(part, cache, length=13, rotary=rotary) for part, *rotary in parts], 1)
+    y = torch.cat([layer(part, cache=cache, rotary=rotary) for part, *rotary in parts], 1)
     assert_close(y, expected, atol=1e-5, rtol=1e-4)
     assert not y.requires_grad
     assert addresses == (cache.k.data_ptr(), cache.v.data_ptr(), cache.total.data_ptr())
@@ -721,20 +795,20 @@ def test_affine_decoding_equals_the_parallel_forward(options, sizes, backend):
 
 
 @pytest.mark.parametrize("options", DECODING)
-def test_affine_decoding_divides_by_the_keys_so_far(options):
-    layer, x = trained_affine(**options), tokens()[:, :7]
-    for sizes in ((1,) * 7, (4, 3)):
-        cache = layer.init_cache(2, 7)
-        y = torch.cat([layer.step(part, cache) for part in x.split(sizes, 1)], 1)
-        expected = torch.cat([layer(x[:, :end])[:, -1:] for end in range(1, 8)], 1)
-        assert_close(y, expected, atol=1e-5, rtol=1e-4)
+def test_affine_decoding_divides_by_the_length_that_the_cache_is_for(options):
+    """A part of a sequence gets what it gets in a forward of the whole."""
+    layer, x = trained_affine(**options), tokens()[:, :13]
+    cache = layer.init_cache(2, 13)
+    y = torch.cat([layer(part, cache=cache) for part in x[:, :7].split((4, 1, 2), 1)], 1)
+    assert cache.num_keys == 13
+    assert_close(y, layer(x)[:, :7], atol=1e-5, rtol=1e-4)
 
 
 def test_affine_decoding_under_autocast_keeps_a_half_cache_and_a_float32_sum():
     layer, x = trained_affine(), tokens()[:, :9]
     with torch.autocast(DEVICE, torch.bfloat16):
         cache = layer.init_cache(2, 9)
-        y = torch.cat([layer.step(token, cache, length=9) for token in x.split(1, 1)], 1)
+        y = torch.cat([layer(token, cache=cache) for token in x.split(1, 1)], 1)
     assert cache.k.dtype == cache.v.dtype == y.dtype == torch.bfloat16
     assert cache.total.dtype == torch.float32
     assert_close(y.float(), layer(x), atol=2e-2, rtol=2e-2)
@@ -824,13 +898,9 @@ def test_bad_calls_of_the_affine_layer_raise_are_named_and_change_nothing():
         affine(window_size=(-2, 0))(x)
     cache = layer.init_cache(2, 4)
     with pytest.raises(ValueError, match=r"\bcache\b.*\b4\b"):
-        layer.step(x, cache)
+        layer(x, cache=cache)
     with pytest.raises(ValueError, match=r"\bbatch\b"):
-        layer.step(x[:1, :1], cache)
-    with pytest.raises(ValueError, match="one token"):
-        layer.step(x[:, :0], cache)
-    with pytest.raises(ValueError, match=r"\bcausal\b"):
-        affine(causal=False).step(x[:, :1], cache)
+        layer(x[:1, :1], cache=cache)
     assert cache.length == 0 and cache.v.abs().max() == cache.total.abs().max() == 0
 
 
@@ -839,7 +909,7 @@ def test_bad_calls_of_the_affine_layer_raise_are_named_and_change_nothing():
 
 def oscillators(**options):
     torch.manual_seed(0)
-    options = {"frequency_scale": 0.6 * (DIM // HEADS) ** -0.5, **options}
+    options = {"frequency_scale": 0.6 * (DIM // HEADS) ** -0.5, "bias": True, **options}
     return nf.nn.SynchronizationAttention(DIM, HEADS, **options).to(DEVICE)
 
 
@@ -960,12 +1030,22 @@ def test_extra_repr_of_the_synchronization_layer_shows_what_was_asked_for():
         assert part in text
 
 
+def test_a_synchronization_cache_drops_no_tokens():
+    layer, x = oscillators(causal=True), tokens()
+    cache = layer.init_cache(2, 8)
+    layer(x[:, :5], cache=cache)
+    cache.length = 4
+    with pytest.raises(ValueError, match=r"^cache cannot drop tokens: phases is the sum over 5, and length is 4"):
+        layer(x[:, 4:5], cache=cache)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "name"),
     [
         ((65, 4), {}, "dim"),
         ((64, 0), {}, "num_heads"),
         ((64, 4), {"head_dim": 0}, "head_dim"),
+        ((64, 4), {"num_kv_heads": 2}, "num_kv_heads"),
         ((64, 4), {"frequency_scale": 0.0}, "frequency_scale"),
         ((64, 4), {"hidden_dim": 0}, "hidden_dim"),
     ],

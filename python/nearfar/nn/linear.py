@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nearfar.nn.base import SelfAttention
+from nearfar.nn.positions import Rotary, rotate
 from nearfar.ops.linear import (
     FeatureMap,
     hadamard_attention,
@@ -22,6 +23,8 @@ class _StatefulAttention(SelfAttention):
 
     operator: Callable[..., Any]
     step_operator: Callable[..., torch.Tensor]
+    cache_type = torch.Tensor
+    shown: tuple[str, ...] = (*SelfAttention.shown, "value_dim", "feature_map", "normalize", "backend")
 
     def __init__(
         self,
@@ -30,15 +33,17 @@ class _StatefulAttention(SelfAttention):
         num_kv_heads: int | None,
         head_dim: int | None,
         value_dim: int | None,
-        feature_map: FeatureMap,
         causal: bool,
-        normalize: bool,
         bias: bool,
+        qk_norm: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        feature_map: FeatureMap,
+        normalize: bool,
         backend: Backend,
     ) -> None:
-        super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, bias)
+        super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, causal, bias, qk_norm, device, dtype)
         self.feature_map = feature_map
-        self.causal = causal
         self.normalize = normalize
         self.backend = backend
         self._maps_token_by_token = isinstance(feature_map, str)  # functions are tried before the first state
@@ -47,82 +52,33 @@ class _StatefulAttention(SelfAttention):
         """q or k (B, H, N, head_dim) in the form that the operator takes."""
         return heads
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        cu_seqlens: torch.Tensor | None = None,
-        state: torch.Tensor | None = None,
-        return_state: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attend within x and, through `state`, to earlier tokens.
+    def attend(self, x: torch.Tensor, rotary: Rotary | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        return self.merge_heads(self._attended(*self.split_heads(x, rotary), cu_seqlens=cu_seqlens))
 
-        Args:
-            x: (B, N, dim).
-            cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
-            state: the state after earlier tokens, from `init_state`, an earlier call or `step`; with cu_seqlens, one per
-                sequence. It is not changed.
-            return_state: return (output, state after the last token). Gradients flow through both states.
-
-        Returns:
-            output (B, N, dim), in the dtype of the projections, or (output, state).
-        """
-        q, k, v = self.split_heads(x)
-        if state is not None or return_state:
-            self._check_feature_map(k)
-        result = self.operator(
-            self.factors(q), self.factors(k), v, feature_map=self.feature_map, normalize=self.normalize, causal=self.causal,
-            initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens, backend=self.backend,
-        )
-        if return_state:
-            o, state = result
-            return self.merge_heads(o), state
-        return self.merge_heads(result)
-
-    @torch.no_grad()
-    def init_state(
-        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> torch.Tensor:
-        """The state before the first token: zeros (batch, num_kv_heads, d_1, .., d_R, value_dim + 1) in float32.
-
-        d_1, .., d_R are the widths of the features. A float64 layer has float64 states.
-
-        Args:
-            batch: sequences.
-            dtype, device: of the tokens to come; None for those of the parameters. Quantized projections may need them.
-
-        Raises:
-            ValueError: feature_map mixes tokens.
-        """
-        k, v = self.probe(batch, dtype, device)
+    def empty_cache(self, k: torch.Tensor, v: torch.Tensor, max_length: int | None) -> torch.Tensor:
         self._check_feature_map(k)
         mapped = self.feature_map if callable(self.feature_map) else lambda factor: factor
         widths = [mapped(factor).shape[-1] for factor in self._factor_list(k)]
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        return v.new_zeros(batch, v.shape[1], *widths, v.shape[-1] + 1, dtype=dtype)
+        return v.new_zeros(*v.shape[:2], *widths, v.shape[-1] + 1, dtype=torch.promote_types(v.dtype, torch.float32))
 
-    @torch.no_grad()
-    def step(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Decode one token as the causal forward would. Time and memory do not depend on the number of earlier tokens.
-
-        Args:
-            x: (B, 1, dim).
-            state: from `init_state`, `forward` or earlier steps. It is updated in place.
-
-        Returns:
-            (B, 1, dim), not differentiable.
-
-        Raises:
-            ValueError: the layer is not causal, x has more than one token, state does not fit, or feature_map mixes tokens.
-        """
-        require(self.causal, f"step decodes with causal attention; this {type(self).__name__} has causal={self.causal}")
-        q, k, v = self.split_heads(x)
+    def decode(self, x: torch.Tensor, rotary: Rotary | None, cache: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split_heads(x, rotary)
         self._check_feature_map(k)
+        if x.shape[1] > 1:
+            o, state = self._attended(q, k, v, initial_state=cache, return_state=True)
+            cache.copy_(state)
+            return self.merge_heads(o)
         o = self.step_operator(
-            self.factors(q), self.factors(k), v, state,
+            self.factors(q), self.factors(k), v, cache,
             feature_map=self.feature_map, normalize=self.normalize, backend=self.backend,
         )
         return self.merge_heads(o)
+
+    def _attended(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        return self.operator(
+            self.factors(q), self.factors(k), v,
+            feature_map=self.feature_map, normalize=self.normalize, causal=self.causal, backend=self.backend, **options,
+        )
 
     def _factor_list(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         factors = self.factors(heads)
@@ -148,12 +104,6 @@ class _StatefulAttention(SelfAttention):
                 )
         self._maps_token_by_token = True
 
-    def extra_repr(self) -> str:
-        return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, value_dim={self.value_dim}, "
-            f"feature_map={self.feature_map!r}, causal={self.causal}, normalize={self.normalize}, backend={self.backend!r}"
-        )
-
 
 class LinearAttention(_StatefulAttention):
     """Multi-head self-attention in linear time: projections around `nearfar.linear_attention`.
@@ -161,20 +111,21 @@ class LinearAttention(_StatefulAttention):
     Source: arXiv 2602.12128, with one factor. Under autocast the projections and the attention run in the autocast dtype; the
     state stays float32.
 
+    Its cache is the state, a tensor (batch, num_kv_heads, features, value_dim + 1) in float32 (float64 in a float64 layer), zeros
+    before the first token. `nearfar.linear_attention` continues from it with gradients.
+
     Args:
-        dim: width of the input and of the output.
-        num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
+        dim, num_heads, num_kv_heads, causal, bias, qk_norm, device, dtype: as for `nearfar.nn.KrauseAttention`.
         head_dim: width of a head of q and k; None for dim / num_heads. Kernels take multiples of 8 up to 256.
         value_dim: width of a head of v; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        feature_map: as in `nearfar.linear_attention`; the parameters of a module become the layer's.
-        causal: whether a token sees only itself and earlier tokens; `step` requires it.
+        feature_map: as in `nearfar.linear_attention`; the parameters of a module become the layer's. It comes after rotary, so
+            weights depend on relative positions alone only with "identity".
         normalize: whether the weights of a query are divided by their sum.
-        bias: whether the projections add a bias.
         backend: as in `nearfar.linear_attention`, which also checks feature_map.
 
     Raises:
-        ValueError: dim, num_heads, num_kv_heads, head_dim or value_dim do not fit.
+        ValueError: dim, num_heads, num_kv_heads, head_dim or value_dim do not fit; from init_cache and calls with a cache also
+            where feature_map mixes tokens.
     """
 
     operator = staticmethod(linear_attention)
@@ -187,68 +138,86 @@ class LinearAttention(_StatefulAttention):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        qk_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         value_dim: int | None = None,
         feature_map: FeatureMap = "elu",
-        causal: bool = False,
         normalize: bool = True,
-        bias: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, num_kv_heads, head_dim, value_dim, feature_map, causal, normalize, bias, backend)
-
-    def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, {super().extra_repr()}"
+        super().__init__(
+            dim, num_heads, num_kv_heads, head_dim, value_dim, causal, bias, qk_norm, device, dtype,
+            feature_map, normalize, backend,
+        )
 
 
 class HadamardAttention(_StatefulAttention):
     """Multi-head self-attention by products of kernels, in linear time: projections around `nearfar.hadamard_attention`.
 
     Source: arXiv 2602.12128. Each head has its own projection for every factor of q and of k: in the rows of q_proj.weight and
-    k_proj.weight, the factors of a head follow one another. Under autocast the projections and the attention run in the
+    k_proj.weight, the factors of a head follow one another. qk_norm is over all factors of a head together; rotary turns each
+    factor by itself (`nearfar.nn.rotary(N, factor_widths)`). Under autocast the projections and the attention run in the
     autocast dtype; the state stays float32.
 
+    Its cache is the state, a tensor (batch, num_kv_heads, d_1, .., d_R, value_dim + 1), as of `nearfar.nn.LinearAttention`.
+
     Args:
-        dim: width of the input and of the output.
-        num_heads: query heads.
-        factor_widths: (d_1, .., d_R), widths of the factors of a head of q and k. Kernels take up to three factors, of widths
-            that are multiples of 8 up to 256 and have a product of at most 16,384.
-        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
-        value_dim: width of a head of v; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        feature_map, causal, normalize, bias, backend: as for `nearfar.nn.LinearAttention`.
+        dim, num_heads, num_kv_heads, causal, bias, qk_norm, device, dtype: as for `nearfar.nn.KrauseAttention`.
+        head_dim: the sum of factor_widths; without these, two factors of half of it.
+        factor_widths: (d_1, .., d_R), widths of the factors of a head of q and k; None for (16, 16), or for what head_dim says.
+            Kernels take up to three factors, of widths that are multiples of 8 up to 256 and have a product of at most 16,384.
+        value_dim, feature_map, normalize, backend: as for `nearfar.nn.LinearAttention`.
 
     Raises:
-        ValueError: dim, num_heads, factor_widths, num_kv_heads or value_dim do not fit.
+        ValueError: dim, num_heads, head_dim, factor_widths, num_kv_heads or value_dim do not fit; from init_cache and calls
+            with a cache also where feature_map mixes tokens.
     """
 
     operator = staticmethod(hadamard_attention)
     step_operator = staticmethod(hadamard_attention_step)
+    shown = (*_StatefulAttention.shown, "factor_widths")
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
-        factor_widths: Sequence[int] = (16, 16),
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+        qk_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        factor_widths: Sequence[int] | None = None,
         value_dim: int | None = None,
         feature_map: FeatureMap = "elu",
-        causal: bool = False,
         normalize: bool = True,
-        bias: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        factor_widths = tuple(factor_widths)
+        if factor_widths is None:
+            factor_widths = (16, 16) if head_dim is None else (head_dim // 2, head_dim // 2)
+        widths = tuple(factor_widths)
         require(
-            bool(factor_widths) and min(factor_widths) >= 1,
-            f"factor_widths must be one or more widths of at least 1, got {factor_widths}",
+            bool(widths) and min(widths) >= 1, f"factor_widths must be one or more widths of at least 1, got {widths}"
+        )
+        require(
+            head_dim in (None, sum(widths)), f"head_dim must be the sum of factor_widths, {sum(widths)}, got {head_dim}"
         )
         super().__init__(
-            dim, num_heads, num_kv_heads, sum(factor_widths), value_dim, feature_map, causal, normalize, bias, backend
+            dim, num_heads, num_kv_heads, sum(widths), value_dim, causal, bias, qk_norm, device, dtype,
+            feature_map, normalize, backend,
         )
-        self.factor_widths = factor_widths
+        self.factor_widths = widths
 
     def factors(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return heads.split(self.factor_widths, -1)
 
-    def extra_repr(self) -> str:
-        return f"factor_widths={self.factor_widths}, {super().extra_repr()}"
+    def rotated(self, heads: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        widths = self.factor_widths
+        require(all(width % 2 == 0 for width in widths), f"rotary needs even factor_widths, got {widths}")
+        cos, sin = (part.expand(*part.shape[:-1], sum(widths)).split(widths, -1) for part in rotary)
+        return torch.cat([rotate(*parts) for parts in zip(self.factors(heads), cos, sin, strict=True)], -1)

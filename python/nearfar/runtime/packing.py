@@ -31,3 +31,28 @@ def token_bounds(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     # Keep indices in bounds even if cu_seqlens does not cover all tokens.
     sequence = sequence.clamp(0, cu_seqlens.numel() - 2)
     return torch.stack((cu_seqlens[sequence], cu_seqlens[sequence + 1]))
+
+
+def unpad(padding: torch.Tensor, shape: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, cu_seqlens): indices of the tokens of B sequences that are not padding, and their boundaries when packed.
+
+    Their number is read back from the device.
+
+    Args:
+        padding: (B, N) bool, True for padding.
+        shape, device: what it must have.
+
+    Raises:
+        TypeError: padding is no bool tensor.
+        ValueError: its shape or device is another.
+    """
+    if not isinstance(padding, torch.Tensor) or padding.dtype != torch.bool:
+        kind = padding.dtype if isinstance(padding, torch.Tensor) else type(padding).__name__
+        raise TypeError(f"key_padding_mask must be a bool tensor, True for padding, got {kind}")
+    if not checks.same_shape(padding.shape, shape):
+        raise ValueError(f"key_padding_mask must have shape (B, N), {tuple(shape)}, got {tuple(padding.shape)}")
+    if padding.device != device:
+        raise ValueError(f"key_padding_mask must be on the device of x, {device}, got {padding.device}")
+    valid = ~padding
+    ends = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return valid.flatten().nonzero()[:, 0], ends
