@@ -61,7 +61,7 @@ def affine_attention(**options):
     """Every earlier pixel, by softmax weights that each pixel and head scales and shifts."""
     # The weight of the scale is drawn aside, so that all that is drawn later is what the other models draw.
     with torch.random.fork_rng(devices=[]):
-        layer = nf.nn.AffineScaledAttention(DIM, HEADS, **options)
+        layer = nf.nn.AffineScaledAttention(DIM, HEADS, causal=True, **options)
     SoftmaxAttention()  # draws as much as every other layer
     return layer
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from samples.layers import DIM, HEADS, LAYERS, WINDOW, with_features
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -18,34 +19,8 @@ import nearfar as nf
 
 pytestmark = pytest.mark.full
 
-DIM, HEADS = 32, 4
-WINDOW = nf.SlidingWindow(5)
-
-
-def with_features(**options):
-    features = nn.Sequential(nn.Linear(8, 12), nn.Softplus())
-    return nf.nn.LinearAttention(DIM, HEADS, num_kv_heads=2, causal=True, feature_map=features, **options)
-
-
-LAYERS = {
-    "krause": lambda **options: nf.nn.KrauseAttention(DIM, HEADS, num_kv_heads=2, locality=WINDOW, top_k=4, **options),
-    "linear": lambda **options: nf.nn.LinearAttention(DIM, HEADS, value_dim=16, causal=True, **options),
-    "features": with_features,
-    "hadamard": lambda **options: nf.nn.HadamardAttention(
-        DIM, HEADS, factor_widths=(8, 16), num_kv_heads=2, causal=True, **options
-    ),
-    "affine": lambda **options: nf.nn.AffineScaledAttention(DIM, HEADS, num_kv_heads=2, output_gate=True, sink=True, **options),
-    "synchronization": lambda **options: nf.nn.SynchronizationAttention(DIM, HEADS, frequency_scale=0.2, **options),
-    "osn": lambda **options: nf.nn.OSNBlock(DIM, HEADS, frequency_scale=0.2, **options),
-}
 EACH = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-DECODING = {
-    "krause": lambda layer: layer.init_cache(2),
-    "linear": lambda layer: layer.init_state(2),
-    "features": lambda layer: layer.init_state(2),
-    "hadamard": lambda layer: layer.init_state(2),
-    "affine": lambda layer: layer.init_cache(2, 9),
-}
+CACHED = pytest.mark.parametrize("kind", LAYERS)
 
 
 def tokens(seed=1, length=9):
@@ -192,18 +167,18 @@ def test_copies_and_pickles_of_layers_compute_the_same(make):
         assert_same(gradients(other.eval(), tokens()), gradients(layer.eval(), tokens()), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("kind", DECODING)
+@CACHED
 def test_caches_load_by_default_and_are_copied(kind):
     layer, x = LAYERS[kind]().eval(), tokens()
-    memory = DECODING[kind](layer)
-    layer.step(x[:, :1], memory)
+    memory = layer.init_cache(2, 9)
+    layer(x[:, :1], cache=memory)
     file = io.BytesIO()
     torch.save({"memory": memory, "locality": WINDOW}, file)
     file.seek(0)
     loaded = torch.load(file)
     assert loaded["locality"] == WINDOW
     others = loaded["memory"], copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))
-    results = [layer.step(x[:, 1:2], other) for other in (memory, *others)]
+    results = [layer(x[:, 1:2], cache=other) for other in (memory, *others)]
     for got in results[1:]:
         assert torch.equal(got, results[0])
 
@@ -220,7 +195,7 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["wrapped", "quantized"])
-@pytest.mark.parametrize("kind", DECODING)
+@CACHED
 def test_layers_with_other_projections_decode(kind, how):
     layer, x = LAYERS[kind]().eval(), tokens(length=4)
     if how == "wrapped":
@@ -233,22 +208,19 @@ def test_layers_with_other_projections_decode(kind, how):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             layer = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
-    memory = DECODING[kind](layer)
-    options = {"length": 4} if kind == "affine" else {}
-    got = torch.cat([layer.step(token, memory, **options) for token in x.split(1, 1)], 1)
+    memory = layer.init_cache(2, 4)
+    got = torch.cat([layer(token, cache=memory) for token in x.split(1, 1)], 1)
     # Rows are quantized together in forward, and one by one in steps.
     assert got.dtype == x.dtype
     assert_close(got, layer(x), atol=5e-2, rtol=5e-2)
 
 
-@pytest.mark.parametrize("kind", ["krause", "linear", "affine"])
+@pytest.mark.parametrize("kind", ["krause", "linear", "affine", "synchronization"])
 def test_caches_take_the_dtype_they_are_asked_for(kind):
     layer = LAYERS[kind]()
     for name, child in list(layer.named_children()):
         setattr(layer, name, _Unweighted(child))
-    make = layer.init_state if kind == "linear" else layer.init_cache
-    arguments = (2, 9) if kind == "affine" else (2,)
-    memory = make(*arguments, dtype=torch.float64)
+    memory = layer.init_cache(2, 9, dtype=torch.float64)
     assert (memory if kind == "linear" else memory.k).dtype == torch.float64
 
 
@@ -263,38 +235,51 @@ class _Unweighted(nn.Module):
         return x.new_ones(*x.shape[:-1], self.out_features)
 
 
+def trained_affine(**options):
+    layer = nf.nn.AffineScaledAttention(DIM, HEADS, num_kv_heads=2, causal=True, **options).eval()
+    layer.alpha_average.fill_(0.6)
+    return layer
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (3, 0)])
 @pytest.mark.parametrize("kept", [0, 1, 8, 12])
 def test_a_length_set_back_drops_the_tokens_behind_it(window, kept):
-    layer = nf.nn.AffineScaledAttention(DIM, HEADS, num_kv_heads=2, window_size=window).eval()
-    layer.alpha_average.fill_(0.6)
+    layer = trained_affine(window_size=window)
     x, y = tokens(length=12), tokens(3, 6)
     cache, fresh = layer.init_cache(2, 20), layer.init_cache(2, 20)
-    layer.step(x[:, :8], cache)
-    layer.step(x[:, 8:], cache)
+    layer(x[:, :8], cache=cache)
+    layer(x[:, 8:], cache=cache)
     cache.length = kept
     if kept:
-        layer.step(x[:, :kept], fresh)
+        layer(x[:, :kept], cache=fresh)
     for part in y.split(3, 1):
-        assert_close(layer.step(part, cache), layer.step(part, fresh))
+        assert_close(layer(part, cache=cache), layer(part, cache=fresh))
     assert_close(cache.total, fresh.total)
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (3, 0)])
-def test_the_affine_step_is_one_graph_for_all_lengths(window):
+GROWING = {
+    "affine": trained_affine,
+    "affine-window": lambda: trained_affine(window_size=(3, 0)),
+    "softmax": lambda: LAYERS["softmax"]().eval(),
+    "synchronization": lambda: LAYERS["synchronization"]().eval(),
+}
+
+
+@pytest.mark.parametrize("make", GROWING.values(), ids=GROWING)
+def test_a_cached_call_is_one_graph_for_all_lengths(make):
     torch._dynamo.reset()
-    layer = nf.nn.AffineScaledAttention(DIM, HEADS, num_kv_heads=2, window_size=window).eval()
-    layer.alpha_average.fill_(0.6)
+    layer = make()
     counter = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(layer.step, backend=counter, fullgraph=True, dynamic=True)
+    call = torch.compile(lambda x, cache: layer(x, cache=cache), backend=counter, fullgraph=True, dynamic=True)
     x, cache, expected = tokens(length=14), layer.init_cache(2, 20), layer.init_cache(2, 20)
     for token in x.split(1, 1):
-        assert_close(step(token, cache), layer.step(token, expected))
+        assert_close(call(token, cache), layer(token, cache=expected))
     assert counter.frame_count <= 3
 
 
-def test_the_affine_step_is_exported_with_its_cache():
-    layer, x = LAYERS["affine"]().eval(), tokens(length=1)
+@pytest.mark.parametrize("kind", ["affine", "krause", "gated", "synchronization"])
+def test_cached_calls_are_exported_with_their_cache(kind):
+    layer, x = LAYERS[kind]().eval(), tokens(length=1)
 
     class Step(nn.Module):
         def __init__(self):
@@ -302,13 +287,13 @@ def test_the_affine_step_is_exported_with_its_cache():
             self.layer = layer
 
         def forward(self, x, cache):
-            return self.layer.step(x, cache)
+            return self.layer(x, cache=cache)
 
     program = torch.export.export(Step(), (x, layer.init_cache(2, 4))).module()
     cache, expected = layer.init_cache(2, 4), layer.init_cache(2, 4)
-    assert_close(program(x, cache), layer.step(x, expected))
-    assert_close(cache.k, expected.k)
-    assert_close(cache.total, expected.total)
+    assert_close(program(x, cache), layer(x, cache=expected))
+    tensors = [[x for x in torch.utils._pytree.tree_leaves(c) if isinstance(x, torch.Tensor)] for c in (cache, expected)]
+    assert_close(*tensors)
 
 
 # Feature maps -------------------------------------------------------------------------------------------------------------
@@ -325,12 +310,8 @@ ACROSS = {
 def test_feature_maps_across_tokens_are_refused_where_states_are_used(kind, across):
     layer, x = kind(DIM, HEADS, causal=True, feature_map=across), tokens()
     layer(x)  # all tokens at once are what such a map is for
-    state = kind(DIM, HEADS, causal=True, feature_map=torch.exp).init_state(2)
-    calls = (
-        lambda: layer.init_state(2), lambda: layer.step(x[:, :1], state),
-        lambda: layer(x, state=state), lambda: layer(x, return_state=True),
-    )
-    for call in calls:
+    state = kind(DIM, HEADS, causal=True, feature_map=torch.exp).init_cache(2)
+    for call in (lambda: layer.init_cache(2), lambda: layer(x[:, :1], cache=state), lambda: layer(x, cache=state)):
         with pytest.raises(ValueError, match=r"^feature_map must map each token by itself"):
             call()
 
@@ -338,9 +319,9 @@ def test_feature_maps_across_tokens_are_refused_where_states_are_used(kind, acro
 def test_feature_maps_of_tokens_are_tried_once():
     called = []
     layer = nf.nn.LinearAttention(DIM, HEADS, causal=True, feature_map=lambda x: called.append(x.shape) or x.exp())
-    state = layer.init_state(2)
+    state = layer.init_cache(2)
     before = len(called)
-    layer.step(tokens(length=1), state)
+    layer(tokens(length=1), cache=state)
     assert before > 2 and len(called) == before + 2
 
 
@@ -381,7 +362,8 @@ CHECKPOINTED = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 def trainable_affine(**options):
     torch.manual_seed(0)
-    layer = nf.nn.AffineScaledAttention(DIM, HEADS, num_kv_heads=2, momentum=0.5, output_gate=True, **options).train()
+    options = {"num_kv_heads": 2, "causal": True, "momentum": 0.5, "output_gate": True, **options}
+    layer = nf.nn.AffineScaledAttention(DIM, HEADS, **options).train()
     with torch.no_grad():
         layer.alpha_proj.weight *= 10
     return layer
@@ -487,6 +469,8 @@ def parallel_plan(kind):
 
     if kind == "osn":
         return {"attention": HeadParallel(), "ffn.0": ColwiseParallel(), "ffn.2": RowwiseParallel()}
+    if kind == "gated":
+        return {"softmax": HeadParallel(), "krause": HeadParallel()}
     return HeadParallel()
 
 
@@ -498,7 +482,7 @@ def tensor_parallel_worker(rank):
     mesh = init_device_mesh("cpu", (2,))
     for kind, make in LAYERS.items():
         torch.manual_seed(0)
-        layer = make(bias=True) if kind != "osn" else make()
+        layer = make(bias=True, qk_norm=True)
         if kind == "affine":
             with torch.no_grad():
                 layer.alpha_proj.weight *= 10
@@ -516,11 +500,10 @@ def tensor_parallel_worker(rank):
             assert_same(got, expected, atol=1e-5, rtol=1e-4)
         full = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in layer.state_dict().items()}
         assert_same(full, dict(whole.state_dict()), atol=1e-6, rtol=1e-5)
-        if kind in DECODING:
-            layer.eval(), whole.eval()
-            memory, expected = DECODING[kind](layer), DECODING[kind](whole)
-            for token in tokens(3, 3).split(1, 1):
-                assert_close(layer.step(token, memory), whole.step(token, expected), atol=1e-5, rtol=1e-4)
+        layer.eval(), whole.eval()
+        memory, expected = layer.init_cache(2, 4), whole.init_cache(2, 4)
+        for part in tokens(3, 4).split((1, 1, 2), 1):
+            assert_close(layer(part, cache=memory), whole(part, cache=expected), atol=1e-5, rtol=1e-4)
 
 
 def test_head_parallel_layers_equal_whole_ones_forward_and_backward(tmp_path):

@@ -1,4 +1,4 @@
-"""Self-attention layers, x (B, N, dim) -> (B, N, dim): one file per operator, one convention for all (`base.AttentionLayer`)."""
+"""Self-attention layers, x (B, N, dim) -> (B, N, dim): a file per operator, one convention (`base.AttentionLayer`)."""
 
 from nearfar.nn.affine import AffineScaledAttention
 from nearfar.nn.cache import AffineCache, GatedCache, KVCache, SynchronizationCache

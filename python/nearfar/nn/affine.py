@@ -36,9 +36,9 @@ class AffineScaledAttention(SelfAttention):
     set `cache.num_keys` to that length.
 
     Every forward in training mode without a cache updates a_ma once, from all tokens that key_padding_mask leaves; with
-    gradient accumulation, each micro-batch updates it. If torch.distributed is initialised, the mean is over the tokens of all ranks of process_group, so
-    that a_ma is the same on all of them and the broadcast of DistributedDataParallel changes nothing. Every rank of that group
-    has to train the layer, equally often.
+    gradient accumulation, each micro-batch updates it. If torch.distributed is initialised, the mean is over the tokens of all
+    ranks of process_group, so that a_ma is the same on all of them and the broadcast of DistributedDataParallel changes
+    nothing. Every rank of that group has to train the layer, equally often.
 
     Activation checkpointing repeats forward inside the backward. The repeated call updates nothing and uses the a_ma of the
     first one, which the layer finds by the mean of a among its last 256 forwards. Gradients are therefore exact with both kinds

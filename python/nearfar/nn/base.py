@@ -12,7 +12,6 @@ from nearfar.nn.positions import Rotary, check_rotary, rotary_of_tokens, rotate
 from nearfar.runtime.checks import require
 from nearfar.runtime.packing import unpad
 
-
 NORM_EPS = 1e-6  # of qk_norm, as in Qwen3
 
 

@@ -32,10 +32,10 @@ class KrauseAttention(SelfAttention):
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention); None for num_heads.
         head_dim: width of a head; None for dim / num_heads. Kernels take multiples of 8 from 16 to 256.
-        causal: whether a token sees only itself and earlier tokens. A SlidingWindow with right=0, its default, is causal anyway.
+        causal: whether a token sees only itself and earlier tokens. A SlidingWindow with right=0, the default, always is.
         bias: whether the projections add a bias.
-        qk_norm: whether each head of q and of k is divided by its root mean square and scaled by a learnable weight (head_dim,),
-            as in Qwen3, before it is rotated.
+        qk_norm: whether each head of q and of k is divided by its root mean square and scaled by a learnable weight
+            (head_dim,), as in Qwen3, before it is rotated.
         device, dtype: of the parameters, as for torch's modules.
         locality: which keys a query sees: None for all, a `nearfar.SlidingWindow`, a `nearfar.GridNeighborhood` or a
             `nearfar.ShiftedWindow`. Grids take neither packed sequences nor padding.

@@ -111,8 +111,8 @@ class LinearAttention(_StatefulAttention):
     Source: arXiv 2602.12128, with one factor. Under autocast the projections and the attention run in the autocast dtype; the
     state stays float32.
 
-    Its cache is the state, a tensor (batch, num_kv_heads, features, value_dim + 1) in float32 (float64 in a float64 layer), zeros
-    before the first token. `nearfar.linear_attention` continues from it with gradients.
+    Its cache is the state, a tensor (batch, num_kv_heads, features, value_dim + 1) in float32 (float64 in a float64 layer),
+    zeros before the first token. `nearfar.linear_attention` continues from it with gradients.
 
     Args:
         dim, num_heads, num_kv_heads, causal, bias, qk_norm, device, dtype: as for `nearfar.nn.KrauseAttention`.
