@@ -307,11 +307,16 @@ ACROSS = {
 
 @pytest.mark.parametrize("across", ACROSS.values(), ids=ACROSS)
 @pytest.mark.parametrize("kind", [nf.nn.LinearAttention, nf.nn.HadamardAttention])
-def test_feature_maps_across_tokens_are_refused_where_states_are_used(kind, across):
+def test_feature_maps_across_tokens_are_refused_where_tokens_must_be_apart(kind, across):
     layer, x = kind(DIM, HEADS, causal=True, feature_map=across), tokens()
     layer(x)  # all tokens at once are what such a map is for
     state = kind(DIM, HEADS, causal=True, feature_map=torch.exp).init_cache(2)
-    for call in (lambda: layer.init_cache(2), lambda: layer(x[:, :1], cache=state), lambda: layer(x, cache=state)):
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    calls = (
+        lambda: layer.init_cache(2), lambda: layer(x[:, :1], cache=state), lambda: layer(x, cache=state),
+        lambda: layer(x[:1], cu_seqlens=ends), lambda: layer(x, key_padding_mask=x[..., 0] > 0),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match=r"^feature_map must map each token by itself"):
             call()
 

@@ -53,7 +53,10 @@ class _StatefulAttention(SelfAttention):
         return heads
 
     def attend(self, x: torch.Tensor, rotary: Rotary | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        return self.merge_heads(self._attended(*self.split_heads(x, rotary), cu_seqlens=cu_seqlens))
+        q, k, v = self.split_heads(x, rotary)
+        if cu_seqlens is not None:
+            self._check_feature_map(k)
+        return self.merge_heads(self._attended(q, k, v, cu_seqlens=cu_seqlens))
 
     def empty_cache(self, k: torch.Tensor, v: torch.Tensor, max_length: int | None) -> torch.Tensor:
         self._check_feature_map(k)
@@ -99,7 +102,7 @@ class _StatefulAttention(SelfAttention):
             difference = (together - alone).abs().max() / together.abs().max()
             if difference > 0.05:  # more than rounding, in 16 bits or of a quantized map
                 raise ValueError(
-                    "feature_map must map each token by itself, the same way each time, for states and steps; with another "
+                    "feature_map must map each token by itself, the same way each time, for caches and packed sequences; with another "
                     f"token beside it, its features change by {difference:.1e} of the largest"
                 )
         self._maps_token_by_token = True
@@ -124,8 +127,8 @@ class LinearAttention(_StatefulAttention):
         backend: as in `nearfar.linear_attention`, which also checks feature_map.
 
     Raises:
-        ValueError: dim, num_heads, num_kv_heads, head_dim or value_dim do not fit; from init_cache and calls with a cache also
-            where feature_map mixes tokens.
+        ValueError: dim, num_heads, num_kv_heads, head_dim or value_dim do not fit; from init_cache and calls with a cache,
+            packed sequences or padding also where feature_map mixes tokens.
     """
 
     operator = staticmethod(linear_attention)
@@ -173,7 +176,7 @@ class HadamardAttention(_StatefulAttention):
 
     Raises:
         ValueError: dim, num_heads, head_dim, factor_widths, num_kv_heads or value_dim do not fit; from init_cache and calls
-            with a cache also where feature_map mixes tokens.
+            with a cache, packed sequences or padding also where feature_map mixes tokens.
     """
 
     operator = staticmethod(hadamard_attention)
