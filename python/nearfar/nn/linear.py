@@ -102,8 +102,8 @@ class _StatefulAttention(SelfAttention):
             difference = (together - alone).abs().max() / together.abs().max()
             if difference > 0.05:  # more than rounding, in 16 bits or of a quantized map
                 raise ValueError(
-                    "feature_map must map each token by itself, the same way each time, for caches and packed sequences; with another "
-                    f"token beside it, its features change by {difference:.1e} of the largest"
+                    "feature_map must map each token by itself, the same way each time, for caches and packed sequences; with "
+                    f"another token beside it, its features change by {difference:.1e} of the largest"
                 )
         self._maps_token_by_token = True
 

@@ -234,10 +234,11 @@ class OSNBlock(Layer):
 
         To padding tokens the block adds its FFN alone.
         """
-        x = x + self.attention(
-            self.attention_norm(x), rotary=rotary, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, cache=cache
-        )
-        return x + self.ffn(self.ffn_norm(x))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = x + self.attention(
+                self.attention_norm(x), rotary=rotary, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, cache=cache
+            )
+            return x + self.ffn(self.ffn_norm(x))
 
     def init_cache(
         self,
