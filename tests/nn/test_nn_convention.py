@@ -17,8 +17,9 @@ WIDTHS = {"hadamard": (8, 16)}  # of rotary positions, where they are not those 
 
 
 def made(kind, **options):
+    """In eval and float64: weights near the edge of locking magnify rounding."""
     torch.manual_seed(0)
-    layer = LAYERS[kind](**options).eval()
+    layer = LAYERS[kind](**options).double().eval()
     with torch.no_grad():
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             if name.split(".")[-1] in ("sink", "alpha_average"):
@@ -27,11 +28,11 @@ def made(kind, **options):
 
 
 def tokens(batch=2, length=LENGTH):
-    return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def turns(kind, positions=LENGTH):
-    return nf.nn.rotary(positions, WIDTHS.get(kind, DIM // HEADS), base=100.0)
+    return nf.nn.rotary(positions, WIDTHS.get(kind, DIM // HEADS), base=100.0, dtype=torch.float64)
 
 
 def part_of(rotary, which):
@@ -121,7 +122,7 @@ def test_pieces_of_any_size_equal_the_whole(kind, options):
             begin += size
         y = torch.cat(outputs, 1)
         assert not y.requires_grad
-        assert_close(y, expected, atol=1e-5, rtol=1e-4)
+        assert_close(y, expected)
 
 
 @EACH
@@ -130,7 +131,7 @@ def test_a_training_layer_decodes_without_a_trace(kind):
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     expected = layer(x)
     y = layer.train()(x, cache=layer.init_cache(2, LENGTH))
-    assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    assert_close(y, expected)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -181,7 +182,7 @@ def test_a_length_set_back_drops_the_last_tokens(kind):
     layer(x[:, :8], cache=cache)
     layer(tokens(length=3), cache=cache)
     cache.length = 8
-    assert_close(layer(x[:, 8:], cache=cache), layer(x)[:, 8:], atol=1e-5, rtol=1e-4)
+    assert_close(layer(x[:, 8:], cache=cache), layer(x)[:, 8:])
 
 
 # Padding and packing ------------------------------------------------------------------------------------------------------
@@ -209,9 +210,9 @@ def test_padded_sequences_equal_those_without_padding(kind, mask):
     for row, keep in enumerate(~mask):
         alone = x.detach()[row : row + 1, keep].requires_grad_()
         expected = layer(alone, rotary=part_of(rotary, keep))
-        assert_close(y[row : row + 1, keep], expected, atol=1e-5, rtol=1e-4)
+        assert_close(y[row : row + 1, keep], expected)
         (expected,) = torch.autograd.grad(expected.square().sum(), alone)
-        assert_close(gradient[row : row + 1, keep], expected, atol=1e-4, rtol=1e-3)
+        assert_close(gradient[row : row + 1, keep], expected)
     if kind != "osn":  # a block adds to x
         assert y[mask].abs().max() == 0
         assert gradient[mask].abs().max() == 0
@@ -227,10 +228,10 @@ def test_packed_sequences_equal_separate_ones(kind, causal):
             "gated": lambda: nf.nn.KrauseGatedAttention(DIM, HEADS, top_k=3),
         }.get(kind, lambda: type(layer)(DIM, HEADS))()
         assert not getattr(layer, "attention", layer).causal
-    layer, x = layer.eval(), tokens(batch=1)
+    layer, x = layer.double().eval(), tokens(batch=1)
     ends = torch.tensor([0, 5, 5, LENGTH], dtype=torch.int32)
     got = layer(x, cu_seqlens=ends)
-    assert_close(got, torch.cat((layer(x[:, :5]), layer(x[:, 5:])), 1), atol=1e-5, rtol=1e-4)
+    assert_close(got, torch.cat((layer(x[:, :5]), layer(x[:, 5:])), 1))
 
 
 @EACH
@@ -290,7 +291,7 @@ RELATIVE = [kind for kind in LAYERS if kind not in ("linear", "features", "hadam
 def test_rotary_makes_scores_of_relative_positions(kind):
     layer, x = made(kind), tokens()
     expected = layer(x, rotary=turns(kind))
-    assert_close(layer(x, rotary=turns(kind, torch.arange(LENGTH) + 100)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(layer(x, rotary=turns(kind, torch.arange(LENGTH) + 100)), expected)
     assert (layer(x) - expected).abs().max() > 1e-4
     for bad, error in (("cos", TypeError), (turns(kind, 5), ValueError)):
         with pytest.raises(error, match="^rotary"):
@@ -298,7 +299,7 @@ def test_rotary_makes_scores_of_relative_positions(kind):
 
 
 def test_heads_of_normalised_queries_and_keys_do_not_depend_on_the_size_of_x():
-    layer, x = nf.nn.SoftmaxAttention(DIM, HEADS, qk_norm=True), tokens()
+    layer, x = nf.nn.SoftmaxAttention(DIM, HEADS, qk_norm=True).double(), tokens()
     q, k, v = layer.split_heads(x)
     for name, heads in (("q_proj", q), ("k_proj", k)):
         raw = getattr(layer, name)(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
