@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from nearfar.runtime.packing import packed_tokens
+
 MASKING = "transformers.masking_utils"
 
 Window = tuple[int, int]
@@ -179,8 +181,8 @@ def _with_padding(mask: Mask, valid: torch.Tensor) -> Mask:
         every = torch.arange(num_queries, device=valid.device)
         return mask._replace(rows=tuple([Rows(every, row.nonzero()[:, 0]) for row in valid]))
     if num_queries == mask.visible:
-        cu_seqlens = pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        return mask._replace(tokens=valid.flatten().nonzero()[:, 0], cu_seqlens=cu_seqlens)
+        tokens, cu_seqlens = packed_tokens(valid)
+        return mask._replace(tokens=tokens, cu_seqlens=cu_seqlens)
     queries = valid[:, mask.visible - num_queries :]
     indices = [Rows(row.nonzero()[:, 0], keys.nonzero()[:, 0]) for row, keys in zip(queries, valid, strict=True)]
     return mask._replace(rows=tuple(indices))

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nearfar.localities import Locality, SlidingWindow
+from nearfar.localities import Locality
 from nearfar.nn.base import SelfAttention, causal_locality, is_causal, own_dtype
 from nearfar.nn.cache import KVCache
 from nearfar.nn.positions import Rotary
@@ -49,11 +49,11 @@ class SoftmaxAttention(SelfAttention):
         sink: bool = False,
         backend: Backend = "auto",
     ) -> None:
-        self_locality = causal_locality(causal, locality)
+        locality = causal_locality(causal, locality)
         super().__init__(
-            dim, num_heads, num_kv_heads, head_dim, head_dim, is_causal(self_locality), bias, qk_norm, device, dtype
+            dim, num_heads, num_kv_heads, head_dim, head_dim, is_causal(locality), bias, qk_norm, device, dtype
         )
-        self.locality = self_locality
+        self.locality = locality
         self.backend = backend
         made = torch.empty(num_heads, dtype=own_dtype(dtype), device=device) if sink else None
         self.register_parameter("sink", None if made is None else nn.Parameter(made))
@@ -69,15 +69,12 @@ class SoftmaxAttention(SelfAttention):
 
     def decode(self, x: torch.Tensor, rotary: Rotary | None, cache: KVCache) -> torch.Tensor:
         q, k, v = self.split_heads(x, rotary)
-        assert isinstance(self.locality, SlidingWindow)
-        k, v = cache.extend(k, v, self.locality.left)
+        k, v = cache.extend(k, v, self.locality.left)  # type: ignore[union-attr]  # causal: a SlidingWindow
         return self._attended(q, k, v, None)
 
     def _attended(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None
     ) -> torch.Tensor:
         sink = None if self.sink is None else self.own("sink", q.shape[1])
-        o = softmax_attention(
-            q, k, v, locality=self.locality, sink=sink, cu_seqlens=cu_seqlens, backend=self.backend
-        )
+        o = softmax_attention(q, k, v, locality=self.locality, sink=sink, cu_seqlens=cu_seqlens, backend=self.backend)
         return self.merge_heads(o)

@@ -53,6 +53,10 @@ def unpad(padding: torch.Tensor, shape: tuple[int, int], device: torch.device) -
         raise ValueError(f"key_padding_mask must have shape (B, N), {tuple(shape)}, got {tuple(padding.shape)}")
     if padding.device != device:
         raise ValueError(f"key_padding_mask must be on the device of x, {device}, got {padding.device}")
-    valid = ~padding
+    return packed_tokens(~padding)
+
+
+def packed_tokens(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, cu_seqlens) of the tokens that count, valid (B, N)."""
     ends = torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return valid.flatten().nonzero()[:, 0], ends
