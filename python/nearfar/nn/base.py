@@ -209,7 +209,7 @@ class AttentionLayer(Layer):
         """Last size of cos and sin."""
         return self.head_dim  # type: ignore[return-value]
 
-    def room(self, k: torch.Tensor, v: torch.Tensor, max_length: int | None) -> dict[str, torch.Tensor]:
+    def room(self, k: torch.Tensor, v: torch.Tensor, max_length: int | None) -> dict[str, Any]:
         """Zeros for the k and v of max_length tokens."""
         if max_length is None:
             raise ValueError(f"max_length must be given: this {type(self).__name__} keeps every key and value")

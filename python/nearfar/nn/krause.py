@@ -122,13 +122,15 @@ class KrauseAttention(SelfAttention):
         window = self._window()
         if window is None:
             return super().empty_cache(k, v, max_length)
-        return KrauseCache.empty(*k.shape[:2], window, k.shape[3], v.shape[3], dtype=k.dtype, device=k.device)
+        batch, heads, _, width = k.shape
+        return KrauseCache.empty(batch, heads, window, width, v.shape[3], dtype=k.dtype, device=k.device)
 
     def decode(self, x: torch.Tensor, rotary: Rotary | None, cache: Any) -> torch.Tensor:
         q, k, v = self.split_heads(x, rotary)
         options: Any = dict(top_k=self.top_k, backend=self.backend)
         if self._window() is None:
-            o = krause_attention(q, *cache.extend(k, v), self._sigma(q), self.locality, **options)
+            k, v = cache.extend(k, v)
+            o = krause_attention(q, k, v, self._sigma(q), self.locality, **options)
         else:
             self._check_rolling(cache, k, v)
             if x.shape[1] == 1:
@@ -185,9 +187,9 @@ def attend_and_roll(
     starts = torch.arange(batch, device=q.device)[:, None] * span
     cuts = torch.cat((starts, starts + (earlier - length).clamp(min=0)), 1)
     cu_seqlens = pad(cuts.flatten(), (0, 1), value=batch * span).to(torch.int32)
-    packed = (x.transpose(0, 1).flatten(1, 2)[None] for x in (pad(q, (0, 0, earlier, 0)), keys, values))
+    q, keys, values = (x.transpose(0, 1).flatten(1, 2)[None] for x in (pad(q, (0, 0, earlier, 0)), keys, values))
     o = krause_attention(
-        *packed, sigma, SlidingWindow(earlier), top_k=top_k, cu_seqlens=cu_seqlens, backend=backend
+        q, keys, values, sigma, SlidingWindow(earlier), top_k=top_k, cu_seqlens=cu_seqlens, backend=backend
     )
     count = min(tokens, window)
     slots = ((length + torch.arange(tokens - count, tokens, device=q.device)) % window)[:, None, :, None]
