@@ -124,6 +124,7 @@ def test_autocast_runs_in_its_dtype_and_keeps_sigma_float32():
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "locality": None, "top_k": None}])
 def test_compiles_to_one_graph(options):
+    torch._dynamo.reset()  # all layers share one forward, and a function is compiled for few kinds of calls
     layer, x = krause(**options), tokens()
     # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -487,6 +488,7 @@ def test_far_layers_run_in_the_autocast_dtype_with_float32_states(kind):
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "causal": True}])
 @FAR
 def test_far_layers_compile_to_one_graph(kind, options, backend, dtype):
+    torch._dynamo.reset()  # all layers share one forward, and a function is compiled for few kinds of calls
     layer, x = far(kind, backend=backend, **options).to(dtype), tokens(batch=1, length=9).to(dtype)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = []
@@ -728,6 +730,7 @@ def test_packed_sequences_of_the_affine_layer_divide_by_their_own_lengths():
 
 @pytest.mark.parametrize("options", [{}, {"sink": True, "output_gate": True}])
 def test_affine_layer_compiles_to_one_graph_that_updates_the_average(options):
+    torch._dynamo.reset()  # all layers share one forward, and a function is compiled for few kinds of calls
     results = []
     for compiles in (False, True):
         layer = affine(**options)
@@ -1002,6 +1005,7 @@ def test_synchronization_layer_is_causal_bit_for_bit():
 
 
 def test_synchronization_layer_compiles_to_one_graph():
+    torch._dynamo.reset()  # all layers share one forward, and a function is compiled for few kinds of calls
     layer, x = oscillators(causal=True), tokens()
     assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
