@@ -42,7 +42,7 @@ _GEOMETRY = (
 # products do not overflow.
 UPSTREAM_EXPONENT = 11
 
-COLUMNS_AT_ONCE = 2**22  # numbers of the keys whose sums are in memory at once, where four columns have fewer
+SUMMED_AT_ONCE = 2**19  # numbers of a head's keys whose sums are in memory at once, if that is more than 4 columns
 
 
 _launchers = triton_module("diagnostics_launch")
@@ -133,12 +133,12 @@ def _keys_seen(q, k, left, right):
 def _mean_logits(q, k, sigma, left, right, scale):
     """(B, Hq, N): the mean score of the keys that a query sees, from the sums of these keys instead of from pairs.
 
-    A few columns at a time, so that the sums take no more memory than the tensors.
+    A few columns at a time, so that the sums take no more memory than the tensors; how many depends on no other head.
     """
     wide = torch.float64 if sigma is not None or q.dtype == torch.float32 else torch.float32
     group, num_queries, count = q.shape[1] // k.shape[1], q.shape[2], _keys_seen(q, k, left, right)
     products, norms = torch.zeros_like(q[..., 0], dtype=wide), 0.0
-    columns = max(4, COLUMNS_AT_ONCE // max(k[..., 0].numel(), 1))
+    columns = max(4, SUMMED_AT_ONCE // k.shape[2])
     for own, seen in zip(q.split(columns, 3), k.split(columns, 3), strict=True):
         seen = seen.to(wide)
         sums = window_sums(seen, num_queries, left, right)
