@@ -97,11 +97,11 @@ def plot_history(
     if unknown := [name for name in quantities if name not in known]:
         raise ValueError(f"quantities must be among {', '.join(known)}, got {unknown[0]!r}")
     figure = Figure(figsize=(12, 3.2 * len(quantities)), layout="constrained")
-    colours = colormaps["viridis"].resampled(max(len(layers), 2))
+    colours = [colormaps["viridis"](0.85 * index / max(len(layers) - 1, 1)) for index in range(len(layers))]
     for name, (over_time, by_depth) in zip(quantities, figure.subplots(len(quantities), 2, squeeze=False), strict=True):
         for index, layer in enumerate(layers):
             at = [step for step in steps if layer in steps[step]]
-            draw_heads(over_time, at, [steps[step][layer][name] for step in at], colours(index), layer)
+            draw_heads(over_time, at, [steps[step][layer][name] for step in at], colours[index], layer)
         for step, colour in {min(steps): "0.6", max(steps): "#d55e00"}.items():
             at = [index for index, layer in enumerate(layers) if layer in steps[step]]
             draw_heads(by_depth, at, [steps[step][layers[index]][name] for index in at], colour, f"step {step:,}")
@@ -111,7 +111,7 @@ def plot_history(
         for axes in (over_time, by_depth):
             axes.grid(True, axis="y", color="0.9")
     if len(layers) <= 16:
-        figure.axes[0].legend(frameon=False, fontsize=8, ncols=2)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=8, ncols=8)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
