@@ -330,6 +330,7 @@ def test_what_a_query_cannot_see_changes_no_bit(backend):
             assert b[..., settled:].isnan().all(), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_any_layout_gives_the_same_numbers(backend):
     call = make("by distance, sink, alpha, beta", torch.float32)
@@ -343,6 +344,7 @@ def test_any_layout_gives_the_same_numbers(backend):
                 torch.testing.assert_close(new[name], x, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.full
 def test_every_element_is_written():
     call = make("by distance, sink, alpha, beta", torch.float16)
     first = measured(call, "triton")
@@ -352,6 +354,7 @@ def test_every_element_is_written():
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.full
 def test_shifted_entropy_as_a_torch_operator():
     call = make("affine, window, sink", torch.float32)
     q, k, alpha, beta, _ = (x.requires_grad_() for x in leaves(call).values())
@@ -365,6 +368,7 @@ def test_shifted_entropy_as_a_torch_operator():
     ])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_torch_compile(backend):
     call = make("affine, window, sink", torch.float32)
