@@ -3,7 +3,8 @@
     squares             |x|^2 of each row: of keys for scores by distance, of values for the geometry
     statistics          lse, entropy, and the largest weight with its key, by a walk over the keys of a tile of queries
     key_mass            the column sums of the weights, by a walk over the queries of a tile of keys
-    statistics_grad_*   the gradients of lse and entropy in q and k
+    shifted_entropy     the entropy of weights with a beta, by a second walk over the keys, given lse
+    statistics_grad_*   the gradients of lse and entropy, or of shifted_entropy, in q and k
     select              the largest scores of each query with their keys, a list of COUNT a round
     centre              s, the weighted sum of the selected values, and how far the selected lie from it
     separate            how near the others come: precision, recall, F
@@ -177,7 +178,7 @@ def statistics(
 
 @triton.jit
 def key_mass_tiles(
-    total, k_tile, keys, k_squares, num_keys, q, lse, q_stride, num_queries, tiles, begin, end, unit,
+    total, k_tile, keys, k_squares, num_keys, q, lse, alpha, q_stride, num_queries, tiles, begin, end, unit,
     SIGN: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -190,6 +191,8 @@ def key_mass_tiles(
         row_lse = load_numbers(lse, rows, num_queries, EDGES) * LOG2E
         raw = raw_scores(k_tile, q_tile, k_squares, keys, num_keys, SIGN, PRECISION, True)
         weight = exp2(raw * unit - row_lse[None, :])
+        if alpha is not None:
+            weight *= load_numbers(alpha, rows, num_queries, EDGES)[None, :]
         if EDGES:
             weight = tl.where(inside(rows, begin, end), weight, 0.0)
         total += tl.sum(weight, 1)
@@ -198,15 +201,17 @@ def key_mass_tiles(
 
 @triton.jit
 def key_mass(
-    q, k, k_squares, parameter, lse, mass,
+    q, k, k_squares, parameter, lse, alpha, mass,
     q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """mass (B, Hq, M) float32."""
+    """mass (B, Hq, M) float32: the sum of alpha exp(s - lse), alpha (B, Hq, N) or None for 1."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     q = at(q, q_strides, batch, head)
     row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    if alpha is not None:
+        alpha += row_offset
     if k_squares is not None:
         k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,20 +225,69 @@ def key_mass(
     tiles = tile_ranges(tile_begin, all_begin, all_end, tile_end, BLOCK_M)
     for EDGES in tl.static_range(2):
         total = key_mass_tiles(
-            total, k_tile, keys, k_squares, num_keys, q, lse + row_offset, q_strides[2], num_queries, tiles, begin, end,
-            unit, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
+            total, k_tile, keys, k_squares, num_keys, q, lse + row_offset, alpha, q_strides[2], num_queries, tiles,
+            begin, end, unit, SIGN, EDGES, PRECISION, D, BLOCK_M, BLOCK_D,
         )
     tl.store(rows_at(mass, batch, head, num_heads, num_keys) + keys, total, mask=keys < num_keys)
 
 
 @triton.jit
+def sign_and_log(weight):
+    """The sign of weights and log2 of their size, 0 for a weight of 0."""
+    sign = (weight > 0).to(tl.float32) - (weight < 0).to(tl.float32)
+    return sign, tl.log2(tl.where(weight == 0, 1.0, tl.abs(weight)))
+
+
+@triton.jit
+def shifted_entropy(
+    q, k, k_squares, parameter, lse, alpha, beta, entropy, total,
+    q_strides, k_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
+    SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """total = sum |w| and the entropy of |w| / total, w = alpha exp(s - lse) + beta; all (B, Hq, N) float32."""
+    tile, head, batch = program_coordinates(num_tiles, num_heads)
+    row_offset = (batch.to(tl.int64) * num_heads + head) * num_queries
+    k = at(k, k_strides, batch, head // group)
+    if k_squares is not None:
+        k_squares = rows_at(k_squares, batch, head // group, num_heads // group, num_keys)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    begin, end = reach(rows, None, num_queries, num_keys, window)
+    tile_begin, all_begin, all_end, tile_end = tile_reach(tile * BLOCK_M, BLOCK_M, None, num_queries, num_keys, window)
+    unit = head_scale(parameter, parameter_stride, head, scale) * LOG2E
+    q_tile = load_tile(at(q, q_strides, batch, head), rows, q_strides[2], num_queries, D, BLOCK_D)
+    row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
+    row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
+    row_beta = load_vector(beta + row_offset, rows, num_queries, 0.0)
+
+    sizes = tl.zeros((BLOCK_M,), tl.float32)
+    logs = tl.zeros((BLOCK_M,), tl.float32)  # sum of |w| log2 |w|
+    for first in range(tile_begin // BLOCK_N * BLOCK_N, tile_end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
+        raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
+        weight = row_alpha[:, None] * exp2(raw * unit - row_lse[:, None]) + row_beta[:, None]
+        if first < all_begin or first + BLOCK_N > all_end:
+            weight = tl.where(inside(keys, begin, end), weight, 0.0)
+        size = tl.abs(weight)
+        sizes += tl.sum(size, 1)
+        logs += tl.sum(size * tl.log2(tl.where(size == 0, 1.0, size)), 1)
+    here = rows < num_queries
+    tl.store(total + row_offset + rows, sizes, mask=here)
+    tl.store(entropy + row_offset + rows, (tl.log2(sizes) - tl.div_rn(logs, sizes)) * LN2, mask=here)
+
+
+@triton.jit
 def statistics_grad_queries(
-    q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted,
+    q, k, k_squares, parameter, lse, level, slope, gain, alpha, beta, dq, weighted, of_softmax, of_weights,
     q_strides, k_strides, dq_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """gain dS = P (level + slope log2(P)) with a level and a slope for each row; gain (B, Hkv).
+
+    With a beta it is gain dS = alpha P dw, dw = sign(w) slope (level + log2 |w|), w = alpha P + beta, for the entropy of w;
+    then of_softmax and of_weights (B, Hq, N) become the sums of P dw and of dw.
 
     With a parameter, weighted (B, Hq, N) becomes the sum of gain dS s / row_scale, where s are the scores. It is not taken from
     log2(P): where keys score alike, lse is mostly the logarithm of their number, which would have to cancel.
@@ -251,6 +305,11 @@ def statistics_grad_queries(
     row_lse = load_vector(lse + row_offset, rows, num_queries, 0.0) * LOG2E
     row_level = load_vector(level + row_offset, rows, num_queries, 0.0)
     row_slope = load_vector(slope + row_offset, rows, num_queries, 0.0)
+    if beta is not None:
+        row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
+        row_beta = load_vector(beta + row_offset, rows, num_queries, 0.0)
+        softmax_total = tl.zeros((BLOCK_M,), tl.float32)
+        weight_total = tl.zeros((BLOCK_M,), tl.float32)
 
     BY_DISTANCE: tl.constexpr = parameter is not None
     SUMS: tl.constexpr = tl.float64 if BY_DISTANCE and q.dtype.element_ty == tl.float32 else tl.float32
@@ -265,7 +324,18 @@ def statistics_grad_queries(
         k_tile = load_tile(k, keys, k_strides[2], num_keys, D, BLOCK_D)
         raw = raw_scores(q_tile, k_tile, k_squares, keys, num_keys, SIGN, PRECISION)
         x = raw * (row_scale * LOG2E) - row_lse[:, None]
-        ds = exp2(x) * (row_level[:, None] + row_slope[:, None] * x)
+        if beta is None:
+            ds = exp2(x) * (row_level[:, None] + row_slope[:, None] * x)
+        else:
+            weight = exp2(x)
+            sign, size = sign_and_log(row_alpha[:, None] * weight + row_beta[:, None])
+            dw = sign * row_slope[:, None] * (row_level[:, None] + size)
+            if first < all_begin or first + BLOCK_N > all_end:
+                dw = tl.where(inside(keys, begin, end), dw, 0.0)
+                weight = tl.where(inside(keys, begin, end), weight, 0.0)
+            softmax_total += tl.sum(weight * dw, 1)
+            weight_total += tl.sum(dw, 1)
+            ds = row_alpha[:, None] * weight * dw
         ds_distance = ds * (raw - left_out[:, None])
         if first < all_begin or first + BLOCK_N > all_end:
             ds = tl.where(inside(keys, begin, end), ds, 0.0)
@@ -283,11 +353,14 @@ def statistics_grad_queries(
     store_tile(at(dq, dq_strides, batch, head), rows, dq_strides[2], num_queries, acc, D, BLOCK_D)
     if weighted is not None:
         tl.store(weighted + row_offset + rows, row_weighted, mask=rows < num_queries)
+    if beta is not None:
+        tl.store(of_softmax + row_offset + rows, softmax_total, mask=rows < num_queries)
+        tl.store(of_weights + row_offset + rows, weight_total, mask=rows < num_queries)
 
 
 @triton.jit
 def statistics_grad_keys(
-    q, k, k_squares, parameter, lse, level, slope, gain, dk,
+    q, k, k_squares, parameter, lse, level, slope, gain, alpha, beta, dk,
     q_strides, k_strides, dk_strides, parameter_stride, num_queries, num_keys, num_heads, group, num_tiles, window, scale,
     SIGN: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -325,7 +398,14 @@ def statistics_grad_keys(
             # Transposed, (keys, queries), so that dS feeds the next product from registers.
             raw = raw_scores(k_tile, q_tile, k_squares, keys, num_keys, SIGN, PRECISION, True)
             x = raw * (row_scale * LOG2E) - row_lse[None, :]
-            ds = exp2(x) * (row_level[None, :] + row_slope[None, :] * x)
+            if beta is None:
+                ds = exp2(x) * (row_level[None, :] + row_slope[None, :] * x)
+            else:
+                row_alpha = load_vector(alpha + row_offset, rows, num_queries, 0.0)
+                row_beta = load_vector(beta + row_offset, rows, num_queries, 0.0)
+                weight = exp2(x) * row_alpha[None, :]
+                sign, size = sign_and_log(weight + row_beta[None, :])
+                ds = weight * sign * row_slope[None, :] * (row_level[None, :] + size)
             if first < all_begin or first + BLOCK_M > all_end:
                 ds = tl.where(inside(rows, begin, end), ds, 0.0)
             ds = ds.to(q_tile.dtype)

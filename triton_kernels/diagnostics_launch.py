@@ -31,7 +31,7 @@ def plan_squares(shape, strides):
 @functools.lru_cache(maxsize=1024)
 def plan_pairs(kernel, call, scale, gradient_strides=()):
     """A kernel of the statistics, whose programs own tiles of queries or of keys."""
-    parameters = call.tuned(kernel.__name__)
+    parameters = call.tuned("statistics" if kernel is diagnostics.shifted_entropy else kernel.__name__)
     by_keys = kernel in (diagnostics.key_mass, diagnostics.statistics_grad_keys)
     length, block = (call.k_shape[2], parameters.block_n) if by_keys else (call.q_shape[2], parameters.block_m)
     heads = call.k_shape[1] if kernel is diagnostics.statistics_grad_keys else call.q_shape[1]
@@ -88,32 +88,43 @@ def squares_of(x, out):
     return [] if out is None else [(plan_squares(x.shape, x.stride()), (x, out))]
 
 
-def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max_weight, max_key, mass):
-    """Fill lse, entropy, max_weight, max_key (B, Hq, N), mass (B, Hq, M) and, with a parameter, k_squares (B, Hkv, M).
+def statistics(q, k, parameter, left, right, scale, k_squares, lse, entropy, max_weight, max_key):
+    """Fill lse, entropy, max_weight, max_key (B, Hq, N) and, with a parameter, k_squares (B, Hkv, M).
 
     With a parameter lse is that of the raw scores.
     """
-    call = signature(q, k, k, parameter, False, left, right)
-    launch_all(
-        *squares_of(k, k_squares),
-        (plan_pairs(diagnostics.statistics, call, scale),
-         (q, k, k_squares, parameter, lse, entropy, max_weight, max_key)),
-        (plan_pairs(diagnostics.key_mass, call, scale), (q, k, k_squares, parameter, lse, mass)),
-    )
+    plan = plan_pairs(diagnostics.statistics, signature(q, k, k, parameter, False, left, right), scale)
+    launch_all(*squares_of(k, k_squares), (plan, (q, k, k_squares, parameter, lse, entropy, max_weight, max_key)))
 
 
-def statistics_backward(q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, dq, dk, weighted):
-    """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N).
+def key_mass(q, k, parameter, left, right, scale, k_squares, lse, alpha, mass):
+    """Fill mass (B, Hq, M). lse: of the raw scores; alpha (B, Hq, N), None for 1; k_squares: filled."""
+    plan = plan_pairs(diagnostics.key_mass, signature(q, k, k, parameter, False, left, right), scale)
+    plan(q, k, k_squares, parameter, lse, alpha, mass)
 
-    lse, level, slope: (B, Hq, N), the last two times gain, (B, Hkv).
+
+def shifted_entropy(q, k, parameter, left, right, scale, k_squares, lse, alpha, beta, entropy, total):
+    """Fill entropy and total (B, Hq, N) and, with a parameter, k_squares. lse: of the raw scores."""
+    plan = plan_pairs(diagnostics.shifted_entropy, signature(q, k, k, parameter, False, left, right), scale)
+    launch_all(*squares_of(k, k_squares), (plan, (q, k, k_squares, parameter, lse, alpha, beta, entropy, total)))
+
+
+def statistics_backward(
+    q, k, parameter, left, right, scale, k_squares, lse, level, slope, gain, dq, dk, weighted,
+    alpha=None, beta=None, of_softmax=None, of_weights=None,
+):
+    """Fill dq, dk and, with a parameter, k_squares (B, Hkv, M) and weighted (B, Hq, N); with a beta of_softmax and of_weights.
+
+    lse, level, slope: (B, Hq, N), slope and, without a beta, level times gain, (B, Hkv).
     """
     call = signature(q, k, k, parameter, False, left, right)
     queries = plan_pairs(diagnostics.statistics_grad_queries, call, scale, (dq.stride(),))
     keys = plan_pairs(diagnostics.statistics_grad_keys, call, scale, (dk.stride(),))
+    rows = lse, level, slope, gain, alpha, beta
     launch_all(
         *squares_of(k, k_squares),
-        (queries, (q, k, k_squares, parameter, lse, level, slope, gain, dq, weighted)),
-        (keys, (q, k, k_squares, parameter, lse, level, slope, gain, dk)),
+        (queries, (q, k, k_squares, parameter, *rows, dq, weighted, of_softmax, of_weights)),
+        (keys, (q, k, k_squares, parameter, *rows, dk)),
     )
 
 

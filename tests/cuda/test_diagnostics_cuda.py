@@ -189,7 +189,7 @@ def test_in_a_graph_on_another_stream_and_through_the_dispatcher():
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     q, k, _ = leaves(sample).values()
-    torch.library.opcheck(torch.ops.nearfar.attention_statistics.default, (q, k, None, -1, 0, 0.125, "cuda"))
+    torch.library.opcheck(torch.ops.nearfar.attention_statistics.default, (q, k, *4 * [None], -1, 0, 0.125, "cuda"))
     constants = *sample.tensors.values(), None, 4, -1, 0, 0.125, "cuda"
     torch.library.opcheck(torch.ops.nearfar.selection_geometry.default, constants)
     compiled = torch.compile(lambda: everything(sample), backend="aot_eager", fullgraph=True)

@@ -671,7 +671,7 @@ def test_eager_functions_that_do_more_than_their_arguments_say():
     mask = sliding_mask(9, 8, dtype=torch.float32)[None, None]
     assert read.transformers_call("eager", (output, None), nn.Identity(), q, k, v, mask)
     for wrong in (0.98 * output, output.flip(1)):
-        with pytest.raises(Unreadable, match="not that of softmax"):
+        with pytest.raises(Unreadable, match="not softmax attention"):
             read.transformers_call("eager", (wrong, None), nn.Identity(), q, k, v, mask)
     with pytest.raises(Unreadable, match="softcap"):
         read.transformers_call("sdpa", (output, None), nn.Identity(), q, k, v, mask, softcap=30.0)

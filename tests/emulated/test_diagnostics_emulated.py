@@ -81,7 +81,8 @@ def statistics(kernels, sample, conditions, view=lambda x: x):
     tensors = dict(q=q, k=k, levels=levels) | outputs
     launch(kernels["statistics"], dtype_of(sample), tensors, conditions, **numbers_of(sample))
     guarded.assert_intact()
-    return AttentionStatistics(*outputs.values())
+    nothing = torch.zeros(0)  # the mean logit and the sum of weights are no kernel's
+    return AttentionStatistics(*outputs.values(), nothing, nothing)
 
 
 # A ring has three or four slots for tiles of 64 or 128 rows: with 1,200 of them each slot serves several times.

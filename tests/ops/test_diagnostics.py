@@ -136,14 +136,15 @@ def test_gradients_that_are_zero():
     found = nf.attention_statistics(**tensors, backend="triton")
     gradients = torch.autograd.grad(found.lse, list(tensors.values()), torch.zeros_like(found.lse))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
-    assert [part.requires_grad for part in found] == [True, True, False, False, False]
+    assert [part.requires_grad for part in found] == [True, True, *5 * [False]]
 
 
 def test_a_sigma_that_is_not_positive_poisons_its_head():
     """Public calls refuse it on the CPU, where it can be read."""
     q, k = randn(1, 2, 9, 16), randn(1, 2, 9, 16)
     v, sigma = randn(1, 2, 9, 16), torch.tensor([-1.0, 2.0], device=DEVICE)
-    floating = [x for x in torch.ops.nearfar.attention_statistics(q, k, sigma, -1, -1, 1.0) if x.is_floating_point()]
+    statistics = torch.ops.nearfar.attention_statistics(q, k, sigma, *3 * [None], -1, -1, 1.0)
+    floating = [x for x in statistics if x.is_floating_point()]
     for found in (*floating, *torch.ops.nearfar.selection_geometry(q, k, v, sigma, 3, -1, -1, 1.0)):
         assert torch.isnan(found[:, 0]).all() and torch.isfinite(found[:, 1]).all()
 
@@ -308,7 +309,7 @@ def test_what_a_query_cannot_see_changes_no_bit(locality):
                           everything(sample), everything(other), strict=True):
         settled = (38 if locality else 0) if name == "key_mass" else 50
         assert torch.equal(a[..., :settled], b[..., :settled]), name
-        assert not torch.equal(a, b), name
+        assert name == "weight_sum" or not torch.equal(a, b), name
     if locality:  # and what lies before the windows
         first = Sample({name: tensor.clone() for name, tensor in sample.tensors.items()}, sample.options)
         for tensor in first.tensors.values():
@@ -416,7 +417,7 @@ BAD = {
     "causal with keys ahead": (
         ValueError, "^causal .*right of -1 or 0, got 2", lambda: {"causal": True, "locality": nf.SlidingWindow(2, 2)}
     ),
-    "locality a pair": (TypeError, "^locality must be None or a SlidingWindow, got tuple", lambda: {"locality": (1, 2)}),
+    "locality a pair": (TypeError, "^locality must be None, a SlidingWindow, .*got tuple", lambda: {"locality": (1, 2)}),
     "scale infinite": (ValueError, "^scale must be finite", lambda: {"scale": float("inf")}),
     "scale a string": (TypeError, "^scale must be a number or None", lambda: {"scale": "1"}),
     "scale with a sigma": (ValueError, "^scale is for dot products", lambda: {"scale": 1.0, "sigma": 2.0}),

@@ -159,11 +159,11 @@ def reach(sample):
 def op_arguments(sample):
     q, k = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (sample.tensors["q"], sample.tensors["k"]))
     sigma = sample.tensors.get("sigma")
-    return q, k, sigma, *window(sample.options), 1.0 if sigma is not None else score_factor(sample.options, q)
+    return q, k, sigma, None, None, None, *window(sample.options), 1.0 if sigma is not None else score_factor(sample.options, q)
 
 
 def backward_arguments(sample, do, outputs):
-    q, k, sigma, *options = op_arguments(sample)
+    q, k, sigma, _, _, _, *options = op_arguments(sample)
     return *do, q, k, sigma, *outputs[:2], *options
 
 

@@ -1,4 +1,4 @@
-"""Plots of a `Watch`. Needs matplotlib."""
+"""Plots of a `Watch` and of a `Monitor`. Needs matplotlib."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from nearfar.diagnostics.monitor import Monitor
     from nearfar.diagnostics.watch import Watch
 
 COLOURS = {"retriever": "#0072b2", "mixer": "#c9c9c9", "reset": "#d55e00"}  # distinguishable for colour-blind readers
 NAMES = ("precision", "recall", "F")
+LABELS = {
+    "entropy": "entropy, nats",
+    "first_mass": "weight of the first key",
+    "sink_mass": "weight of the sink",
+    "max_weight": "largest weight",
+    "mean_logit": "mean score",
+    "weight_sum": "sum of weights",
+}
 
 
 def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
@@ -56,6 +65,63 @@ def plot(watched: "Watch", path: str | Path | None = None) -> "Figure":
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def plot_history(
+    monitor: "Monitor",
+    path: str | Path | None = None,
+    quantities: Sequence[str] = ("entropy", "first_mass", "max_weight", "mean_logit"),
+) -> "Figure":
+    """Draw quantities by depth, as first and last watched, and over the steps of a training, a line for each layer.
+
+    Args:
+        monitor: a `Monitor` that has watched at least one step.
+        path: file to save the figure to; its suffix sets the format. None saves nothing.
+        quantities: names of numbers in `Watch.layers` with one number a head.
+
+    Returns:
+        The matplotlib Figure: a row for each quantity, over the steps on the left, by depth on the right. Lines are means over
+        the heads of a layer, areas reach from the least to the largest head.
+
+    Raises:
+        ValueError: the monitor watched no attention, or a quantity is unknown.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    steps = {step: watched.layers for step, watched in monitor.steps.items() if watched.layers}
+    if not steps:
+        raise ValueError("monitor has seen no attention: run the model inside monitor.step(number)")
+    layers = list(dict.fromkeys(layer for means in steps.values() for layer in means))
+    known = [name for name, numbers in steps[min(steps)][layers[0]].items() if numbers.dim() == 1]
+    if unknown := [name for name in quantities if name not in known]:
+        raise ValueError(f"quantities must be among {', '.join(known)}, got {unknown[0]!r}")
+    figure = Figure(figsize=(12, 3.2 * len(quantities)), layout="constrained")
+    colours = [colormaps["viridis"](0.85 * index / max(len(layers) - 1, 1)) for index in range(len(layers))]
+    for name, (over_time, by_depth) in zip(quantities, figure.subplots(len(quantities), 2, squeeze=False), strict=True):
+        for index, layer in enumerate(layers):
+            at = [step for step in steps if layer in steps[step]]
+            draw_heads(over_time, at, [steps[step][layer][name] for step in at], colours[index], layer)
+        for step, colour in {min(steps): "0.6", max(steps): "#d55e00"}.items():
+            at = [index for index, layer in enumerate(layers) if layer in steps[step]]
+            draw_heads(by_depth, at, [steps[step][layers[index]][name] for index in at], colour, f"step {step:,}")
+        over_time.set(xlabel="step", ylabel=LABELS.get(name, name))
+        by_depth.set(xlabel="layer", xticks=thinned(len(layers)))
+        by_depth.legend(frameon=False)
+        for axes in (over_time, by_depth):
+            axes.grid(True, axis="y", color="0.9")
+    if len(layers) <= 16:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=8, ncols=8)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def draw_heads(axes: "Axes", at: Sequence[int], heads: Sequence[torch.Tensor], colour: object, label: str) -> None:
+    """A line through the means over heads, and the area between the least and the largest head."""
+    axes.plot(at, [x.nanmean().item() for x in heads], "o-", color=colour, markersize=3, label=label)
+    lowest, highest = ([getattr(x, end)().item() for x in heads] for end in ("min", "max"))
+    axes.fill_between(at, lowest, highest, color=colour, alpha=0.12, linewidth=0)
 
 
 def title_of(watched: "Watch") -> str:

@@ -1,7 +1,8 @@
 """Readers of attention calls: they return queries, keys and values of each head, and the keys that each query sees."""
 
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -14,14 +15,19 @@ from nearfar.diagnostics.visible import (
     Unreadable,
     causal_from_the_first,
     everything,
+    of_locality,
     packed,
     parts_of_mask,
     visible_keys,
 )
-from nearfar.localities import SlidingWindow
+from nearfar.localities import Locality, SlidingWindow
 
 CHANGES_WEIGHTS = ("softcap", "s_aux", "position_bias")  # options of transformers that statistics do not support
 PAGED = ("block_table", "k_cache", "v_cache")
+WEIGHING = ("sigma", "top_k", "alpha", "beta", "sink")  # of nearfar's operators: what makes weights of scores
+# What else a watch understands of them; it ignores dropout.
+UNDERSTOOD = (*WEIGHING, *"qkv", "causal", "window_size", "locality", "scale", "cu_seqlens", "dropout_p", "seed", "return_lse",
+              "backend")
 CHECKED_ROWS = 8  # rows that are compared with the output of a model's own "eager" attention
 
 
@@ -33,6 +39,7 @@ class Call(NamedTuple):
     v: torch.Tensor  # (B, Hkv, M, Dv)
     scale: float | None
     parts: list[Part]
+    weighing: Mapping[str, Any] = {}  # sigma, top_k, alpha, beta and sink, where there are any
 
 
 def unreadable(reason: str) -> NoReturn:
@@ -72,6 +79,31 @@ def scaled_dot_product(
 def expanded(mask: torch.Tensor, lead: torch.Size, *rest: int) -> torch.Tensor:
     """A mask as (B, H, N, M); a view if one mask serves all heads and batch elements."""
     return visible_keys(mask).expand(*lead, *rest).reshape(lead.numel(), *rest)
+
+
+# nearfar.krause_attention, softmax_attention and affine_attention
+
+
+def nearfar_operator(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> list[Call]:
+    parameters = inspect.signature(function).parameters
+    given = inspect.signature(function).bind(*arguments, **keywords).arguments
+    for name, value in given.items():
+        default = parameters[name].default
+        if name not in UNDERSTOOD and value is not default and not (isinstance(value, (int, float, str)) and value == default):
+            raise Unreadable(f"{function.__name__} with {name}: statistics do not know its weights")
+    q, k, v, ends = given["q"], given["k"], given["v"], given.get("cu_seqlens")
+    weighing = {name: given[name] for name in WEIGHING if given.get(name) is not None}
+    parts = of_locality(q.shape[2], k.shape[2], locality_of(given), None if ends is None else ends.tolist())
+    return [Call(q, k, v, given.get("scale"), parts, weighing)]
+
+
+def locality_of(given: Mapping[str, Any]) -> Locality | None:
+    """The locality of a call of nearfar: its own, or that of window_size and causal."""
+    if (locality := given.get("locality")) is not None:
+        return locality
+    left, right = given.get("window_size", (-1, -1))
+    right = 0 if given.get("causal") else right
+    return None if left < 0 and right < 0 else SlidingWindow(left, right)
 
 
 # torch.nn.MultiheadAttention, and the encoder layer that computes its attention without calling it

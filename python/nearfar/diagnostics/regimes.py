@@ -5,19 +5,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from nearfar.localities import SlidingWindow
+from nearfar.localities import Locality, SlidingWindow
 from nearfar.ops.diagnostics import (
+    AttentionStatistics,
     Call,
     SelectionGeometry,
     attention_statistics,
     prepare_selection_geometry,
     selection_geometry,
 )
-from nearfar.reference.diagnostics import separation
+from nearfar.reference.diagnostics import Pairs, separation
+from nearfar.reference.pairwise import distance_scores, group_heads, group_product, per_head, top_k_mask
 from nearfar.runtime.dispatch import Backend
 
 REGIMES = ("retriever", "mixer", "reset")
 UNDEFINED = -1  # instead of an index into REGIMES: the regime of a head with NaN
+COUNTED_ROWS = 256  # queries of a grid whose keys are counted at once
 CONTROL_ROWS = 16  # queries of the random control that are computed together
 
 
@@ -42,7 +45,7 @@ class HeadRegimes(NamedTuple):
 
     entropy: torch.Tensor  # mean over queries, in nats
     sink_key: torch.Tensor  # int64
-    sink_mass: torch.Tensor  # its share of all weight
+    sink_mass: torch.Tensor  # its weight, the mean over queries: its share of all weight where weights add up to 1
     sink_value_norm: torch.Tensor  # |v| of the sink
     value_norm: torch.Tensor  # mean |v| of the other keys
     sink_similarity: torch.Tensor  # mean cosine of the sink's value with the others
@@ -64,7 +67,11 @@ def head_regimes(
     causal: bool = False,
     scale: float | None = None,
     sigma: float | torch.Tensor | None = None,
-    locality: SlidingWindow | None = None,
+    locality: Locality | None = None,
+    top_k: int | None = None,
+    alpha: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    sink: torch.Tensor | None = None,
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     control_queries: int = 64,
     seed: int = 0,
@@ -78,7 +85,7 @@ def head_regimes(
     Args:
         q: (B, Hq, N, D), N at least 1. k: (B, Hkv, M, D). v: (B, Hkv, M, Dv). dtypes as for `nearfar.selection_geometry`.
         top_n: how many keys a query selects, from 1 to 256.
-        causal, scale, sigma, locality, backend: as for `nearfar.attention_statistics`.
+        causal, scale, sigma, locality, top_k, alpha, beta, sink, backend: as for `nearfar.attention_statistics`.
         thresholds: Thresholds of the regimes.
         control_queries: number of queries, drawn with the seed, for which the control draws random keys.
         seed: of the random control, which uses the same queries and keys for every head.
@@ -90,11 +97,28 @@ def head_regimes(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
+    keywords: dict[str, Any] = dict(
+        causal=causal, scale=scale, sigma=sigma, locality=locality, top_k=top_k, alpha=alpha, beta=beta, sink=sink
+    )
+    return measured(q, k, v, top_n, thresholds, control_queries, seed, backend, **keywords)[0]
+
+
+def measured(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    top_n: int,
+    thresholds: Thresholds,
+    control_queries: int = 64,
+    seed: int = 0,
+    backend: Backend = "auto",
+    **keywords: Any,
+) -> tuple[HeadRegimes, AttentionStatistics]:
+    """What `head_regimes` returns, and the statistics that it is made of."""
     if not isinstance(control_queries, int) or isinstance(control_queries, bool):
         raise TypeError(f"control_queries must be an int, got {type(control_queries).__name__}")
     if control_queries < 1:
         raise ValueError(f"control_queries must be at least 1, got {control_queries}")
-    keywords: dict[str, Any] = dict(causal=causal, scale=scale, sigma=sigma, locality=locality)
     with torch.no_grad():
         call = prepare_selection_geometry(q, k, v, top_n, **keywords)
         if not call.q.shape[2]:
@@ -104,7 +128,7 @@ def head_regimes(
         geometry = mean_geometry(q, k, v, top_n, **keywords, backend=backend)
         control = random_control(call, top_n, control_queries, seed)
         heads = HeadRegimes(found.entropy.mean(-1), *sink, *geometry, *control, regime=None)  # type: ignore[call-arg,misc,arg-type]
-        return heads._replace(regime=classify(heads, top_n, thresholds))
+        return heads._replace(regime=classify(heads, top_n, thresholds)), found
 
 
 def classify(heads: HeadRegimes, top_n: int, thresholds: Thresholds) -> torch.Tensor:
@@ -148,61 +172,76 @@ def sink_of(key_mass: torch.Tensor, v: torch.Tensor, num_queries: int) -> tuple[
 def mean_geometry(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, top_n: int, *, backend: Backend = "auto", **keywords: Any
 ) -> SelectionGeometry:
-    """SelectionGeometry of (B, Hq) means over the queries that see more than top_n keys."""
+    """SelectionGeometry of (B, Hq) means over the queries that keep more than top_n keys."""
     rows = telling_rows(prepare_selection_geometry(q, k, v, top_n, **keywords), top_n).to(q.device)
     found = selection_geometry(q, k, v, top_n, **keywords, backend=backend)
     return SelectionGeometry(*(part[..., rows].mean(-1) for part in found))
 
 
-def seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """(first, last + 1) of the keys that each query sees, both (N,)."""
+def visible(call: Call, rows: torch.Tensor) -> torch.Tensor:
+    """(rows, M), on the CPU: which keys some queries see."""
     num_queries, num_keys = call.q.shape[2], call.k.shape[2]
-    position = torch.arange(num_queries, device="cpu") + num_keys - num_queries
-    first = torch.zeros_like(position) if call.left < 0 else (position - call.left).clamp_min(0)
-    end = torch.full_like(position, num_keys) if call.right < 0 else (position + call.right + 1).clamp_max(num_keys)
-    return first, end
+    key = torch.arange(num_keys, device="cpu")
+    if call.locality is not None:
+        return call.locality.visible(rows[:, None], key)
+    return SlidingWindow(call.left, call.right).visible(rows[:, None] + num_keys - num_queries, key)
+
+
+def keys_kept(call: Call) -> torch.Tensor:
+    """(N,) how many keys each query keeps."""
+    num_queries, num_keys = call.q.shape[2], call.k.shape[2]
+    rows = torch.arange(num_queries, device="cpu")
+    if call.locality is not None:
+        count = torch.cat([visible(call, part).sum(-1) for part in rows.split(COUNTED_ROWS)])
+    else:
+        position = rows + num_keys - num_queries
+        first = torch.zeros_like(position) if call.left < 0 else (position - call.left).clamp_min(0)
+        end = torch.full_like(position, num_keys) if call.right < 0 else (position + call.right + 1).clamp_max(num_keys)
+        count = end - first
+    return count if call.top_k is None else count.clamp_max(call.top_k)
 
 
 def telling_rows(call: Call, top_n: int) -> torch.Tensor:
-    """The queries that see more than top_n keys: others select all keys, which says nothing. All queries if there are none."""
-    first, end = seen(call)
-    rows = (end - first > top_n).nonzero().squeeze(-1)
+    """The queries that keep more than top_n keys: others select all keys, which says nothing. All queries if there are none."""
+    rows = (keys_kept(call) > top_n).nonzero().squeeze(-1)
     return rows if len(rows) else torch.arange(call.q.shape[2], device="cpu")
 
 
 def random_control(call: Call, top_n: int, count: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """(precision, recall, f_score) of keys drawn at random: (B, Hq) means over at most `count` of `telling_rows`."""
+    """(precision, recall, f_score) of keys drawn at random: (B, Hq) means over at most `count` of `telling_rows`.
+
+    The keys in sight of a query are shuffled, alike for all heads; a head selects the first top_n of those that it keeps.
+    """
     generator, rows = torch.Generator("cpu").manual_seed(seed), telling_rows(call, top_n)
     rows = rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]
-    first, end = (bound[rows] for bound in seen(call))
-    drawn = [
-        a + torch.randperm(b - a, generator=generator, device="cpu")[:top_n]
-        for a, b in zip(first.tolist(), end.tolist(), strict=True)
-    ]
     totals: Any = 0
-    for start in range(0, len(rows), CONTROL_ROWS):
-        part = slice(start, start + CONTROL_ROWS)
-        key = torch.arange(call.k.shape[2], device="cpu")
-        visible = ((key >= first[part, None]) & (key < end[part, None])).to(call.q.device)
-        selected = torch.zeros(visible.shape, dtype=torch.bool, device="cpu")
-        for row, keys in zip(selected, drawn[part], strict=True):
-            row[keys] = True
-        weights = weights_of(call, rows[part].to(call.q.device), visible)
+    for part in rows.split(CONTROL_ROWS):
+        shown = visible(call, part)
+        order = torch.full(shown.shape, -torch.inf, device="cpu")
+        for row, own in zip(order, shown, strict=True):
+            keys = own.nonzero().squeeze(-1)
+            shuffled = keys[torch.randperm(len(keys), generator=generator, device="cpu")]
+            row[shuffled] = -torch.arange(len(keys), dtype=row.dtype, device="cpu")
+        pairs = pairs_of(call, part.to(call.q.device), shown.to(call.q.device))
+        selected = top_k_mask(order.to(call.q.device).masked_fill(~pairs.keep, -torch.inf), top_n)
+        weights = pairs.weights(pairs.log_sums()[1])
         values = call.v.to(weights.dtype)[:, :, None]  # type: ignore[union-attr]
-        found = separation(weights, selected.to(call.q.device), visible, values)
+        found = separation(weights, selected, pairs.keep, values)
         totals = totals + torch.stack([x.sum(-1) for x in found])
     return tuple((totals / len(rows)).flatten(2, 3))
 
 
-def weights_of(call: Call, rows: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """(B, Hkv, group, rows, M) weights of some queries."""
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    q = call.q[:, :, rows].to(wide).unflatten(1, (call.k.shape[1], -1))
-    k = call.k.to(wide)[:, :, None]
-    scores = q @ k.mT
+def pairs_of(call: Call, rows: torch.Tensor, shown: torch.Tensor) -> Pairs:
+    """The Pairs of some queries with all keys. shown: (rows, M), which of them they see."""
+    wide, heads, heads_kv = torch.promote_types(call.q.dtype, torch.float32), call.q.shape[1], call.k.shape[1]
+    q, k = group_heads(call.q[:, :, rows].to(wide), heads_kv), call.k.to(wide)
     if call.sigma is None:
-        scores = scores * call.scale
+        scores = group_product(q * call.scale, k.mT)
     else:
-        variance = call.sigma.square().expand(call.q.shape[1]).reshape(call.k.shape[1], -1, 1, 1)
-        scores = (scores - 0.5 * k.square().sum(-1)[..., None, :]) / variance
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        scores = distance_scores(q, k, per_head(call.sigma, heads, heads_kv))
+    keep = shown if call.top_k is None else top_k_mask(scores.masked_fill(~shown, -torch.inf), call.top_k)
+    alpha, beta = (
+        None if x is None else group_heads(x[:, :, rows], heads_kv)[..., None] for x in (call.alpha, call.beta)
+    )
+    sink = None if call.sink is None else per_head(call.sink, heads, heads_kv)
+    return Pairs(scores, keep, torch.arange(call.k.shape[2], device=scores.device), alpha, beta, sink)

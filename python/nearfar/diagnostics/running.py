@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from nearfar.diagnostics import read
+from nearfar.runtime.observed import observers
 from nearfar.runtime.private import (
     current_graph_task,
     function_modes,
@@ -101,6 +102,12 @@ class SeeAttention(TorchFunctionMode):
         return result
 
 
+def see_operator(function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Report a call of an operator of nearfar by a module."""
+    if not torch.compiler.is_compiling() and this_thread().is_on():
+        report(lambda: read.nearfar_operator(function, *arguments, **keywords))
+
+
 local = threading.local()
 lock = threading.RLock()
 sessions: tuple[Any, ...] = ()  # the open watches; replaced, never modified
@@ -145,6 +152,8 @@ def install() -> None:
     handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
     installed.append(handle.remove)
     installed.append(lambda: global_hooks_with_keywords.pop(handle.id, None))  # handle.remove leaves this entry
+    observers.append(see_operator)
+    installed.append(lambda: observers.remove(see_operator))
     if transformers := sys.modules.get("transformers.modeling_utils"):  # otherwise no model can be one of transformers
         installed.append(patch_transformers(transformers.AttentionInterface))
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearfar.localities import SlidingWindow
+from nearfar.localities import GridNeighborhood, Locality, ShiftedWindow, SlidingWindow
 
 
 class Unreadable(Exception):
@@ -17,7 +17,7 @@ class Part(NamedTuple):
     batch: slice
     queries: slice
     keys: slice
-    locality: SlidingWindow | None = None
+    locality: Locality | None = None
 
 
 EVERYWHERE = slice(None)
@@ -32,6 +32,18 @@ def causal_from_the_first(num_queries: int, num_keys: int) -> list[Part]:
     if num_queries > num_keys:
         raise Unreadable(f"is_causal with {num_queries} queries and {num_keys} keys is not a window that ends at the last key")
     return [Part(EVERYWHERE, slice(0, num_queries), slice(0, num_queries), SlidingWindow(-1, 0))]
+
+
+def of_locality(num_queries: int, num_keys: int, locality: Locality | None, ends: list[int] | None) -> list[Part]:
+    """What an operator of nearfar shows its queries. ends: 0 and the end of each text, None for one text."""
+    if ends is not None:
+        return packed(ends, ends, locality)  # type: ignore[arg-type]  # grids are never packed
+    if locality is None or isinstance(locality, (GridNeighborhood, ShiftedWindow)):
+        return [Part(EVERYWHERE, slice(0, num_queries), slice(0, num_keys), locality)]
+    hidden = max(num_queries - num_keys, 0)
+    if hidden and locality.right:
+        raise Unreadable(f"{num_queries} queries see a window of {num_keys} keys that is not causal")
+    return [Part(EVERYWHERE, slice(hidden, num_queries), slice(0, num_keys), locality)]
 
 
 def packed(ends_q: list[int], ends_k: list[int], locality: SlidingWindow | None) -> list[Part]:

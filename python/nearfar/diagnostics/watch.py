@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,14 +10,13 @@ import torch
 
 from nearfar.diagnostics import running
 from nearfar.diagnostics.read import Call
-from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, head_regimes, mean_geometry, regime_name
-from nearfar.diagnostics.visible import Unreadable
+from nearfar.diagnostics.regimes import HeadRegimes, Thresholds, classify, mean_geometry, measured, regime_name
+from nearfar.diagnostics.visible import Part, Unreadable
 from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.private import is_compiled
 
 AVERAGED = tuple(name for name in HeadRegimes._fields if name not in ("sink_key", "regime"))
-
-
+MORE = ("first_mass", "max_weight", "mean_logit", "weight_sum")  # means of statistics, beside those of HeadRegimes
 ON_UNSUPPORTED = ("skip", "raise")
 merging = threading.Lock()  # several threads may update the same means
 
@@ -26,8 +25,10 @@ class Watch:
     """Results of a `watch`: for each layer, means over its calls, weighted by batch size times queries.
 
     layers: {name of the module that called attention: {quantity: (Hq,) float64 tensor on the CPU}}, in order of the first call.
-        The quantities are those of `HeadRegimes` except sink_key and regime. In addition there are sink_at_start, the share of
-        texts whose sink is their first key, and geometry, (3, sweep, Hq): precision, recall and F for each top_n of the sweep.
+        The quantities are those of `HeadRegimes` except sink_key and regime, and the means over queries of what
+        `AttentionStatistics` calls max_weight, mean_logit, weight_sum and first_mass (of one key). In addition there are
+        sink_at_start, the share of texts whose sink is their first key, and geometry, (3, sweep, Hq): precision, recall and F
+        for each top_n of the sweep.
         If a module is called with another number of heads, these calls form a layer "name#2".
     skipped: {name of the layer: why a call of it was skipped}, the first reason of each.
     model: name of the class of the watched model, for titles; "" if `watch` did not make this Watch.
@@ -61,7 +62,7 @@ class Watch:
         parts = [
             self._measured(
                 call.q[part.batch, :, part.queries], call.k[part.batch, :, part.keys], call.v[part.batch, :, part.keys],
-                scale=call.scale, locality=part.locality,
+                scale=call.scale, locality=part.locality, **of_part(call.weighing, part),
             )
             for call in calls for part in call.parts
         ]
@@ -75,8 +76,10 @@ class Watch:
         weight = q.shape[0] * q.shape[2]
         if not weight:
             return 0, {}
-        heads = head_regimes(q, k, v, top_n=self.top_n, thresholds=self.thresholds, backend=self.backend, **keywords)
+        heads, statistics = measured(q, k, v, self.top_n, self.thresholds, backend=self.backend, **keywords)
         found = {name: getattr(heads, name) for name in AVERAGED}
+        found |= {name: getattr(statistics, name).mean(-1) for name in ("max_weight", "mean_logit", "weight_sum")}
+        found["first_mass"] = statistics.first_mass()
         found["sink_at_start"] = (heads.sink_key == 0).double().masked_fill(heads.sink_mass.isnan(), torch.nan)
         curves = [mean_geometry(q, k, v, top_n, backend=self.backend, **keywords) for top_n in self.sweep]
         found["geometry"] = torch.stack([torch.stack(curve) for curve in curves], 1)
@@ -115,7 +118,7 @@ class Watch:
         rows = []
         for (layer, means), regimes in zip(self.layers.items(), self.regimes().values(), strict=True):
             for head, regime in enumerate(regimes.tolist()):
-                own = {name: means[name][head].item() for name in (*AVERAGED, "sink_at_start")}
+                own = {name: means[name][head].item() for name in (*AVERAGED, *MORE, "sink_at_start")}
                 own["effective_support"] = means["entropy"][head].exp().item()
                 own["sink_norm"] = own["sink_value_norm"] / max(own["value_norm"], 1e-30)
                 rows.append({"layer": layer, "head": head, **own, "regime": regime_name(regime)})
@@ -123,8 +126,8 @@ class Watch:
 
     def __str__(self) -> str:
         columns = (
-            "entropy", "effective_support", "sink_mass", "sink_norm", "sink_similarity", "precision", "recall", "f_score",
-            "control_f_score",
+            "entropy", "effective_support", "first_mass", "sink_mass", "sink_norm", "sink_similarity", "precision", "recall",
+            "f_score", "control_f_score",
         )
         rows = self.table()
         width = max((len(row["layer"]) for row in rows), default=5)
@@ -133,6 +136,12 @@ class Watch:
             numbers = " ".join(f"{row[name]:{max(len(name), 6)}.3f}" for name in columns)
             lines.append(f"{row['layer']:{width}} {row['head']:4} {numbers}  {row['regime']}")
         return "\n".join((*lines, *(f"skipped {layer}: {reason}" for layer, reason in self.skipped.items())))
+
+
+def of_part(weighing: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """What makes weights of a call's scores, of its part."""
+    per_query = ("alpha", "beta")
+    return {name: x[part.batch, :, part.queries] if name in per_query else x for name, x in weighing.items()}
 
 
 class Session:
@@ -202,16 +211,19 @@ def watch(
         print(watched)
         nearfar.diagnostics.plot(watched, "heads.png")
 
-    In every thread that runs modules of the model, it sees torch.nn.functional.scaled_dot_product_attention,
-    torch.nn.MultiheadAttention, torch's encoder layers (including their fast path), and Hugging Face models that use
-    transformers' attention interface (5.0 or later) with "eager", "sdpa", "flex_attention" or FlashAttention. Other attention
-    can call `Watch.record` itself. The outputs of the model do not change, and nothing is registered on it or on replicas of
-    it. The watch ignores dropout, and forwards that checkpointing repeats in the backward.
+    In every thread that runs modules of the model, it sees nearfar.softmax_attention, affine_attention and krause_attention,
+    and so the layers of nearfar.nn and the implementations of nearfar.integrations.transformers that call them,
+    torch.nn.functional.scaled_dot_product_attention, torch.nn.MultiheadAttention, torch's encoder layers (including their fast
+    path), and Hugging Face models that use transformers' attention interface (5.0 or later) with "eager", "sdpa",
+    "flex_attention" or FlashAttention. Other attention can call `Watch.record` itself. The outputs of the model do not change,
+    and nothing is registered on it or on replicas of it. The watch ignores dropout, and forwards that checkpointing repeats in
+    the backward.
 
     A query may see all keys, or a causal or sliding window of them. Padding on the left and several texts in one sequence are
     supported: each text is read on its own, and queries that see no key are left out. Attention with anything else that changes
-    the weights (other masks, biases, soft caps, learned sinks) cannot be read, nor can attention inside torch.compile or a CUDA
-    graph. Such calls are skipped, with a reason in `Watch.skipped`.
+    the weights (other masks, biases, soft caps, sinks of other implementations) cannot be read, nor can attention inside
+    torch.compile or a CUDA graph. Such calls are skipped, with a reason in `Watch.skipped`. `Monitor` watches every n-th step
+    of a training.
 
     Args:
         model: a torch.nn.Module; the names of its modules name the layers.

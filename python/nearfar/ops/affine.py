@@ -1,6 +1,5 @@
 """Affine-scaled attention (arXiv 2602.23057), and softmax attention, its case of alpha = 1 and beta = 0."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from nearfar.reference.affine import affine_attention as reference_affine_attent
 from nearfar.reference.grid import affine_attention as reference_on_grid
 from nearfar.runtime import checks, choices, dispatch, plans
 from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.observed import observed
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.tensors import Layout
 
@@ -71,6 +71,7 @@ class Call(NamedTuple):
     plain: bool
 
 
+@observed
 def affine_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -122,6 +123,7 @@ def affine_attention(
     return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend)
 
 
+@observed
 def softmax_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -244,9 +246,9 @@ def _prepare(
         check_not_packed(locality, cu_seqlens)
         backends = dispatch.Backends(CUDA_REASON, "no kernel of softmax and affine attention serves grids yet")
     rows = q.shape[:3]
-    alpha = _numbers("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
-    beta = _numbers("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
-    sink = _numbers("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
+    alpha = checks.numbers_of("alpha", alpha, rows, "(B, Hq, N), one number per query and head", q)
+    beta = checks.numbers_of("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
+    sink = checks.numbers_of("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
     return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts is not None)
@@ -292,19 +294,3 @@ def _check_side(side: str, value: object) -> None:
         raise TypeError(f"window_size must be a pair of ints, got {type(value).__name__} for its {side}")
     if value < UNLIMITED:
         raise ValueError(f"window_size: {side}={value} would hide the query's own key; use 0 or more, or -1 for unlimited")
-
-
-def _numbers(
-    name: str, tensor: torch.Tensor | None, shape: Sequence[int], meaning: str, q: torch.Tensor
-) -> torch.Tensor | None:
-    """A floating tensor of this shape on the device of q, or None, in the dtype of accumulation."""
-    if tensor is None:
-        return None
-    checks.check_tensor(name, tensor)
-    if tensor.dtype not in checks.FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if not checks.same_shape(tensor.shape, shape):
-        raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-    return checks.in_dtype(tensor, torch.float64 if q.dtype == torch.float64 else torch.float32).resolve_neg()

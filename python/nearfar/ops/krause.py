@@ -12,6 +12,7 @@ from nearfar.ops import grid
 from nearfar.reference.krause import krause_attention as reference_krause_attention
 from nearfar.runtime import checks, choices, dispatch, plans
 from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.observed import observed
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.tensors import Layout
 
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     plain: bool
 
 
+@observed
 def krause_attention(
     q: torch.Tensor,
     k: torch.Tensor,

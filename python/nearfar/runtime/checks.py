@@ -200,6 +200,22 @@ def positive_per_head(name: str, value: float | torch.Tensor, like: torch.Tensor
     return in_dtype(value if len(shape) else value.reshape(1), dtype).contiguous().resolve_neg()
 
 
+def numbers_of(
+    name: str, tensor: torch.Tensor | None, shape: Sequence[int], meaning: str, q: torch.Tensor
+) -> torch.Tensor | None:
+    """A floating tensor of this shape on the device of q, or None, in the dtype of accumulation."""
+    if tensor is None:
+        return None
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if not same_shape(tensor.shape, shape):
+        raise ValueError(f"{name} must have shape {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    return in_dtype(tensor, torch.float64 if q.dtype == torch.float64 else torch.float32).resolve_neg()
+
+
 def parameter(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
     """Convert a 0-d tensor, or a positive float beside a CUDA tensor, to the tensor (1,) of positive_per_head.
 
