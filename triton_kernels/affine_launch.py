@@ -3,10 +3,8 @@
 import functools
 import math
 
-import triton
-
 from . import affine
-from .launch import Launch, LaunchParameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, power_of_2, width_block
 from .pairwise_launch import signature
 
 __all__ = [
@@ -41,7 +39,7 @@ def chunk(call, kernel):
 def sums_shape(call, chunk):
     """Shape of the output of chunk_sums: (B, Hkv, chunks, width of v)."""
     batch, heads, length, width = call.v_shape
-    return batch, heads, triton.cdiv(length, chunk), width
+    return batch, heads, cdiv(length, chunk), width
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,14 +51,14 @@ def plan_sums(call, chunk):
     sum_chunks = Launch(affine.chunk_sums, chunks * heads * batch, scalars, parameters)
     if not runs(call):
         return (sum_chunks,)
-    blocks = triton.cdiv(width, affine.COLUMNS.value)
+    blocks = cdiv(width, affine.COLUMNS.value)
     return sum_chunks, Launch(affine.running_sums, blocks * heads * batch, (chunks, blocks, width), parameters)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_attend(call, o_strides, scale):
     parameters = call.tuned("softmax_attend")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     factor = max(abs(scale) * math.log2(math.e), SMALLEST)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
@@ -72,7 +70,7 @@ def plan_attend(call, o_strides, scale):
 @functools.lru_cache(maxsize=1024)
 def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
     parameters = call.tuned("softmax_grad_queries")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
         heads_together(call, keys=True), call.window, scale, runs(call), exact, call.precision, *call.sizes(parameters),
@@ -83,7 +81,7 @@ def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
 @functools.lru_cache(maxsize=1024)
 def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
     parameters = call.tuned("softmax_grad_keys")
-    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    tiles = cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
         heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
@@ -94,5 +92,5 @@ def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
 @functools.lru_cache(maxsize=1024)
 def plan_grad_sink(q_shape):
     batch, heads, length, _ = q_shape
-    scalars = batch, heads, length, min(1024, triton.next_power_of_2(max(length, 1)))
+    scalars = batch, heads, length, min(1024, power_of_2(max(length, 1)))
     return Launch(affine.grad_sink, heads, scalars, LaunchParameters(None, None, 4, 1))

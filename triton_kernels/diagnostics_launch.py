@@ -5,10 +5,8 @@
 
 import functools
 
-import triton
-
 from . import diagnostics
-from .launch import Launch, LaunchParameters, launch_all, width_block
+from .launch import Launch, LaunchParameters, cdiv, launch_all, width_block
 from .pairwise_launch import signature
 
 ROWS = LaunchParameters(16, None, 4, 1)  # of kernels that do not visit pairs
@@ -23,7 +21,7 @@ def sign_and_size(scale):
 @functools.lru_cache(maxsize=1024)
 def plan_squares(shape, strides):
     batch, heads, length, width = shape
-    tiles = triton.cdiv(length, ROWS.block_m)
+    tiles = cdiv(length, ROWS.block_m)
     scalars = strides, length, heads, tiles, width, ROWS.block_m, width_block(width)
     return Launch(diagnostics.squares, tiles * heads * batch, scalars, ROWS)
 
@@ -35,7 +33,7 @@ def plan_pairs(kernel, call, scale, gradient_strides=()):
     by_keys = kernel in (diagnostics.key_mass, diagnostics.statistics_grad_keys)
     length, block = (call.k_shape[2], parameters.block_n) if by_keys else (call.q_shape[2], parameters.block_m)
     heads = call.k_shape[1] if kernel is diagnostics.statistics_grad_keys else call.q_shape[1]
-    tiles = triton.cdiv(length, block)
+    tiles = cdiv(length, block)
     sign, size = sign_and_size(scale)
     width = call.q_shape[3]
     scalars = (
@@ -49,7 +47,7 @@ def plan_pairs(kernel, call, scale, gradient_strides=()):
 @functools.lru_cache(maxsize=1024)
 def plan_select(call, scale, top_n, first_rank):
     parameters = call.tuned("geometry")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, *call.geometry, tiles, call.window, top_n, first_rank,
@@ -62,7 +60,7 @@ def plan_select(call, scale, top_n, first_rank):
 @functools.lru_cache(maxsize=1024)
 def plan_centre(call, scale, top_n):
     num_queries, _, num_heads, group = call.geometry
-    tiles = triton.cdiv(num_queries, ROWS.block_m)
+    tiles = cdiv(num_queries, ROWS.block_m)
     width = call.v_shape[3]
     scalars = (
         call.v_strides, call.parameter_stride, num_queries, num_heads, group, tiles, top_n, sign_and_size(scale)[1],
@@ -74,7 +72,7 @@ def plan_centre(call, scale, top_n):
 @functools.lru_cache(maxsize=1024)
 def plan_separate(call, scale, top_n):
     parameters = call.tuned("geometry")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     sign, size = sign_and_size(scale)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_n, size,

@@ -4,8 +4,8 @@ import functools
 import math
 
 import torch
-import triton
 
+from nearfar.runtime.tensors import empty
 from nearfar.tiling import (
     MAX_GLOBALS,
     SELECT_BLOCK,
@@ -18,7 +18,7 @@ from nearfar.tiling import (
 )
 
 from . import grid
-from .launch import Launch, LaunchParameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, width_block
 from .pairwise_launch import plan_grad_parameter, signature
 
 FEW_STEPS = 4  # of a walk, in which |k|^2 is better computed again and again
@@ -118,7 +118,7 @@ def plan_grad_keys(pair, call, geometry, do_strides, dk_strides, dv_strides, sel
 def plan_squared_norms(call):
     batch, heads, num_tokens, width = call.k_shape
     parameters = LaunchParameters(64, None, 4, 1)
-    tiles = triton.cdiv(num_tokens, parameters.block_m)
+    tiles = cdiv(num_tokens, parameters.block_m)
     scalars = call.k_strides, num_tokens, heads, tiles, width, width_block(width), parameters.block_m
     return Launch(grid.squared_norms, tiles * batch * heads, scalars, parameters)
 
@@ -132,7 +132,7 @@ def squared_norms(call, geometry, k):
     exact = call.dtype == torch.float32 and call.precision == "ieee"
     if exact or tiles.steps(geometry) < FEW_STEPS:
         return None, []
-    k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
+    k_squares = empty(k, k.shape[:3], torch.float32)
     return k_squares, [(plan_squared_norms(call), (k, k_squares))]
 
 
@@ -161,7 +161,7 @@ def backward_launches(pair, q, k, v, parameter, locality, o, lse, bits, do, dq, 
     call, geometry, selects = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality), bits is not None
     k_squares, launches = squared_norms(call, geometry, k)
     *_, count = tiled(call, geometry, "grad_queries", selects)
-    delta, dlog_scale = lse.new_empty(lse.shape), lse.new_empty((*lse.shape[:2], count))
+    delta, dlog_scale = empty(lse, lse.shape), empty(lse, (*lse.shape[:2], count))
     queries = plan_grad_queries(pair, call, geometry, o.stride(), do.stride(), dq.stride(), selects)
     keys = plan_grad_keys(pair, call, geometry, do.stride(), dk.stride(), dv.stride(), selects)
     return [

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .krause import rbf_scale, rbf_score
-from .launch import Launch, LaunchParameters, dot_precision, width_block
+from .launch import Launch, LaunchParameters, cdiv, dot_precision, power_of_2, width_block
 from .selection import cut_top_k, row_maximum
 from .tiles import LOG2E, at, exp2, row_squares, store_tile, tile_pointers
 
@@ -92,8 +92,8 @@ def load_slots(cached, slots, new_slot, count, new_row, WIDTH: tl.constexpr, BLO
 def plan(q_shape, cache_shape, value_width, itemsize, strides, sigma_stride, top_k, precision):
     batch, heads, window, width = cache_shape
     blocks = width_block(width), width_block(value_width)
-    block_n = max(16, min(triton.next_power_of_2(window), 128, TILE_BYTES // (max(blocks) * itemsize)))
-    num_tiles = triton.cdiv(triton.next_power_of_2(window), block_n)
+    block_n = max(16, min(power_of_2(window), 128, TILE_BYTES // (max(blocks) * itemsize)))
+    num_tiles = cdiv(power_of_2(window), block_n)
     scalars = (
         *strides, sigma_stride, heads, q_shape[1] // heads, 0 if top_k is None else top_k,
         precision, top_k is not None, window, num_tiles, width, value_width, ROWS, block_n, *blocks,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from filelock import FileLock
 
 from nearfar.runtime.private import bound, driver, knobs, stub_arguments
@@ -54,9 +53,20 @@ def launch_parameters(kernel, width, itemsize):
     return LaunchParameters(*widths[str(min(int(w) for w in widths if int(w) >= width))])
 
 
+def cdiv(a, b):
+    """a / b, rounded up. `triton.cdiv`, which kernels can call too, costs the host a microsecond; a plan has dozens."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
 def width_block(width):
     """Tile width for a head width: the next power of two, at least 16, as tl.dot requires."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def dot_precision(dtype):

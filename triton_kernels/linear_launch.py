@@ -5,10 +5,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import linear_tiles, linear_walk
-from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, dot_precision, launch_parameters, power_of_2, width_block
 from .linear import FEATURE_MAPS, step
 
 __all__ = [
@@ -80,12 +79,12 @@ class Problem(NamedTuple):
         """Number of pieces of `length` tokens; with packed sequences, an upper bound."""
         if self.num_sequences:
             return length // self.piece_length + self.num_sequences
-        return triton.cdiv(length, self.piece_length)
+        return cdiv(length, self.piece_length)
 
     def row_tiles(self, length, block_m):
         if self.num_sequences:
             return self.num_pieces(length) * (self.piece_length // block_m)
-        return triton.cdiv(length, block_m)
+        return cdiv(length, block_m)
 
     @property
     def num_states(self):
@@ -112,8 +111,8 @@ def operand_precision(dtype):
 def plan_accumulate(problem, of_queries, x_strides, y_strides):
     parameters = problem.tuned("accumulate")
     inner = min(problem.blocks[-1], parameters.block_m if problem.outer == 1 else 64)
-    outer = min(triton.next_power_of_2(problem.outer), max(1, parameters.block_m // inner), 16)
-    tiles = triton.cdiv(problem.outer, outer) * triton.cdiv(problem.widths[-1], inner)
+    outer = min(power_of_2(problem.outer), max(1, parameters.block_m // inner), 16)
+    tiles = cdiv(problem.outer, outer) * cdiv(problem.widths[-1], inner)
     length = problem.num_queries if of_queries else problem.num_keys
     group = problem.query_heads // problem.key_heads if of_queries else 1
     pieces = problem.num_pieces(length)
@@ -134,7 +133,7 @@ def plan_combine(problem, pieces, backwards):
         problem.key_heads, pieces, sequences, problem.causal, backwards,
         problem.num_features, problem.value_width, PIECES_AT_ONCE, block, problem.value_block,
     )
-    programs = triton.cdiv(problem.num_features, block) * problem.key_heads * sequences
+    programs = cdiv(problem.num_features, block) * problem.key_heads * sequences
     return Launch(linear_tiles.combine, programs, scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -148,7 +147,7 @@ def plan_read(problem, of_keys, direct, x_strides, c_strides, y_strides, out_str
         rows, columns, row_heads, column_heads, tiles, problem.num_pieces(rows), problem.num_states, problem.piece_length, eps,
         *problem.math(), problem.causal, of_keys, direct,
         problem.widths, problem.blocks, problem.divisors, problem.outer, problem.value_width,
-        parameters.block_m, parameters.block_n, min(64, max(16, triton.next_power_of_2(problem.outer))),
+        parameters.block_m, parameters.block_n, min(64, max(16, power_of_2(problem.outer))),
         min(problem.blocks[-1], 64), problem.value_block,
     )
     return Launch(linear_tiles.read, tiles * row_heads * problem.batch, scalars, parameters)
@@ -200,10 +199,10 @@ def sides(problem, of_keys):
 
 @functools.lru_cache(maxsize=1024)
 def plan_step(batch, key_heads, group, widths, value_width, feature_map, normalize, eps, strides):
-    features, state_block = math.prod(widths), triton.next_power_of_2(value_width + 1)
+    features, state_block = math.prod(widths), power_of_2(value_width + 1)
     divisors = tuple(math.prod(widths[r + 1 :]) for r in range(len(widths)))
-    group_block = triton.next_power_of_2(group)
-    block = min(triton.next_power_of_2(features), max(1, STEP_TILE // (state_block * group_block)))
+    group_block = power_of_2(group)
+    block = min(power_of_2(features), max(1, STEP_TILE // (state_block * group_block)))
     scalars = (
         *strides, key_heads, group, eps, FEATURE_MAPS[feature_map][0], normalize, widths, divisors, features, value_width,
         group_block, block, state_block,

@@ -2,10 +2,8 @@
 
 import functools
 
-import triton
-
 from . import order_parameter
-from .launch import Launch, LaunchParameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, width_block
 
 CHUNK = order_parameter.CHUNK.value
 
@@ -14,7 +12,7 @@ CHUNK = order_parameter.CHUNK.value
 def plan(kernel, shape, *strides):
     """Launch a kernel of order_parameter.py; all of them work on chunks."""
     batch, heads, length, width = shape
-    chunks = triton.cdiv(length, CHUNK)
+    chunks = cdiv(length, CHUNK)
     scalars = *strides, length, heads, chunks, width, width_block(width)
     return Launch(kernel, chunks * heads * batch, scalars, LaunchParameters(None, None, 4, 1))
 

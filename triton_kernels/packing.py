@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, LaunchParameters
+from nearfar.runtime.tensors import empty
+
+from .launch import Launch, LaunchParameters, cdiv
 
 TOKENS, PIECES, SEQUENCES = 256, 64, 64  # tokens or pieces per program; sequences per step along cu_seqlens
 
@@ -77,20 +79,20 @@ def fill_pieces(
 @functools.lru_cache(maxsize=1024)
 def plan_bounds(num_sequences, num_tokens):
     scalars = num_sequences, num_tokens, TOKENS, SEQUENCES
-    return Launch(fill_bounds, triton.cdiv(num_tokens, TOKENS), scalars, LaunchParameters(None, None, 4, 1))
+    return Launch(fill_bounds, cdiv(num_tokens, TOKENS), scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_pieces(num_sequences, num_tokens, num_pieces, piece_length):
     scalars = num_sequences, num_tokens, num_pieces, piece_length, PIECES, SEQUENCES
-    return Launch(fill_pieces, triton.cdiv(num_pieces, PIECES), scalars, LaunchParameters(None, None, 4, 1))
+    return Launch(fill_pieces, cdiv(num_pieces, PIECES), scalars, LaunchParameters(None, None, 4, 1))
 
 
 def bounds_launches(cu_seqlens, num_tokens):
     """(token_bounds, launches that fill them); (None, []) without packed sequences."""
     if cu_seqlens is None:
         return None, []
-    bounds = cu_seqlens.new_empty((2, num_tokens), dtype=torch.int32)
+    bounds = empty(cu_seqlens, (2, num_tokens), torch.int32)
     return bounds, [(plan_bounds(cu_seqlens.shape[0] - 1, num_tokens), (cu_seqlens, bounds))]
 
 
@@ -98,7 +100,7 @@ def piece_launches(cu_seqlens, num_tokens, num_pieces, piece_length):
     """(pieces, first_pieces, launches that fill them)."""
     if cu_seqlens is None:
         return None, None, []
-    pieces = cu_seqlens.new_empty((5, num_pieces), dtype=torch.int32)
-    first_pieces = torch.empty_like(cu_seqlens)
+    pieces = empty(cu_seqlens, (5, num_pieces), torch.int32)
+    first_pieces = empty(cu_seqlens, cu_seqlens.shape)
     plan = plan_pieces(cu_seqlens.shape[0] - 1, num_tokens, num_pieces, piece_length)
     return pieces, first_pieces, [(plan, (cu_seqlens, pieces, first_pieces))]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
+
+from nearfar.runtime.tensors import empty
 
 from . import pairwise
-from .launch import Launch, LaunchParameters, dot_precision, launch_parameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, dot_precision, launch_parameters, power_of_2, width_block
 
 UNBOUNDED = 1 << 30  # positions; stands for the unlimited side of a window
 WORD = 32  # keys per word of a saved selection
@@ -96,7 +97,7 @@ def num_key_tiles(left, right, offset, slots, block_m, block_n):
         return slots
     step = math.gcd(block_m, block_n)
     misaligned = (offset - left) % step + block_n - step
-    return triton.cdiv(misaligned + left + block_m + right, block_n)
+    return cdiv(misaligned + left + block_m + right, block_n)
 
 
 def attends_resident(call, ring):
@@ -119,14 +120,14 @@ def resident_parameters(call, ring):
 
 def selection_parameters(ring):
     """The tallest query tile whose ring of scores stays in registers, held by loops; of wide rings, by twice the warps."""
-    block_m = min(32, RESIDENT_SCORES // triton.next_power_of_2(ring))
+    block_m = min(32, RESIDENT_SCORES // power_of_2(ring))
     return LaunchParameters(block_m, 64, num_warps=4 if ring <= 128 else 8, num_stages=1)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_attend(pair, call, o_strides, num_words):
     parameters = call.tuned("attend")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
@@ -138,7 +139,7 @@ def plan_attend(pair, call, o_strides, num_words):
 @functools.lru_cache(maxsize=1024)
 def plan_attend_resident(pair, call, o_strides, top_k, ring):
     parameters = resident_parameters(call, ring)
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     # Loading every key and value tile before the first is used hides all latencies but one, while registers can hold them.
@@ -154,13 +155,13 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
 @functools.lru_cache(maxsize=1024)
 def plan_select(pair, call, top_k, ring):
     parameters = selection_parameters(ring)
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
     key_tiles = num_key_tiles(call.left, call.right, call.window[0], slots, parameters.block_m, parameters.block_n)
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
-        pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
+        pair.scale, pair.score, call.precision, key_tiles, slots, power_of_2(slots),
         width, parameters.block_m, parameters.block_n, width_block(width),
     )
     return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
@@ -181,7 +182,7 @@ def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
 @functools.lru_cache(maxsize=1024)
 def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
     parameters = call.tuned("grad_keys")
-    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    tiles = cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, num_words,
@@ -194,13 +195,13 @@ def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
 def plan_grad_parameter(gradient, batch, heads, num_parameters, count):
     """gradient: a `triton.jit` function of the sum of all partials and the parameter. count: partial sums of a head."""
     partials = count * heads // num_parameters
-    scalars = batch, num_parameters, partials, gradient, min(4096, triton.next_power_of_2(partials))
+    scalars = batch, num_parameters, partials, gradient, min(4096, power_of_2(partials))
     return Launch(pairwise.grad_parameter, num_parameters, scalars, LaunchParameters(None, None, 4, 1))
 
 
 def grad_query_tiles(call):
     """Query tiles of grad_queries, each of which writes one partial sum of dlog_scale."""
-    return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
+    return cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
 def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
@@ -223,7 +224,7 @@ def backward_launches(
     """(launch, tensors) pairs that fill the gradients. bits None: no selection."""
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
-    delta, dlog_scale = torch.empty_like(lse), lse.new_empty(*lse.shape[:2], grad_query_tiles(call))
+    delta, dlog_scale = empty(lse, lse.shape), empty(lse, (*lse.shape[:2], grad_query_tiles(call)))
     queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
     keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
     return [

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
+
+from nearfar.runtime.tensors import empty
 
 from . import locking, pairwise_launch, synchronization
-from .launch import Launch, LaunchParameters, width_block
+from .launch import Launch, LaunchParameters, cdiv, power_of_2, width_block
 from .locking import CELL as _CELL
 from .pairwise_launch import WORD, plan_grad_parameter, selection_parameters
 
@@ -54,14 +55,14 @@ def lists_shapes(call, kernel, rows):
     own, other = call.q_shape[2], call.k_shape[2]
     if kernel == "sync_grad_keys":
         own, other = other, own
-    tiles = triton.cdiv(own, rows)
-    return (*call.q_shape[:2], tiles, triton.cdiv(other, CELL)), (*call.q_shape[:2], tiles)
+    tiles = cdiv(own, rows)
+    return (*call.q_shape[:2], tiles, cdiv(other, CELL)), (*call.q_shape[:2], tiles)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_survey(shape, strides, coupling_stride, bandwidth_stride, order_per_token):
     batch, heads, length, width = shape
-    cells = triton.cdiv(length, CELL)
+    cells = cdiv(length, CELL)
     scalars = (
         strides, coupling_stride, bandwidth_stride, length, heads, cells, order_per_token, width, width_block(width)
     )
@@ -76,7 +77,7 @@ def plan_neighbours(call, kernel, rows, members=None):
     tiles = lists_shapes(call, kernel, rows)[1][2]
     width = call.q_shape[3]
     scalars = (
-        own, triton.cdiv(own, CELL), triton.cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
+        own, cdiv(own, CELL), cdiv(other, CELL), heads, *((1, group) if queries else (group, 1)), tiles,
         call.window[0], queries, call.right == 0, rows // CELL, members, width, width_block(width),
     )
     return Launch(locking.neighbours, tiles * heads * call.q_shape[0], scalars, LaunchParameters(None, None, 4, 1))
@@ -85,7 +86,7 @@ def plan_neighbours(call, kernel, rows, members=None):
 @functools.lru_cache(maxsize=1024)
 def plan_attend(call, self, o_strides, bandwidth_stride):
     parameters = call.tuned("sync_attend")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
         *options(call, self), *call.sizes(parameters),
@@ -96,10 +97,10 @@ def plan_attend(call, self, o_strides, bandwidth_stride):
 @functools.lru_cache(maxsize=1024)
 def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
     parameters = selection_parameters(ring)
-    tiles, slots = triton.cdiv(call.q_shape[2], parameters.block_m), ring // parameters.block_n
+    tiles, slots = cdiv(call.q_shape[2], parameters.block_m), ring // parameters.block_n
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, bandwidth_stride, *call.geometry, tiles, call.window[0],
-        top_k, *options(call, self), slots, triton.next_power_of_2(slots), *call.sizes(parameters),
+        top_k, *options(call, self), slots, power_of_2(slots), *call.sizes(parameters),
     )
     return Launch(synchronization.attend_top_k, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -107,7 +108,7 @@ def plan_attend_top_k(call, self, o_strides, bandwidth_stride, top_k, ring):
 @functools.lru_cache(maxsize=1024)
 def plan_row_terms(shape, o_strides, do_strides):
     batch, heads, length, width = shape
-    tiles = triton.cdiv(length, FEW_ROWS.block_m)
+    tiles = cdiv(length, FEW_ROWS.block_m)
     scalars = o_strides, do_strides, length, heads, tiles, width, FEW_ROWS.block_m, width_block(width)
     return Launch(synchronization.row_terms, tiles * heads * batch, scalars, FEW_ROWS)
 
@@ -115,7 +116,7 @@ def plan_row_terms(shape, o_strides, do_strides):
 @functools.lru_cache(maxsize=1024)
 def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_words, steepest):
     parameters = call.tuned("sync_grad_queries")
-    tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
+    tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dw_strides, bandwidth_stride, *call.geometry, tiles,
         call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
@@ -126,7 +127,7 @@ def plan_grad_queries(call, self, do_strides, dw_strides, bandwidth_stride, num_
 @functools.lru_cache(maxsize=1024)
 def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_stride, num_words, steepest):
     parameters = call.tuned("sync_grad_keys")
-    tiles = triton.cdiv(call.k_shape[2], parameters.block_n)
+    tiles = cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, bandwidth_stride, *call.geometry,
         tiles, call.window[0], num_words, steepest, *options(call, self), *call.sizes(parameters),
@@ -138,7 +139,7 @@ def plan_grad_keys(call, self, do_strides, dk_strides, dv_strides, bandwidth_str
 def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride, steepest):
     parameters = call.tuned("sync_grad_tokens")
     num_tokens, _, num_heads, _ = call.geometry
-    tiles = triton.cdiv(num_tokens, parameters.block_m)
+    tiles = cdiv(num_tokens, parameters.block_m)
     scalars = (
         call.q_strides, call.v_strides, do_strides, dw_strides, dv_strides, bandwidth_stride, num_tokens, num_heads, tiles,
         steepest, call.precision, *call.sizes(parameters),
@@ -149,7 +150,7 @@ def plan_grad_tokens(call, do_strides, dw_strides, dv_strides, bandwidth_stride,
 @functools.lru_cache(maxsize=1024)
 def plan_head_gradients(rows, coupling_stride, per_token):
     batch, heads, length = rows
-    scalars = coupling_stride, heads, length, per_token, min(1024, triton.next_power_of_2(length))
+    scalars = coupling_stride, heads, length, per_token, min(1024, power_of_2(length))
     return Launch(synchronization.head_gradients, heads * batch, scalars, FEW_ROWS)
 
 
@@ -177,10 +178,10 @@ class Survey(NamedTuple):
 def survey(w, queries):
     """An uninitialised Survey."""
     batch, heads, length, width = w.shape
-    cells = triton.cdiv(length, CELL)
+    cells = cdiv(length, CELL)
 
     def floats(*shape):
-        return w.new_empty((batch, heads, *shape), dtype=torch.float32)
+        return empty(w, (batch, heads, *shape), torch.float32)
 
     return Survey(floats(length), floats(length) if queries else None, floats(cells, width), floats(cells, EXTENT))
 
@@ -204,7 +205,7 @@ def list_launches(call, kernel, own, others, cuda=None):
     """
     rows = list_rows(call, kernel, cuda)
     shapes = lists_shapes(call, kernel, rows)
-    lists = [own.squares.new_empty(shape, dtype=torch.int32) for shape in (*shapes, *([] if cuda is None else [(1,)]))]
+    lists = [empty(own.squares, shape, torch.int32) for shape in (*shapes, *([] if cuda is None else [(1,)]))]
     launch = plan_neighbours(call, kernel, rows, members(cuda))
     return lists, (launch, (own.centres, own.extents, others.centres, others.extents, *lists[:2]))
 
@@ -244,7 +245,7 @@ def backward_launches(
     call, self = signature(omega, omega_k, v, causal), omega_k is None
     steepest, by_head = 1.0 / grad_floor, stride(bandwidth)
     queries, keys, launches = survey_launches(omega, omega_k, coupling, bandwidth, order)
-    inverse, shift, dalpha, dradius = [torch.empty_like(total) for _ in range(4)]
+    inverse, shift, dalpha, dradius = [empty(total, total.shape) for _ in range(4)]
     launches.append((plan_row_terms(o.shape, o.stride(), do.stride()), (o, do, total, inverse, shift)))
     if is_symmetric(omega_k, bits, causal, order):
         lists, fill = list_launches(call, "sync_grad_tokens", queries, keys, cuda)
@@ -258,7 +259,7 @@ def backward_launches(
     else:
         num_words = 0 if bits is None else bits.shape[-1]
         # The gradient of tokens as queries stays unrounded until their gradient as keys is added.
-        of_queries, of_keys = (omega.new_empty(omega.shape, dtype=torch.float32), dw) if self else (dw, dk)
+        of_queries, of_keys = (empty(omega, omega.shape, torch.float32), dw) if self else (dw, dk)
         given = (
             omega, omega if self else omega_k, v, queries.squares, keys.squares, queries.c, bandwidth, do, inverse, shift, bits,
         )
@@ -273,7 +274,7 @@ def backward_launches(
             (grad_keys, (*given, of_queries if self else None, of_keys, dv, *key_lists)),
         ]
     (batch, heads, _), per_token = total.shape, order.dim() == 3
-    of_alpha, of_radius = total.new_empty((batch, heads)), total.new_empty((batch, heads))
+    of_alpha, of_radius = empty(total, (batch, heads)), empty(total, (batch, heads))
     of_heads = plan_head_gradients(total.shape, stride(coupling), per_token)
     return [
         *launches,

@@ -8,7 +8,7 @@ from nearfar import _cuda
 from nearfar.runtime.backend import Backend
 from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
-from nearfar.runtime.tensors import empty_rows, triton_module
+from nearfar.runtime.tensors import empty, empty_rows, triton_module
 
 _packing, _launchers = triton_module("packing"), triton_module("affine_launch")
 
@@ -33,8 +33,8 @@ class Affine(Operator):
 
     def empty(self, tensors: Any, *_: Any) -> Any:
         q, _, v, alpha, beta, *_ = tensors
-        u = None if alpha is None and beta is None else q.new_empty((*q.shape[:3], v.shape[3]))
-        return empty_rows(q, v.shape[3]), u, q.new_empty(q.shape[:3], dtype=_precision(q))
+        u = None if alpha is None and beta is None else empty(q, (*q.shape[:3], v.shape[3]))
+        return empty_rows(q, v.shape[3]), u, empty(q, q.shape[:3], _precision(q))
 
 
 class AffineTriton(Backend):
@@ -74,7 +74,7 @@ class AffineCuda(_cuda.CudaBackend):
         q, k, v, alpha, beta, sink, _ = tensors
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
-        counter, (o, u, lse) = q.new_empty(1, dtype=torch.int32), outputs
+        counter, (o, u, lse) = empty(q, (1,), torch.int32), outputs
         attend = _cuda.call(
             "affine_forward", _cuda.dtype_of(q),
             dict(q=q, k=k, v=v, alpha=alpha, beta=beta, sink=sink, sums=sums, o=o, u=u, lse=lse, counter=counter), "q k v o",
@@ -90,9 +90,9 @@ class AffineCuda(_cuda.CudaBackend):
         u = o if u is None else u
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
-        m, counters = _row_terms(lse, dalpha), q.new_empty(2, dtype=torch.int32)
+        m, counters = _row_terms(lse, dalpha), empty(q, (2,), torch.int32)
         tile = _cuda.extension.AFFINE_TERMS
-        terms = lse.new_empty(4, *q.shape[:2], -(-q.shape[2] // tile) * tile)
+        terms = empty(lse, (4, *q.shape[:2], -(-q.shape[2] // tile) * tile))
         grad = _cuda.call(
             "affine_backward", _cuda.dtype_of(q),
             dict(
@@ -129,7 +129,7 @@ def _sums(call: Any, v: torch.Tensor, beta: torch.Tensor | None, chunk: int) -> 
     if beta is None:
         return None, []
     launch = _launchers()
-    sums = v.new_empty(launch.sums_shape(call, chunk), dtype=_precision(v))
+    sums = empty(v, launch.sums_shape(call, chunk), _precision(v))
     return sums, [*zip(launch.plan_sums(call, chunk), ((v, sums), (sums,)), strict=False)]
 
 

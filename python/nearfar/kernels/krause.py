@@ -9,7 +9,7 @@ from nearfar.localities import keys_in_window
 from nearfar.runtime.backend import Backend
 from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
-from nearfar.runtime.tensors import empty_rows, triton_module
+from nearfar.runtime.tensors import empty, empty_rows, triton_module
 
 MAX_CANDIDATES = 1024  # most keys from which a query may select its top_k
 
@@ -34,9 +34,9 @@ class Krause(Operator):
 
     def empty(self, tensors: Any, left: int, right: int, top_k: int | None, *_: Any) -> Any:
         q, k, v, *_ = tensors
-        lse, bits = q.new_empty(q.shape[:3], dtype=torch.float32), None
+        lse, bits = empty(q, q.shape[:3], torch.float32), None
         if top_k is not None:
-            bits = q.new_empty((*q.shape[:3], selection_words(left, right, k.shape[2])), dtype=torch.int32)
+            bits = empty(q, (*q.shape[:3], selection_words(left, right, k.shape[2])), torch.int32)
         return empty_rows(q, v.shape[3]), lse, bits
 
     def has_nothing_to_do(self, tensors: Any, outputs: Any) -> bool:
@@ -54,7 +54,7 @@ class KrauseTriton(Backend):
         bits, k_squares = outputs[2], None
         wide = k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
         if wide and _cuda.extension is not None and k.dtype != torch.float32 and bits is None:
-            k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
+            k_squares = empty(k, k.shape[:3], torch.float32)
             launches.append(_cuda.row_sumsq_call(k, k_squares))
         given = q, k, v, k_squares, sigma, token_bounds, left, right, top_k, *outputs
         return Program(tensors, outputs, [*launches, *_launchers().forward_launches(_pair().PAIR, *given)])
@@ -90,7 +90,7 @@ class KrauseCuda(_cuda.CudaBackend):
         token_bounds, launches = _bounds(cu_seqlens, k)
         # One partial sum of dsigma per strip of a head; a head has at most as many strips as tiles.
         strips = -(-max(q.shape[2], k.shape[2]) // _cuda.extension.KRAUSE_TILE)
-        partials = lse.new_empty(*q.shape[:2], strips)
+        partials = empty(lse, (*q.shape[:2], strips))
         grad = _cuda.call(
             "krause_backward", _cuda.dtype_of(q),
             dict(

@@ -9,7 +9,7 @@ from nearfar.localities import Grid, GridNeighborhood, ShiftedWindow
 from nearfar.runtime.backend import Backend
 from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
-from nearfar.runtime.tensors import empty_rows, triton_module
+from nearfar.runtime.tensors import empty, empty_rows, triton_module
 
 
 class KrauseGrid(Operator):
@@ -28,10 +28,10 @@ class KrauseGrid(Operator):
 
     def empty(self, tensors: Any, locality: str, top_k: int | None, *_: Any) -> Any:
         q, _, v, _ = tensors
-        lse, bits = q.new_empty(q.shape[:3], dtype=torch.float32), None
+        lse, bits = empty(q, q.shape[:3], torch.float32), None
         if top_k is not None:
             words = tiling.geometry_of(neighborhood(locality)).words_per_head
-            bits = q.new_empty((*q.shape[:2], words), dtype=torch.int32)
+            bits = empty(q, (*q.shape[:2], words), torch.int32)
         return empty_rows(q, v.shape[3]), lse, bits
 
     def has_nothing_to_do(self, tensors: Any, outputs: Any) -> bool:

@@ -14,7 +14,7 @@ from nearfar.runtime.checks import no_autocast
 from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
 from nearfar.runtime.step import define_step
-from nearfar.runtime.tensors import device_of, empty_rows, triton_module, unit_stride
+from nearfar.runtime.tensors import device_of, empty, empty_rows, triton_module, unit_stride
 
 _launchers = triton_module("linear_launch")
 
@@ -64,9 +64,9 @@ class Linear(Operator):
         if return_state:
             sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
             shape = sequences, v.shape[1], *[q.shape[3] for q in qs], v.shape[3] + 1
-            state = v.new_empty(shape, dtype=torch.float32)
+            state = empty(v, shape, torch.float32)
         if normalize:
-            inverse = v.new_empty((batch, query_heads, num_queries), dtype=torch.float32)
+            inverse = empty(v, (batch, query_heads, num_queries), torch.float32)
         if keeps and uses_states(qs, v, causal, initial_state is not None or return_state, backend):
             states, norms = empty_states(qs, v, num_states(qs, v, cu_seqlens, causal, backend), backend)
         return empty_rows(qs[0], v.shape[3]), state, inverse, states, norms

@@ -13,7 +13,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.kernels.linear_states import piece_length_of, walks
-from nearfar.runtime.tensors import triton_module
+from nearfar.runtime.tensors import empty, triton_module
 
 _packing, _launchers = triton_module("packing"), triton_module("linear_launch")
 
@@ -84,11 +84,11 @@ class Route:
     def backward(self, do: Any, dstate: Any, saved: Any, dqs: Any, dks: Any, dv: Any, dinitial: Any) -> list[Any]:
         """Launches that fill the gradients. saved: o, inverse, states, norms."""
         o, inverse, states, norms = saved
-        weights = o.new_empty(o.shape[:3], dtype=torch.float32)
+        weights = empty(o, o.shape[:3], torch.float32)
         sums = key_states = key_norms = None
         of_states = []
         if self.call.stateful:
-            key_states, key_norms = torch.empty_like(states), torch.empty_like(norms)
+            key_states, key_norms = empty(states, states.shape), empty(norms, norms.shape)
             sums, combine = self._partials(True)
             combined = combine, (*sums, dstate, key_states, key_norms, dinitial, self.call.first_pieces)
             of_states = [*self.accumulate_gradients(do, inverse, weights, sums), combined]
@@ -103,7 +103,7 @@ class Route:
         problem = self.call.problem
         pieces = problem.num_pieces(problem.num_queries if of_queries else problem.num_keys)
         shape = problem.batch, problem.key_heads, pieces, problem.num_features
-        sums = [self.call.v.new_empty(size, dtype=torch.float32) for size in ((*shape, problem.value_width), shape)]
+        sums = [empty(self.call.v, size, torch.float32) for size in ((*shape, problem.value_width), shape)]
         return sums, _launchers().plan_combine(problem, pieces, of_queries and problem.causal)
 
     def accumulate(self, sums: Any) -> Any:
@@ -269,10 +269,10 @@ class Slabs(Tiles):
         problem, sizes = self.call.problem, self._sizes(of_queries)
         chunk, width = _cuda.extension.HADAMARD_BIDIRECTIONAL_CHUNK, _cuda.extension.HADAMARD_BIDIRECTIONAL_WIDTH
         shape = problem.batch, sizes["heads"], -(-sizes["num_tokens"] // chunk), chunk, width
-        self._counter = y.new_empty(1, dtype=torch.int32)
-        self._norm_tiles = None if of_queries else y.new_empty(problem.batch, problem.key_heads, 2, chunk, width)
-        tiles = dict(outer_tiles=y.new_empty(shape), inner_tiles=y.new_empty(shape))
-        tiles["weighted_tiles"] = y.new_empty(shape) if of_queries else None
+        self._counter = empty(y, (1,), torch.int32)
+        self._norm_tiles = None if of_queries else empty(y, (problem.batch, problem.key_heads, 2, chunk, width))
+        tiles = dict(outer_tiles=empty(y, shape), inner_tiles=empty(y, shape))
+        tiles["weighted_tiles"] = empty(y, shape) if of_queries else None
         return _cuda.call(
             "hadamard_bidirectional_accumulate", problem.feature_map,
             dict(outer=xs[0], inner=xs[1], y=y, **(of_rows or dict(factors=None, weights=None)), **of_pieces(sums), **tiles)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nearfar import _cuda
+from nearfar.runtime.tensors import empty
 
 # Cost of a multiply-add for a direct pair, relative to one through the state, forward and backward together. Measured on an
 # H100 for one, two and three factors (docs/notes/linear.md).
@@ -107,5 +108,5 @@ def empty_states(qs: Sequence[torch.Tensor], v: torch.Tensor, count: Any, backen
     shape = (*v.shape[:2], count, math.prod(widths))
     # States from which a walk continues stay float32; others are rounded, as operands of products.
     half = v.dtype == torch.bfloat16 and not walks(widths, value_width, backend)
-    states = v.new_empty((*shape, value_width), dtype=torch.bfloat16 if half else torch.float32)
-    return states, v.new_empty(shape, dtype=torch.float32)
+    states = empty(v, (*shape, value_width), torch.bfloat16 if half else torch.float32)
+    return states, empty(v, shape, torch.float32)

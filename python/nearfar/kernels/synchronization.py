@@ -9,7 +9,7 @@ from nearfar.kernels.krause import selection_words
 from nearfar.runtime.backend import Backend
 from nearfar.runtime.operator import Operator
 from nearfar.runtime.program import Program
-from nearfar.runtime.tensors import empty_rows, triton_module
+from nearfar.runtime.tensors import empty, empty_rows, triton_module
 
 _launchers = triton_module("synchronization_launch")
 
@@ -29,9 +29,9 @@ class Synchronization(Operator):
 
     def empty(self, tensors: Any, causal: bool, top_k: int | None, *_: Any) -> Any:
         omega, _, v, *_ = tensors
-        total, bits = omega.new_empty(omega.shape[:3], dtype=torch.float32), None
+        total, bits = empty(omega, omega.shape[:3], torch.float32), None
         if top_k is not None:
-            bits = omega.new_empty((*omega.shape[:3], selection_words(-1, -1, v.shape[2])), dtype=torch.int32)
+            bits = empty(omega, (*omega.shape[:3], selection_words(-1, -1, v.shape[2])), torch.int32)
         return empty_rows(omega, v.shape[3]), total, bits
 
     def has_nothing_to_do(self, tensors: Any, outputs: Any) -> bool:

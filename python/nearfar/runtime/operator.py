@@ -15,7 +15,7 @@ from nearfar.runtime.library import register
 from nearfar.runtime.plans import Repeats, planned
 from nearfar.runtime.private import direct_apply
 from nearfar.runtime.program import Program
-from nearfar.runtime.tensors import empty_rows, layouts, tf32_allowed, unit_stride
+from nearfar.runtime.tensors import empty_like, empty_rows, layouts, tf32_allowed, unit_stride
 
 grad_enabled = torch.is_grad_enabled
 Tensors = Sequence[torch.Tensor | None]  # None for absent ones
@@ -142,7 +142,7 @@ class Operator:
         """Uninitialised gradients of all tensors; None for those without one."""
         found: list[torch.Tensor | None] = []
         for name, x in zip(self._flat_names(len(tensors)), tensors, strict=True):
-            found.append(None if x is None else empty_rows(x, x.shape[3]) if name in self.rows else torch.empty_like(x))
+            found.append(None if x is None else empty_rows(x, x.shape[3]) if name in self.rows else empty_like(x))
         return [*found[: len(found) - self.constants], *[None] * self.constants]
 
     def _tf32(self, tensors: Tensors) -> bool:

@@ -71,11 +71,36 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
+def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """like.new_empty, which on the meta device, where plans are made, runs for 10 us of Python."""
+    if type(like) is torch.Tensor and like.is_meta:
+        return torch.empty(shape, dtype=dtype or like.dtype, device=META)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """torch.empty_like, which on the meta device, where plans are made, runs for 100 us of Python."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) if _is_dense_meta(x) else torch.empty_like(x)
+
+
+def _is_dense_meta(x: torch.Tensor) -> bool:
+    """True if the elements of a meta tensor fill its memory, in whatever order of the dimensions."""
+    if type(x) is not torch.Tensor or not x.is_meta:
+        return False
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != reach:
+                return False
+            reach *= size
+    return True
+
+
 def empty_rows(like: torch.Tensor, width: int) -> torch.Tensor:
     """(B, H, N, width) in the memory order of `like`: a (B, N, H, D) projection gets its output in the same order."""
     batch, heads, length, like_width = like.shape
     if width == like_width:
-        return torch.empty_like(like)
+        return empty_like(like)
     if heads > 1 and like.stride(1) < like.stride(2):
         return like.new_empty(batch, length, heads, width).transpose(1, 2)
     return like.new_empty(batch, heads, length, width)
