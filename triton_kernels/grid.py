@@ -294,6 +294,7 @@ def attend_resident(
     q_strides, k_strides, v_strides, o_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
     shape, num_globals, radius, dilation, boxes, forms, words, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, GLOBAL_KEYS: tl.constexpr,
+    KEEP_TIES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
 ):
@@ -331,7 +332,8 @@ def attend_resident(
         place = next_step(step, place, halo, KEY_H, KEY_W)
 
     highest = row_maximum(scores)
-    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), highest, top_k, GLOBAL_KEYS + STEPS * BLOCK_N)
+    COLUMNS: tl.constexpr = GLOBAL_KEYS + STEPS * BLOCK_N
+    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), highest, top_k, COLUMNS, KEEP_TIES)
 
     first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
     clear_lines(first_words, t, h, rows < num_tokens, halo, radius)
@@ -372,7 +374,7 @@ def select(
     q_strides, k_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
     shape, num_globals, radius, dilation, boxes, forms, words, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEEP_TIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
 ):
     """The selection of boxes, or, from first_tile = their number on, of the global queries.
@@ -412,7 +414,7 @@ def select(
 
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     start = tl.zeros((BLOCK_M,), tl.int32)
-    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS)
+    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS, KEEP_TIES)
     chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
 

@@ -62,19 +62,19 @@ def plan_attend(pair, call, geometry, o_strides, selects):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend_resident(pair, call, geometry, o_strides, top_k, tiles, steps, first, count):
+def plan_attend_resident(pair, call, geometry, o_strides, top_k, keep_ties, tiles, steps, first, count):
     """first, count: boxes, from one on, or the program of the global queries."""
     batch, heads = call.q_shape[:2]
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count, first,
         *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision,
-        steps, MAX_GLOBALS if geometry.num_globals else 0, *sizes(call, tiles),
-    )
+        steps, MAX_GLOBALS if geometry.num_globals else 0, keep_ties, *sizes(call, tiles),
+    )  # fmt: skip
     return Launch(grid.attend_resident, count * batch * heads, scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_select(pair, call, geometry, top_k, of_globals):
+def plan_select(pair, call, geometry, top_k, keep_ties, of_globals):
     """of_globals: the selection of the global queries, else that of the cells."""
     tiles, slots = choose_global_selection(geometry) if of_globals else choose_selection(geometry)
     boxes, columns = math.prod(tiles.boxes(geometry)), slots * tiles.key_h * tiles.key_w
@@ -83,7 +83,7 @@ def plan_select(pair, call, geometry, top_k, of_globals):
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry[2:], count, first,
-        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision, slots,
+        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision, slots, keep_ties,
         width, width_block(width), *tiles.box, tiles.key_h, tiles.key_w,
     )
     parameters = LaunchParameters(math.prod(tiles.box), SELECT_BLOCK, 4 if columns <= 128 else 8, 1)
@@ -136,7 +136,7 @@ def squared_norms(call, geometry, k):
     return k_squares, [(plan_squared_norms(call), (k, k_squares))]
 
 
-def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
+def forward_launches(pair, q, k, v, parameter, locality, top_k, keep_ties, o, lse, bits):
     """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, words of a head)."""
     call, geometry = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality)
     resident = None if bits is None or call.dtype.itemsize > 2 else choose_resident(geometry)
@@ -144,14 +144,14 @@ def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
         (cells, _), *_ = resident
         programs_of = (0, math.prod(cells.boxes(geometry))), (math.prod(resident[-1][0].boxes(geometry)), 1)
         plans = [
-            plan_attend_resident(pair, call, geometry, o.stride(), top_k, *choice, *which)
+            plan_attend_resident(pair, call, geometry, o.stride(), top_k, keep_ties, *choice, *which)
             for choice, which in zip(resident, programs_of, strict=False)
         ]
         return [(plan, (q, k, v, parameter, o, lse, bits)) for plan in plans]
     k_squares, launches = squared_norms(call, geometry, k)
     if bits is not None:
         for of_globals in (False, True) if geometry.num_globals else (False,):
-            launches += [(plan_select(pair, call, geometry, top_k, of_globals), (q, k, k_squares, parameter, bits))]
+            launches += [(plan_select(pair, call, geometry, top_k, keep_ties, of_globals), (q, k, k_squares, parameter, bits))]
     attend = plan_attend(pair, call, geometry, o.stride(), bits is not None)
     return [*launches, (attend, (q, k, v, k_squares, parameter, o, lse, bits))]
 

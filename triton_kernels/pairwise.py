@@ -114,7 +114,7 @@ def attend_resident(
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    AT_ONCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    AT_ONCE: tl.constexpr, KEEP_TIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -142,7 +142,7 @@ def attend_resident(
     RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
     count = tl.maximum(end - begin, 0)
-    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING)
+    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING, KEEP_TIES)
 
     if AT_ONCE:
         v_tiles = load_tiles(v, first_key, v_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, DV, BLOCK_DV)
@@ -178,7 +178,8 @@ def select(
     q_strides, k_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, KEEP_TIES: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """SLOTS: NUM_SLOTS, the tiles of the ring, and as many empty ones as make it a power of two."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -205,8 +206,8 @@ def select(
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
-    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING)
-    chosen = (candidates[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
+    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING, KEEP_TIES)
+    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
     for slot in range(NUM_SLOTS):

@@ -136,7 +136,7 @@ def plan_attend(pair, call, o_strides, num_words):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend_resident(pair, call, o_strides, top_k, ring):
+def plan_attend_resident(pair, call, o_strides, top_k, keep_ties, ring):
     parameters = resident_parameters(call, ring)
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
@@ -146,13 +146,13 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
         *call.geometry, tiles, call.window, top_k,
-        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
+        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, keep_ties, *call.sizes(parameters),
     )
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_select(pair, call, top_k, ring):
+def plan_select(pair, call, top_k, keep_ties, ring):
     parameters = selection_parameters(ring)
     tiles = triton.cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
@@ -161,7 +161,7 @@ def plan_select(pair, call, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, triton.next_power_of_2(slots),
-        width, parameters.block_m, parameters.block_n, width_block(width),
+        keep_ties, width, parameters.block_m, parameters.block_n, width_block(width),
     )
     return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
@@ -203,7 +203,7 @@ def grad_query_tiles(call):
     return triton.cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
+def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, keep_ties, o, lse, bits):
     """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
@@ -212,9 +212,9 @@ def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, ri
         return [attend]
     ring = num_words * WORD
     if attends_resident(call, ring):
-        resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
+        resident = plan_attend_resident(pair, call, o.stride(), top_k, keep_ties, ring)
         return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds))]
-    return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
+    return [(plan_select(pair, call, top_k, keep_ties, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
 def backward_launches(

@@ -136,14 +136,22 @@ def stored(dtype):
 
 
 def best(sample):
-    """(B, Hq, N, M) mask of the selection: the top_k largest scores of float64, equal ones by the smaller key index."""
+    """(B, Hq, N, M) mask of the selection: the top_k largest scores of float64, equal ones by the smaller key index, or all."""
     q, k, sigma = (sample.tensors[name].double() for name in ("q", "k", "sigma"))
     mask = visible(sample).expand(q.shape[0], q.shape[1], -1, -1)
     if sample.options.get("top_k") is None:
         return mask
+    if keeps_ties(sample):
+        score = scores(q, k, sigma).masked_fill(~mask, float("-inf"))
+        last = min(sample.options["top_k"], k.shape[2]) - 1
+        return mask & (score >= score.sort(dim=-1, descending=True).values[..., last : last + 1])
     order = scores(q, k, sigma).masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(k.shape[2], device=q.device).expand(order.shape))
     return mask & (rank < sample.options["top_k"])
+
+
+def keeps_ties(sample):
+    return sample.options.get("ties") == "keep" and sample.options.get("top_k") is not None
 
 
 def keys_like(kind, k):
@@ -282,9 +290,9 @@ def op_arguments(sample):
     q, k, v, sigma = sample.tensors.values()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sigma = sigma.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
-    return (q, k, v, sigma, sample.options.get("cu_seqlens"), *window(sample.options), sample.options.get("top_k"))
+    return (q, k, v, sigma, sample.options.get("cu_seqlens"), *window(sample.options), sample.options.get("top_k"), keeps_ties(sample))
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, left, right, top_k = op_arguments(sample)
-    return (do, *tensors, *outputs, left, right, top_k)
+    *tensors, left, right, top_k, keep_ties = op_arguments(sample)
+    return (do, *tensors, *outputs, left, right, top_k, keep_ties)

@@ -23,7 +23,7 @@ class Krause(Operator):
 
     name = "krause_attention"
     tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? cu_seqlens"
-    options = "int left, int right, int? top_k"
+    options = "int left, int right, int? top_k, bool keep_ties"
     rows = "q", "k", "v"
     constants = 1
     outputs = "o", "lse", "bits"
@@ -47,8 +47,8 @@ _packing, _launchers, _pair = triton_module("packing"), triton_module("pairwise_
 
 
 class KrauseTriton(Backend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
-        """For wide heads and windows, an extra pass over k for its squares was measured to be faster (docs/notes/krause.md)."""
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None, keep_ties: bool) -> Program:
+        """One more pass over k, for its squares, was measured to pay for wide heads and windows (docs/notes/krause.md)."""
         q, k, v, sigma, cu_seqlens = tensors
         token_bounds, launches = _bounds(cu_seqlens, k)
         bits, k_squares = outputs[2], None
@@ -56,11 +56,11 @@ class KrauseTriton(Backend):
         if wide and _cuda.extension is not None and k.dtype != torch.float32 and bits is None:
             k_squares = k.new_empty(k.shape[:3], dtype=torch.float32)
             launches.append(_cuda.row_sumsq_call(k, k_squares))
-        given = q, k, v, k_squares, sigma, token_bounds, left, right, top_k, *outputs
+        given = q, k, v, k_squares, sigma, token_bounds, left, right, top_k, keep_ties, *outputs
         return Program(tensors, outputs, [*launches, *_launchers().forward_launches(_pair().PAIR, *given)])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, top_k: int | None
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, *_: Any
     ) -> Program:
         *inputs, cu_seqlens = tensors
         token_bounds, launches = _bounds(cu_seqlens, inputs[1])
@@ -70,7 +70,7 @@ class KrauseTriton(Backend):
 
 
 class KrauseCuda(_cuda.CudaBackend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None, *_: Any) -> Program:
         q, k, v, sigma, cu_seqlens = tensors
         o, lse, bits = outputs
         token_bounds, launches = _bounds(cu_seqlens, k)
@@ -83,7 +83,7 @@ class KrauseCuda(_cuda.CudaBackend):
         return Program(tensors, outputs, [*launches, attend])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, top_k: int | None
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, *_: Any
     ) -> Program:
         (do,), (q, k, v, sigma, cu_seqlens), (o, lse, bits) = gradients, tensors, saved
         dq, dk, dv, dsigma, _ = results

@@ -18,7 +18,7 @@ class KrauseGrid(Operator):
     name = "krause_attention_grid"
     serves = "krause_attention"
     tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma"
-    options = "str locality, int? top_k"
+    options = "str locality, int? top_k, bool keep_ties"
     rows = "q", "k", "v"
     outputs = "o", "lse", "bits"
 
@@ -42,11 +42,11 @@ _launchers, _pair = triton_module("grid_launch"), triton_module("krause")
 
 
 class KrauseGridTriton(Backend):
-    def forward(self, tensors: Any, outputs: Any, locality: str, top_k: int | None) -> Program:
-        given = *tensors, neighborhood(locality), top_k, *outputs
+    def forward(self, tensors: Any, outputs: Any, locality: str, top_k: int | None, keep_ties: bool) -> Program:
+        given = *tensors, neighborhood(locality), top_k, keep_ties, *outputs
         return Program(tensors, outputs, _launchers().forward_launches(_pair().PAIR, *given))
 
-    def backward(self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, top_k: int | None) -> Program:
+    def backward(self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, *_: Any) -> Program:
         given = *tensors, neighborhood(locality), *saved, *gradients, *results
         launches = _launchers().backward_launches(_pair().PAIR, *given)
         return Program((*gradients, *tensors, *saved), results, launches)

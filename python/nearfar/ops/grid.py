@@ -9,7 +9,7 @@ from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
 from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
 from nearfar.reference.grid import krause_attention as reference_krause_attention
 from nearfar.runtime import checks, dispatch, plans
-from nearfar.runtime.dispatch import Backend
+from nearfar.runtime.dispatch import Backend, Ties
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.private import constant_while_traced
 
@@ -24,6 +24,7 @@ class Call(NamedTuple):
     v: torch.Tensor
     sigma: torch.Tensor
     bias: torch.Tensor | None
+    keep_ties: bool
     backends: dispatch.Backends
     plain: bool
 
@@ -36,13 +37,14 @@ def _decoded_reference(
     bias: torch.Tensor | None,
     locality: str,
     top_k: int | None,
+    keep_ties: bool,
 ) -> torch.Tensor:
-    return reference_krause_attention(q, k, v, sigma, decoded(locality), top_k, bias)
+    return reference_krause_attention(q, k, v, sigma, decoded(locality), top_k, keep_ties, bias)
 
 
 _reference = opaque(
     "krause_attention_grid",
-    "(Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? bias, str locality, int? top_k) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? bias, str locality, int? top_k, bool keep_ties) -> Tensor",
     _decoded_reference,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -55,6 +57,7 @@ def krause_attention(
     sigma: float | torch.Tensor,
     locality: Grid,
     top_k: int | None,
+    ties: Ties,
     cu_seqlens: torch.Tensor | None,
     bias: torch.Tensor | None,
     backend: Backend,
@@ -62,17 +65,17 @@ def krause_attention(
     """`nearfar.krause_attention` on a grid."""
     repeats = None
     if cu_seqlens is None and bias is None:  # else no kernel serves the call
-        repeats = plans.repeats(krause_grid, locality, top_k, backend)
+        repeats = plans.repeats(krause_grid, locality, top_k, ties, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
         if plan := repeats.find(q, k, v, sigma):
             return plan(q, k, v, sigma)
-    call = prepare(q, k, v, sigma, locality, top_k, cu_seqlens, bias)
-    q, k, v, sigma, bias, backends, plain = call
+    call = prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias)
+    q, k, v, sigma, bias, keep_ties, backends, plain = call
     forward, backward = backends.served(backend, q)
     if forward == "reference":
-        return _reference(q, k, v, sigma, bias, encoded(locality), top_k)
-    return krause_grid(repeats, plain, (q, k, v, sigma), encoded(locality), top_k, forward, backward)
+        return _reference(q, k, v, sigma, bias, encoded(locality), top_k, keep_ties)
+    return krause_grid(repeats, plain, (q, k, v, sigma), encoded(locality), top_k, keep_ties, forward, backward)
 
 
 def prepare(
@@ -82,6 +85,7 @@ def prepare(
     sigma: float | torch.Tensor,
     locality: Grid,
     top_k: int | None,
+    ties: Ties,
     cu_seqlens: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> Call:
@@ -89,13 +93,16 @@ def prepare(
     q, k, v = checks.autocast(q, k, v)
     checks.check_qkv(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
     checks.check_top_k(top_k)
+    checks.check_ties(ties)
     check_length(locality, q.shape[2], k.shape[2])
     check_not_packed(locality, cu_seqlens)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     bias = _checked_bias(bias, locality, q)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     reason = reason or _reason(locality, top_k is not None)
-    return Call(q, k, v, sigma, bias, dispatch.Backends(CUDA_REASON, reason), checks.plain_layouts(q, k, v) is not None)
+    keep_ties = ties == "keep" and top_k is not None
+    plain = checks.plain_layouts(q, k, v) is not None
+    return Call(q, k, v, sigma, bias, keep_ties, dispatch.Backends(CUDA_REASON, reason), plain)
 
 
 def _checked_bias(bias: torch.Tensor | None, locality: Grid, q: torch.Tensor) -> torch.Tensor | None:

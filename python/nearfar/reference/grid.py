@@ -76,7 +76,7 @@ def attend_by_rows(
     return torch.cat(outputs, -2)
 
 
-def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
+def krause_attention(q, k, v, sigma, locality, top_k=None, keep_ties=False, bias=None):
     """Reference of `nearfar.krause_attention` on a grid.
 
     Args:
@@ -84,6 +84,7 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
         sigma: (Hq,) or (1,) tensor.
         locality: a GridNeighborhood or a ShiftedWindow of N tokens.
         top_k: how many of the keys in sight a query keeps, None for all.
+        keep_ties: whether it also keeps keys that score as its top_k-th.
         bias: (Hq, locality.bias_size), added to the scores before the selection; None for none.
 
     Returns:
@@ -99,7 +100,7 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
             scores = scores + table[..., locality.bias_index(*rows.positions(q.device))]
         keep = rows.visible(q.device)
         if top_k is not None:
-            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k)
+            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k, keep_ties)
         return group_product(masked_softmax(scores, keep), v_seen)
 
     shared = per_head(sigma.to(compute), q.shape[1], heads_kv), *biases

@@ -16,7 +16,7 @@ from nearfar.reference.pairwise import (
 )
 
 
-def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
+def krause_attention(q, k, v, sigma, left, right, top_k=None, keep_ties=False, cu_seqlens=None):
     """Reference of `nearfar.krause_attention`.
 
     Args:
@@ -24,6 +24,7 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         sigma: (Hq,) or (1,) tensor.
         left, right: inclusive sides of the window, -1 unlimited.
         top_k: how many keys of its window a query keeps, None for all.
+        keep_ties: whether it also keeps keys that score as its top_k-th.
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
 
     Returns:
@@ -35,7 +36,7 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         scores = distance_scores(q_rows, k_seen, sigma)
         keep = chunk.visible(q.device)
         if top_k is not None:
-            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k)
+            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k, keep_ties)
         return group_product(masked_softmax(scores, keep), v_seen)
 
     sigma = per_head(sigma.to(compute), q.shape[1], k.shape[1])
