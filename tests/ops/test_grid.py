@@ -294,7 +294,7 @@ def test_an_empty_batch(top_k):
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_the_torch_operator(top_k):
     sample = make(G((2, 3), 1, global_tokens=1), top_k=top_k)
-    arguments = (*leaves(sample).values(), encoded(sample.options["locality"]), top_k, False)
+    arguments = (*leaves(sample).values(), None, encoded(sample.options["locality"]), top_k, False, 0.0)
     torch.library.opcheck(torch.ops.nearfar.krause_attention_grid.default, arguments)
     compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
     for backend in ("triton", "reference"):

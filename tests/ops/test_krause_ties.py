@@ -54,7 +54,9 @@ def test_keep_keeps_all_that_score_as_the_last(name, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("locality", [G((5, 6), 2, global_tokens=3), pytest.param(G((2, 40), (1, 3)), marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize(
+    "locality", [G((5, 6), 2, global_tokens=3), pytest.param(G((2, 40), (1, 3)), marks=pytest.mark.full)], ids=str
+)
 def test_keep_on_grids(locality, dtype):
     sample = make_on_grid(locality, dtype, 5, heads=(1, 1))
     sample.options["ties"] = "keep"

@@ -8,7 +8,7 @@ from nearfar import tiling
 from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
 from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
 from nearfar.reference.grid import krause_attention as reference_krause_attention
-from nearfar.runtime import checks, dispatch, plans
+from nearfar.runtime import checks, dispatch, dropout, plans
 from nearfar.runtime.dispatch import Backend, Ties
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.private import constant_while_traced
@@ -25,6 +25,7 @@ class Call(NamedTuple):
     sigma: torch.Tensor
     bias: torch.Tensor | None
     keep_ties: bool
+    seed: torch.Tensor | None
     backends: dispatch.Backends
     plain: bool
 
@@ -35,16 +36,19 @@ def _decoded_reference(
     v: torch.Tensor,
     sigma: torch.Tensor,
     bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
     locality: str,
     top_k: int | None,
     keep_ties: bool,
+    dropout_p: float,
 ) -> torch.Tensor:
-    return reference_krause_attention(q, k, v, sigma, decoded(locality), top_k, keep_ties, bias)
+    return reference_krause_attention(q, k, v, sigma, decoded(locality), top_k, keep_ties, bias, seed, dropout_p)
 
 
 _reference = opaque(
     "krause_attention_grid",
-    "(Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? bias, str locality, int? top_k, bool keep_ties) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? bias, Tensor? seed, str locality, int? top_k,"
+    " bool keep_ties, float dropout_p) -> Tensor",
     _decoded_reference,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -60,22 +64,27 @@ def krause_attention(
     ties: Ties,
     cu_seqlens: torch.Tensor | None,
     bias: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
     backend: Backend,
 ) -> torch.Tensor:
     """`nearfar.krause_attention` on a grid."""
     repeats = None
     if cu_seqlens is None and bias is None:  # else no kernel serves the call
-        repeats = plans.repeats(krause_grid, locality, top_k, ties, backend)
+        repeats = plans.repeats(krause_grid, locality, top_k, ties, dropout_p, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
-        if plan := repeats.find(q, k, v, sigma):
-            return plan(q, k, v, sigma)
-    call = prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias)
-    q, k, v, sigma, bias, keep_ties, backends, plain = call
+        seeds = () if seed is None else (seed,)
+        if plan := repeats.find(q, k, v, sigma, *seeds):
+            return plan(q, k, v, sigma, seed)
+    call = prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
+    q, k, v, sigma, bias, keep_ties, seed, backends, plain = call
+    dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, q)
     if forward == "reference":
-        return _reference(q, k, v, sigma, bias, encoded(locality), top_k, keep_ties)
-    return krause_grid(repeats, plain, (q, k, v, sigma), encoded(locality), top_k, keep_ties, forward, backward)
+        return _reference(q, k, v, sigma, bias, seed, encoded(locality), top_k, keep_ties, dropout_p)
+    tensors = q, k, v, sigma, seed
+    return krause_grid(repeats, plain, tensors, encoded(locality), top_k, keep_ties, dropout_p, forward, backward)
 
 
 def prepare(
@@ -88,12 +97,15 @@ def prepare(
     ties: Ties,
     cu_seqlens: torch.Tensor | None,
     bias: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
 ) -> Call:
     """Check the arguments of krause_attention on a grid and return its Call."""
     q, k, v = checks.autocast(q, k, v)
     checks.check_qkv(checks.meta("q", q), checks.meta("k", k), checks.meta("v", v))
     checks.check_top_k(top_k)
     checks.check_ties(ties)
+    dropout.check_dropout(dropout_p)
     check_length(locality, q.shape[2], k.shape[2])
     check_not_packed(locality, cu_seqlens)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
@@ -102,7 +114,7 @@ def prepare(
     reason = reason or _reason(locality, top_k is not None)
     keep_ties = ties == "keep" and top_k is not None
     plain = checks.plain_layouts(q, k, v) is not None
-    return Call(q, k, v, sigma, bias, keep_ties, dispatch.Backends(CUDA_REASON, reason), plain)
+    return Call(q, k, v, sigma, bias, keep_ties, seed, dispatch.Backends(CUDA_REASON, reason), plain)
 
 
 def _checked_bias(bias: torch.Tensor | None, locality: Grid, q: torch.Tensor) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from nearfar.kernels.krause import MAX_CANDIDATES, krause, selection_words
 from nearfar.localities import UNLIMITED, GridNeighborhood, Locality, ShiftedWindow, SlidingWindow, keys_in_window, within_reach
 from nearfar.ops import grid
 from nearfar.reference.krause import krause_attention as reference_krause_attention
-from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime import checks, choices, dispatch, dropout, plans
 from nearfar.runtime.dispatch import Backend, Ties
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.tensors import Layout
@@ -18,7 +18,7 @@ from nearfar.runtime.tensors import Layout
 _reference = opaque(
     "krause_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor sigma, int left, int right, int? top_k, bool keep_ties,"
-    " Tensor? cu_seqlens) -> Tensor",
+    " Tensor? cu_seqlens, Tensor? seed, float dropout_p) -> Tensor",
     reference_krause_attention,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -34,6 +34,7 @@ class Call(NamedTuple):
     left: int
     right: int
     keep_ties: bool
+    seed: torch.Tensor | None
     backends: dispatch.Backends
     plain: bool
 
@@ -49,6 +50,8 @@ def krause_attention(
     ties: Ties = "index",
     cu_seqlens: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
@@ -73,6 +76,10 @@ def krause_attention(
             Grids cannot be packed.
         bias: (Hq, locality.bias_size), the relative position table of a ShiftedWindow: added to the scores, before the
             selection, by the offset of the query from the key, row-major from 1 - window along each axis.
+        dropout_p: the share of the weights that are set to 0, in [0, 1), the others being divided by 1 - dropout_p, as in
+            scaled_dot_product_attention. CUDA C++ has no dropout, so "auto" takes Triton for it.
+        dropout_seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
+            weights in every backend and in the backward. None draws it from torch's generator of that device.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
@@ -82,20 +89,24 @@ def krause_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
+    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
-        return grid.krause_attention(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, backend)
-    repeats = plans.repeats(krause, locality, top_k, ties, cu_seqlens is None, backend) if bias is None else None
+        return grid.krause_attention(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed, backend)
+    options = locality, top_k, ties, dropout_p, cu_seqlens is None, backend
+    repeats = plans.repeats(krause, *options) if bias is None else None
     if repeats:
         sigma = checks.parameter(sigma, q)
-        packed = () if cu_seqlens is None else (cu_seqlens,)
-        if plan := repeats.find(q, k, v, sigma, *packed):
-            return plan(q, k, v, sigma, cu_seqlens)
-    call = _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias)
-    q, k, v, sigma, left, right, keep_ties, backends, plain = call
+        others = [x for x in (cu_seqlens, seed) if x is not None]
+        if plan := repeats.find(q, k, v, sigma, *others):
+            return plan(q, k, v, sigma, cu_seqlens, seed)
+    call = _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
+    q, k, v, sigma, left, right, keep_ties, seed, backends, plain = call
+    dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, q)
     if forward == "reference":
-        return _reference(q, k, v, sigma, left, right, top_k, keep_ties, cu_seqlens)
-    return krause(repeats, plain, (q, k, v, sigma, cu_seqlens), left, right, top_k, keep_ties, forward, backward)
+        return _reference(q, k, v, sigma, left, right, top_k, keep_ties, cu_seqlens, seed, dropout_p)
+    tensors = q, k, v, sigma, cu_seqlens, seed
+    return krause(repeats, plain, tensors, left, right, top_k, keep_ties, dropout_p, forward, backward)
 
 
 def prepare(
@@ -109,11 +120,14 @@ def prepare(
     ties: Ties = "index",
     cu_seqlens: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
 ) -> Call | grid.Call:
     """Check the arguments of krause_attention and return its Call."""
+    seed = dropout.seed_of(dropout_p, dropout_seed or 0, q)  # one that is drawn would change what comes after
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
-        return grid.prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias)
-    return _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias)
+        return grid.prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
+    return _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
 
 
 def _prepare(
@@ -126,26 +140,29 @@ def _prepare(
     ties: Ties,
     cu_seqlens: torch.Tensor | None,
     bias: torch.Tensor | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
 ) -> Call:
     q, k, v = checks.autocast(q, k, v)
     checks.require(bias is None, "bias is a table of a ShiftedWindow's offsets; this call has no such locality")
     checks.check_top_k(top_k)
     checks.check_ties(ties)
+    dropout.check_dropout(dropout_p)
     keep_ties = ties == "keep" and top_k is not None
     if not (locality is None or isinstance(locality, SlidingWindow)):
         kinds = "a SlidingWindow, a GridNeighborhood or a ShiftedWindow"
         raise TypeError(f"locality must be None, {kinds}, got {type(locality).__name__}")
     rows = checks.plain_layouts(q, k, v)
-    left, right, backends = _checked(rows, "qkv", (q, k, v), locality, top_k, keep_ties)
+    left, right, backends = _checked(rows, "qkv", (q, k, v), locality, top_k, keep_ties, seed is not None)
     sigma = checks.positive_per_head("sigma", sigma, q, q.shape[1])
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, sigma, left, right, keep_ties, backends, rows is not None)
+    return Call(q, k, v, sigma, left, right, keep_ties, seed, backends, rows is not None)
 
 
 @checks.once
 def _checked(
-    metas: list[Layout], locality: SlidingWindow | None, top_k: int | None, keep_ties: bool
+    metas: list[Layout], locality: SlidingWindow | None, top_k: int | None, keep_ties: bool, drops: bool
 ) -> tuple[int, int, dispatch.Backends]:
     """left, right, and the backends of these layouts."""
     q, k, v = metas
@@ -157,7 +174,8 @@ def _checked(
         "krause_attention", q.device, head_dim=int(q.shape[3]), selection_words=words, selects=top_k is not None
     )
     ties_reason = 'the CUDA kernels select by ties="index" only' if keep_ties else None
-    cuda_reason = reason or ties_reason or _cuda.krause_reason(q, k, v, left, right)
+    dropout_reason = dropout.CUDA_REASON if drops else None
+    cuda_reason = reason or ties_reason or dropout_reason or _cuda.krause_reason(q, k, v, left, right)
     too_many = functools.partial(_candidates_reason, left, right, k.shape[2], top_k)
     return left, right, dispatch.Backends(cuda_reason, reason, orders, too_many)
 

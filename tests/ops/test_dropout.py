@@ -1,0 +1,259 @@
+"""Dropout of attention weights: what a seed drops, the same in every backend and direction, and where seeds come from."""
+
+import numpy as np
+import pytest
+import samples.affine
+import samples.krause
+import torch
+import triton
+import triton.language as tl
+from harness import DEVICE, DTYPES, Sample, assert_same, leaves, like, of_the_reference, randn, run
+from samples import dropout
+from test_grid import make as make_on_grid
+from torch.utils.checkpoint import checkpoint
+
+import nearfar as nf
+from nearfar.reference.dropout import philox
+from triton_kernels.dropout import keeps, keeps_of
+
+P, SEED = 0.3, -(2**62) + 12345
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+full = pytest.mark.full
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+# From the known answers of Random123, the authors' library: counter, key, words.
+KNOWN = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN)
+def test_words_are_those_of_philox(counter, key, words):
+    assert [int(x) for x in philox([torch.tensor(c) for c in counter], key)] == words
+    assert [int(x) for x in dropout.philox(counter, key)] == words
+
+
+@triton.jit
+def store_masks(seed, first, second, stream, first_row, first_key, drop_below, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    rows, columns = first_row + tl.arange(0, ROWS), tl.arange(0, KEYS)
+    places = tl.arange(0, ROWS)[:, None] * KEYS + columns[None, :]
+    tl.store(first + places, keeps(seed, stream, rows, first_key, drop_below, KEYS).to(tl.int8))
+    tl.store(second + places, keeps_of(seed, stream, rows, first_key + columns, drop_below).to(tl.int8))
+
+
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
+def test_kernels_drop_the_same(seed):
+    expected = dropout.factor(seed, P, 1, 6, 80, 112)[0, 5, 64:80, 48:112] > 0
+    masks = torch.empty(2, 16, 64, dtype=torch.int8, device=DEVICE)
+    store_masks[(1,)](torch.tensor([seed], device=DEVICE), *masks, 5, 64, 48, round(P * 2**31), 16, 64)
+    for mask in masks:
+        assert torch.equal(mask.cpu().bool(), expected)
+
+
+def test_weights_are_dropped_at_the_rate_and_independently():
+    """Of 2^19 weights: five standard deviations of the mean, and of the correlations with the neighbours in each direction."""
+    kept = (dropout.factor(SEED, P, 2, 4, 256, 256) > 0).numpy().astype(np.float64)
+    deviations = (kept - (1 - P)) / np.sqrt(P * (1 - P))
+    bound = 5 / np.sqrt(kept.size)
+    assert abs(deviations.mean()) < bound
+    for axis in range(4):
+        neighbours = np.roll(deviations, 1, axis)
+        assert abs((deviations * neighbours).mean()) < bound
+
+
+# --------------------------------------------------------------------------------------------------------------- Krause
+
+ENDS = torch.tensor([0, 13, 13, 41], dtype=torch.int32, device=DEVICE)
+KRAUSE = {
+    "window": dict(locality=nf.SlidingWindow(19, 2)),
+    "window, top 5": dict(locality=nf.SlidingWindow(19, 4), top_k=5),
+    "every key": dict(locality=None),
+    "packed, top 6": dict(locality=nf.SlidingWindow(30), top_k=6, cu_seqlens=ENDS),
+    "more keys": dict(locality=nf.SlidingWindow(9), keys=53),
+    "grid": dict(locality=nf.GridNeighborhood((5, 6), 2, global_tokens=3)),
+    "grid, top 5": dict(locality=nf.GridNeighborhood((5, 6), 2, global_tokens=3), top_k=5),
+}
+each_krause = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("window, top 5", "grid") else full) for n in KRAUSE]
+)
+
+
+def make(name, dtype):
+    options = dict(KRAUSE[name])
+    if isinstance(options["locality"], nf.GridNeighborhood):
+        return make_on_grid(options["locality"], dtype, options.get("top_k"))
+    keys, heads, width = options.pop("keys", 41), {"q": 2, "k": 1, "v": 1}, {"q": 16, "k": 16, "v": 24}
+    batch = 1 if "cu_seqlens" in options else 2
+    tensors = {
+        x: randn(batch, heads[x], 41 if x == "q" else keys, width[x], dtype=dtype, seed=seed) for seed, x in enumerate("qkv")
+    }
+    return Sample({**tensors, "sigma": torch.tensor([2.5, 3.0], device=DEVICE)}, options)
+
+
+def dropping(sample, **options):
+    return Sample(sample.tensors, {**sample.options, "dropout_p": P, "dropout_seed": SEED, **options})
+
+
+def selected(sample):
+    """Dropout does not touch the selection."""
+    if isinstance(sample.options["locality"], nf.GridNeighborhood) and sample.options["top_k"] is not None:
+        wide = -(-sample.tensors["k"].shape[2] // 8) * 8
+        k = sample.tensors["k"]
+        v = torch.eye(k.shape[2], wide, dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        return nf.krause_attention(**{**sample.tensors, "v": v}, **sample.options, backend="triton")[..., : k.shape[2]] > 0
+    return None if sample.options.get("top_k") is None else samples.krause.kernel_selection(sample)
+
+
+def selected_or_all(sample):
+    found = selected(sample)
+    return samples.krause.best(sample) if found is None else found
+
+
+@each_dtype
+@each_krause
+def test_krause_kernels_are_accurate(name, dtype):
+    sample = make(name, dtype)
+    o, gradients = run(nf.krause_attention, dropping(sample))
+    samples.krause.check(sample, like(o), o, gradients, selected_or_all(sample), factor=dropout.of(sample, SEED, P))
+
+
+@pytest.mark.parametrize("name", KRAUSE)
+def test_the_reference_of_krause_is_the_formula(name):
+    sample = make(name, torch.float32)
+    o, gradients = run(nf.krause_attention, dropping(sample), backend="reference")
+    with of_the_reference():
+        keep = samples.krause.best(sample)
+        samples.krause.check(sample, like(o), o, gradients, keep, factor=dropout.of(sample, SEED, P))
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def small(function=nf.krause_attention):
+    return make("window, top 5", torch.float32)
+
+
+def call(sample, **options):
+    return nf.krause_attention(**sample.tensors, **sample.options, dropout_p=P, **options)
+
+
+def test_seeds_are_numbers_tensors_or_drawn():
+    sample = small()
+    torch.manual_seed(3)
+    first, second = call(sample), call(sample)
+    torch.manual_seed(3)
+    assert torch.equal(call(sample), first) and not torch.equal(first, second)
+    number, vector, scalar = (
+        call(sample, dropout_seed=seed) for seed in (7, torch.tensor([7], device=DEVICE), torch.tensor(7, device=DEVICE))
+    )
+    assert torch.equal(number, vector) and torch.equal(number, scalar)
+    assert not torch.equal(number, call(sample, dropout_seed=8))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=full)])
+def test_checkpoints_drop_the_same_again(backend):
+    sample = small()
+
+    def attend(*tensors):
+        o = call(Sample(dict(zip(sample.tensors, tensors, strict=True)), sample.options), backend=backend)
+        return o + call(Sample(dict(zip(sample.tensors, tensors, strict=True)), sample.options), backend=backend)
+
+    found = []
+    for function in (attend, lambda *tensors: checkpoint(attend, *tensors, use_reentrant=False)):
+        torch.manual_seed(5)
+        tensors = leaves(sample)
+        o = function(*tensors.values())
+        found.append((o.detach(), dict(zip(tensors, torch.autograd.grad(o, list(tensors.values()), like(o)), strict=True))))
+    assert_same(*found)
+
+
+@full
+def test_without_dropout_the_seed_does_not_count():
+    sample = small()
+    plain, seeded = (
+        nf.krause_attention(**sample.tensors, **sample.options, **seed, backend="triton") for seed in ({}, {"dropout_seed": 3})
+    )
+    assert torch.equal(plain, seeded)
+
+
+@full
+@pytest.mark.parametrize("name", ["window, top 5", "grid"])
+def test_compiled_calls(name):
+    sample = dropping(make(name, torch.float32), dropout_seed=torch.tensor([SEED], device=DEVICE))
+    compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
+    for backend in ("triton", "reference"):
+        assert_same(run(nf.krause_attention, sample, backend=backend), run(compiled, sample, backend=backend), backend)
+    drawn = torch.compile(lambda *x: nf.krause_attention(*x, locality=sample.options["locality"], dropout_p=P), backend="aot_eager")
+    assert not torch.equal(drawn(*sample.tensors.values()), drawn(*sample.tensors.values()))
+
+
+@full
+def test_the_torch_operator():
+    sample = small()
+    arguments = list(samples.krause.op_arguments(Sample(leaves(sample), sample.options)))
+    arguments[5], arguments[-1] = torch.tensor([SEED], device=DEVICE), P
+    torch.library.opcheck(torch.ops.nearfar.krause_attention.default, tuple(arguments))
+
+
+def test_the_reference_is_differentiable_twice():
+    sample = make("window", torch.float64)
+    tensors = [x[:, :, :5, :3].double().detach().cpu().requires_grad_() for x in list(sample.tensors.values())[:3]]
+
+    def attend(q, k, v):
+        return nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), dropout_p=P, dropout_seed=SEED, backend="reference")
+
+    torch.autograd.gradcheck(attend, tensors)
+    torch.autograd.gradgradcheck(attend, tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_cuda_says_why_it_does_not_drop():
+    sample = make("window, top 5", torch.float16)
+    assert "the CUDA kernels have no dropout" in nf.explain(
+        nf.krause_attention, **sample.tensors, **sample.options, dropout_p=P, backend="reference"
+    )
+    with pytest.raises(ValueError, match="no dropout"):
+        call(sample, backend="cuda")
+
+
+def test_explaining_draws_nothing():
+    sample = small()
+    torch.manual_seed(3)
+    expected = call(sample, backend="reference")
+    torch.manual_seed(3)
+    nf.explain(nf.krause_attention, **sample.tensors, **sample.options, dropout_p=P)
+    assert torch.equal(call(sample, backend="reference"), expected)
+
+
+BAD = [
+    (dict(dropout_p=1.0), ValueError, "dropout_p must be at least 0 and below 1, got 1.0"),
+    (dict(dropout_p=-0.1), ValueError, "dropout_p must be at least 0"),
+    (dict(dropout_p=float("nan")), ValueError, "dropout_p must be at least 0"),
+    (dict(dropout_p="0.1"), TypeError, "dropout_p must be a number, got str"),
+    (dict(dropout_p=True), TypeError, "dropout_p must be a number, got bool"),
+    (dict(dropout_p=0.1, dropout_seed=1.5), TypeError, "dropout_seed must be an int or an int64 tensor, got float"),
+    (dict(dropout_p=0.1, dropout_seed=2**63), ValueError, "dropout_seed must be a number of 64 bits"),
+    (dict(dropout_p=0.1, dropout_seed=torch.zeros(1)), TypeError, "int64 tensor, got torch.float32"),
+    (dict(dropout_seed=torch.zeros(2, dtype=torch.int64)), ValueError, r"must be one number, got shape \(2,\)"),
+    (
+        dict(dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64, device="meta")),
+        ValueError,
+        "dropout_seed must be on the device of q",
+    ),
+]
+
+
+@pytest.mark.parametrize("options, error, message", BAD)
+def test_bad_input(options, error, message):
+    sample = small()
+    with pytest.raises(error, match=message):
+        nf.krause_attention(**sample.tensors, **sample.options, **options)
