@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 from harness import DEVICE, DTYPES, Sample, assert_same, leaves, like, of_the_reference, randn, run
+from nearfar.triton_kernels.dropout import keeps, keeps_of
 from samples import dropout
+from samples.grid import mask
 from test_grid import make as make_on_grid
 from torch.utils.checkpoint import checkpoint
 
 import nearfar as nf
 from nearfar.reference.dropout import philox
-from triton_kernels.dropout import keeps, keeps_of
 
 P, SEED = 0.3, -(2**62) + 12345
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,8 +54,8 @@ def test_kernels_drop_the_same(seed):
     expected = dropout.factor(seed, P, 1, 6, 80, 112)[0, 5, 64:80, 48:112] > 0
     masks = torch.empty(2, 16, 64, dtype=torch.int8, device=DEVICE)
     store_masks[(1,)](torch.tensor([seed], device=DEVICE), *masks, 5, 64, 48, round(P * 2**31), 16, 64)
-    for mask in masks:
-        assert torch.equal(mask.cpu().bool(), expected)
+    for found in masks:
+        assert torch.equal(found.cpu().bool(), expected)
 
 
 def test_weights_are_dropped_at_the_rate_and_independently():
@@ -133,10 +134,70 @@ def test_the_reference_of_krause_is_the_formula(name):
         samples.krause.check(sample, like(o), o, gradients, keep, factor=dropout.of(sample, SEED, P))
 
 
+# --------------------------------------------------------------------------------------------------- affine and softmax
+
+AFFINE = {
+    "affine": dict(causal=True, sink=True),
+    "affine, window": dict(window_size=(12, 3), more_keys=9),
+    "affine, packed": dict(causal=True, packed=True),
+    "softmax": dict(more_keys=9),
+    "softmax, sink": dict(causal=True, sink=True),
+}
+
+
+def make_affine(name, dtype):
+    options = dict(AFFINE[name])
+    packed, sink, keys = options.pop("packed", False), options.pop("sink", False), 41 + options.pop("more_keys", 0)
+    if packed:
+        options["cu_seqlens"] = ENDS
+    shapes = {"q": (1, 2, 41, 16), "k": (1, 1, keys, 16), "v": (1, 1, keys, 16)}
+    tensors = {x: randn(*shape, dtype=dtype, seed=seed) for seed, (x, shape) in enumerate(shapes.items())}
+    if name.startswith("affine"):
+        tensors |= samples.affine.random_rows((1, 2, 41))
+    if sink:
+        tensors["sink"] = randn(2, seed=6)
+    return Sample(tensors, options)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "affine" else full) for n in AFFINE])
+def test_affine_kernels_are_accurate(name, dtype):
+    sample = make_affine(name, dtype)
+    o, gradients = run(samples.affine.attention(sample), dropping(sample))
+    samples.affine.check(sample, like(o), o, gradients, factor=dropout.of(sample, SEED, P))
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_the_reference_of_affine_is_the_formula(name):
+    sample = make_affine(name, torch.float32)
+    o, gradients = run(samples.affine.attention(sample), dropping(sample), backend="reference")
+    with of_the_reference():
+        samples.affine.check(sample, like(o), o, gradients, factor=dropout.of(sample, SEED, P))
+
+
+def test_the_reference_of_softmax_on_a_grid_is_the_formula():
+    locality = nf.ShiftedWindow((6, 8), 2, 1)
+    q, k, v, _ = make_on_grid(locality).tensors.values()
+    sample = Sample({"q": q, "k": k, "v": v}, {})
+    o = nf.softmax_attention(q, k, v, locality=locality, dropout_p=P, dropout_seed=SEED, backend="reference")
+    expected = samples.affine.dense(
+        mask(locality).to(q.device), 0.25, *(x.double() for x in (q, k, v)), factor=dropout.of(sample, SEED, P)
+    )
+    torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@full
+def test_the_torch_operator_of_affine():
+    sample = make_affine("affine", torch.float32)
+    arguments = list(samples.affine.op_arguments(Sample(leaves(sample), sample.options)))
+    arguments[7], arguments[-1] = torch.tensor([SEED], device=DEVICE), P
+    torch.library.opcheck(torch.ops.nearfar.affine_attention.default, tuple(arguments))
+
+
 # ---------------------------------------------------------------------------------------------------------------- seeds
 
 
-def small(function=nf.krause_attention):
+def small():
     return make("window, top 5", torch.float32)
 
 
@@ -190,8 +251,8 @@ def test_compiled_calls(name):
     compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
     for backend in ("triton", "reference"):
         assert_same(run(nf.krause_attention, sample, backend=backend), run(compiled, sample, backend=backend), backend)
-    drawn = torch.compile(lambda *x: nf.krause_attention(*x, locality=sample.options["locality"], dropout_p=P), backend="aot_eager")
-    assert not torch.equal(drawn(*sample.tensors.values()), drawn(*sample.tensors.values()))
+    drawn = {**sample.options, "dropout_seed": None}
+    assert not torch.equal(compiled(**sample.tensors, **drawn), compiled(**sample.tensors, **drawn))
 
 
 @full
@@ -223,6 +284,9 @@ def test_cuda_says_why_it_does_not_drop():
     )
     with pytest.raises(ValueError, match="no dropout"):
         call(sample, backend="cuda")
+    q, k, v, _ = sample.tensors.values()
+    with pytest.raises(ValueError, match="no dropout"):
+        nf.softmax_attention(q, k, v, dropout_p=P, backend="cuda")
 
 
 def test_explaining_draws_nothing():
@@ -257,3 +321,6 @@ def test_bad_input(options, error, message):
     sample = small()
     with pytest.raises(error, match=message):
         nf.krause_attention(**sample.tensors, **sample.options, **options)
+    q, k, v, _ = sample.tensors.values()
+    with pytest.raises(error, match=message):
+        nf.softmax_attention(q, k, v, **options)

@@ -56,10 +56,11 @@ def krause_attention(
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
 
-    Source: arXiv 2602.11534. The selection of keys is a constant in the backward, as in the authors' code. Query heads share key heads when Hq is a multiple of Hkv (grouped-query attention). With more
-    keys than queries, the queries are the last N positions. A query that sees no key returns zeros. Under autocast q, k and v
-    are cast to the autocast dtype, as in scaled_dot_product_attention. Keys that a query cannot see change no bit of its row,
-    as long as they and their products are finite in float32.
+    Source: arXiv 2602.11534. The selection of keys is a constant in the backward, as in the authors' code. Query heads share
+    key heads when Hq is a multiple of Hkv (grouped-query attention). With more keys than queries, the queries are the last N
+    positions. A query that sees no key returns zeros. Under autocast q, k and v are cast to the autocast dtype, as in
+    scaled_dot_product_attention. Keys that a query cannot see change no bit of its row, as long as they and their products are
+    finite in float32.
 
     Args:
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.

@@ -115,7 +115,7 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, keep_ties=False, bias
     return attend_by_rows(attend, locality, shared, *tensors).flatten(1, 2).to(q.dtype)
 
 
-def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
+def affine_attention(q, k, v, alpha, beta, sink, locality, scale, seed=None, dropout_p=0.0):
     """Reference of `nearfar.affine_attention` on a grid, and with alpha and beta None of `nearfar.softmax_attention`.
 
     Args:
@@ -123,6 +123,7 @@ def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
         alpha: (B, Hq, N), None for 1. beta: (B, Hq, N), None for 0.
         sink: (Hq,) logits in the denominator, None for none.
         locality: a GridNeighborhood or a ShiftedWindow of N tokens.
+        seed, dropout_p: of the softmax weights, see nearfar.reference.dropout; None for no dropout.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32.
@@ -133,7 +134,8 @@ def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
     def attend(rows, *arguments):
         *sinks, q_rows, k_seen, v_seen = arguments
         visible = rows.visible(q.device)
-        u = group_product(sink_softmax(group_product(q_rows, k_seen.mT), visible, *sinks), v_seen)
+        weights = sink_softmax(group_product(q_rows, k_seen.mT), visible, *sinks)
+        u = group_product(rows.dropped(weights, seed, dropout_p), v_seen)
         sums = (visible.to(v_seen.dtype) @ v_seen)[:, :, None].expand_as(u)
         return torch.cat((u, sums), -1)
 
