@@ -71,18 +71,19 @@ def test_weights_are_dropped_at_the_rate_and_independently():
 
 # --------------------------------------------------------------------------------------------------------------- Krause
 
-ENDS = torch.tensor([0, 13, 13, 41], dtype=torch.int32, device=DEVICE)
+N = 24
+ENDS = torch.tensor([0, 7, 7, N], dtype=torch.int32, device=DEVICE)
 KRAUSE = {
-    "window": dict(locality=nf.SlidingWindow(19, 2)),
-    "window, top 5": dict(locality=nf.SlidingWindow(19, 4), top_k=5),
+    "window": dict(locality=nf.SlidingWindow(9, 2), batch=2),
+    "window, top 5": dict(locality=nf.SlidingWindow(9, 4), top_k=5),
     "every key": dict(locality=None),
-    "packed, top 6": dict(locality=nf.SlidingWindow(30), top_k=6, cu_seqlens=ENDS),
-    "more keys": dict(locality=nf.SlidingWindow(9), keys=53),
-    "grid": dict(locality=nf.GridNeighborhood((5, 6), 2, global_tokens=3)),
-    "grid, top 5": dict(locality=nf.GridNeighborhood((5, 6), 2, global_tokens=3), top_k=5),
+    "packed, top 6": dict(locality=nf.SlidingWindow(15), top_k=6, cu_seqlens=ENDS),
+    "more keys": dict(locality=nf.SlidingWindow(9), keys=33),
+    "grid": dict(locality=nf.GridNeighborhood((4, 5), 1, global_tokens=2)),
+    "grid, top 5": dict(locality=nf.GridNeighborhood((4, 5), 1, global_tokens=2), top_k=5),
 }
 each_krause = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("window, top 5", "grid") else full) for n in KRAUSE]
+    "name", [pytest.param(n, marks=() if n in ("window", "grid") else full) for n in KRAUSE]
 )
 
 
@@ -90,11 +91,9 @@ def make(name, dtype):
     options = dict(KRAUSE[name])
     if isinstance(options["locality"], nf.GridNeighborhood):
         return make_on_grid(options["locality"], dtype, options.get("top_k"))
-    keys, heads, width = options.pop("keys", 41), {"q": 2, "k": 1, "v": 1}, {"q": 16, "k": 16, "v": 24}
-    batch = 1 if "cu_seqlens" in options else 2
-    tensors = {
-        x: randn(batch, heads[x], 41 if x == "q" else keys, width[x], dtype=dtype, seed=seed) for seed, x in enumerate("qkv")
-    }
+    batch, keys = options.pop("batch", 1), options.pop("keys", N)
+    shapes = {"q": (batch, 2, N, 16), "k": (batch, 1, keys, 16), "v": (batch, 1, keys, 24)}
+    tensors = {x: randn(*shape, dtype=dtype, seed=seed) for seed, (x, shape) in enumerate(shapes.items())}
     return Sample({**tensors, "sigma": torch.tensor([2.5, 3.0], device=DEVICE)}, options)
 
 
@@ -147,13 +146,13 @@ AFFINE = {
 
 def make_affine(name, dtype):
     options = dict(AFFINE[name])
-    packed, sink, keys = options.pop("packed", False), options.pop("sink", False), 41 + options.pop("more_keys", 0)
+    packed, sink, keys = options.pop("packed", False), options.pop("sink", False), N + options.pop("more_keys", 0)
     if packed:
         options["cu_seqlens"] = ENDS
-    shapes = {"q": (1, 2, 41, 16), "k": (1, 1, keys, 16), "v": (1, 1, keys, 16)}
+    shapes = {"q": (1, 2, N, 16), "k": (1, 1, keys, 16), "v": (1, 1, keys, 16)}
     tensors = {x: randn(*shape, dtype=dtype, seed=seed) for seed, (x, shape) in enumerate(shapes.items())}
     if name.startswith("affine"):
-        tensors |= samples.affine.random_rows((1, 2, 41))
+        tensors |= samples.affine.random_rows((1, 2, N))
     if sink:
         tensors["sink"] = randn(2, seed=6)
     return Sample(tensors, options)

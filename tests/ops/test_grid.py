@@ -380,7 +380,8 @@ def test_bad_input():
 
 
 UNSERVED = {
-    "no kernel serves a ShiftedWindow yet": (S((2, 4), 2), None),
+    "top_k in a ShiftedWindow; its kernels do not select yet": (S((2, 4), 2), 3),
+    "windows of 1056 cells; kernels take at most 1024": (S((32, 33), (32, 33)), None),
     "17 global tokens; kernels take at most 16": (G((2, 4), 2, global_tokens=17), None),
     "top_k with a radius of 16 along the last axis": (G((2, 40), (1, 16)), 3),
     "top_k with both global tokens and a dilation": (G((2, 4), 1, global_tokens=1, dilation=2), 3),

@@ -196,7 +196,8 @@ def evaluate(formula, sample, do, dtype, factor=1):
     """(o, gradients by name) of `dense` or `plain` in this dtype."""
     inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype)).requires_grad_()
               for n, t in sample.tensors.items()}
-    o = formula(visible(sample), score_factor(sample.options, inputs["q"]), **inputs, factor=torch.as_tensor(factor, dtype=dtype))
+    scale, factor = score_factor(sample.options, inputs["q"]), torch.as_tensor(factor, dtype=dtype)
+    o = formula(visible(sample), scale, **inputs, factor=factor)
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 
 

@@ -107,16 +107,16 @@ def weights(score, keep):
     return weight / torch.where(total == 0, 1, total)
 
 
-def dense(q, k, v, sigma, keep, factor=1):
-    """factor: of each weight, where some are dropped."""
-    return (weights(scores(q, k, sigma), keep) * factor) @ to_query_heads(q, v)
+def dense(q, k, v, sigma, keep, factor=1, bias=0):
+    """factor: of each weight, where some are dropped. bias: of each score."""
+    return (weights(scores(q, k, sigma) + bias, keep) * factor) @ to_query_heads(q, v)
 
 
-def plain(q, k, v, sigma, keep, factor=1):
+def plain(q, k, v, sigma, keep, factor=1, bias=0):
     """The formula that the kernels use, |q|^2 cancelled, by plain torch operations in the dtype of q."""
     k = to_query_heads(q, k)
     scale = by_head(sigma, q.shape[1]).square().reciprocal().to(q.dtype)
-    score = (q @ k.mT - k.square().sum(-1)[:, :, None] / 2) * scale
+    score = (q @ k.mT - k.square().sum(-1)[:, :, None] / 2) * scale + bias
     empty = ~keep.any(-1, keepdim=True)
     weight = score.masked_fill(~(keep | empty), float("-inf")).softmax(-1).masked_fill(empty, 0)
     return (weight * factor) @ to_query_heads(q, v)
@@ -125,9 +125,9 @@ def plain(q, k, v, sigma, keep, factor=1):
 def stored(dtype):
     """The formula as 16-bit kernels compute gradients: with delta = dO . o of the rounded o, P and dS rounded."""
 
-    def formula(q, k, v, sigma, keep, factor=1):
+    def formula(q, k, v, sigma, keep, factor=1, bias=0):
         distances = with_gradient_in(squared_distances(q, k), dtype)
-        score = -distances / (2 * by_head(sigma, q.shape[1]).square())
+        score = -distances / (2 * by_head(sigma, q.shape[1]).square()) + bias
         score = score.masked_fill(~keep, float("-inf"))
         level = score.detach().logsumexp(-1, keepdim=True)
         weight = (score - level.masked_fill(level == float("-inf"), 0)).exp()
@@ -221,24 +221,26 @@ def assert_optimal(sample, selected):
     assert (kept >= left_out).all(), "a key was kept before one that is nearer by more than rounding"
 
 
-def scales(q, k, v, sigma, keep, do, factor=1):
+def scales(q, k, v, sigma, keep, do, factor=1, bias=None):
     """Outputs and gradients with every term by its absolute value: what their roundings are relative to."""
     sigma_by_head, heads, batch = by_head(sigma, q.shape[1]), q.shape[1], q.shape[0]
     keys, values = to_query_heads(q, k), to_query_heads(q, v)
-    weight = weights(scores(q, k, sigma), keep)
+    shift = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+    weight = weights(scores(q, k, sigma) + shift, keep)
     o = (weight * factor) @ values.abs()
     dp = do.abs() @ values.abs().mT * factor
     ds = weight * (dp + (weight * dp).sum(-1, keepdim=True))
     to_keys = ds / sigma_by_head.square()
     log_weight = torch.where(weight > 0, weight, 1).log()
     # A weight of 1 has log 0, but the score that says so is rounded: without that term one key in reach would allow nothing.
-    log_scale = log_weight.abs() + score_rounding(q, keys, sigma)
+    log_scale = log_weight.abs() + shift.abs() + score_rounding(q, keys, sigma)
     per_head = 2 * (ds * log_scale).sum((0, 2, 3)) / sigma.reshape(-1)
 
     def group_sum(x):
         return x.reshape(batch, k.shape[1], heads // k.shape[1], *x.shape[2:]).sum(2)
 
     return o, {
+        "pairs": ds,
         "q": to_keys @ keys.abs(),
         "k": group_sum(to_keys.mT @ q.abs() + to_keys.sum(2)[..., None] * keys.abs()),
         "v": group_sum((weight * factor).mT @ do.abs()),
@@ -248,7 +250,7 @@ def scales(q, k, v, sigma, keep, do, factor=1):
 
 def evaluate(formula, sample, selected, do, dtype, factor=1):
     """(o, gradients by name) of `dense` or `plain` with this selection, in this dtype."""
-    inputs = {n: t.detach().to(accumulation(dtype) if n == "sigma" else dtype, copy=True).requires_grad_()
+    inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype), copy=True).requires_grad_()
               for n, t in sample.tensors.items()}
     o = formula(*inputs.values(), selected, torch.as_tensor(factor, dtype=dtype))
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))

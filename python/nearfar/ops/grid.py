@@ -1,11 +1,13 @@
 """Krause attention on grids: the checks and the dispatch that `nearfar.krause_attention` makes there."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from nearfar import tiling
 from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
+from nearfar.kernels.krause_window import krause_window
 from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
 from nearfar.reference.grid import krause_attention as reference_krause_attention
 from nearfar.runtime import checks, dispatch, dropout, plans
@@ -13,6 +15,7 @@ from nearfar.runtime.dispatch import Backend, Ties
 from nearfar.runtime.opaque import opaque
 from nearfar.runtime.private import constant_while_traced
 
+MAX_WINDOW = 1024  # cells of a window, of whose pairs the gradient of a table keeps sums
 CUDA_REASON = "the CUDA kernels take windows, not grids"
 
 
@@ -69,20 +72,26 @@ def krause_attention(
     backend: Backend,
 ) -> torch.Tensor:
     """`nearfar.krause_attention` on a grid."""
+    windows = isinstance(locality, ShiftedWindow)
+    operator = krause_window if windows else krause_grid
     repeats = None
-    if cu_seqlens is None and bias is None:  # else no kernel serves the call
-        repeats = plans.repeats(krause_grid, locality, top_k, ties, dropout_p, backend)
+    if cu_seqlens is None and (windows or bias is None):  # else the call is refused
+        repeats = plans.repeats(operator, locality, top_k, ties, dropout_p, bias is None, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
-        seeds = () if seed is None else (seed,)
-        if plan := repeats.find(q, k, v, sigma, *seeds):
-            return plan(q, k, v, sigma, seed)
+        tensors = (q, k, v, sigma, bias, seed) if windows else (q, k, v, sigma, seed)
+        if plan := repeats.find(*[x for x in tensors if x is not None]):
+            return plan(*tensors)
     call = prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
     q, k, v, sigma, bias, keep_ties, seed, backends, plain = call
     dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, q)
     if forward == "reference":
         return _reference(q, k, v, sigma, bias, seed, encoded(locality), top_k, keep_ties, dropout_p)
+    if windows:
+        return krause_window(
+            repeats, plain, (q, k, v, sigma, bias, seed), encoded(locality), dropout_p, forward, backward
+        )
     tensors = q, k, v, sigma, seed
     return krause_grid(repeats, plain, tensors, encoded(locality), top_k, keep_ties, dropout_p, forward, backward)
 
@@ -132,14 +141,17 @@ def _checked_bias(bias: torch.Tensor | None, locality: Grid, q: torch.Tensor) ->
         )
     if meta.device != q.device:
         raise ValueError(f"bias must be on the device of q, {q.device}, got {meta.device}")
-    return bias
+    return checks.in_dtype(bias, torch.float64 if q.dtype == torch.float64 else torch.float32).resolve_neg()
 
 
 @constant_while_traced
 def _reason(locality: Grid, selects: bool) -> str | None:
     """Why no kernel serves a locality, or None."""
     if isinstance(locality, ShiftedWindow):
-        return "no kernel serves a ShiftedWindow yet"
+        cells = math.prod(locality.windows)
+        if cells > MAX_WINDOW:
+            return f"windows of {cells} cells; kernels take at most {MAX_WINDOW}"
+        return "top_k in a ShiftedWindow; its kernels do not select yet" if selects else None
     return tiling.reason(locality, selects)
 
 
