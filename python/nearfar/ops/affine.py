@@ -191,7 +191,7 @@ def prepare_affine_attention(
     dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of affine_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, dropout_seed or 0, q)  # one that is drawn would change what comes after
+    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
     return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
 
 
@@ -210,7 +210,7 @@ def prepare_softmax_attention(
     dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, dropout_seed or 0, q)
+    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)
     return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
 
 

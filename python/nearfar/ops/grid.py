@@ -79,21 +79,19 @@ def krause_attention(
         repeats = plans.repeats(operator, locality, top_k, ties, dropout_p, bias is None, backend)
     if repeats:
         sigma = checks.parameter(sigma, q)
-        tensors = (q, k, v, sigma, bias, seed) if windows else (q, k, v, sigma, seed)
-        if plan := repeats.find(*[x for x in tensors if x is not None]):
-            return plan(*tensors)
+        given = (q, k, v, sigma, *([bias] if windows else []), seed)
+        if plan := repeats.find(*[x for x in given if x is not None]):
+            return plan(*given)
     call = prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
     q, k, v, sigma, bias, keep_ties, seed, backends, plain = call
     dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, q)
     if forward == "reference":
         return _reference(q, k, v, sigma, bias, seed, encoded(locality), top_k, keep_ties, dropout_p)
+    text = encoded(locality)
     if windows:
-        return krause_window(
-            repeats, plain, (q, k, v, sigma, bias, seed), encoded(locality), dropout_p, forward, backward
-        )
-    tensors = q, k, v, sigma, seed
-    return krause_grid(repeats, plain, tensors, encoded(locality), top_k, keep_ties, dropout_p, forward, backward)
+        return krause_window(repeats, plain, (q, k, v, sigma, bias, seed), text, dropout_p, forward, backward)
+    return krause_grid(repeats, plain, (q, k, v, sigma, seed), text, top_k, keep_ties, dropout_p, forward, backward)
 
 
 def prepare(

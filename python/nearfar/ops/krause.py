@@ -125,7 +125,7 @@ def prepare(
     dropout_seed: int | torch.Tensor | None = None,
 ) -> Call | grid.Call:
     """Check the arguments of krause_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, dropout_seed or 0, q)  # one that is drawn would change what comes after
+    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
     return _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
