@@ -128,7 +128,7 @@ def only_seen(weight, sees, tile):
 @triton.jit
 def attend_tiles(
     highest, norm, acc, bias, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    seed, stream, rows, drop_below, keep_scale,
+    seed, batch_head, rows, drop_below, keep_scale,
     NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -165,7 +165,7 @@ def attend_tiles(
         decay = exp2(highest - shift)
         norm = norm * decay + tl.sum(weight, 1)
         if seed is not None:
-            weight = drop(weight, keeps(seed, stream, rows, first, drop_below, BLOCK_N), keep_scale)
+            weight = drop(weight, keeps(seed, batch_head, rows, first, drop_below, BLOCK_N), keep_scale)
         if EDGES and PACKED:
             weight, v_tile = only_seen(weight, sees, v_tile)
         acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
@@ -241,7 +241,7 @@ def attend(
 @triton.jit
 def grad_queries_tiles(
     acc, dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
-    seed, stream, rows, drop_below, keep_scale,
+    seed, batch_head, rows, drop_below, keep_scale,
     SHIFTED: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -263,7 +263,7 @@ def grad_queries_tiles(
             if SHIFTED:
                 dbeta += tl.sum(tl.where(sees, dp, 0.0), 1)
         if seed is not None:
-            dp = drop(dp, keeps(seed, stream, rows, first, drop_below, BLOCK_N), keep_scale)
+            dp = drop(dp, keeps(seed, batch_head, rows, first, drop_below, BLOCK_N), keep_scale)
         if EXACT:
             share = weight * dp
             if EDGES:
@@ -335,7 +335,7 @@ def grad_queries(
 @triton.jit
 def grad_keys_tiles(
     dk_tile, dv_tile, of_all, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin,
-    end, factor, seed, stream, first_key, drop_below, keep_scale,
+    end, factor, seed, batch_head, first_key, drop_below, keep_scale,
     PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -363,7 +363,7 @@ def grad_keys_tiles(
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
         dv_weight = weight
         if seed is not None:
-            kept = tl.trans(keeps(seed, stream, rows, first_key, drop_below, k_tile.shape[0]))
+            kept = tl.trans(keeps(seed, batch_head, rows, first_key, drop_below, k_tile.shape[0]))
             dp, dv_weight = drop(dp, kept, keep_scale), drop(weight, kept, keep_scale)
         if alpha is not None:  # a factor of dp and m, not of the weights, makes one fused multiply-add of each of two lines
             row_alpha = load_numbers(alpha, rows, num_queries, EDGES)

@@ -42,11 +42,11 @@ def test_words_are_those_of_philox(counter, key, words):
 
 
 @triton.jit
-def store_masks(seed, first, second, stream, first_row, first_key, drop_below, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def store_masks(seed, first, second, batch_head, first_row, first_key, drop_below, ROWS: tl.constexpr, KEYS: tl.constexpr):
     rows, columns = first_row + tl.arange(0, ROWS), tl.arange(0, KEYS)
     places = tl.arange(0, ROWS)[:, None] * KEYS + columns[None, :]
-    tl.store(first + places, keeps(seed, stream, rows, first_key, drop_below, KEYS).to(tl.int8))
-    tl.store(second + places, keeps_of(seed, stream, rows, first_key + columns, drop_below).to(tl.int8))
+    tl.store(first + places, keeps(seed, batch_head, rows, first_key, drop_below, KEYS).to(tl.int8))
+    tl.store(second + places, keeps_of(seed, batch_head, rows, first_key + columns, drop_below).to(tl.int8))
 
 
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])

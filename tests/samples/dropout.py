@@ -18,8 +18,8 @@ def philox(counter, key):
 
 def factor(seed, p, batch, heads, num_queries, num_keys):
     """(B, Hq, N, M) float64: 0 for the weights that are dropped, 1 / (1 - p) for the others."""
-    stream, query, key = np.ogrid[: batch * heads, :num_queries, :num_keys]
-    words = philox((query, key // 4, stream, 0), (seed % 2**32, (seed >> 32) % 2**32))
+    batch_head, query, key = np.ogrid[: batch * heads, :num_queries, :num_keys]
+    words = philox((query, key // 4, batch_head, 0), (seed % 2**32, (seed >> 32) % 2**32))
     word = np.choose(key % 4, words)
     kept = (word >> np.uint64(1)) >= round(p * 2**31)
     return torch.from_numpy(kept / (1 - p)).reshape(batch, heads, num_queries, num_keys)

@@ -284,7 +284,7 @@ def _prepare(
 
 @checks.once
 def _checked(
-    metas: list[Layout], left: int, scale: float | None, packed: bool, drops: bool
+    metas: list[Layout], left: int, scale: float | None, packed: bool, drops: bool = False
 ) -> tuple[float, dispatch.Backends]:
     """The scale and the backends of these layouts."""
     q, k, v = metas

@@ -163,7 +163,7 @@ def _prepare(
 
 @checks.once
 def _checked(
-    metas: list[Layout], locality: SlidingWindow | None, top_k: int | None, keep_ties: bool, drops: bool
+    metas: list[Layout], locality: SlidingWindow | None, top_k: int | None, keep_ties: bool = False, drops: bool = False
 ) -> tuple[int, int, dispatch.Backends]:
     """left, right, and the backends of these layouts."""
     q, k, v = metas

@@ -44,12 +44,12 @@ def dropped(weights, seed, dropout_p, queries, *keys):
     if seed is None:
         return weights
     device = weights.device
-    stream = torch.arange(weights.shape[:3].numel(), device=device).reshape(*weights.shape[:3], 1, 1)
+    batch_head = torch.arange(weights.shape[:3].numel(), device=device).reshape(*weights.shape[:3], 1, 1)
     query, key = torch.arange(*queries, device=device)[:, None], (seed & LOW, (seed >> 32) & LOW)
     words = []
     for first, last in keys:
         group = torch.arange(first // 4, -(-last // 4), device=device)
-        full = torch.broadcast_tensors(*philox((query, group, stream, torch.zeros_like(group)), key))
+        full = torch.broadcast_tensors(*philox((query, group, batch_head, torch.zeros_like(group)), key))
         words.append(torch.stack(full, -1).flatten(-2)[..., first % 4 : first % 4 + last - first])
     below = (torch.cat(words, -1) >> (32 - dropout.WORD_BITS)) < dropout.threshold(dropout_p)
     return weights.masked_fill(below, 0.0) * dropout.keep_scale(dropout_p)
