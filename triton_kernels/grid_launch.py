@@ -58,7 +58,7 @@ def plan_attend(pair, call, geometry, o_strides, selects, dropout_p):
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count,
         *described(geometry, tiles), *dropout_scalars(dropout_p), pair.scale, pair.score, call.precision,
         *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.attend, count * batch * heads, scalars, parameters)
 
 
@@ -70,7 +70,7 @@ def plan_attend_resident(pair, call, geometry, o_strides, top_k, keep_ties, drop
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count, first,
         *described(geometry, tiles), top_k, *dropout_scalars(dropout_p), pair.scale, pair.score, call.precision,
         steps, MAX_GLOBALS if geometry.num_globals else 0, keep_ties, *sizes(call, tiles),
-    )  # fmt: skip
+    )
     return Launch(grid.attend_resident, count * batch * heads, scalars, LaunchParameters(None, None, 4, 1))
 
 

@@ -72,7 +72,7 @@ def attend(
     shape, sizes, before, counts, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     window, layout = tile // tiles_of_window, (shape, sizes, before, counts)
@@ -104,7 +104,7 @@ def grad_queries(
     num_tokens, num_heads, group, num_tiles, tiles_of_window, shape, sizes, before, counts, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
     k, v = at(k, k_strides, batch, head // group), at(v, v_strides, batch, head // group)
     window, layout = tile // tiles_of_window, (shape, sizes, before, counts)
@@ -146,7 +146,7 @@ def grad_queries(
     write_grad_queries(
         k, dq, delta, dlog_scale, k_strides, dq_strides, batch, head, num_heads, rows, num_tokens, num_tokens,
         acc, scale * rounded_total, nearest, row_delta, sums, GRAD, D, BLOCK_D,
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def grad_keys(
     num_tokens, num_heads, group, num_tiles, tiles_of_window, shape, sizes, before, counts, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     tile, kv_head, batch = program_coordinates(num_tiles, num_heads // group)
     window, layout = tile // tiles_of_window, (shape, sizes, before, counts)
     keys, real_keys, key_codes = cells_of(window, tile % tiles_of_window * BLOCK_N + tl.arange(0, BLOCK_N), layout)
@@ -211,7 +211,7 @@ def sum_pairs(
     drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
+):
     """sums (parts, Hq, places, places): of dS of the queries and keys at these places, over every num_parts-th window."""
     tile, head, part = program_coordinates(row_tiles * column_tiles, num_heads)
     layout = (shape, sizes, before, counts)
@@ -250,7 +250,7 @@ def sum_pairs(
 @triton.jit
 def grad_table(
     sums, dtable, num_heads, num_parts, num_blocks, sizes, ENTRIES: tl.constexpr, PLACES: tl.constexpr
-):  # fmt: skip
+):
     """A program for ENTRIES entries of a head; PLACES: a power of two that holds those of a window."""
     head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     entry, query = block * ENTRIES + tl.arange(0, ENTRIES), tl.arange(0, PLACES)

@@ -69,7 +69,7 @@ def plan_attend(pair, call, windows, o_strides, dropout_p):
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *described(call, windows, tiles),
         *dropout_scalars(dropout_p), pair.scale, pair.score, call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(window.attend, tiles[0] * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -81,7 +81,7 @@ def plan_grad_queries(pair, call, windows, o_strides, do_strides, dq_strides, dr
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
         *described(call, windows, tiles), *dropout_scalars(dropout_p), pair.scale, pair.score, pair.grad, call.precision,
         *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(window.grad_queries, tiles[0] * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
@@ -93,7 +93,7 @@ def plan_grad_keys(pair, call, windows, do_strides, dk_strides, dv_strides, drop
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
         *described(call, windows, tiles), *dropout_scalars(dropout_p), pair.scale, pair.score, pair.grad, call.precision,
         *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(window.grad_keys, tiles[0] * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 
 
@@ -108,7 +108,7 @@ def plan_sum_pairs(pair, call, windows, do_strides, dropout_p):
         call.q_strides, call.k_strides, call.v_strides, do_strides, call.parameter_stride,
         *described(call, windows, (batch, parts, rows, columns)), *dropout_scalars(dropout_p), pair.scale, pair.score,
         call.precision, *call.sizes(parameters),
-    )  # fmt: skip
+    )
     return Launch(window.sum_pairs, rows * columns * heads * parts, scalars, parameters), parts
 
 
@@ -128,7 +128,7 @@ def forward_launches(pair, q, k, v, parameter, table, seed, locality, dropout_p,
 
 def backward_launches(
     pair, q, k, v, parameter, table, seed, locality, dropout_p, o, lse, do, dq, dk, dv, dparameter, dtable
-):  # fmt: skip
+):
     """(launch, tensors) pairs that fill the gradients of q, k, v, parameter and table."""
     call, windows = signature(q, k, v, parameter, False, -1, -1), windows_of(locality)
     count, _ = tiles_of(windows, tiled(call, windows, "grad_queries").block_m)

@@ -50,7 +50,7 @@ class KrauseTriton(Backend):
     def forward(
         self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None, keep_ties: bool, dropout_p: float
     ) -> Program:
-        """One more pass over k, for its squares, was measured to pay for wide heads and windows (docs/notes/krause.md)."""
+        """For wide heads and windows, an extra pass over k for its squares was measured to be faster (docs/notes/krause.md)."""
         q, k, v, sigma, cu_seqlens, seed = tensors
         token_bounds, launches = _bounds(cu_seqlens, k)
         bits, k_squares = outputs[2], None
@@ -64,7 +64,7 @@ class KrauseTriton(Backend):
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, _top_k: int | None,
         _keep_ties: bool, dropout_p: float,
-    ) -> Program:  # fmt: skip
+    ) -> Program:
         *inputs, cu_seqlens, seed = tensors
         token_bounds, launches = _bounds(cu_seqlens, inputs[1])
         given = *inputs, token_bounds, seed, left, right, dropout_p, *saved, *gradients, *results[:4]

@@ -52,7 +52,7 @@ class KrauseGridTriton(Backend):
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, _top_k: int | None, _keep_ties: bool,
         dropout_p: float,
-    ) -> Program:  # fmt: skip
+    ) -> Program:
         given = *tensors, neighborhood(locality), dropout_p, *saved, *gradients, *results[:4]
         launches = _launchers().backward_launches(_pair().PAIR, *given)
         return Program((*gradients, *tensors, *saved), results, launches)

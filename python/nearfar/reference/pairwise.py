@@ -137,7 +137,7 @@ def top_k_mask(scores, top_k, keep_ties=False):
     """Mask of the top_k largest scores along the last dimension; equal scores go to the smaller index.
 
     keep_ties: of all scores that are not below the top_k-th, which are more than top_k where equal ones straddle the cut.
-    Masked candidates hold -inf and are never selected. NaN counts as largest: it has to show in what is made of the selection.
+    Masked candidates are -inf and are never selected. NaN counts as the largest score, so that it reaches the output.
     """
     scores = scores.masked_fill(scores.isnan(), float("inf"))
     allowed = scores > float("-inf")
