@@ -262,9 +262,10 @@ def test_the_torch_operator():
     torch.library.opcheck(torch.ops.nearfar.krause_attention.default, tuple(arguments))
 
 
+@full
 def test_the_reference_is_differentiable_twice():
     sample = make("window", torch.float64)
-    tensors = [x[:, :, :5, :3].double().detach().cpu().requires_grad_() for x in list(sample.tensors.values())[:3]]
+    tensors = [x[:, :, :4, :2].double().detach().cpu().requires_grad_() for x in list(sample.tensors.values())[:3]]
 
     def attend(q, k, v):
         return nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), dropout_p=P, dropout_seed=SEED, backend="reference")
