@@ -217,7 +217,7 @@ def select(
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
     candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING, KEEP_TIES)
-    chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
+    chosen = (candidates[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
     for slot in range(NUM_SLOTS):

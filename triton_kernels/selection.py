@@ -116,5 +116,5 @@ def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr, KEEP_TIE
         tied_row = above_low > k
         if tl.max(tied_row.to(tl.int32), 0) > 0:
             scores = drop_late_ties(scores, k, low, high, tied_row, start, RING)
-    # A row of NaN has no bracket: cut below everything, so that its masked pairs alone stay out.
+    # A row of NaN has no bracket: cut below all scores, so that only masked pairs are excluded.
     return scores, tl.where(low == low, low, float("-inf"))
