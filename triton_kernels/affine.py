@@ -11,12 +11,14 @@ enter by their sums, chunks here, and only those at the ends of its windows are 
     grad_sink        the gradient of the sink's logits
 
 With P = softmax and dP = dO v^T, dS = alpha P (dP - m), and dv gets dO by the weights alpha P + beta. A sink adds its logit to
-the denominator only. lse is in base 2, and float64 where the inputs are float32. Rows without keys have u = c = m = 0.
+the denominator only. lse is in base 2, and float64 where the inputs are float32. Rows without keys have u = c = m = 0. Dropout
+(seed) multiplies P in u, and so dP, by 0 or 1 / (1 - p), and leaves beta alone.
 """
 
 import triton
 import triton.language as tl
 
+from .dropout import drop, keeps
 from .tiles import (
     LOG2E,
     at,
@@ -126,6 +128,7 @@ def only_seen(weight, sees, tile):
 @triton.jit
 def attend_tiles(
     highest, norm, acc, bias, q_tile, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    seed, batch_head, rows, drop_below, keep_scale,
     NEGATIVE: tl.constexpr, SHIFTED: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -161,6 +164,8 @@ def attend_tiles(
         weight = exp2(product * factor - shift[:, None])
         decay = exp2(highest - shift)
         norm = norm * decay + tl.sum(weight, 1)
+        if seed is not None:
+            weight = drop(weight, keeps(seed, batch_head, rows, first, drop_below, BLOCK_N), keep_scale)
         if EDGES and PACKED:
             weight, v_tile = only_seen(weight, sees, v_tile)
         acc = add_product(acc * decay[:, None], weight.to(v_tile.dtype), v_tile, PRECISION)
@@ -170,9 +175,9 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["together"])
 def attend(
-    q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds,
+    q, k, v, alpha, beta, sink, sums, o, u, lse, token_bounds, seed,
     q_strides, k_strides, v_strides, o_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, together, window, factor,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, factor, drop_below, keep_scale,
     NEGATIVE: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -207,6 +212,7 @@ def attend(
             bias += whole[None, :]
         highest, norm, acc, bias = attend_tiles(
             highest, norm, acc, bias, q_tile, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end, factor,
+            seed, batch * num_heads + head, rows, drop_below, keep_scale,
             NEGATIVE, beta is not None, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
 
@@ -235,6 +241,7 @@ def attend(
 @triton.jit
 def grad_queries_tiles(
     acc, dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_stride, v_stride, num_keys, tiles, begin, end, factor,
+    seed, batch_head, rows, drop_below, keep_scale,
     SHIFTED: tl.constexpr, EXACT: tl.constexpr, PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -255,6 +262,8 @@ def grad_queries_tiles(
             weight = tl.where(sees, weight, 0.0)
             if SHIFTED:
                 dbeta += tl.sum(tl.where(sees, dp, 0.0), 1)
+        if seed is not None:
+            dp = drop(dp, keeps(seed, batch_head, rows, first, drop_below, BLOCK_N), keep_scale)
         if EXACT:
             share = weight * dp
             if EDGES:
@@ -269,9 +278,9 @@ def grad_queries_tiles(
 
 @triton.jit(do_not_specialize=["together"])
 def grad_queries(
-    q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds,
+    q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, token_bounds, seed,
     q_strides, k_strides, v_strides, u_strides, do_strides, dq_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale, drop_below, keep_scale,
     RUNNING: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -310,8 +319,8 @@ def grad_queries(
     for EDGES in tl.static_range(2):
         acc, row_dbeta, mean = grad_queries_tiles(
             acc, row_dbeta, mean, q_tile, do_tile, shift, row_m, k, v, k_strides[2], v_strides[2], num_keys, tiles, begin, end,
-            scale * LOG2E, dbeta is not None, EXACT, token_bounds is not None, EDGES, PRECISION,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            scale * LOG2E, seed, batch * num_heads + head, rows, drop_below, keep_scale,
+            dbeta is not None, EXACT, token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )
     tl.store(m + row_offset + rows, mean if EXACT else row_m, mask=rows < num_queries)
     if lse.dtype.element_ty == tl.float64:
@@ -326,7 +335,7 @@ def grad_queries(
 @triton.jit
 def grad_keys_tiles(
     dk_tile, dv_tile, of_all, k_tile, v_tile, q, do, lse, m, alpha, beta, q_stride, do_stride, num_queries, tiles, begin,
-    end, factor,
+    end, factor, seed, batch_head, first_key, drop_below, keep_scale,
     PACKED: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -353,6 +362,9 @@ def grad_keys_tiles(
             weight = tl.where(sees, weight, 0.0)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
         dv_weight = weight
+        if seed is not None:
+            kept = tl.trans(keeps(seed, batch_head, rows, first_key, drop_below, k_tile.shape[0]))
+            dp, dv_weight = drop(dp, kept, keep_scale), drop(weight, kept, keep_scale)
         if alpha is not None:  # a factor of dp and m, not of the weights, makes one fused multiply-add of each of two lines
             row_alpha = load_numbers(alpha, rows, num_queries, EDGES)
             dv_weight *= row_alpha[None, :]
@@ -377,9 +389,9 @@ def grad_keys_tiles(
 
 @triton.jit(do_not_specialize=["together"])
 def grad_keys(
-    q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds,
+    q, k, v, alpha, beta, do, lse, m, dk, dv, token_bounds, seed,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
-    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale,
+    num_queries, num_keys, num_heads, group, num_tiles, together, window, scale, drop_below, keep_scale,
     PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -408,6 +420,7 @@ def grad_keys(
             dk_tile, dv_tile, of_all = grad_keys_tiles(
                 dk_tile, dv_tile, of_all, k_tile, v_tile, q_head, do_head, lse + row_offset, m + row_offset, alpha_head,
                 beta_head, q_strides[2], do_strides[2], num_queries, tiles, begin, end, scale * LOG2E,
+                seed, batch * num_heads + head, tile * BLOCK_N, drop_below, keep_scale,
                 token_bounds is not None, EDGES, PRECISION, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )
 

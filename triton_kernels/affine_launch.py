@@ -5,7 +5,7 @@ import math
 
 from . import affine
 from .launch import Launch, LaunchParameters, cdiv, power_of_2, width_block
-from .pairwise_launch import signature
+from .pairwise_launch import dropout_scalars, signature
 
 __all__ = [
     "chunk", "plan_attend", "plan_grad_keys", "plan_grad_queries", "plan_grad_sink", "plan_sums", "signature", "sums_shape",
@@ -56,35 +56,37 @@ def plan_sums(call, chunk):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(call, o_strides, scale):
+def plan_attend(call, o_strides, scale, dropout_p):
     parameters = call.tuned("softmax_attend")
     tiles = cdiv(call.q_shape[2], parameters.block_m)
     factor = max(abs(scale) * math.log2(math.e), SMALLEST)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, *call.geometry, tiles, heads_together(call, keys=True),
-        call.window, factor, scale < 0, runs(call), call.precision, *call.sizes(parameters),
+        call.window, factor, *dropout_scalars(dropout_p), scale < 0, runs(call), call.precision, *call.sizes(parameters),
     )
     return Launch(affine.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale):
+def plan_grad_queries(call, exact, u_strides, do_strides, dq_strides, scale, dropout_p):
     parameters = call.tuned("softmax_grad_queries")
     tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, u_strides, do_strides, dq_strides, *call.geometry, tiles,
-        heads_together(call, keys=True), call.window, scale, runs(call), exact, call.precision, *call.sizes(parameters),
+        heads_together(call, keys=True), call.window, scale, *dropout_scalars(dropout_p), runs(call), exact,
+        call.precision, *call.sizes(parameters),
     )
     return Launch(affine.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale):
+def plan_grad_keys(call, do_strides, dk_strides, dv_strides, scale, dropout_p):
     parameters = call.tuned("softmax_grad_keys")
     tiles = cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, *call.geometry, tiles,
-        heads_together(call, keys=False), call.window, scale, call.precision, *call.sizes(parameters),
+        heads_together(call, keys=False), call.window, scale, *dropout_scalars(dropout_p),
+        call.precision, *call.sizes(parameters),
     )
     return Launch(affine.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
 

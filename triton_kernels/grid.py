@@ -22,6 +22,7 @@ any tile, whatever its box.
 import triton
 import triton.language as tl
 
+from .dropout import drop, keeps_of
 from .pairwise import add_row_sums, online_softmax, write_grad_queries, write_rows
 from .selection import cut_top_k, row_maximum
 from .tiles import LOG2E, WORD, at, exp2, load_tile, load_vector, program_coordinates, row_squares, store_tile
@@ -240,9 +241,9 @@ def squares_of(k_squares, batch, kv_head, kv_heads, num_tokens):
 
 @triton.jit
 def attend(
-    q, k, v, k_squares, parameter, o, lse, bits,
+    q, k, v, k_squares, parameter, o, lse, bits, seed,
     q_strides, k_strides, v_strides, o_strides, parameter_stride, num_heads, group, num_tiles,
-    shape, num_globals, radius, dilation, boxes, forms, words,
+    shape, num_globals, radius, dilation, boxes, forms, words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
@@ -281,6 +282,9 @@ def attend(
             mask = near & any_line[None, :] & (rows < num_tokens)[:, None]
             seen = load_selection(first_words, word, bit, mask, KEY_W)
         weight, decay, highest, total = online_softmax(tl.where(seen, score, float("-inf")), highest, total)
+        if seed is not None:
+            kept = keeps_of(seed, batch * num_heads + head, rows, keys, drop_below)
+            weight = drop(weight, kept, keep_scale)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision=PRECISION)
         place = next_step(step, place, halo, KEY_H, KEY_W)
 
@@ -290,10 +294,11 @@ def attend(
 
 @triton.jit
 def attend_resident(
-    q, k, v, parameter, o, lse, bits,
+    q, k, v, parameter, o, lse, bits, seed,
     q_strides, k_strides, v_strides, o_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
-    shape, num_globals, radius, dilation, boxes, forms, words, top_k,
+    shape, num_globals, radius, dilation, boxes, forms, words, top_k, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr, GLOBAL_KEYS: tl.constexpr,
+    KEEP_TIES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
 ):
@@ -331,7 +336,8 @@ def attend_resident(
         place = next_step(step, place, halo, KEY_H, KEY_W)
 
     highest = row_maximum(scores)
-    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), highest, top_k, GLOBAL_KEYS + STEPS * BLOCK_N)
+    COLUMNS: tl.constexpr = GLOBAL_KEYS + STEPS * BLOCK_N
+    scores, cut = cut_top_k(scores, count, tl.zeros_like(count), highest, top_k, COLUMNS, KEEP_TIES)
 
     first_words = selection_of(bits, rows, batch, head, num_heads, shape, num_globals, words)
     clear_lines(first_words, t, h, rows < num_tokens, halo, radius)
@@ -347,6 +353,9 @@ def attend_resident(
         v_tile = load_tile(v, tl.arange(0, GLOBAL_KEYS), v_strides[2], num_globals, DV, BLOCK_DV)
         weight = exp2(tl.where(chosen, scores[0] - highest[:, None], float("-inf")))
         total += tl.sum(weight, 1)
+        if seed is not None:
+            kept = keeps_of(seed, batch * num_heads + head, rows, tl.arange(0, GLOBAL_KEYS), drop_below)
+            weight = drop(weight, kept, keep_scale)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     for step in tl.static_range(STEPS):
         score = scores[step + HAS_GLOBALS]
@@ -359,6 +368,9 @@ def attend_resident(
         v_tile = load_tile(v, keys, v_strides[2], num_tokens, DV, BLOCK_DV)
         weight = exp2(tl.where(chosen, score - highest[:, None], float("-inf")))
         total += tl.sum(weight, 1)
+        if seed is not None:
+            kept = keeps_of(seed, batch * num_heads + head, rows, keys, drop_below)
+            weight = drop(weight, kept, keep_scale)
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         place = next_step(step, place, halo, KEY_H, KEY_W)
 
@@ -372,7 +384,7 @@ def select(
     q_strides, k_strides, parameter_stride, num_heads, group, num_tiles, first_tile,
     shape, num_globals, radius, dilation, boxes, forms, words, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEEP_TIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
 ):
     """The selection of boxes, or, from first_tile = their number on, of the global queries.
@@ -412,7 +424,7 @@ def select(
 
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     start = tl.zeros((BLOCK_M,), tl.int32)
-    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS)
+    candidates, cut = cut_top_k(candidates, count, start, row_maximum(candidates), top_k, COLUMNS, KEEP_TIES)
     chosen = (candidates[0] <= cut[:, None]) == 0  # so that NaN is chosen and reaches the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
 
@@ -429,9 +441,9 @@ def select(
 
 @triton.jit
 def grad_queries(
-    q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale,
+    q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale, seed,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, parameter_stride, num_heads, group, num_tiles,
-    shape, num_globals, radius, dilation, boxes, forms, words,
+    shape, num_globals, radius, dilation, boxes, forms, words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, KEY_H: tl.constexpr, KEY_W: tl.constexpr,
@@ -479,6 +491,8 @@ def grad_queries(
             seen = load_selection(first_words, word, bit, mask, KEY_W)
         weight = tl.where(seen, exp2(log_weight), 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        if seed is not None:
+            dp = drop(dp, keeps_of(seed, batch * num_heads + head, rows, keys, drop_below), keep_scale)
         ds = weight * (dp - row_delta[:, None])
         marked = tl.max((weight.to(tl.int32, bitcast=True) & -BLOCK_N) | tl.arange(0, BLOCK_N)[None, :], 1)
         best, _ = step_tokens(step, place, halo, shape, num_globals, marked & (BLOCK_N - 1), KEY_W)
@@ -499,9 +513,9 @@ def grad_queries(
 
 @triton.jit
 def grad_keys(
-    q, k, v, parameter, do, lse, bits, delta, dk, dv,
+    q, k, v, parameter, do, lse, bits, delta, dk, dv, seed,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, parameter_stride, num_heads, group, num_tiles,
-    shape, num_globals, radius, dilation, boxes, forms, words,
+    shape, num_globals, radius, dilation, boxes, forms, words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, QUERY_H: tl.constexpr, QUERY_W: tl.constexpr,
@@ -555,8 +569,12 @@ def grad_keys(
                 seen = load_selection(first_words, word, bit, near & any_line[None, :] & valid[:, None], BOX_W, True)
             weight = tl.where(seen, exp2(score - row_lse[None, :]), 0.0)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            dv_weight = weight
+            if seed is not None:
+                kept = tl.trans(keeps_of(seed, batch * num_heads + head, rows, keys, drop_below))
+                dp, dv_weight = drop(dp, kept, keep_scale), drop(weight, kept, keep_scale)
             ds = weight * (dp - row_delta[None, :])
-            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            dv_tile = tl.dot(dv_weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             rounded = ds.to(q_tile.dtype)
             dk_tile = tl.dot(rounded, q_tile, dk_tile, input_precision=PRECISION)
             ds_total += tl.sum(rounded.to(tl.float32), 1)  # of what enters dk, so that dk depends on differences q - k alone

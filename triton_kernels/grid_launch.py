@@ -19,7 +19,7 @@ from nearfar.tiling import (
 
 from . import grid
 from .launch import Launch, LaunchParameters, cdiv, width_block
-from .pairwise_launch import plan_grad_parameter, signature
+from .pairwise_launch import dropout_scalars, plan_grad_parameter, signature
 
 FEW_STEPS = 4  # of a walk, in which |k|^2 is better computed again and again
 
@@ -51,30 +51,31 @@ def sizes(call, tiles):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, geometry, o_strides, selects):
+def plan_attend(pair, call, geometry, o_strides, selects, dropout_p):
     parameters, tiles, count = tiled(call, geometry, "attend", selects)
     batch, heads = call.q_shape[:2]
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count,
-        *described(geometry, tiles), pair.scale, pair.score, call.precision, *sizes(call, tiles),
+        *described(geometry, tiles), *dropout_scalars(dropout_p), pair.scale, pair.score, call.precision,
+        *sizes(call, tiles),
     )
     return Launch(grid.attend, count * batch * heads, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend_resident(pair, call, geometry, o_strides, top_k, tiles, steps, first, count):
+def plan_attend_resident(pair, call, geometry, o_strides, top_k, keep_ties, dropout_p, tiles, steps, first, count):
     """first, count: boxes, from one on, or the program of the global queries."""
     batch, heads = call.q_shape[:2]
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride, *call.geometry[2:], count, first,
-        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision,
-        steps, MAX_GLOBALS if geometry.num_globals else 0, *sizes(call, tiles),
+        *described(geometry, tiles), top_k, *dropout_scalars(dropout_p), pair.scale, pair.score, call.precision,
+        steps, MAX_GLOBALS if geometry.num_globals else 0, keep_ties, *sizes(call, tiles),
     )
     return Launch(grid.attend_resident, count * batch * heads, scalars, LaunchParameters(None, None, 4, 1))
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_select(pair, call, geometry, top_k, of_globals):
+def plan_select(pair, call, geometry, top_k, keep_ties, of_globals):
     """of_globals: the selection of the global queries, else that of the cells."""
     tiles, slots = choose_global_selection(geometry) if of_globals else choose_selection(geometry)
     boxes, columns = math.prod(tiles.boxes(geometry)), slots * tiles.key_h * tiles.key_w
@@ -83,7 +84,7 @@ def plan_select(pair, call, geometry, top_k, of_globals):
     width = call.q_shape[3]
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry[2:], count, first,
-        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision, slots,
+        *described(geometry, tiles), top_k, pair.scale, pair.score, call.precision, slots, keep_ties,
         width, width_block(width), *tiles.box, tiles.key_h, tiles.key_w,
     )
     parameters = LaunchParameters(math.prod(tiles.box), SELECT_BLOCK, 4 if columns <= 128 else 8, 1)
@@ -91,24 +92,24 @@ def plan_select(pair, call, geometry, top_k, of_globals):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_queries(pair, call, geometry, o_strides, do_strides, dq_strides, selects):
+def plan_grad_queries(pair, call, geometry, o_strides, do_strides, dq_strides, selects, dropout_p):
     parameters, tiles, count = tiled(call, geometry, "grad_queries", selects)
     batch, heads = call.q_shape[:2]
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
-        *call.geometry[2:], count, *described(geometry, tiles),
+        *call.geometry[2:], count, *described(geometry, tiles), *dropout_scalars(dropout_p),
         pair.scale, pair.score, pair.grad, call.precision, *sizes(call, tiles),
     )
     return Launch(grid.grad_queries, count * batch * heads, scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_keys(pair, call, geometry, do_strides, dk_strides, dv_strides, selects):
+def plan_grad_keys(pair, call, geometry, do_strides, dk_strides, dv_strides, selects, dropout_p):
     parameters, tiles, count = tiled(call, geometry, "grad_keys", selects)
     batch, heads = call.k_shape[:2]
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
-        *call.geometry[2:], count, *described(geometry, tiles),
+        *call.geometry[2:], count, *described(geometry, tiles), *dropout_scalars(dropout_p),
         pair.scale, pair.score, pair.grad, call.precision, *sizes(call, tiles),
     )
     return Launch(grid.grad_keys, count * batch * heads, scalars, parameters)
@@ -136,7 +137,7 @@ def squared_norms(call, geometry, k):
     return k_squares, [(plan_squared_norms(call), (k, k_squares))]
 
 
-def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
+def forward_launches(pair, q, k, v, parameter, seed, locality, top_k, keep_ties, dropout_p, o, lse, bits):
     """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, words of a head)."""
     call, geometry = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality)
     resident = None if bits is None or call.dtype.itemsize > 2 else choose_resident(geometry)
@@ -144,30 +145,30 @@ def forward_launches(pair, q, k, v, parameter, locality, top_k, o, lse, bits):
         (cells, _), *_ = resident
         programs_of = (0, math.prod(cells.boxes(geometry))), (math.prod(resident[-1][0].boxes(geometry)), 1)
         plans = [
-            plan_attend_resident(pair, call, geometry, o.stride(), top_k, *choice, *which)
+            plan_attend_resident(pair, call, geometry, o.stride(), top_k, keep_ties, dropout_p, *choice, *which)
             for choice, which in zip(resident, programs_of, strict=False)
         ]
-        return [(plan, (q, k, v, parameter, o, lse, bits)) for plan in plans]
+        return [(plan, (q, k, v, parameter, o, lse, bits, seed)) for plan in plans]
     k_squares, launches = squared_norms(call, geometry, k)
     if bits is not None:
         for of_globals in (False, True) if geometry.num_globals else (False,):
-            launches += [(plan_select(pair, call, geometry, top_k, of_globals), (q, k, k_squares, parameter, bits))]
-    attend = plan_attend(pair, call, geometry, o.stride(), bits is not None)
-    return [*launches, (attend, (q, k, v, k_squares, parameter, o, lse, bits))]
+            launches += [(plan_select(pair, call, geometry, top_k, keep_ties, of_globals), (q, k, k_squares, parameter, bits))]
+    attend = plan_attend(pair, call, geometry, o.stride(), bits is not None, dropout_p)
+    return [*launches, (attend, (q, k, v, k_squares, parameter, o, lse, bits, seed))]
 
 
-def backward_launches(pair, q, k, v, parameter, locality, o, lse, bits, do, dq, dk, dv, dparameter):
+def backward_launches(pair, q, k, v, parameter, seed, locality, dropout_p, o, lse, bits, do, dq, dk, dv, dparameter):
     """(launch, tensors) pairs that fill the gradients of q, k, v and parameter. bits None: no selection."""
     call, geometry, selects = signature(q, k, v, parameter, False, -1, -1), geometry_of(locality), bits is not None
     k_squares, launches = squared_norms(call, geometry, k)
     *_, count = tiled(call, geometry, "grad_queries", selects)
     delta, dlog_scale = empty(lse, lse.shape), empty(lse, (*lse.shape[:2], count))
-    queries = plan_grad_queries(pair, call, geometry, o.stride(), do.stride(), dq.stride(), selects)
-    keys = plan_grad_keys(pair, call, geometry, do.stride(), dk.stride(), dv.stride(), selects)
+    queries = plan_grad_queries(pair, call, geometry, o.stride(), do.stride(), dq.stride(), selects, dropout_p)
+    keys = plan_grad_keys(pair, call, geometry, do.stride(), dk.stride(), dv.stride(), selects, dropout_p)
     return [
         *launches,
-        (queries, (q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale)),
-        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv)),
+        (queries, (q, k, v, k_squares, parameter, o, do, lse, bits, dq, delta, dlog_scale, seed)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, seed)),
         (
             plan_grad_parameter(pair.grad_parameter, *call.q_shape[:2], call.num_parameters, count),
             (dlog_scale, parameter, dparameter),

@@ -18,6 +18,9 @@ lse is in base 2. Rows without keys and rows beyond the last have o = dO = delta
 dS = P (dP - delta) sums to zero in a row. delta = dO.o is off by what o lost when it was rounded, so each gradient is written
 such that this error cancels: dq by differences of keys (GRAD), that of log(scale) as the covariance of dP and the score.
 
+Dropout (seed) multiplies the weights of the product with the values, and so dP, by Z: 0 or 1 / (1 - p). The sum of a row's
+P Z dP is still dO.o.
+
 In packed calls NaN of one sequence stays there: weights and dS of pairs that do not see each other are 0, and the matrices that
 they are multiplied with have 0 where they are not finite, as 0 times NaN is NaN.
 """
@@ -25,6 +28,7 @@ they are multiplied with have 0 where they are not finite, as 0 times NaN is NaN
 import triton
 import triton.language as tl
 
+from .dropout import drop, keeps
 from .selection import cut_top_k, row_maximum
 from .tiles import (
     LN2,
@@ -51,9 +55,9 @@ from .tiles import (
 
 @triton.jit
 def attend(
-    q, k, v, k_squares, parameter, o, lse, bits, token_bounds,
+    q, k, v, k_squares, parameter, o, lse, bits, token_bounds, seed,
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -89,6 +93,9 @@ def attend(
         elif first < all_begin or first + BLOCK_N > all_end:
             score = tl.where(inside(keys, begin, end), score, float("-inf"))
         weight, decay, highest, total = online_softmax(score, highest, total)
+        if seed is not None:
+            kept = keeps(seed, batch * num_heads + head, rows, first, drop_below, BLOCK_N)
+            weight = drop(weight, kept, keep_scale)
         if token_bounds is not None:
             weight = tl.where(seen, weight + poison(v_tile)[None, :], 0.0)
             v_tile = finite_or_zero(v_tile)
@@ -110,11 +117,11 @@ def online_softmax(score, highest, total):
 
 @triton.jit
 def attend_resident(
-    q, k, v, parameter, o, lse, bits, token_bounds,
+    q, k, v, parameter, o, lse, bits, token_bounds, seed,
     q_strides, k_strides, v_strides, o_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
+    num_queries, num_keys, num_heads, group, num_tiles, window, top_k, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    AT_ONCE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    AT_ONCE: tl.constexpr, KEEP_TIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -142,7 +149,7 @@ def attend_resident(
     RING: tl.constexpr = NUM_SLOTS * BLOCK_N
     highest = row_maximum(scores)
     count = tl.maximum(end - begin, 0)
-    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING)
+    scores, cut = cut_top_k(scores, count, (begin - first_key) % RING, highest, top_k, RING, KEEP_TIES)
 
     if AT_ONCE:
         v_tiles = load_tiles(v, first_key, v_strides[2], num_keys, NUM_KEY_TILES, BLOCK_N, DV, BLOCK_DV)
@@ -163,6 +170,9 @@ def attend_resident(
                 mine &= (keys[None, :] < begin[:, None]) == 0
             weight = exp2(tl.where(mine, scores[slot] - shift[:, None], float("-inf")))
             total += tl.sum(weight, 1)
+            if seed is not None:
+                kept = keeps(seed, batch * num_heads + head, rows, first_key + t * BLOCK_N, drop_below, BLOCK_N)
+                weight = drop(weight, kept, keep_scale)
             v_tile = v_tiles[t] if AT_ONCE else load_tile(v, keys, v_strides[2], num_keys, DV, BLOCK_DV)
             if token_bounds is not None:
                 weight = tl.where(mine, weight + poison(v_tile)[None, :], 0.0)
@@ -178,7 +188,8 @@ def select(
     q_strides, k_strides, parameter_stride,
     num_queries, num_keys, num_heads, group, num_tiles, window, top_k,
     SCALE: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr, NUM_KEY_TILES: tl.constexpr, NUM_SLOTS: tl.constexpr,
-    SLOTS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, KEEP_TIES: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """SLOTS: NUM_SLOTS, the tiles of the ring, and as many empty ones as make it a power of two."""
     tile, head, batch = program_coordinates(num_tiles, num_heads)
@@ -205,7 +216,7 @@ def select(
     candidates = (tl.reshape(scores, (BLOCK_M, COLUMNS)),)
     count = tl.maximum(end - begin, 0)
     highest = row_maximum(candidates)
-    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING)
+    candidates, cut = cut_top_k(candidates, count, (begin - first_key) % RING, highest, top_k, RING, KEEP_TIES)
     chosen = (candidates[0] <= cut[:, None]) == 0  # also true for NaN, which must reach the output
     chosen = tl.reshape(chosen.to(tl.int32), (BLOCK_M, SLOTS, BLOCK_N))
     bits += (batch.to(tl.int64) * num_heads + head) * num_queries * (RING // WORD)
@@ -229,9 +240,9 @@ def write_rows(
 
 @triton.jit
 def grad_queries(
-    q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds,
+    q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds, seed,
     q_strides, k_strides, v_strides, o_strides, do_strides, dq_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
@@ -272,6 +283,9 @@ def grad_queries(
         elif first < all_begin or first + BLOCK_N > all_end:
             weight = tl.where(inside(keys, begin, end), weight, 0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        if seed is not None:
+            kept = keeps(seed, batch * num_heads + head, rows, first, drop_below, BLOCK_N)
+            dp = drop(dp, kept, keep_scale)
         ds = weight * (dp - row_delta[:, None])
         if token_bounds is not None:
             ds, log_weight, k_tile = tl.where(seen, ds, 0.0), tl.where(seen, log_weight, 0.0), finite_or_zero(k_tile)
@@ -322,9 +336,9 @@ def write_grad_queries(
 
 @triton.jit
 def grad_keys(
-    q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds,
+    q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds, seed,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, parameter_stride,
-    num_queries, num_keys, num_heads, group, num_tiles, window, num_words,
+    num_queries, num_keys, num_heads, group, num_tiles, window, num_words, drop_below, keep_scale,
     SCALE: tl.constexpr, SCORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -376,11 +390,16 @@ def grad_keys(
                 begin, end = reach(rows, token_bounds, num_queries, num_keys, window)
                 weight = tl.where(inside(keys, begin, end, True), weight, 0.0)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+            dv_weight = weight
+            if seed is not None:
+                kept = keeps(seed, batch * num_heads + head, rows, tile * BLOCK_N, drop_below, BLOCK_N)
+                kept = tl.trans(kept)
+                dp, dv_weight = drop(dp, kept, keep_scale), drop(weight, kept, keep_scale)
             ds = weight * (dp - row_delta[None, :])
             if token_bounds is not None:
-                weight = tl.where(seen, weight + poison(do_tile)[None, :], 0.0)
+                dv_weight = tl.where(seen, dv_weight + poison(do_tile)[None, :], 0.0)
                 ds, q_tile, do_tile = tl.where(seen, ds, 0.0), finite_or_zero(q_tile), finite_or_zero(do_tile)
-            dv_tile = tl.dot(weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            dv_tile = tl.dot(dv_weight.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
             rounded = ds.to(q_tile.dtype)
             dk_tile = tl.dot(rounded, q_tile, dk_tile, input_precision=PRECISION)
             ds_total += tl.sum(rounded.to(tl.float32), 1)  # of what enters dk, so that dk depends on differences q - k alone

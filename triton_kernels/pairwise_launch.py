@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from nearfar.runtime import dropout
 from nearfar.runtime.tensors import empty
 
 from . import pairwise
@@ -125,19 +126,19 @@ def selection_parameters(ring):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend(pair, call, o_strides, num_words):
+def plan_attend(pair, call, o_strides, num_words, dropout_p):
     parameters = call.tuned("attend")
     tiles = cdiv(call.q_shape[2], parameters.block_m)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window, num_words,
+        *call.geometry, tiles, call.window, num_words, *dropout_scalars(dropout_p),
         pair.scale, pair.score, call.precision, *call.sizes(parameters),
     )
     return Launch(pairwise.attend, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_attend_resident(pair, call, o_strides, top_k, ring):
+def plan_attend_resident(pair, call, o_strides, top_k, keep_ties, ring, dropout_p):
     parameters = resident_parameters(call, ring)
     tiles = cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
@@ -146,14 +147,14 @@ def plan_attend_resident(pair, call, o_strides, top_k, ring):
     at_once = key_tiles * parameters.block_n * call.widest_block * call.dtype.itemsize <= AT_ONCE_BYTES
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window, top_k,
-        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, *call.sizes(parameters),
+        *call.geometry, tiles, call.window, top_k, *dropout_scalars(dropout_p),
+        pair.scale, pair.score, call.precision, key_tiles, slots, at_once, keep_ties, *call.sizes(parameters),
     )
     return Launch(pairwise.attend_resident, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_select(pair, call, top_k, ring):
+def plan_select(pair, call, top_k, keep_ties, ring):
     parameters = selection_parameters(ring)
     tiles = cdiv(call.q_shape[2], parameters.block_m)
     slots = ring // parameters.block_n
@@ -162,30 +163,30 @@ def plan_select(pair, call, top_k, ring):
     scalars = (
         call.q_strides, call.k_strides, call.parameter_stride, *call.geometry, tiles, call.window, top_k,
         pair.scale, pair.score, call.precision, key_tiles, slots, power_of_2(slots),
-        width, parameters.block_m, parameters.block_n, width_block(width),
+        keep_ties, width, parameters.block_m, parameters.block_n, width_block(width),
     )
     return Launch(pairwise.select, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words):
+def plan_grad_queries(pair, call, o_strides, do_strides, dq_strides, num_words, dropout_p):
     parameters = call.tuned("grad_queries")
     tiles = grad_query_tiles(call)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, o_strides, do_strides, dq_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window, num_words,
+        *call.geometry, tiles, call.window, num_words, *dropout_scalars(dropout_p),
         pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
     )
     return Launch(pairwise.grad_queries, tiles * call.q_shape[0] * call.q_shape[1], scalars, parameters)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words):
+def plan_grad_keys(pair, call, do_strides, dk_strides, dv_strides, num_words, dropout_p):
     parameters = call.tuned("grad_keys")
     tiles = cdiv(call.k_shape[2], parameters.block_n)
     scalars = (
         call.q_strides, call.k_strides, call.v_strides, do_strides, dk_strides, dv_strides, call.parameter_stride,
-        *call.geometry, tiles, call.window, num_words,
+        *call.geometry, tiles, call.window, num_words, *dropout_scalars(dropout_p),
         pair.scale, pair.score, pair.grad, call.precision, *call.sizes(parameters),
     )
     return Launch(pairwise.grad_keys, tiles * call.k_shape[0] * call.k_shape[1], scalars, parameters)
@@ -199,37 +200,48 @@ def plan_grad_parameter(gradient, batch, heads, num_parameters, count):
     return Launch(pairwise.grad_parameter, num_parameters, scalars, LaunchParameters(None, None, 4, 1))
 
 
+def dropout_scalars(dropout_p):
+    """(drop_below, keep_scale) of every kernel that takes a seed."""
+    return dropout.threshold(dropout_p), dropout.keep_scale(dropout_p)
+
+
 def grad_query_tiles(call):
     """Query tiles of grad_queries, each of which writes one partial sum of dlog_scale."""
     return cdiv(call.q_shape[2], call.tuned("grad_queries").block_m)
 
 
-def forward_launches(pair, q, k, v, k_squares, parameter, token_bounds, left, right, top_k, o, lse, bits):
-    """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words)."""
+def forward_launches(
+    pair, q, k, v, k_squares, parameter, token_bounds, seed, left, right, top_k, keep_ties, dropout_p, o, lse, bits
+):
+    """(launch, tensors) pairs that fill o (B, Hq, N, Dv), lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words).
+
+    seed: (1,) int64, None without dropout.
+    """
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
-    attend = plan_attend(pair, call, o.stride(), num_words), (q, k, v, k_squares, parameter, o, lse, bits, token_bounds)
+    attend = plan_attend(pair, call, o.stride(), num_words, dropout_p)
+    attend = attend, (q, k, v, k_squares, parameter, o, lse, bits, token_bounds, seed)
     if bits is None:
         return [attend]
     ring = num_words * WORD
     if attends_resident(call, ring):
-        resident = plan_attend_resident(pair, call, o.stride(), top_k, ring)
-        return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds))]
-    return [(plan_select(pair, call, top_k, ring), (q, k, parameter, bits, token_bounds)), attend]
+        resident = plan_attend_resident(pair, call, o.stride(), top_k, keep_ties, ring, dropout_p)
+        return [(resident, (q, k, v, parameter, o, lse, bits, token_bounds, seed))]
+    return [(plan_select(pair, call, top_k, keep_ties, ring), (q, k, parameter, bits, token_bounds)), attend]
 
 
 def backward_launches(
-    pair, q, k, v, parameter, token_bounds, left, right, o, lse, bits, do, dq, dk, dv, dparameter
+    pair, q, k, v, parameter, token_bounds, seed, left, right, dropout_p, o, lse, bits, do, dq, dk, dv, dparameter
 ):
     """(launch, tensors) pairs that fill the gradients. bits None: no selection."""
     call = signature(q, k, v, parameter, token_bounds is not None, left, right)
     num_words = 0 if bits is None else bits.shape[-1]
     delta, dlog_scale = empty(lse, lse.shape), empty(lse, (*lse.shape[:2], grad_query_tiles(call)))
-    queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words)
-    keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words)
+    queries = plan_grad_queries(pair, call, o.stride(), do.stride(), dq.stride(), num_words, dropout_p)
+    keys = plan_grad_keys(pair, call, do.stride(), dk.stride(), dv.stride(), num_words, dropout_p)
     return [
-        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds)),
-        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds)),
+        (queries, (q, k, v, parameter, o, do, lse, bits, dq, delta, dlog_scale, token_bounds, seed)),
+        (keys, (q, k, v, parameter, do, lse, bits, delta, dk, dv, token_bounds, seed)),
         (
             plan_grad_parameter(pair.grad_parameter, *call.q_shape[:2], call.num_parameters, grad_query_tiles(call)),
             (dlog_scale, parameter, dparameter),

@@ -92,8 +92,10 @@ def key_order(scores, tile: tl.constexpr, start, RING: tl.constexpr):
 
 
 @triton.jit
-def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr):
+def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr, KEEP_TIES: tl.constexpr = False):
     """(scores, cut) such that exactly the min(count, top_k) largest scores of a row, ties by key order, exceed its cut.
+
+    KEEP_TIES: that all scores not below the k-th largest exceed it, more than k where equal ones straddle the cut.
 
     count: candidates of each row. start: ring column of its first key. highest: its largest score. The scores come back
     unchanged but for losers of ties, which become -inf.
@@ -110,8 +112,9 @@ def cut_top_k(scores, count, start, highest, top_k, RING: tl.constexpr):
         low, high, above_low = halve(scores, k, low, high, above_low)
         low, high, above_low = halve(scores, k, low, high, above_low)
 
-    tied_row = above_low > k
-    if tl.max(tied_row.to(tl.int32), 0) > 0:
-        scores = drop_late_ties(scores, k, low, high, tied_row, start, RING)
+    if not KEEP_TIES:
+        tied_row = above_low > k
+        if tl.max(tied_row.to(tl.int32), 0) > 0:
+            scores = drop_late_ties(scores, k, low, high, tied_row, start, RING)
     # A row of NaN has no bracket: cut below all scores, so that only masked pairs are excluded.
     return scores, tl.where(low == low, low, float("-inf"))

@@ -35,7 +35,7 @@ def dtype_of(tensors):
 def run(kernels, sample, do, conditions=FEW_STRIPS, backward=True):
     """(o, lse, bits or None) and the gradients by name."""
     guarded = Guarded(poison=conditions.seed)
-    q, k, v, sigma, cu_seqlens, back, ahead, top_k = op_arguments(sample)
+    q, k, v, sigma, cu_seqlens, _, back, ahead, top_k, *_ = op_arguments(sample)
     bounds = None if cu_seqlens is None else token_bounds(cu_seqlens, q.shape[2])
     inputs = dict(q=q, k=k, v=v, sigma=sigma, token_bounds=bounds, grad_o=do)
     inputs = {name: guarded.copy(tensor) for name, tensor in inputs.items()}

@@ -294,7 +294,7 @@ def test_an_empty_batch(top_k):
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_the_torch_operator(top_k):
     sample = make(G((2, 3), 1, global_tokens=1), top_k=top_k)
-    arguments = (*leaves(sample).values(), encoded(sample.options["locality"]), top_k)
+    arguments = (*leaves(sample).values(), None, encoded(sample.options["locality"]), top_k, False, 0.0)
     torch.library.opcheck(torch.ops.nearfar.krause_attention_grid.default, arguments)
     compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
     for backend in ("triton", "reference"):
@@ -380,7 +380,8 @@ def test_bad_input():
 
 
 UNSERVED = {
-    "no kernel serves a ShiftedWindow yet": (S((2, 4), 2), None),
+    "top_k in a ShiftedWindow; its kernels do not select yet": (S((2, 4), 2), 3),
+    "windows of 1056 cells; kernels take at most 1024": (S((32, 33), (32, 33)), None),
     "17 global tokens; kernels take at most 16": (G((2, 4), 2, global_tokens=17), None),
     "top_k with a radius of 16 along the last axis": (G((2, 40), (1, 16)), 3),
     "top_k with both global tokens and a dilation": (G((2, 4), 1, global_tokens=1, dilation=2), 3),

@@ -152,7 +152,7 @@ def test_nothing_that_is_kept_keeps_a_tensor_alive():
     given = [randn(1, 2, 20, 16, dtype=torch.float16, seed=seed).requires_grad_() for seed in range(3)]
     given.append(torch.full((2,), 2.0, device=DEVICE, requires_grad=True))
     o = nf.krause_attention(*given, WINDOW, backend="triton")
-    assert plans.repeats(krause, WINDOW, None, True, "triton").find(*given) is not None
+    assert plans.repeats(krause, WINDOW, None, "index", 0.0, True, "triton").find(*given) is not None
     alive = [weakref.ref(x) for x in (*given, o)]
     del given, o
     gc.collect()

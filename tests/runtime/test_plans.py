@@ -75,6 +75,9 @@ def test_calls_with_other_options_do_not_take_each_others_plans():
         lambda: nf.krause_attention(q, k, v, torch.tensor([2.0, 3.0], device=DEVICE), **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, top_k=3, **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, cu_seqlens=ends, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, dropout_seed=1, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, dropout_seed=2, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.3, dropout_seed=2, **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), backend="triton"),
     )
     turns(
@@ -384,7 +387,7 @@ def attend(operator, q, k, v, *backends):
     """Affine or synchronization attention by the backends of the forward and of the backward."""
     ones = torch.ones(q.shape[:3], device=DEVICE)
     if operator == "affine":
-        return affine(None, True, (q, k, v, ones, ones, None, None), -1, 0, 0.1, *backends)
+        return affine(None, True, (q, k, v, ones, ones, None, None, None), -1, 0, 0.1, 0.0, *backends)
     one, order = torch.ones(1, device=DEVICE), torch.ones(q.shape[:2], device=DEVICE)
     return synchronization(None, True, (q, None, v, one, one, order), False, None, 1e-3, *backends)
 

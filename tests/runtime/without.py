@@ -168,8 +168,9 @@ def step(nf):
 
 def reference_in_a_graph(nf):
     """The operator that torch.compile puts into a graph."""
+    options = -1, 0, None, False, None, None, 0.0
     return both_directions(
-        lambda q, k, v: torch.ops.nearfar.krause_attention_reference(q, k, v, q.new_full((1,), 2.0), -1, 0, None, None)
+        lambda q, k, v: torch.ops.nearfar.krause_attention_reference(q, k, v, q.new_full((1,), 2.0), *options)
     )
 
 

@@ -111,9 +111,10 @@ def weights(q, k, sink, mask, scale):
     return weight[..., 1:], weight[..., :1]
 
 
-def dense(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
+def dense(mask, scale, q, k, v, alpha=None, beta=None, sink=None, factor=1):
+    """factor: of each softmax weight, where some are dropped."""
     values = to_query_heads(q, v)
-    weight = weights(q, k, sink, mask, scale)[0]
+    weight = weights(q, k, sink, mask, scale)[0] * factor
     if alpha is not None:
         weight = weight * alpha[..., None]
     if beta is not None:
@@ -121,7 +122,7 @@ def dense(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
     return weight @ values
 
 
-def plain(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
+def plain(mask, scale, q, k, v, alpha=None, beta=None, sink=None, factor=1):
     """The formula that the kernels use, by plain torch operations in the dtype of q."""
     values = to_query_heads(q, v)
     score = ((q @ to_query_heads(q, k).mT) * scale).masked_fill(~mask, float("-inf"))
@@ -129,7 +130,7 @@ def plain(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
         score = torch.cat((score, sink.to(q.dtype)[:, None, None].expand(*score.shape[:-1], 1)), -1)
     empty = (score == float("-inf")).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)[..., : mask.shape[1]]
-    o = weight @ values
+    o = (weight * factor) @ values
     if alpha is not None:
         o = o * alpha.to(q.dtype)[..., None]
     if beta is not None:
@@ -143,14 +144,14 @@ def stored(dtype):
     delta = dO . u is of the rounded u; dS, and the weights alpha P + beta of the values, are rounded before their products.
     """
 
-    def formula(mask, scale, q, k, v, alpha=None, beta=None, sink=None):
+    def formula(mask, scale, q, k, v, alpha=None, beta=None, sink=None, factor=1):
         values, fixed = to_query_heads(q, v), to_query_heads(q, v.detach())
         score = ((with_gradient_in(q @ to_query_heads(q, k).mT, dtype)) * scale).masked_fill(~mask, float("-inf"))
         if sink is not None:
             score = torch.cat((score, sink.to(q.dtype)[:, None, None].expand(*score.shape[:-1], 1)), -1)
         level = score.detach().logsumexp(-1, keepdim=True)
         weight = (score - level.masked_fill(level == float("-inf"), 0)).exp()
-        total, weight = weight.sum(-1, keepdim=True), weight[..., : mask.shape[1]]
+        total, weight = weight.sum(-1, keepdim=True), weight[..., : mask.shape[1]] * factor
         o, combined = normalized(weight @ fixed, total, dtype), weight.detach()
         if alpha is not None:
             o, combined = o * alpha[..., None], combined * alpha.detach()[..., None]
@@ -162,7 +163,7 @@ def stored(dtype):
     return formula
 
 
-def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
+def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None, factor=1):
     """Output and gradients with every term by its absolute value: what their roundings are relative to.
 
     A score is rounded relative to its terms, and so is the weight made of it.
@@ -170,47 +171,50 @@ def scales(mask, scale, do, q, k, v, alpha=None, beta=None, sink=None):
     keys, values, do = to_query_heads(q, k).abs(), to_query_heads(q, v).abs(), do.abs()
     weight, sink_weight = weights(q, k, sink, mask, scale)
     weight = weight * (1 + abs(scale) * (q.abs() @ keys.mT))
-    factor = torch.ones_like(do[..., :1]) if alpha is None else alpha.abs()[..., None]
-    shift = torch.zeros_like(factor) if beta is None else beta.abs()[..., None]
-    u, c = weight @ values, mask.to(q.dtype) @ values
-    dp = do @ values.mT
+    dropped = weight * factor
+    slope = torch.ones_like(do[..., :1]) if alpha is None else alpha.abs()[..., None]
+    shift = torch.zeros_like(slope) if beta is None else beta.abs()[..., None]
+    u, c = dropped @ values, mask.to(q.dtype) @ values
+    dp = do @ values.mT * factor
     delta = (do * u).sum(-1, keepdim=True)
-    ds = factor * weight * (dp + delta) * abs(scale)
+    ds = slope * weight * (dp + delta) * abs(scale)
 
     def group_sum(x):
         return x.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
 
-    return factor * u + shift * c, {
+    return slope * u + shift * c, {
         "q": ds @ keys,
         "k": group_sum(ds.mT @ q.abs()),
-        "v": group_sum(weight.mT @ (factor * do) + mask.to(q.dtype).mT @ (shift * do)),
+        "v": group_sum(dropped.mT @ (slope * do) + mask.to(q.dtype).mT @ (shift * do)),
         "alpha": delta[..., 0],
         "beta": (do * c).sum(-1),
-        "sink": (sink_weight * factor * delta).sum((0, 2, 3)),
+        "sink": (sink_weight * slope * delta).sum((0, 2, 3)),
     }
 
 
-def evaluate(formula, sample, do, dtype):
+def evaluate(formula, sample, do, dtype, factor=1):
     """(o, gradients by name) of `dense` or `plain` in this dtype."""
     inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype)).requires_grad_()
               for n, t in sample.tensors.items()}
-    o = formula(visible(sample), score_factor(sample.options, inputs["q"]), **inputs)
+    scale, factor = score_factor(sample.options, inputs["q"]), torch.as_tensor(factor, dtype=dtype)
+    o = formula(visible(sample), scale, **inputs, factor=factor)
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 
 
-def check(sample, do, o, gradients, names=None):
-    """Assert the rule of accuracy for o and the gradients; names: of some tensors only.
+def check(sample, do, o, gradients, names=None, factor=1):
+    """Assert the rule of accuracy for o and the gradients; names: of some tensors only; factor: of dropout.
 
     In 16 bits no kernel has more of dq, dk and dv than `stored` has.
     """
     tensors, dtype = sample.tensors, sample.tensors["q"].dtype
-    exact, rough = evaluate(dense, sample, do, torch.float64), evaluate(plain, sample, do, accumulation(dtype))
+    exact = evaluate(dense, sample, do, torch.float64, factor)
+    rough = evaluate(plain, sample, do, accumulation(dtype), factor)
     if rounds_like_kernels(dtype):
-        coarse = evaluate(stored(dtype), sample, do, torch.float32)[1]
+        coarse = evaluate(stored(dtype), sample, do, torch.float32, factor)[1]
         for name in "qkv":
             rough[1][name] = furthest(exact[1][name], rough[1][name], coarse[name])
     wide = {n: t.detach().double() for n, t in tensors.items()}
-    scale = scales(visible(sample), score_factor(sample.options, tensors["q"]), do.double(), **wide)
+    scale = scales(visible(sample), score_factor(sample.options, tensors["q"]), do.double(), **wide, factor=factor)
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
     for name in names or tensors:
@@ -230,12 +234,13 @@ def op_arguments(sample):
     tensors, options = sample.tensors, sample.options
     q, k, v = (tensors[name] if tensors[name].stride(-1) == 1 else tensors[name].contiguous() for name in "qkv")
     scalars = (tensors.get(name) for name in ("alpha", "beta", "sink"))
-    return (q, k, v, *scalars, options.get("cu_seqlens"), *window(options), score_factor(options, q))
+    tensors = q, k, v, *scalars, options.get("cu_seqlens"), None
+    return (*tensors, *window(options), score_factor(options, q), 0.0)
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, left, right, scale = op_arguments(sample)
-    return (do, *tensors, *outputs, left, right, scale)
+    *tensors, left, right, scale, dropout_p = op_arguments(sample)
+    return (do, *tensors, *outputs, left, right, scale, dropout_p)
 
 
 def attention(sample):

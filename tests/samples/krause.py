@@ -107,43 +107,52 @@ def weights(score, keep):
     return weight / torch.where(total == 0, 1, total)
 
 
-def dense(q, k, v, sigma, keep):
-    return weights(scores(q, k, sigma), keep) @ to_query_heads(q, v)
+def dense(q, k, v, sigma, keep, factor=1, bias=0):
+    """factor: of each weight, where some are dropped. bias: of each score."""
+    return (weights(scores(q, k, sigma) + bias, keep) * factor) @ to_query_heads(q, v)
 
 
-def plain(q, k, v, sigma, keep):
+def plain(q, k, v, sigma, keep, factor=1, bias=0):
     """The formula that the kernels use, |q|^2 cancelled, by plain torch operations in the dtype of q."""
     k = to_query_heads(q, k)
     scale = by_head(sigma, q.shape[1]).square().reciprocal().to(q.dtype)
-    score = (q @ k.mT - k.square().sum(-1)[:, :, None] / 2) * scale
+    score = (q @ k.mT - k.square().sum(-1)[:, :, None] / 2) * scale + bias
     empty = ~keep.any(-1, keepdim=True)
     weight = score.masked_fill(~(keep | empty), float("-inf")).softmax(-1).masked_fill(empty, 0)
-    return weight @ to_query_heads(q, v)
+    return (weight * factor) @ to_query_heads(q, v)
 
 
 def stored(dtype):
     """The formula as 16-bit kernels compute gradients: with delta = dO . o of the rounded o, P and dS rounded."""
 
-    def formula(q, k, v, sigma, keep):
+    def formula(q, k, v, sigma, keep, factor=1, bias=0):
         distances = with_gradient_in(squared_distances(q, k), dtype)
-        score = -distances / (2 * by_head(sigma, q.shape[1]).square())
+        score = -distances / (2 * by_head(sigma, q.shape[1]).square()) + bias
         score = score.masked_fill(~keep, float("-inf"))
         level = score.detach().logsumexp(-1, keepdim=True)
         weight = (score - level.masked_fill(level == float("-inf"), 0)).exp()
-        return normalized(rounded(weight, dtype) @ to_query_heads(q, v), weight.sum(-1, keepdim=True), dtype)
+        return normalized(rounded(weight * factor, dtype) @ to_query_heads(q, v), weight.sum(-1, keepdim=True), dtype)
 
     return formula
 
 
 def best(sample):
-    """(B, Hq, N, M) mask of the selection: the top_k largest scores of float64, equal ones by the smaller key index."""
+    """(B, Hq, N, M) mask of the selection: the top_k largest scores of float64, equal ones by the smaller key index, or all."""
     q, k, sigma = (sample.tensors[name].double() for name in ("q", "k", "sigma"))
     mask = visible(sample).expand(q.shape[0], q.shape[1], -1, -1)
     if sample.options.get("top_k") is None:
         return mask
+    if keeps_ties(sample):
+        score = scores(q, k, sigma).masked_fill(~mask, float("-inf"))
+        last = min(sample.options["top_k"], k.shape[2]) - 1
+        return mask & (score >= score.sort(dim=-1, descending=True).values[..., last : last + 1])
     order = scores(q, k, sigma).masked_fill(~mask, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(k.shape[2], device=q.device).expand(order.shape))
     return mask & (rank < sample.options["top_k"])
+
+
+def keeps_ties(sample):
+    return sample.options.get("ties") == "keep" and sample.options.get("top_k") is not None
 
 
 def keys_like(kind, k):
@@ -212,41 +221,43 @@ def assert_optimal(sample, selected):
     assert (kept >= left_out).all(), "a key was kept before one that is nearer by more than rounding"
 
 
-def scales(q, k, v, sigma, keep, do):
+def scales(q, k, v, sigma, keep, do, factor=1, bias=None):
     """Outputs and gradients with every term by its absolute value: what their roundings are relative to."""
     sigma_by_head, heads, batch = by_head(sigma, q.shape[1]), q.shape[1], q.shape[0]
     keys, values = to_query_heads(q, k), to_query_heads(q, v)
-    weight = weights(scores(q, k, sigma), keep)
-    o = weight @ values.abs()
-    dp = do.abs() @ values.abs().mT
+    shift = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+    weight = weights(scores(q, k, sigma) + shift, keep)
+    o = (weight * factor) @ values.abs()
+    dp = do.abs() @ values.abs().mT * factor
     ds = weight * (dp + (weight * dp).sum(-1, keepdim=True))
     to_keys = ds / sigma_by_head.square()
     log_weight = torch.where(weight > 0, weight, 1).log()
     # A weight of 1 has log 0, but the score that says so is rounded: without that term one key in reach would allow nothing.
-    log_scale = log_weight.abs() + score_rounding(q, keys, sigma)
+    log_scale = log_weight.abs() + shift.abs() + score_rounding(q, keys, sigma)
     per_head = 2 * (ds * log_scale).sum((0, 2, 3)) / sigma.reshape(-1)
 
     def group_sum(x):
         return x.reshape(batch, k.shape[1], heads // k.shape[1], *x.shape[2:]).sum(2)
 
     return o, {
+        "pairs": ds,
         "q": to_keys @ keys.abs(),
         "k": group_sum(to_keys.mT @ q.abs() + to_keys.sum(2)[..., None] * keys.abs()),
-        "v": group_sum(weight.mT @ do.abs()),
+        "v": group_sum((weight * factor).mT @ do.abs()),
         "sigma": per_head.sum_to_size(sigma.reshape(-1).shape).reshape(sigma.shape),
     }
 
 
-def evaluate(formula, sample, selected, do, dtype):
+def evaluate(formula, sample, selected, do, dtype, factor=1):
     """(o, gradients by name) of `dense` or `plain` with this selection, in this dtype."""
-    inputs = {n: t.detach().to(accumulation(dtype) if n == "sigma" else dtype, copy=True).requires_grad_()
+    inputs = {n: t.detach().to(dtype if n in "qkv" else accumulation(dtype), copy=True).requires_grad_()
               for n, t in sample.tensors.items()}
-    o = formula(*inputs.values(), selected)
+    o = formula(*inputs.values(), selected, torch.as_tensor(factor, dtype=dtype))
     return o.detach(), dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), do.to(dtype)), strict=True))
 
 
-def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma")):
-    """Assert the rule of accuracy for o and the gradients, given the set that the kernels selected.
+def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"), factor=1):
+    """Assert the rule of accuracy for o and the gradients, given the set that the kernels selected and the factor of dropout.
 
     In 16 bits no kernel has more of dq, dk and dv than `stored` has.
     """
@@ -256,13 +267,13 @@ def check(sample, do, o, gradients, selected=None, names=("q", "k", "v", "sigma"
     if sample.options.get("top_k") is not None:
         assert_optimal(sample, selected)
 
-    exact = evaluate(dense, sample, selected, do, torch.float64)
-    rough = evaluate(plain, sample, selected, do, accumulation(dtype))
+    exact = evaluate(dense, sample, selected, do, torch.float64, factor)
+    rough = evaluate(plain, sample, selected, do, accumulation(dtype), factor)
     if rounds_like_kernels(dtype):
-        coarse = evaluate(stored(dtype), sample, selected, do, torch.float32)[1]
+        coarse = evaluate(stored(dtype), sample, selected, do, torch.float32, factor)[1]
         for name in "qkv":
             rough[1][name] = furthest(exact[1][name], rough[1][name], coarse[name])
-    scale = scales(*(t.double() for t in tensors.values()), selected, do.double())
+    scale = scales(*(t.double() for t in tensors.values()), selected, do.double(), factor)
     assert o.dtype == dtype
     assert_accurate("o", o, exact[0], rough[0], scale[0], dtype)
     for name in names:
@@ -282,9 +293,10 @@ def op_arguments(sample):
     q, k, v, sigma = sample.tensors.values()
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     sigma = sigma.reshape(-1).to(torch.promote_types(q.dtype, torch.float32))
-    return (q, k, v, sigma, sample.options.get("cu_seqlens"), *window(sample.options), sample.options.get("top_k"))
+    selection = sample.options.get("top_k"), keeps_ties(sample)
+    return (q, k, v, sigma, sample.options.get("cu_seqlens"), None, *window(sample.options), *selection, 0.0)
 
 
 def backward_arguments(sample, do, outputs):
-    *tensors, left, right, top_k = op_arguments(sample)
-    return (do, *tensors, *outputs, left, right, top_k)
+    *tensors, left, right, top_k, keep_ties, dropout_p = op_arguments(sample)
+    return (do, *tensors, *outputs, left, right, top_k, keep_ties, dropout_p)

@@ -21,10 +21,10 @@ class Affine(Operator):
 
     name = "affine_attention"
     serves = "affine_attention and softmax_attention"
-    tensors = "Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? cu_seqlens"
-    options = "int left, int right, float scale"
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? cu_seqlens, Tensor? seed"
+    options = "int left, int right, float scale, float dropout_p"
     rows = "q", "k", "v"
-    constants = 1
+    constants = 2
     outputs = "o", "u", "lse"
 
     def __init__(self) -> None:
@@ -38,40 +38,41 @@ class Affine(Operator):
 
 
 class AffineTriton(Backend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float) -> Program:
-        q, k, v, alpha, beta, sink, cu_seqlens = tensors
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float, dropout_p: float) -> Program:
+        q, k, v, alpha, beta, sink, cu_seqlens, seed = tensors
         launch, (o, *_) = _launchers(), outputs
         bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
         call = launch.signature(q, k, v, None, bounds is not None, left, right)
         sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_attend"))
-        attend = launch.plan_attend(call, o.stride(), scale), (q, k, v, alpha, beta, sink, sums, *outputs, bounds)
+        attend = launch.plan_attend(call, o.stride(), scale, dropout_p)
+        attend = attend, (q, k, v, alpha, beta, sink, sums, *outputs, bounds, seed)
         return Program(tensors, outputs, [*launches, *sum_values, attend])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float, dropout_p: float
     ) -> Program:
-        q, k, v, alpha, beta, sink, cu_seqlens = tensors
-        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, _) = gradients, saved, results
+        q, k, v, alpha, beta, sink, cu_seqlens, seed = tensors
+        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, *_) = gradients, saved, results
         u, launch = o if u is None else u, _launchers()
         bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
         call = launch.signature(q, k, v, None, bounds is not None, left, right)
         sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_grad_queries"))
         m = _row_terms(lse, dalpha)
         exact = q.dtype != torch.float32 and _is_exact(alpha, sink)
-        queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale)
-        keys = launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale)
+        queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale, dropout_p)
+        keys = launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale, dropout_p)
         launches += [
             *sum_values,
-            (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, bounds)),
-            (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, bounds)),
+            (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, bounds, seed)),
+            (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, bounds, seed)),
             *_grad_sink(q, sink, lse, m, alpha, dsink),
         ]
         return Program((*gradients, *tensors, *saved), results, launches)
 
 
 class AffineCuda(_cuda.CudaBackend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float) -> Program:
-        q, k, v, alpha, beta, sink, _ = tensors
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float, *_: Any) -> Program:
+        q, k, v, alpha, beta, sink, *_ = tensors
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)
         counter, (o, u, lse) = empty(q, (1,), torch.int32), outputs
@@ -83,10 +84,10 @@ class AffineCuda(_cuda.CudaBackend):
         return Program(tensors, outputs, [*sum_values, attend])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float, *_: Any
     ) -> Program:
-        q, k, v, alpha, beta, sink, _ = tensors
-        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, _) = gradients, saved, results
+        q, k, v, alpha, beta, sink, *_ = tensors
+        (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, *_) = gradients, saved, results
         u = o if u is None else u
         call = _launchers().signature(q, k, v, None, False, left, right)
         sums, sum_values = _sums(call, v, beta, _cuda.extension.AFFINE_CHUNK)

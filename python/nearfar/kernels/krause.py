@@ -22,10 +22,10 @@ class Krause(Operator):
     """The backward reads lse (B, Hq, N) and, with top_k, bits (B, Hq, N, words), the selection. All backends save the same."""
 
     name = "krause_attention"
-    tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? cu_seqlens"
-    options = "int left, int right, int? top_k"
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? cu_seqlens, Tensor? seed"
+    options = "int left, int right, int? top_k, bool keep_ties, float dropout_p"
     rows = "q", "k", "v"
-    constants = 1
+    constants = 2
     outputs = "o", "lse", "bits"
 
     def __init__(self) -> None:
@@ -47,31 +47,34 @@ _packing, _launchers, _pair = triton_module("packing"), triton_module("pairwise_
 
 
 class KrauseTriton(Backend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
+    def forward(
+        self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None, keep_ties: bool, dropout_p: float
+    ) -> Program:
         """For wide heads and windows, an extra pass over k for its squares was measured to be faster (docs/notes/krause.md)."""
-        q, k, v, sigma, cu_seqlens = tensors
+        q, k, v, sigma, cu_seqlens, seed = tensors
         token_bounds, launches = _bounds(cu_seqlens, k)
         bits, k_squares = outputs[2], None
         wide = k.shape[3] >= SQUARES_AHEAD_WIDTH and keys_in_window(left, right, k.shape[2]) > SQUARES_AHEAD_KEYS
         if wide and _cuda.extension is not None and k.dtype != torch.float32 and bits is None:
             k_squares = empty(k, k.shape[:3], torch.float32)
             launches.append(_cuda.row_sumsq_call(k, k_squares))
-        given = q, k, v, k_squares, sigma, token_bounds, left, right, top_k, *outputs
+        given = q, k, v, k_squares, sigma, token_bounds, seed, left, right, top_k, keep_ties, dropout_p, *outputs
         return Program(tensors, outputs, [*launches, *_launchers().forward_launches(_pair().PAIR, *given)])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, top_k: int | None
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, _top_k: int | None,
+        _keep_ties: bool, dropout_p: float,
     ) -> Program:
-        *inputs, cu_seqlens = tensors
+        *inputs, cu_seqlens, seed = tensors
         token_bounds, launches = _bounds(cu_seqlens, inputs[1])
-        given = *inputs, token_bounds, left, right, *saved, *gradients, *results[:4]
+        given = *inputs, token_bounds, seed, left, right, dropout_p, *saved, *gradients, *results[:4]
         launches += _launchers().backward_launches(_pair().PAIR, *given)
         return Program((*gradients, *tensors, *saved), results, launches)
 
 
 class KrauseCuda(_cuda.CudaBackend):
-    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None) -> Program:
-        q, k, v, sigma, cu_seqlens = tensors
+    def forward(self, tensors: Any, outputs: Any, left: int, right: int, top_k: int | None, *_: Any) -> Program:
+        q, k, v, sigma, cu_seqlens, _ = tensors
         o, lse, bits = outputs
         token_bounds, launches = _bounds(cu_seqlens, k)
         attend = _cuda.call(
@@ -83,10 +86,10 @@ class KrauseCuda(_cuda.CudaBackend):
         return Program(tensors, outputs, [*launches, attend])
 
     def backward(
-        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, top_k: int | None
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, *_: Any
     ) -> Program:
-        (do,), (q, k, v, sigma, cu_seqlens), (o, lse, bits) = gradients, tensors, saved
-        dq, dk, dv, dsigma, _ = results
+        (do,), (q, k, v, sigma, cu_seqlens, _), (o, lse, bits) = gradients, tensors, saved
+        dq, dk, dv, dsigma, *_ = results
         token_bounds, launches = _bounds(cu_seqlens, k)
         # One partial sum of dsigma per strip of a head; a head has at most as many strips as tiles.
         strips = -(-max(q.shape[2], k.shape[2]) // _cuda.extension.KRAUSE_TILE)

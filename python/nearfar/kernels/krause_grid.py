@@ -17,9 +17,10 @@ class KrauseGrid(Operator):
 
     name = "krause_attention_grid"
     serves = "krause_attention"
-    tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma"
-    options = "str locality, int? top_k"
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor sigma, Tensor? seed"
+    options = "str locality, int? top_k, bool keep_ties, float dropout_p"
     rows = "q", "k", "v"
+    constants = 1
     outputs = "o", "lse", "bits"
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class KrauseGrid(Operator):
         self.backends = {"triton": KrauseGridTriton()}
 
     def empty(self, tensors: Any, locality: str, top_k: int | None, *_: Any) -> Any:
-        q, _, v, _ = tensors
+        q, _, v, *_ = tensors
         lse, bits = empty(q, q.shape[:3], torch.float32), None
         if top_k is not None:
             words = tiling.geometry_of(neighborhood(locality)).words_per_head
@@ -42,12 +43,17 @@ _launchers, _pair = triton_module("grid_launch"), triton_module("krause")
 
 
 class KrauseGridTriton(Backend):
-    def forward(self, tensors: Any, outputs: Any, locality: str, top_k: int | None) -> Program:
-        given = *tensors, neighborhood(locality), top_k, *outputs
+    def forward(
+        self, tensors: Any, outputs: Any, locality: str, top_k: int | None, keep_ties: bool, dropout_p: float
+    ) -> Program:
+        given = *tensors, neighborhood(locality), top_k, keep_ties, dropout_p, *outputs
         return Program(tensors, outputs, _launchers().forward_launches(_pair().PAIR, *given))
 
-    def backward(self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, top_k: int | None) -> Program:
-        given = *tensors, neighborhood(locality), *saved, *gradients, *results
+    def backward(
+        self, gradients: Any, tensors: Any, saved: Any, results: Any, locality: str, _top_k: int | None, _keep_ties: bool,
+        dropout_p: float,
+    ) -> Program:
+        given = *tensors, neighborhood(locality), dropout_p, *saved, *gradients, *results[:4]
         launches = _launchers().backward_launches(_pair().PAIR, *given)
         return Program((*gradients, *tensors, *saved), results, launches)
 

@@ -20,7 +20,7 @@ from nearfar.localities import (
 from nearfar.ops.grid import CUDA_REASON
 from nearfar.reference.affine import affine_attention as reference_affine_attention
 from nearfar.reference.grid import affine_attention as reference_on_grid
-from nearfar.runtime import checks, choices, dispatch, plans
+from nearfar.runtime import checks, choices, dispatch, dropout, plans
 from nearfar.runtime.dispatch import Backend
 from nearfar.runtime.observed import observed
 from nearfar.runtime.opaque import opaque
@@ -29,10 +29,12 @@ from nearfar.runtime.tensors import Layout
 _reference = opaque(
     "affine_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, int left, int right, float scale,"
-    " Tensor? cu_seqlens) -> Tensor",
+    " Tensor? cu_seqlens, Tensor? seed, float dropout_p) -> Tensor",
     reference_affine_attention,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
+
+
 def _decoded_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -40,15 +42,18 @@ def _decoded_reference(
     alpha: torch.Tensor | None,
     beta: torch.Tensor | None,
     sink: torch.Tensor | None,
+    seed: torch.Tensor | None,
     locality: str,
     scale: float,
+    dropout_p: float,
 ) -> torch.Tensor:
-    return reference_on_grid(q, k, v, alpha, beta, sink, decoded(locality), scale)
+    return reference_on_grid(q, k, v, alpha, beta, sink, decoded(locality), scale, seed, dropout_p)
 
 
 _reference_on_grid = opaque(
     "affine_attention_grid",
-    "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, str locality, float scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? seed, str locality, float scale,"
+    " float dropout_p) -> Tensor",
     _decoded_reference,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -67,6 +72,7 @@ class Call(NamedTuple):
     right: int
     scale: float
     cu_seqlens: torch.Tensor | None
+    seed: torch.Tensor | None
     backends: dispatch.Backends
     plain: bool
 
@@ -85,6 +91,8 @@ def affine_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Softmax attention scaled and shifted per query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
@@ -111,6 +119,11 @@ def affine_attention(
         sink: (Hq,), logits of an attention sink, which adds exp(sink) to the softmax denominators of its head; None for no
             sink.
         cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        dropout_p: the share of the softmax weights that are set to 0, in [0, 1), the others being divided by 1 - dropout_p, as
+            in scaled_dot_product_attention. What beta adds to them is not dropped, so that it stays a sum of values; of the
+            authors' code we know no dropout to follow. CUDA C++ has none, so "auto" takes Triton for it.
+        dropout_seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
+            weights in every backend and in the backward. None draws it from torch's generator of that device.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
     Returns:
@@ -120,7 +133,8 @@ def affine_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, backend)
+    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
+    return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p, backend)
 
 
 @observed
@@ -135,6 +149,8 @@ def softmax_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
@@ -146,7 +162,8 @@ def softmax_attention(
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        causal, window_size, locality, scale, sink, cu_seqlens, backend: as for `nearfar.affine_attention`.
+        causal, window_size, locality, scale, sink, cu_seqlens, dropout_p, dropout_seed, backend: as for
+            `nearfar.affine_attention`.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q, differentiable in q, k, v and sink (twice on the reference).
@@ -155,7 +172,8 @@ def softmax_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, backend)
+    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
+    return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p, backend)
 
 
 def prepare_affine_attention(
@@ -171,9 +189,12 @@ def prepare_affine_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of affine_attention and return its Call."""
-    return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens)
+    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
+    return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
 
 
 def prepare_softmax_attention(
@@ -187,9 +208,12 @@ def prepare_softmax_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
-    return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens)
+    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)
+    return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
 
 
 def _attend(
@@ -204,21 +228,24 @@ def _attend(
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
     backend: Backend,
 ) -> torch.Tensor:
-    tensors = q, k, v, alpha, beta, sink, cu_seqlens
+    tensors = q, k, v, alpha, beta, sink, cu_seqlens, seed
     absent = tuple([x is None for x in tensors])
-    repeats = plans.repeats(affine, causal, window_size, locality, scale, absent, backend)
+    repeats = plans.repeats(affine, causal, window_size, locality, scale, dropout_p, absent, backend)
     if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
         return plan(*tensors)
-    call = _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens)
-    *checked, left, right, scale, cu_seqlens, backends, plain = call
+    call = _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
+    *checked, left, right, scale, cu_seqlens, seed, backends, plain = call
+    dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, call.q)
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
-        return _reference_on_grid(*checked, encoded(locality), scale)
+        return _reference_on_grid(*checked, seed, encoded(locality), scale, dropout_p)
     if forward == "reference":
-        return _reference(*checked, left, right, scale, cu_seqlens)
-    return affine(repeats, plain, (*checked, cu_seqlens), left, right, scale, forward, backward)
+        return _reference(*checked, left, right, scale, cu_seqlens, seed, dropout_p)
+    return affine(repeats, plain, (*checked, cu_seqlens, seed), left, right, scale, dropout_p, forward, backward)
 
 
 def _prepare(
@@ -233,6 +260,8 @@ def _prepare(
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
 ) -> Call:
     q, k, v = checks.autocast(q, k, v)
     if locality is not None:
@@ -240,7 +269,8 @@ def _prepare(
     left, right = _window(window_size, causal)
     layouts = checks.plain_layouts(q, k, v)
     scale = checks.finite_scale(scale)
-    scale, backends = _checked(layouts, "qkv", (q, k, v), left, scale, cu_seqlens is not None)
+    dropout.check_dropout(dropout_p)
+    scale, backends = _checked(layouts, "qkv", (q, k, v), left, scale, cu_seqlens is not None, seed is not None)
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         check_length(locality, q.shape[2], k.shape[2])
         check_not_packed(locality, cu_seqlens)
@@ -251,18 +281,21 @@ def _prepare(
     sink = checks.numbers_of("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, backends, layouts is not None)
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, seed, backends, layouts is not None)
 
 
 @checks.once
-def _checked(metas: list[Layout], left: int, scale: float | None, packed: bool) -> tuple[float, dispatch.Backends]:
+def _checked(
+    metas: list[Layout], left: int, scale: float | None, packed: bool, drops: bool = False
+) -> tuple[float, dispatch.Backends]:
     """The scale and the backends of these layouts."""
     q, k, v = metas
     checks.check_qkv(q, k, v)
     reason = checks.kernel_width_reason("q", q.shape[3]) or checks.kernel_width_reason("v", v.shape[3])
     orders = choices.orders("affine_attention", q.device, head_dim=int(q.shape[3]), keys=k.shape[2])
     scale = checks.default_scale(q.shape[3]) if scale is None else scale
-    cuda_reason = reason or _cuda.affine_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
+    reason_of_dropout = dropout.CUDA_REASON if drops else None
+    cuda_reason = reason or reason_of_dropout or _cuda.affine_reason(q, k, v, left, packed) or _cuda.scale_reason(scale)
     return scale, dispatch.Backends(cuda_reason, reason, orders)
 
 

@@ -5,9 +5,13 @@
 with j over the keys that query i may see and c_i the sum of their values, computed without a second N x N product.
 """
 
+import functools
+import itertools
+
 import torch
 from torch.nn.functional import pad
 
+from nearfar.reference.dropout import dropped
 from nearfar.reference.pairwise import (
     by_chunk,
     group_heads,
@@ -19,7 +23,7 @@ from nearfar.reference.pairwise import (
 )
 
 
-def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None):
+def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None, seed=None, dropout_p=0.0):
     """Reference of `nearfar.affine_attention`, and with alpha and beta None of `nearfar.softmax_attention`.
 
     Args:
@@ -28,6 +32,7 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
         sink: (Hq,) logits in the denominator, None for none.
         left, right: inclusive sides of the window, -1 unlimited.
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
+        seed, dropout_p: of the p_ij, see nearfar.reference.dropout; None for no dropout.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32. A query that sees no key returns zeros.
@@ -36,18 +41,21 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
     compute = torch.promote_types(q.dtype, torch.float32)
     sinks = () if sink is None else (sink.to(compute).reshape(heads_kv, -1, 1, 1),)
 
-    def attend(chunk, q_rows, *arguments):
+    def attend(start, offset, chunk, q_rows, *arguments):
         *sinks, k_seen, v_seen = arguments
         weights = sink_softmax(group_product(q_rows, k_seen.mT), chunk.visible(q.device), *sinks)
-        return group_product(weights, v_seen)
+        queries, keys = [start - offset + x for x in chunk.rows], [start + x for x in chunk.keys]
+        return group_product(dropped(weights, seed, dropout_p, queries, keys), v_seen)
 
     tensors = group_heads(q.to(compute), heads_kv) * scale, k.to(compute), v.to(compute)
     sequences = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
     outputs, sums = [], []
-    for q_seq, k_seq, v_seq in zip(*sequences, strict=True):
+    starts = itertools.accumulate((x.shape[-2] for x in sequences[1]), initial=0)
+    for start, q_seq, k_seq, v_seq in zip(starts, *sequences, strict=False):
+        attend_at = functools.partial(attend, start, k_seq.shape[-2] - q_seq.shape[-2])
         q_blocks, *key_blocks = split_rows(q_seq, k_seq, v_seq)
         for chunk in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
-            outputs.append(by_chunk(attend, chunk, (q_blocks[chunk.block], *sinks), *key_blocks))
+            outputs.append(by_chunk(attend_at, chunk, (q_blocks[chunk.block], *sinks), *key_blocks))
         if beta is not None:
             sums.append(window_sums(v_seq, q_seq.shape[-2], left, right)[:, :, None])
     o = torch.cat(outputs, -2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nearfar.localities import Grid
 from nearfar.reference.affine import sink_softmax
+from nearfar.reference.dropout import dropped
 from nearfar.reference.pairwise import (
     CHUNK,
     by_chunk,
@@ -35,6 +36,11 @@ class Rows(NamedTuple):
         count = self.locality.global_tokens
         keys = torch.cat((torch.arange(count, device=device), count + torch.arange(*self.keys, device=device)))
         return torch.arange(*self.queries, device=device)[:, None], keys[None, :]
+
+    def dropped(self, weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+        """The weights after dropout, see nearfar.reference.dropout."""
+        count = self.locality.global_tokens
+        return dropped(weights, seed, dropout_p, self.queries, (0, count), [count + key for key in self.keys])
 
     def visible(self, device: torch.device) -> Tensor:
         """The (rows, keys) mask of the allowed pairs."""
@@ -76,7 +82,7 @@ def attend_by_rows(
     return torch.cat(outputs, -2)
 
 
-def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
+def krause_attention(q, k, v, sigma, locality, top_k=None, keep_ties=False, bias=None, seed=None, dropout_p=0.0):
     """Reference of `nearfar.krause_attention` on a grid.
 
     Args:
@@ -84,7 +90,9 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
         sigma: (Hq,) or (1,) tensor.
         locality: a GridNeighborhood or a ShiftedWindow of N tokens.
         top_k: how many of the keys in sight a query keeps, None for all.
+        keep_ties: whether it also keeps keys that score as its top_k-th.
         bias: (Hq, locality.bias_size), added to the scores before the selection; None for none.
+        seed, dropout_p: see nearfar.reference.dropout; None for no dropout.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32, distances in float64.
@@ -99,15 +107,15 @@ def krause_attention(q, k, v, sigma, locality, top_k=None, bias=None):
             scores = scores + table[..., locality.bias_index(*rows.positions(q.device))]
         keep = rows.visible(q.device)
         if top_k is not None:
-            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k)
-        return group_product(masked_softmax(scores, keep), v_seen)
+            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k, keep_ties)
+        return group_product(rows.dropped(masked_softmax(scores, keep), seed, dropout_p), v_seen)
 
     shared = per_head(sigma.to(compute), q.shape[1], heads_kv), *biases
     tensors = group_heads(q.to(compute), heads_kv), k.to(compute), v.to(compute)
     return attend_by_rows(attend, locality, shared, *tensors).flatten(1, 2).to(q.dtype)
 
 
-def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
+def affine_attention(q, k, v, alpha, beta, sink, locality, scale, seed=None, dropout_p=0.0):
     """Reference of `nearfar.affine_attention` on a grid, and with alpha and beta None of `nearfar.softmax_attention`.
 
     Args:
@@ -115,6 +123,7 @@ def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
         alpha: (B, Hq, N), None for 1. beta: (B, Hq, N), None for 0.
         sink: (Hq,) logits in the denominator, None for none.
         locality: a GridNeighborhood or a ShiftedWindow of N tokens.
+        seed, dropout_p: of the softmax weights, see nearfar.reference.dropout; None for no dropout.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32.
@@ -125,7 +134,8 @@ def affine_attention(q, k, v, alpha, beta, sink, locality, scale):
     def attend(rows, *arguments):
         *sinks, q_rows, k_seen, v_seen = arguments
         visible = rows.visible(q.device)
-        u = group_product(sink_softmax(group_product(q_rows, k_seen.mT), visible, *sinks), v_seen)
+        weights = sink_softmax(group_product(q_rows, k_seen.mT), visible, *sinks)
+        u = group_product(rows.dropped(weights, seed, dropout_p), v_seen)
         sums = (visible.to(v_seen.dtype) @ v_seen)[:, :, None].expand_as(u)
         return torch.cat((u, sums), -1)
 

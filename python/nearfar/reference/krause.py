@@ -1,7 +1,11 @@
 """Krause attention in plain PyTorch (arXiv 2602.11534): differentiable twice, exact in float64, O(N * window) memory."""
 
+import functools
+import itertools
+
 import torch
 
+from nearfar.reference.dropout import dropped
 from nearfar.reference.pairwise import (
     by_chunk,
     distance_scores,
@@ -16,7 +20,9 @@ from nearfar.reference.pairwise import (
 )
 
 
-def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
+def krause_attention(
+    q, k, v, sigma, left, right, top_k=None, keep_ties=False, cu_seqlens=None, seed=None, dropout_p=0.0
+):
     """Reference of `nearfar.krause_attention`.
 
     Args:
@@ -24,28 +30,33 @@ def krause_attention(q, k, v, sigma, left, right, top_k=None, cu_seqlens=None):
         sigma: (Hq,) or (1,) tensor.
         left, right: inclusive sides of the window, -1 unlimited.
         top_k: how many keys of its window a query keeps, None for all.
+        keep_ties: whether it also keeps keys that score as its top_k-th.
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
+        seed, dropout_p: see nearfar.reference.dropout; None for no dropout.
 
     Returns:
         (B, Hq, N, Dv) in the dtype of q; half precision is computed in float32, distances in float64.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
 
-    def attend(chunk, sigma, q_rows, k_seen, v_seen):
+    def attend(start, offset, chunk, sigma, q_rows, k_seen, v_seen):
         scores = distance_scores(q_rows, k_seen, sigma)
         keep = chunk.visible(q.device)
         if top_k is not None:
-            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k)
-        return group_product(masked_softmax(scores, keep), v_seen)
+            keep = top_k_mask(scores.detach().masked_fill(~keep, float("-inf")), top_k, keep_ties)
+        queries, keys = [start - offset + x for x in chunk.rows], [start + x for x in chunk.keys]
+        return group_product(dropped(masked_softmax(scores, keep), seed, dropout_p, queries, keys), v_seen)
 
     sigma = per_head(sigma.to(compute), q.shape[1], k.shape[1])
     tensors = group_heads(q.to(compute), k.shape[1]), k.to(compute), v.to(compute)
     spans = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
     outputs = []
-    for q_seq, k_seq, v_seq in zip(*spans, strict=True):
+    starts = itertools.accumulate((x.shape[-2] for x in spans[1]), initial=0)
+    for start, q_seq, k_seq, v_seq in zip(starts, *spans, strict=False):
+        attend_at = functools.partial(attend, start, k_seq.shape[-2] - q_seq.shape[-2])
         q_blocks, *key_blocks = split_rows(q_seq, k_seq, v_seq)
         for chunk in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
-            outputs.append(by_chunk(attend, chunk, (sigma, q_blocks[chunk.block]), *key_blocks))
+            outputs.append(by_chunk(attend_at, chunk, (sigma, q_blocks[chunk.block]), *key_blocks))
     return torch.cat(outputs, -2).flatten(1, 2).to(q.dtype)
 
 

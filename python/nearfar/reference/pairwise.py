@@ -133,9 +133,10 @@ def distance_scores(q: Tensor, k: Tensor, sigma: Tensor) -> Tensor:
     return squared_distances(q, k) * (-0.5 * sigma.reciprocal().square())
 
 
-def top_k_mask(scores, top_k):
+def top_k_mask(scores, top_k, keep_ties=False):
     """Mask of the top_k largest scores along the last dimension; equal scores go to the smaller index.
 
+    keep_ties: of all scores that are not below the top_k-th, which are more than top_k where equal ones straddle the cut.
     Masked candidates are -inf and are never selected. NaN counts as the largest score, so that it reaches the output.
     """
     scores = scores.masked_fill(scores.isnan(), float("inf"))
@@ -143,6 +144,8 @@ def top_k_mask(scores, top_k):
     if top_k >= scores.shape[-1]:
         return allowed
     cut = scores.topk(top_k, dim=-1).values[..., -1:]
+    if keep_ties:
+        return (scores >= cut) & allowed
     above, tied = scores > cut, scores == cut
     room = top_k - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))) & allowed

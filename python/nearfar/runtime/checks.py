@@ -297,6 +297,11 @@ def check_top_k(top_k: int | None) -> None:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
 
 
+def check_ties(ties: str) -> None:
+    if ties not in ("index", "keep"):
+        raise ValueError(f'ties must be "index" or "keep", got {ties!r}')
+
+
 def kernel_width_reason(name: str, width: int, smallest: int = 16) -> str | None:
     """Why the kernels do not serve this head width, or None."""
     if width % 8 == 0 and smallest <= width <= 256:

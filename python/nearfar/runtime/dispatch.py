@@ -16,6 +16,7 @@ from nearfar.runtime.private import constant_while_traced
 from nearfar.runtime.tensors import triton_module
 
 Backend = Literal["auto", "cuda", "triton", "reference"]  # values of the `backend` argument
+Ties = Literal["index", "keep"]  # what a selection does with equal scores at its cut
 Orders = tuple[Sequence[str], Sequence[str]]  # in which "auto" tries the kernel backends: forward, backward
 
 BACKENDS = ("cuda", "triton", "reference")
