@@ -18,22 +18,28 @@ TOKENS, PIECES, SEQUENCES = 256, 64, 64  # tokens or pieces per program; sequenc
 
 
 @triton.jit
-def fill_bounds(ends, bounds, num_sequences, num_tokens, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """bounds (2, num_tokens): begin and end of the sequence of each token; 0 and 0 for tokens of no sequence."""
+def fill_bounds(ends, target_ends, bounds, num_sequences, num_tokens, num_targets, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """bounds (3, num_tokens): begin and end of the targets of each token's sequence, and their end less that of its tokens.
+
+    They are 0 outside of all sequences. ends, target_ends: the boundaries of as many sequences.
+    """
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    last_token = tl.full((BLOCK,), num_tokens + 1, tl.int32)
     begin = tl.full((BLOCK,), -1, tl.int32)
-    end = tl.full((BLOCK,), num_tokens + 1, tl.int32)
+    end = tl.full((BLOCK,), num_targets + 1, tl.int32)
     for first in range(0, num_sequences + 1, STEP):
         index = first + tl.arange(0, STEP)
         there = index <= num_sequences
-        found = tl.load(ends + index, there, other=0)
+        found, target = tl.load(ends + index, there, other=0), tl.load(target_ends + index, there, other=0)
         before = there[None, :] & (found[None, :] <= tokens[:, None])
         after = there[None, :] & (found[None, :] > tokens[:, None])
-        begin = tl.maximum(begin, tl.max(tl.where(before, found[None, :], -1), 1))
-        end = tl.minimum(end, tl.min(tl.where(after, found[None, :], num_tokens + 1), 1))
-    inside = (begin >= 0) & (end <= num_tokens)
+        last_token = tl.minimum(last_token, tl.min(tl.where(after, found[None, :], num_tokens + 1), 1))
+        begin = tl.maximum(begin, tl.max(tl.where(before, target[None, :], -1), 1))
+        end = tl.minimum(end, tl.min(tl.where(after, target[None, :], num_targets + 1), 1))
+    inside = (begin >= 0) & (end <= num_targets) & (last_token <= num_tokens)
     tl.store(bounds + tokens, tl.where(inside, begin, 0), tokens < num_tokens)
     tl.store(bounds + num_tokens + tokens, tl.where(inside, end, 0), tokens < num_tokens)
+    tl.store(bounds + 2 * num_tokens + tokens, tl.where(inside, end - last_token, 0), tokens < num_tokens)
 
 
 @triton.jit
@@ -77,8 +83,8 @@ def fill_pieces(
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_bounds(num_sequences, num_tokens):
-    scalars = num_sequences, num_tokens, TOKENS, SEQUENCES
+def plan_bounds(num_sequences, num_tokens, num_targets):
+    scalars = num_sequences, num_tokens, num_targets, TOKENS, SEQUENCES
     return Launch(fill_bounds, cdiv(num_tokens, TOKENS), scalars, LaunchParameters(None, None, 4, 1))
 
 
@@ -88,12 +94,18 @@ def plan_pieces(num_sequences, num_tokens, num_pieces, piece_length):
     return Launch(fill_pieces, cdiv(num_pieces, PIECES), scalars, LaunchParameters(None, None, 4, 1))
 
 
-def bounds_launches(cu_seqlens, num_tokens):
-    """(token_bounds, launches that fill them); (None, []) without packed sequences."""
+def bounds_launches(cu_seqlens, num_tokens, target_ends=None, num_targets=None):
+    """(token_bounds, launches that fill them); (None, []) without packed sequences.
+
+    target_ends, num_targets: what tokens see, if they do not see one another.
+    """
     if cu_seqlens is None:
         return None, []
-    bounds = empty(cu_seqlens, (2, num_tokens), torch.int32)
-    return bounds, [(plan_bounds(cu_seqlens.shape[0] - 1, num_tokens), (cu_seqlens, bounds))]
+    if target_ends is None:
+        target_ends, num_targets = cu_seqlens, num_tokens
+    bounds = empty(cu_seqlens, (3, num_tokens), torch.int32)
+    plan = plan_bounds(cu_seqlens.shape[0] - 1, num_tokens, num_targets)
+    return bounds, [(plan, (cu_seqlens, target_ends, bounds))]
 
 
 def piece_launches(cu_seqlens, num_tokens, num_pieces, piece_length):

@@ -139,15 +139,17 @@ def poison(tile):
 def reach(index, token_bounds, num_tokens, num_targets, window):
     """Half-open interval of targets that a token reaches. window: (offset, back, ahead) in positions.
 
-    With the window of a query it gives keys; with transpose_window the queries that see a key.
+    With the window of a query it gives keys; with transpose_window the queries that see a key. Packed sequences have an offset
+    each. Where their tokens reach nothing, the interval is empty at their begin, lest it leave the order of the tokens.
     """
     offset, back, ahead = window
     if token_bounds is None:
-        start, stop = 0, num_targets
+        return tl.maximum(0, index + offset - back), tl.minimum(num_targets, index + offset + ahead + 1)
     else:
         start = load_vector(token_bounds, index, num_tokens, 0)
         stop = load_vector(token_bounds + num_tokens, index, num_tokens, 0)
-    return tl.maximum(start, index + offset - back), tl.minimum(stop, index + offset + ahead + 1)
+        position = index + load_vector(token_bounds + 2 * num_tokens, index, num_tokens, 0)
+        return tl.maximum(start, position - back), tl.maximum(start, tl.minimum(stop, position + ahead + 1))
 
 
 @triton.jit

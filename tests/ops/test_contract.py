@@ -189,8 +189,10 @@ def test_empty_sizes(operator, name, what):
             pytest.skip("no tensor has rows of queries alone")
         count = 1 if what == "one token" else 0
         sample = change(sample, lambda t: t[:, :, :count].contiguous() if t.dim() > 2 else t, chosen)
-        if "cu_seqlens" in sample.options:
-            sample.options["cu_seqlens"] = torch.tensor([0, count], dtype=torch.int32, device=DEVICE)
+        for ends, tensor in (("cu_seqlens", next(iter(sample.tensors))), ("cu_seqlens_k", "k")):
+            if ends in sample.options:
+                tokens = count if tensor in chosen or ends == "cu_seqlens" else sample.tensors[tensor].shape[2]
+                sample.options[ends] = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
     kernel, reference = (outcome(operator, sample, backend) for backend in BACKENDS)
     assert isinstance(kernel[0], type) == isinstance(reference[0], type), (kernel, reference)
     if isinstance(kernel[0], type):
@@ -230,16 +232,22 @@ def test_nan_of_one_batch_element_stays_there(operator, name, backend):
 def test_nan_of_one_packed_sequence_stays_there(operator, name, backend):
     sample, expected = expected_of(operator, name, backend)
     do = like(expected[0])
-    ends = sample.options["cu_seqlens"].tolist()
-    first, last = ends[-3], ends[-2]
-    others = torch.tensor([not first <= token < last for token in range(LENGTH)], device=DEVICE)
+
+    def spoiled(tensor):
+        """The tokens of a tensor that are of the sequence."""
+        kind = "cu_seqlens_k" if tensor in ("k", "v") and "cu_seqlens_k" in sample.options else "cu_seqlens"
+        *_, first, last, _ = sample.options[kind].tolist()
+        tokens = torch.arange(sample.tensors[tensor].shape[2], device=DEVICE)
+        return (tokens >= first) & (tokens < last)
+
+    rows = ~spoiled(next(iter(sample.tensors)))
     for key in (n for n in sample.tensors if has_tokens(n)):
         spoilt = change(sample, torch.clone, [key])
-        spoilt.tensors[key][:, :, first:last] = float("nan")
+        spoilt.tensors[key][:, :, spoiled(key)] = float("nan")
         outputs, gradients = run(public(operator), spoilt, do, backend)
-        assert torch.equal(as_tuple(outputs)[0][:, :, others], as_tuple(expected[0])[0][:, :, others]), f"NaN of {key}"
+        assert torch.equal(as_tuple(outputs)[0][:, :, rows], as_tuple(expected[0])[0][:, :, rows]), f"NaN of {key}"
         for other in (n for n in sample.tensors if has_tokens(n)):
-            got, clean = (g[other][:, :, others] for g in (gradients, expected[1]))
+            got, clean = (g[other][:, :, ~spoiled(other)] for g in (gradients, expected[1]))
             assert torch.equal(got, clean), f"NaN of {key} reached the gradient of {other} in another sequence"
 
 

@@ -1,5 +1,6 @@
 """Packed sequences: the tables that kernels read, and what is said of ends that do not fit."""
 
+import itertools
 
 import pytest
 import samples
@@ -25,7 +26,8 @@ PACKED = [
     for operator in OPERATORS
     if operator.room != "diagnostics"
     for name in samples.names(operator)
-    if "cu_seqlens" in samples.of(operator).make(name, torch.float32, length=21).options
+    if "cu_seqlens" in (options := samples.of(operator).make(name, torch.float32, length=21).options)
+    and "cu_seqlens_k" not in options
 ]
 
 
@@ -36,8 +38,8 @@ def int32(ends):
 def filled(launches, *tables):
     """The tables after the launches, the last rows of larger ones of -7."""
     guarded = [torch.full((table.numel() + 100,), -7, dtype=torch.int32, device=DEVICE) for table in tables]
-    for launch, (ends, *_) in launches:
-        launch(ends, *guarded)
+    for launch, given in launches:
+        launch(*given[: len(given) - len(tables)], *guarded)
     for table, guard in zip(tables, guarded, strict=True):
         assert (guard[table.numel() :] == -7).all(), "written beyond the table"
         table.copy_(guard[: table.numel()].view(table.shape))
@@ -47,8 +49,20 @@ def filled(launches, *tables):
 @pytest.mark.parametrize("ends", GOOD, ids=lambda ends: f"{len(ends) - 1} sequences")
 def test_bounds_are_those_of_each_tokens_sequence(ends):
     bounds, launches = packing.bounds_launches(int32(ends), ends[-1])
-    expected = [(a, b) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
+    expected = [(a, b, 0) for a, b in zip(ends, ends[1:], strict=False) for _ in range(a, b)]
     assert filled(launches, bounds)[0] == [list(side) for side in zip(*expected, strict=True)]
+
+
+@pytest.mark.parametrize("ends", GOOD, ids=lambda ends: f"{len(ends) - 1} sequences")
+def test_bounds_of_other_targets(ends):
+    """Sequence i has i % 3 targets more or less than tokens."""
+    targets = [0]
+    for i, (a, b) in enumerate(itertools.pairwise(ends)):
+        targets.append(targets[-1] + max(0, b - a + i % 3 - 1))
+    bounds, launches = packing.bounds_launches(int32(ends), ends[-1], int32(targets), targets[-1])
+    pairs = zip(itertools.pairwise(ends), itertools.pairwise(targets), strict=True)
+    expected = [(*of_targets, of_targets[1] - b) for (a, b), of_targets in pairs for _ in range(a, b)]
+    assert filled(launches, bounds)[0] == [list(row) for row in zip(*expected, strict=True)]
 
 
 @pytest.mark.parametrize("length", [1, 4, 128])
@@ -70,8 +84,8 @@ def test_pieces_cut_each_sequence(ends, length):
 def test_invalid_ends_stay_inside(ends, message):
     """Whatever they are: bounds hold the token, or nothing, and pieces and their counts fit the tables."""
     bounds, launches = packing.bounds_launches(int32(ends), 6)
-    for token, (begin, end) in enumerate(zip(*filled(launches, bounds)[0], strict=True)):
-        assert (begin, end) == (0, 0) or 0 <= begin <= token < end <= 6
+    for token, (begin, end, ahead) in enumerate(zip(*filled(launches, bounds)[0], strict=True)):
+        assert ahead == 0 and ((begin, end) == (0, 0) or 0 <= begin <= token < end <= 6)
     for length in (1, 4):
         num_pieces = 6 // length + len(ends) - 1
         pieces, first_pieces, launches = packing.piece_launches(int32(ends), 6, num_pieces, length)

@@ -1,5 +1,7 @@
 """Affine-scaled and softmax attention: the dense oracle, with N x N masks and weights, and sample calls."""
 
+import itertools
+
 import torch
 from harness import (
     DEVICE,
@@ -25,6 +27,7 @@ SAMPLES = {
     },
     "softmax_attention": {
         "softmax, causal, sink": dict(causal=True, sink=True),
+        "softmax, packed with other keys, causal": dict(causal=True, heads=(4, 2), packed=True, more_keys=30),
         "softmax, more keys than queries": dict(heads=(4, 2), more_keys=30, window_size=(40, -1)),
     },
 }
@@ -40,6 +43,9 @@ def make(name, dtype, device=DEVICE, length=75):
     if packed:
         ends = [0, length // 3, length // 3, 2 * length // 3, length]
         options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+        if keys > length:  # of one sequence more, of two less, and those of one without queries
+            ends_k = [0, keys // 2, keys // 2 + 7, keys // 2 + 9, keys]
+            options["cu_seqlens_k"] = torch.tensor(ends_k, dtype=torch.int32, device=device)
     tensors = {
         "q": randn(batch, heads, length, 24, dtype=dtype, seed=1, device=device),
         "k": randn(batch, kv_heads, keys, 24, dtype=dtype, seed=2, device=device),
@@ -76,16 +82,19 @@ def visible(sample):
     q, k = sample.tensors["q"], sample.tensors["k"]
     left, right = window(sample.options)
     distance = torch.arange(k.shape[2])[None, :] - (torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2])
-    mask = torch.ones_like(distance, dtype=torch.bool)
+    mask, member = torch.ones_like(distance, dtype=torch.bool), None
+    if sample.options.get("cu_seqlens") is not None:
+        ends = sample.options["cu_seqlens"].tolist()
+        ends_k = sample.options.get("cu_seqlens_k", sample.options["cu_seqlens"]).tolist()
+        member = torch.zeros_like(mask)
+        for rows, keys in zip(itertools.pairwise(ends), itertools.pairwise(ends_k), strict=True):
+            member[slice(*rows), slice(*keys)] = True
+            distance[slice(*rows)] += k.shape[2] - q.shape[2] - (keys[1] - rows[1])
     if left != -1:
         mask &= distance >= -left
     if right != -1:
         mask &= distance <= right
-    if sample.options.get("cu_seqlens") is not None:
-        ends = sample.options["cu_seqlens"].tolist()
-        member = torch.zeros_like(mask)
-        for first, last in zip(ends, ends[1:], strict=False):
-            member[first:last, first:last] = True
+    if member is not None:
         mask &= member
     return mask.to(q.device)
 
@@ -234,7 +243,7 @@ def op_arguments(sample):
     tensors, options = sample.tensors, sample.options
     q, k, v = (tensors[name] if tensors[name].stride(-1) == 1 else tensors[name].contiguous() for name in "qkv")
     scalars = (tensors.get(name) for name in ("alpha", "beta", "sink"))
-    tensors = q, k, v, *scalars, options.get("cu_seqlens"), None
+    tensors = q, k, v, *scalars, *map(options.get, ("cu_seqlens", "cu_seqlens_k")), None
     return (*tensors, *window(options), score_factor(options, q), 0.0)
 
 

@@ -21,10 +21,13 @@ class Affine(Operator):
 
     name = "affine_attention"
     serves = "affine_attention and softmax_attention"
-    tensors = "Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? cu_seqlens, Tensor? seed"
+    tensors = (
+        "Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, Tensor? cu_seqlens, Tensor? cu_seqlens_k, "
+        "Tensor? seed"
+    )
     options = "int left, int right, float scale, float dropout_p"
     rows = "q", "k", "v"
-    constants = 2
+    constants = 3
     outputs = "o", "u", "lse"
 
     def __init__(self) -> None:
@@ -39,9 +42,9 @@ class Affine(Operator):
 
 class AffineTriton(Backend):
     def forward(self, tensors: Any, outputs: Any, left: int, right: int, scale: float, dropout_p: float) -> Program:
-        q, k, v, alpha, beta, sink, cu_seqlens, seed = tensors
+        q, k, v, alpha, beta, sink, cu_seqlens, cu_seqlens_k, seed = tensors
         launch, (o, *_) = _launchers(), outputs
-        bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
+        bounds, launches = _bounds(q, k, cu_seqlens, cu_seqlens_k)
         call = launch.signature(q, k, v, None, bounds is not None, left, right)
         sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_attend"))
         attend = launch.plan_attend(call, o.stride(), scale, dropout_p)
@@ -51,10 +54,11 @@ class AffineTriton(Backend):
     def backward(
         self, gradients: Any, tensors: Any, saved: Any, results: Any, left: int, right: int, scale: float, dropout_p: float
     ) -> Program:
-        q, k, v, alpha, beta, sink, cu_seqlens, seed = tensors
+        q, k, v, alpha, beta, sink, cu_seqlens, cu_seqlens_k, seed = tensors
         (do,), (o, u, lse), (dq, dk, dv, dalpha, dbeta, dsink, *_) = gradients, saved, results
         u, launch = o if u is None else u, _launchers()
-        bounds, launches = _packing().bounds_launches(cu_seqlens, k.shape[2])
+        bounds, launches = _bounds(q, k, cu_seqlens, cu_seqlens_k)
+        key_bounds, more = (bounds, []) if cu_seqlens_k is None else _bounds(k, q, cu_seqlens_k, cu_seqlens)
         call = launch.signature(q, k, v, None, bounds is not None, left, right)
         sums, sum_values = _sums(call, v, beta, launch.chunk(call, "softmax_grad_queries"))
         m = _row_terms(lse, dalpha)
@@ -62,9 +66,10 @@ class AffineTriton(Backend):
         queries = launch.plan_grad_queries(call, exact, u.stride(), do.stride(), dq.stride(), scale, dropout_p)
         keys = launch.plan_grad_keys(call, do.stride(), dk.stride(), dv.stride(), scale, dropout_p)
         launches += [
+            *more,
             *sum_values,
             (queries, (q, k, v, alpha, dbeta, sums, u, do, lse, dq, m, bounds, seed)),
-            (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, bounds, seed)),
+            (keys, (q, k, v, alpha, beta, do, lse, m, dk, dv, key_bounds, seed)),
             *_grad_sink(q, sink, lse, m, alpha, dsink),
         ]
         return Program((*gradients, *tensors, *saved), results, launches)
@@ -108,6 +113,11 @@ class AffineCuda(_cuda.CudaBackend):
 
     def aligned_gradient(self, gradient: torch.Tensor, *_: Any) -> torch.Tensor:
         return _cuda.aligned_boxes(gradient)
+
+
+def _bounds(own: torch.Tensor, other: torch.Tensor, ends: torch.Tensor | None, other_ends: torch.Tensor | None) -> Any:
+    """What each token of a packed `own` reaches in `other`, not filled, and the launches that fill it."""
+    return _packing().bounds_launches(ends, own.shape[2], other_ends, other.shape[2])
 
 
 def _precision(q: torch.Tensor) -> torch.dtype:

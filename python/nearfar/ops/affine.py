@@ -29,7 +29,7 @@ from nearfar.runtime.tensors import Layout
 _reference = opaque(
     "affine_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? sink, int left, int right, float scale,"
-    " Tensor? cu_seqlens, Tensor? seed, float dropout_p) -> Tensor",
+    " Tensor? cu_seqlens, Tensor? cu_seqlens_k, Tensor? seed, float dropout_p) -> Tensor",
     reference_affine_attention,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -72,6 +72,7 @@ class Call(NamedTuple):
     right: int
     scale: float
     cu_seqlens: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
     seed: torch.Tensor | None
     backends: dispatch.Backends
     plain: bool
@@ -91,6 +92,7 @@ def affine_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
@@ -119,6 +121,8 @@ def affine_attention(
         sink: (Hq,), logits of an attention sink, which adds exp(sink) to the softmax denominators of its head; None for no
             sink.
         cu_seqlens: (S + 1,) int32, the boundaries of S sequences packed along N in a batch of 1, starting with 0.
+        cu_seqlens_k: the boundaries of the keys of the same S sequences, packed along M; None if they are those of the
+            queries. In each sequence the queries are the last positions, as they are without packing.
         dropout_p: the share of the softmax weights that are set to 0, in [0, 1), the others being divided by 1 - dropout_p, as
             in scaled_dot_product_attention. What beta adds to them is not dropped, so that it stays a sum of values; of the
             authors' code we know no dropout to follow. CUDA C++ has none, so "auto" takes Triton for it.
@@ -134,7 +138,8 @@ def affine_attention(
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
-    return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p, backend)
+    packing = cu_seqlens, cu_seqlens_k
+    return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, *packing, seed, dropout_p, backend)
 
 
 @observed
@@ -149,6 +154,7 @@ def softmax_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
@@ -162,7 +168,7 @@ def softmax_attention(
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        causal, window_size, locality, scale, sink, cu_seqlens, dropout_p, dropout_seed, backend: as for
+        causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, dropout_p, dropout_seed, backend: as for
             `nearfar.affine_attention`.
 
     Returns:
@@ -173,7 +179,8 @@ def softmax_attention(
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
     seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
-    return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p, backend)
+    packing = cu_seqlens, cu_seqlens_k
+    return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, *packing, seed, dropout_p, backend)
 
 
 def prepare_affine_attention(
@@ -189,12 +196,13 @@ def prepare_affine_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of affine_attention and return its Call."""
     seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
-    return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
+    return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, seed, dropout_p)
 
 
 def prepare_softmax_attention(
@@ -208,12 +216,13 @@ def prepare_softmax_attention(
     scale: float | None = None,
     sink: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
     seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)
-    return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
+    return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, seed, dropout_p)
 
 
 def _attend(
@@ -228,24 +237,27 @@ def _attend(
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
     backend: Backend,
 ) -> torch.Tensor:
-    tensors = q, k, v, alpha, beta, sink, cu_seqlens, seed
+    tensors = q, k, v, alpha, beta, sink, cu_seqlens, cu_seqlens_k, seed
     absent = tuple([x is None for x in tensors])
     repeats = plans.repeats(affine, causal, window_size, locality, scale, dropout_p, absent, backend)
     if repeats and (plan := repeats.find(*[x for x in tensors if x is not None])):
         return plan(*tensors)
-    call = _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, seed, dropout_p)
-    *checked, left, right, scale, cu_seqlens, seed, backends, plain = call
+    packing = cu_seqlens, cu_seqlens_k
+    call = _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, *packing, seed, dropout_p)
+    *checked, left, right, scale, cu_seqlens, cu_seqlens_k, seed, backends, plain = call
     dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, call.q)
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return _reference_on_grid(*checked, seed, encoded(locality), scale, dropout_p)
     if forward == "reference":
-        return _reference(*checked, left, right, scale, cu_seqlens, seed, dropout_p)
-    return affine(repeats, plain, (*checked, cu_seqlens, seed), left, right, scale, dropout_p, forward, backward)
+        return _reference(*checked, left, right, scale, cu_seqlens, cu_seqlens_k, seed, dropout_p)
+    tensors = *checked, *packing, seed
+    return affine(repeats, plain, tensors, left, right, scale, dropout_p, forward, backward)
 
 
 def _prepare(
@@ -260,6 +272,7 @@ def _prepare(
     scale: float | None,
     sink: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
 ) -> Call:
@@ -280,8 +293,10 @@ def _prepare(
     beta = checks.numbers_of("beta", beta, rows, "(B, Hq, N), one number per query and head", q)
     sink = checks.numbers_of("sink", sink, rows[1:2], "(Hq,), one logit per query head", q)
     if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, q, k)
-    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, seed, backends, layouts is not None)
+        checks.check_cu_seqlens(cu_seqlens, q, k, cu_seqlens_k)
+    elif cu_seqlens_k is not None:
+        raise ValueError("cu_seqlens_k needs cu_seqlens, the boundaries of the queries")
+    return Call(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens, cu_seqlens_k, seed, backends, layouts is not None)
 
 
 @checks.once

@@ -6,7 +6,6 @@ with j over the keys that query i may see and c_i the sum of their values, compu
 """
 
 import functools
-import itertools
 
 import torch
 from torch.nn.functional import pad
@@ -23,7 +22,9 @@ from nearfar.reference.pairwise import (
 )
 
 
-def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None, seed=None, dropout_p=0.0):
+def affine_attention(
+    q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=None, cu_seqlens_k=None, seed=None, dropout_p=0.0
+):
     """Reference of `nearfar.affine_attention`, and with alpha and beta None of `nearfar.softmax_attention`.
 
     Args:
@@ -32,6 +33,7 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
         sink: (Hq,) logits in the denominator, None for none.
         left, right: inclusive sides of the window, -1 unlimited.
         cu_seqlens: (S + 1,) ends of packed sequences, None for one sequence.
+        cu_seqlens_k: those of the keys and values, None for the same.
         seed, dropout_p: of the p_ij, see nearfar.reference.dropout; None for no dropout.
 
     Returns:
@@ -41,18 +43,22 @@ def affine_attention(q, k, v, alpha, beta, sink, left, right, scale, cu_seqlens=
     compute = torch.promote_types(q.dtype, torch.float32)
     sinks = () if sink is None else (sink.to(compute).reshape(heads_kv, -1, 1, 1),)
 
-    def attend(start, offset, chunk, q_rows, *arguments):
+    def attend(first_query, first_key, chunk, q_rows, *arguments):
         *sinks, k_seen, v_seen = arguments
         weights = sink_softmax(group_product(q_rows, k_seen.mT), chunk.visible(q.device), *sinks)
-        queries, keys = [start - offset + x for x in chunk.rows], [start + x for x in chunk.keys]
+        queries, keys = [first_query + x for x in chunk.rows], [first_key + x for x in chunk.keys]
         return group_product(dropped(weights, seed, dropout_p, queries, keys), v_seen)
 
     tensors = group_heads(q.to(compute), heads_kv) * scale, k.to(compute), v.to(compute)
-    sequences = [tensor.split(sequence_lengths(tensor.shape[-2], cu_seqlens), -2) for tensor in tensors]
-    outputs, sums = [], []
-    starts = itertools.accumulate((x.shape[-2] for x in sequences[1]), initial=0)
-    for start, q_seq, k_seq, v_seq in zip(starts, *sequences, strict=False):
-        attend_at = functools.partial(attend, start, k_seq.shape[-2] - q_seq.shape[-2])
+    ends_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    ends = cu_seqlens, ends_k, ends_k
+    sequences = [tensor.split(sequence_lengths(tensor.shape[-2], x), -2) for tensor, x in zip(tensors, ends, strict=True)]
+    outputs, sums, end, first_key = [], [], 0, 0
+    for q_seq, k_seq, v_seq in zip(*sequences, strict=True):
+        end += q_seq.shape[-2]
+        # Queries are the last positions among their keys: position 0 is that of query end - len(k_seq).
+        attend_at = functools.partial(attend, end - k_seq.shape[-2], first_key)
+        first_key += k_seq.shape[-2]
         q_blocks, *key_blocks = split_rows(q_seq, k_seq, v_seq)
         for chunk in row_chunks(q_seq.shape[-2], k_seq.shape[-2], left, right):
             outputs.append(by_chunk(attend_at, chunk, (q_blocks[chunk.block], *sinks), *key_blocks))

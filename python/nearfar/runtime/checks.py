@@ -251,37 +251,50 @@ def _filled(value: float, dtype: torch.dtype, device: torch.device, stream: int 
         return torch.full((1,), value, dtype=dtype, device=device)
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-    """Check cu_seqlens: int32 (S + 1,), from 0 to N, never decreasing, for a batch of 1 with q and k of one length.
+def check_cu_seqlens(
+    cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None
+) -> None:
+    """Check cu_seqlens: int32 (S + 1,), from 0 to N, never decreasing, for a batch of 1.
 
-    The values of a CUDA tensor are not read back, because that would stall the stream; `nearfar.check_cu_seqlens` reads them.
-    Kernels stay inside the tensors for any values.
+    cu_seqlens_k: the same for the keys, None if k has the boundaries of q. The values of a CUDA tensor are not read back,
+    because that would stall the stream; `nearfar.check_cu_seqlens` reads them. Kernels stay inside the tensors for any values.
     """
-    check_cu_seqlens_layout(cu_seqlens)
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}")
-    if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences in a batch of 1, got a batch of {q.shape[0]}")
-    if q.shape[2] != k.shape[2]:
+    _check_packing("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens_k is not None:
+        _check_packing("cu_seqlens_k", cu_seqlens_k, k)
+        if not same_shape(cu_seqlens_k.shape, cu_seqlens.shape):
+            raise ValueError(
+                f"cu_seqlens_k must have the shape of cu_seqlens, {tuple(cu_seqlens.shape)}, got {tuple(cu_seqlens_k.shape)}"
+            )
+    elif q.shape[2] != k.shape[2]:
         raise ValueError(f"cu_seqlens needs q and k of one length, got {q.shape[2]} and {k.shape[2]}")
-    if cu_seqlens.is_cpu and has_values(cu_seqlens):
-        check_ends(cu_seqlens, q.shape[2])
+    for name, ends, tokens in (("cu_seqlens", cu_seqlens, q), ("cu_seqlens_k", cu_seqlens_k, k)):
+        if ends is not None and ends.is_cpu and has_values(ends):
+            check_ends(ends, tokens.shape[2], name)
 
 
-def check_cu_seqlens_layout(cu_seqlens: torch.Tensor) -> None:
+def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+    check_cu_seqlens_layout(cu_seqlens, name)
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(f"{name} must be on the device of q, {tokens.device}, got {cu_seqlens.device}")
+    if tokens.shape[0] != 1:
+        raise ValueError(f"{name} packs sequences in a batch of 1, got a batch of {tokens.shape[0]}")
+
+
+def check_cu_seqlens_layout(cu_seqlens: torch.Tensor, name: str = "cu_seqlens") -> None:
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind}")
+        raise TypeError(f"{name} must be an int32 tensor, got {kind}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens must have shape (number of sequences + 1,), got {tuple(cu_seqlens.shape)}")
+        raise ValueError(f"{name} must have shape (number of sequences + 1,), got {tuple(cu_seqlens.shape)}")
 
 
-def check_ends(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+def check_ends(cu_seqlens: torch.Tensor, num_tokens: int, name: str = "cu_seqlens") -> None:
     """Check that the values go from 0 to num_tokens and never decrease."""
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != num_tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
         shown = ", ".join(map(str, ends[:8])) + (", ..." if len(ends) > 8 else "")
-        raise ValueError(f"cu_seqlens must start at 0, never decrease and end at {num_tokens}, got [{shown}]")
+        raise ValueError(f"{name} must start at 0, never decrease and end at {num_tokens}, got [{shown}]")
 
 
 def is_number(value: object) -> bool:
