@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -182,11 +183,20 @@ def test_what_is_not_computed_is_refused_by_name(name):
             function(*tensors, **{argument: REFUSED[argument]})
 
 
-def test_other_ends_of_keys_are_refused():
-    x = randn(6, 2, 16)
-    ends, others = (torch.tensor(e, dtype=torch.int32, device=DEVICE) for e in ([0, 2, 6], [0, 3, 6]))
-    with pytest.raises(NotImplementedError, match="cu_seqlens_k must equal cu_seqlens_q"):
-        fa.flash_attn_varlen_func(x, x, x, ends, others, 4, 3)
+def test_keys_have_their_own_ends():
+    """Fewer keys than queries in one sequence, more in another, none in a third, and keys without queries."""
+    ends, ends_k = [0, 5, 7, 9, 9], [0, 2, 8, 8, 11]
+    tensors = randn(9, 4, 16), randn(11, 2, 16, seed=1), randn(11, 2, 16, seed=2)
+
+    def one_by_one(q, k, v):
+        outputs = []
+        for (a, b), (c, d) in zip(itertools.pairwise(ends), itertools.pairwise(ends_k), strict=True):
+            outputs.append(plain(q[None, a:b], k[None, c:d], v[None, c:d], causal=True, window_size=(2, -1))[0])
+        return torch.cat(outputs)
+
+    seqlens = [torch.tensor(e, dtype=torch.int32, device=DEVICE) for e in (ends, ends_k)]
+    options = dict(causal=True, window_size=(2, -1))
+    assert_equal(lambda q, k, v: fa.flash_attn_varlen_func(q, k, v, *seqlens, 5, 6, **options), one_by_one, tensors)
 
 
 @pytest.mark.parametrize("call, message", [

@@ -601,6 +601,17 @@ BAD = {
         "^cu_seqlens .*6 and 7",
         lambda: {"k": randn(1, 2, 7, 16), "v": randn(1, 2, 7, 16), "cu_seqlens": int32(0, 6)},
     ),
+    "cu_seqlens_k alone": (ValueError, "^cu_seqlens_k needs cu_seqlens", lambda: {"cu_seqlens_k": int32(0, 6)}),
+    "cu_seqlens_k of floats": (
+        TypeError,
+        "^cu_seqlens_k must be an int32 tensor, got torch.float32",
+        lambda: {"cu_seqlens": int32(0, 6), "cu_seqlens_k": torch.zeros(2)},
+    ),
+    "cu_seqlens_k of other sequences": (
+        ValueError,
+        r"^cu_seqlens_k must have the shape of cu_seqlens, \(2,\), got \(3,\)",
+        lambda: {"cu_seqlens": int32(0, 6), "cu_seqlens_k": int32(0, 2, 6)},
+    ),
 }
 
 

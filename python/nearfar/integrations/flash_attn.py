@@ -120,10 +120,10 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total, Hq, D), float32, float16 or bfloat16 (float64 on a CPU).
-        k: (total, Hkv, D), dtype and device of q.
-        v: (total, Hkv, Dv), dtype and device of q.
+        k: (total_k, Hkv, D), dtype and device of q.
+        v: (total_k, Hkv, Dv), dtype and device of q.
         cu_seqlens_q: (S + 1,) int32, the boundaries of the sequences, from 0 to total.
-        cu_seqlens_k: the same boundaries. Pass the same tensor object: comparing two tensors waits for the GPU.
+        cu_seqlens_k: (S + 1,) int32, the boundaries of the keys of the same sequences, from 0 to the length of k.
         max_seqlen_q, max_seqlen_k: ignored.
         softmax_scale, causal, window_size: as for `flash_attn_func`.
 
@@ -131,19 +131,17 @@ def flash_attn_varlen_func(
         (total, Hq, Dv) in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        NotImplementedError: cu_seqlens_k differs from cu_seqlens_q, or an unsupported argument is set.
+        NotImplementedError: an unsupported argument is set.
         TypeError, ValueError: as `nearfar.softmax_attention`.
     """
     _refuse(
         dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs,
         block_table=block_table,
     )
-    if cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_k, cu_seqlens_q):
-        raise NotImplementedError("cu_seqlens_k must equal cu_seqlens_q: nearfar packs queries and keys in the same way")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
         require(tensor.dim() == 3, f"{name} must have 3 dimensions (total, H, D), got shape {tuple(tensor.shape)}")
-    return _attend(q[None], k[None], v[None], softmax_scale, causal, window_size, cu_seqlens_q)[0]
+    return _attend(q[None], k[None], v[None], softmax_scale, causal, window_size, cu_seqlens_q, cu_seqlens_k)[0]
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -274,7 +272,8 @@ def _attend(
     scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax_attention of (B, N, H, D) tensors."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -285,7 +284,12 @@ def _attend(
     left, right = window_size
     q, k, v = (padded(x).transpose(1, 2) for x in (q, k, v))
     window = left, 0 if causal else right
-    return softmax_attention(q, k, v, window_size=window, scale=scale, cu_seqlens=cu_seqlens)[..., :width].transpose(1, 2)
+    if cu_seqlens_k is cu_seqlens_q:  # one table of boundaries does for both
+        cu_seqlens_k = None
+    o = softmax_attention(
+        q, k, v, window_size=window, scale=scale, cu_seqlens=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    return o[..., :width].transpose(1, 2)
 
 
 def _refuse(**arguments: object) -> None:
