@@ -98,7 +98,7 @@ def make(name, dtype):
 
 
 def dropping(sample, **options):
-    return Sample(sample.tensors, {**sample.options, "dropout_p": P, "dropout_seed": SEED, **options})
+    return Sample(sample.tensors, {**sample.options, "dropout_p": P, "seed": SEED, **options})
 
 
 def selected(sample):
@@ -178,7 +178,7 @@ def test_the_reference_of_softmax_on_a_grid_is_the_formula():
     locality = nf.ShiftedWindow((6, 8), 2, 1)
     q, k, v, _ = make_on_grid(locality).tensors.values()
     sample = Sample({"q": q, "k": k, "v": v}, {})
-    o = nf.softmax_attention(q, k, v, locality=locality, dropout_p=P, dropout_seed=SEED, backend="reference")
+    o = nf.softmax_attention(q, k, v, locality=locality, dropout_p=P, seed=SEED, backend="reference")
     expected = samples.affine.dense(
         mask(locality).to(q.device), 0.25, *(x.double() for x in (q, k, v)), factor=dropout.of(sample, SEED, P)
     )
@@ -211,10 +211,10 @@ def test_seeds_are_numbers_tensors_or_drawn():
     torch.manual_seed(3)
     assert torch.equal(call(sample), first) and not torch.equal(first, second)
     number, vector, scalar = (
-        call(sample, dropout_seed=seed) for seed in (7, torch.tensor([7], device=DEVICE), torch.tensor(7, device=DEVICE))
+        call(sample, seed=seed) for seed in (7, torch.tensor([7], device=DEVICE), torch.tensor(7, device=DEVICE))
     )
     assert torch.equal(number, vector) and torch.equal(number, scalar)
-    assert not torch.equal(number, call(sample, dropout_seed=8))
+    assert not torch.equal(number, call(sample, seed=8))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=full)])
@@ -238,7 +238,7 @@ def test_checkpoints_drop_the_same_again(backend):
 def test_without_dropout_the_seed_does_not_count():
     sample = small()
     plain, seeded = (
-        nf.krause_attention(**sample.tensors, **sample.options, **seed, backend="triton") for seed in ({}, {"dropout_seed": 3})
+        nf.krause_attention(**sample.tensors, **sample.options, **seed, backend="triton") for seed in ({}, {"seed": 3})
     )
     assert torch.equal(plain, seeded)
 
@@ -246,11 +246,11 @@ def test_without_dropout_the_seed_does_not_count():
 @full
 @pytest.mark.parametrize("name", ["window, top 5", "grid"])
 def test_compiled_calls(name):
-    sample = dropping(make(name, torch.float32), dropout_seed=torch.tensor([SEED], device=DEVICE))
+    sample = dropping(make(name, torch.float32), seed=torch.tensor([SEED], device=DEVICE))
     compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
     for backend in ("triton", "reference"):
         assert_same(run(nf.krause_attention, sample, backend=backend), run(compiled, sample, backend=backend), backend)
-    drawn = {**sample.options, "dropout_seed": None}
+    drawn = {**sample.options, "seed": None}
     assert not torch.equal(compiled(**sample.tensors, **drawn), compiled(**sample.tensors, **drawn))
 
 
@@ -268,7 +268,7 @@ def test_the_reference_is_differentiable_twice():
     tensors = [x[:, :, :4, :2].double().detach().cpu().requires_grad_() for x in list(sample.tensors.values())[:3]]
 
     def attend(q, k, v):
-        return nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), dropout_p=P, dropout_seed=SEED, backend="reference")
+        return nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), dropout_p=P, seed=SEED, backend="reference")
 
     torch.autograd.gradcheck(attend, tensors)
     torch.autograd.gradgradcheck(attend, tensors)
@@ -304,14 +304,14 @@ BAD = [
     (dict(dropout_p=float("nan")), ValueError, "dropout_p must be at least 0"),
     (dict(dropout_p="0.1"), TypeError, "dropout_p must be a number, got str"),
     (dict(dropout_p=True), TypeError, "dropout_p must be a number, got bool"),
-    (dict(dropout_p=0.1, dropout_seed=1.5), TypeError, "dropout_seed must be an int or an int64 tensor, got float"),
-    (dict(dropout_p=0.1, dropout_seed=2**63), ValueError, "dropout_seed must be a number of 64 bits"),
-    (dict(dropout_p=0.1, dropout_seed=torch.zeros(1)), TypeError, "int64 tensor, got torch.float32"),
-    (dict(dropout_seed=torch.zeros(2, dtype=torch.int64)), ValueError, r"must be one number, got shape \(2,\)"),
+    (dict(dropout_p=0.1, seed=1.5), TypeError, "seed must be an int or an int64 tensor, got float"),
+    (dict(dropout_p=0.1, seed=2**63), ValueError, "seed must be a number of 64 bits"),
+    (dict(dropout_p=0.1, seed=torch.zeros(1)), TypeError, "int64 tensor, got torch.float32"),
+    (dict(seed=torch.zeros(2, dtype=torch.int64)), ValueError, r"must be one number, got shape \(2,\)"),
     (
-        dict(dropout_p=0.1, dropout_seed=torch.zeros(1, dtype=torch.int64, device="meta")),
+        dict(dropout_p=0.1, seed=torch.zeros(1, dtype=torch.int64, device="meta")),
         ValueError,
-        "dropout_seed must be on the device of q",
+        "seed must be on the device of q",
     ),
 ]
 

@@ -100,7 +100,7 @@ def test_kernels_are_accurate(name, dtype):
 @pytest.mark.parametrize("name", [pytest.param("windows", marks=full), "the authors'"])
 def test_dropout(name, dtype):
     sample = sample_of(name, dtype)
-    options = {**sample.options, "dropout_p": P, "dropout_seed": SEED}
+    options = {**sample.options, "dropout_p": P, "seed": SEED}
     o, gradients = run(nf.krause_attention, Sample(sample.tensors, options))
     check(sample, like(o), o, gradients, dropout.of(sample, SEED, P))
 

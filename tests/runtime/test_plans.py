@@ -75,9 +75,9 @@ def test_calls_with_other_options_do_not_take_each_others_plans():
         lambda: nf.krause_attention(q, k, v, torch.tensor([2.0, 3.0], device=DEVICE), **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, top_k=3, **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, cu_seqlens=ends, **krause),
-        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, dropout_seed=1, **krause),
-        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, dropout_seed=2, **krause),
-        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.3, dropout_seed=2, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, seed=1, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.5, seed=2, **krause),
+        lambda: nf.krause_attention(q, k, v, 2.0, dropout_p=0.3, seed=2, **krause),
         lambda: nf.krause_attention(q, k, v, 2.0, nf.SlidingWindow(3), backend="triton"),
     )
     turns(

@@ -271,7 +271,7 @@ class Slabs(Tiles):
         shape = problem.batch, sizes["heads"], -(-sizes["num_tokens"] // chunk), chunk, width
         self._counter = empty(y, (1,), torch.int32)
         self._norm_tiles = None if of_queries else empty(y, (problem.batch, problem.key_heads, 2, chunk, width))
-        tiles = dict(outer_tiles=empty(y, shape), inner_tiles=empty(y, shape))
+        tiles: dict[str, Any] = dict(outer_tiles=empty(y, shape), inner_tiles=empty(y, shape))
         tiles["weighted_tiles"] = empty(y, shape) if of_queries else None
         return _cuda.call(
             "hadamard_bidirectional_accumulate", problem.feature_map,

@@ -94,7 +94,7 @@ def affine_attention(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Softmax attention scaled and shifted per query: o_i = alpha_i softmax(scale q_i . k_j)_i V + beta_i sum_j v_j.
@@ -126,7 +126,7 @@ def affine_attention(
         dropout_p: the share of the softmax weights that are set to 0, in [0, 1), the others being divided by 1 - dropout_p, as
             in scaled_dot_product_attention. What beta adds to them is not dropped, so that it stays a sum of values; of the
             authors' code we know no dropout to follow. CUDA C++ has none, so "auto" takes Triton for it.
-        dropout_seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
+        seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
             weights in every backend and in the backward. None draws it from torch's generator of that device.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
@@ -137,7 +137,7 @@ def affine_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
+    seed = dropout.seed_of(dropout_p, seed, q) if dropout_p or seed is not None else None
     packing = cu_seqlens, cu_seqlens_k
     return _attend(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, *packing, seed, dropout_p, backend)
 
@@ -156,7 +156,7 @@ def softmax_attention(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Softmax attention, o_i = softmax(scale q_i . k_j)_i V, with windows, packed sequences and an optional attention sink.
@@ -168,7 +168,7 @@ def softmax_attention(
         q: (B, Hq, N, D), float32, float16 or bfloat16 (float64 on the reference); any strides.
         k: (B, Hkv, M, D), dtype and device of q.
         v: (B, Hkv, M, Dv), dtype and device of q.
-        causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, dropout_p, dropout_seed, backend: as for
+        causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, dropout_p, seed, backend: as for
             `nearfar.affine_attention`.
 
     Returns:
@@ -178,7 +178,7 @@ def softmax_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
+    seed = dropout.seed_of(dropout_p, seed, q) if dropout_p or seed is not None else None
     packing = cu_seqlens, cu_seqlens_k
     return _attend(q, k, v, None, None, causal, window_size, locality, scale, sink, *packing, seed, dropout_p, backend)
 
@@ -198,10 +198,10 @@ def prepare_affine_attention(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of affine_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
+    seed = dropout.seed_of(dropout_p, 0 if seed is None else seed, q)  # nothing is drawn
     return _prepare(q, k, v, alpha, beta, causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, seed, dropout_p)
 
 
@@ -218,10 +218,10 @@ def prepare_softmax_attention(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Check the arguments of softmax_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)
+    seed = dropout.seed_of(dropout_p, 0 if seed is None else seed, q)
     return _prepare(q, k, v, None, None, causal, window_size, locality, scale, sink, cu_seqlens, cu_seqlens_k, seed, dropout_p)
 
 
@@ -256,8 +256,8 @@ def _attend(
         return _reference_on_grid(*checked, seed, encoded(locality), scale, dropout_p)
     if forward == "reference":
         return _reference(*checked, left, right, scale, cu_seqlens, cu_seqlens_k, seed, dropout_p)
-    tensors = *checked, *packing, seed
-    return affine(repeats, plain, tensors, left, right, scale, dropout_p, forward, backward)
+    given = *checked, *packing, seed
+    return affine(repeats, plain, given, left, right, scale, dropout_p, forward, backward)
 
 
 def _prepare(

@@ -53,7 +53,7 @@ def krause_attention(
     cu_seqlens: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Attention by distance: softmax of -|q_i - k_j|^2 / (2 sigma_h^2) over the nearest keys of each query's locality.
@@ -81,7 +81,7 @@ def krause_attention(
             selection, by the offset of the query from the key, row-major from 1 - window along each axis.
         dropout_p: the share of the weights that are set to 0, in [0, 1), the others being divided by 1 - dropout_p, as in
             scaled_dot_product_attention. CUDA C++ has no dropout, so "auto" takes Triton for it.
-        dropout_seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
+        seed: an int, or an int64 tensor of one number on the device of q, which decides what is dropped: the same
             weights in every backend and in the backward. None draws it from torch's generator of that device.
         backend: "auto", "cuda", "triton" or "reference"; `nearfar.explain` reports which one serves a call.
 
@@ -92,7 +92,7 @@ def krause_attention(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, devices or values do not fit, or the backend cannot serve the call.
     """
-    seed = dropout.seed_of(dropout_p, dropout_seed, q) if dropout_p or dropout_seed is not None else None
+    seed = dropout.seed_of(dropout_p, seed, q) if dropout_p or seed is not None else None
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.krause_attention(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed, backend)
     options = locality, top_k, ties, dropout_p, cu_seqlens is None, backend
@@ -124,10 +124,10 @@ def prepare(
     cu_seqlens: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
 ) -> Call | grid.Call:
     """Check the arguments of krause_attention and return its Call."""
-    seed = dropout.seed_of(dropout_p, 0 if dropout_seed is None else dropout_seed, q)  # nothing is drawn
+    seed = dropout.seed_of(dropout_p, 0 if seed is None else seed, q)  # nothing is drawn
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
         return grid.prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)
     return _prepare(q, k, v, sigma, locality, top_k, ties, cu_seqlens, bias, dropout_p, seed)

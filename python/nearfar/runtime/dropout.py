@@ -15,37 +15,37 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
 
 
-def seed_of(dropout_p: float, dropout_seed: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+def seed_of(dropout_p: float, seed: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     """The seed of a call, (1,) int64 on the device of q, drawn from torch's generator of that device unless it is given.
 
     None without dropout. It stays on the device, so that a CUDA graph draws a new one in each replay.
     """
-    if dropout_seed is not None:
-        _check_seed(dropout_seed)
+    if seed is not None:
+        _check_seed(seed)
     check_dropout(dropout_p)
     if not dropout_p:
         return None
     checks.check_tensor("q", q)
-    if dropout_seed is None:
+    if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    if not isinstance(dropout_seed, torch.Tensor):
-        return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)
-    if dropout_seed.device != q.device:
-        raise ValueError(f"dropout_seed must be on the device of q, {q.device}, got {dropout_seed.device}")
-    return dropout_seed.reshape(1)
+    if not isinstance(seed, torch.Tensor):
+        return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    if seed.device != q.device:
+        raise ValueError(f"seed must be on the device of q, {q.device}, got {seed.device}")
+    return seed.reshape(1)
 
 
-def _check_seed(dropout_seed: object) -> None:
-    if isinstance(dropout_seed, torch.Tensor):
-        if dropout_seed.dtype != torch.int64:
-            raise TypeError(f"dropout_seed must be an int or an int64 tensor, got {dropout_seed.dtype}")
-        if dropout_seed.dim() and not checks.same_shape(dropout_seed.shape, (1,)):
-            raise ValueError(f"dropout_seed must be one number, got shape {tuple(dropout_seed.shape)}")
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got {seed.dtype}")
+        if seed.dim() and not checks.same_shape(seed.shape, (1,)):
+            raise ValueError(f"seed must be one number, got shape {tuple(seed.shape)}")
         return
-    if not isinstance(dropout_seed, int) or isinstance(dropout_seed, bool):
-        raise TypeError(f"dropout_seed must be an int or an int64 tensor, got {type(dropout_seed).__name__}")
-    if not -(2**63) <= dropout_seed < 2**63:
-        raise ValueError(f"dropout_seed must be a number of 64 bits, got {dropout_seed}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be a number of 64 bits, got {seed}")
 
 
 def threshold(dropout_p: float) -> int:
