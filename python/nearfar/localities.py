@@ -202,7 +202,7 @@ class ShiftedWindow:
     @property
     def bias_size(self) -> int:
         """Entries of a relative position table: one for each offset of a query from a key of its window."""
-        return math.prod(2 * w - 1 for w in self.windows)
+        return math.prod([2 * w - 1 for w in self.windows])  # a list: Dynamo passes no generator to math.prod
 
     def bias_index(self, query: Tensor, key: Tensor) -> Tensor:
         """Table index of pairs that see each other, row-major in the offset of the query from the key; 0 for other pairs."""

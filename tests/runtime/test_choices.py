@@ -273,6 +273,7 @@ def test_the_command_writes_the_table(tmp_path, monkeypatch):
     written = tmp_path / "choices.json"
     written.write_text(choices.TABLE.read_text())
     monkeypatch.setattr(choices, "TABLE", written)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tune_choices, "measure", lambda *_: {"cuda": {"forward": 2.0}, "triton": {"forward": 1.0}})
