@@ -117,7 +117,7 @@ def test_cache(lengths, extra):
     caches = [randn(4, slots, 2, 16, seed=i) for i in (1, 2)]
     k, v = ([randn(3, num_queries, 2, 16, seed=i) for i in (3, 4)] if extra == "new keys" else (None, None))
     if extra == "new keys" and lengths is None:
-        with pytest.raises(ValueError, match="cache_seqlens must say"):
+        with pytest.raises(ValueError, match="cache_seqlens must be given with k and v"):
             fa.flash_attn_with_kvcache(q, *caches, k, v)
         return
     order = [3, 0, 2] if extra == "batch_idx" else [0, 1, 2]
