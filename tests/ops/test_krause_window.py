@@ -26,7 +26,6 @@ from samples.grid import mask
 from test_grid import make
 
 import nearfar as nf
-from nearfar.kernels.krause_grid import encoded
 
 S = nf.ShiftedWindow
 P, SEED = 0.3, 2**40 + 7
@@ -148,7 +147,7 @@ def test_nan_stays_in_its_window():
 def test_the_torch_operator(name):
     sample = sample_of(name)
     q, k, v, sigma, *table = leaves(sample).values()
-    arguments = (q, k, v, sigma, *(table or [None]), None, encoded(sample.options["locality"]), 0.0)
+    arguments = (q, k, v, sigma, *(table or [None]), None, sample.options["locality"].text, 0.0)
     torch.library.opcheck(torch.ops.nearfar.krause_attention_window.default, arguments)
     compiled = torch.compile(nf.krause_attention, backend="aot_eager", fullgraph=True)
     assert_same(run(nf.krause_attention, sample), run(compiled, sample))

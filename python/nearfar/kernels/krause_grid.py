@@ -58,21 +58,8 @@ class KrauseGridTriton(Backend):
         return Program((*gradients, *tensors, *saved), results, launches)
 
 
-# An operator's schema has no type for a locality, and plan keys must be hashable: a locality passes as a string.
-
-
-def encoded(locality: Grid) -> str:
-    """A locality as a string for `decoded`: its numbers, those of each axis first."""
-    if isinstance(locality, ShiftedWindow):
-        numbers = [*locality.shape, *locality.windows, *locality.shifts]
-    else:
-        manhattan = int(locality.metric == "manhattan")
-        numbers = [*locality.shape, *locality.radii, *locality.dilations, manhattan, locality.global_tokens]
-    return " ".join(map(str, numbers))
-
-
 def decoded(text: str) -> Grid:
-    """The locality that was `encoded` as this string."""
+    """The locality that has this `text`."""
     numbers = list(map(int, text.split()))
     axes, rest = divmod(len(numbers), 3)
     shape, first, second = (tuple(numbers[i * axes : (i + 1) * axes]) for i in range(3))

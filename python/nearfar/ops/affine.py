@@ -6,7 +6,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.kernels.affine import affine
-from nearfar.kernels.krause_grid import decoded, encoded
+from nearfar.kernels.krause_grid import decoded
 from nearfar.localities import (
     UNLIMITED,
     GridNeighborhood,
@@ -253,7 +253,7 @@ def _attend(
     dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, call.q)
     if isinstance(locality, (GridNeighborhood, ShiftedWindow)):
-        return _reference_on_grid(*checked, seed, encoded(locality), scale, dropout_p)
+        return _reference_on_grid(*checked, seed, locality.text, scale, dropout_p)
     if forward == "reference":
         return _reference(*checked, left, right, scale, cu_seqlens, cu_seqlens_k, seed, dropout_p)
     given = *checked, *packing, seed

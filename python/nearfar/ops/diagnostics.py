@@ -7,7 +7,7 @@ import torch
 
 from nearfar import _cuda
 from nearfar.kernels import diagnostics as _kernels  # noqa: F401  (registers the torch operators)
-from nearfar.kernels.krause_grid import decoded, encoded
+from nearfar.kernels.krause_grid import decoded
 from nearfar.localities import (
     UNLIMITED,
     Grid,
@@ -124,7 +124,7 @@ class Call(NamedTuple):
     def weighing(self) -> tuple[Any, ...]:
         """What makes weights of queries and keys, as torch operators of the reference take it."""
         *tensors, left, right, locality, top_k, scale = self[3:12]
-        return *tensors, left, right, None if locality is None else encoded(locality), top_k, scale
+        return *tensors, left, right, None if locality is None else locality.text, top_k, scale
 
 
 def attention_statistics(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from nearfar import tiling
-from nearfar.kernels.krause_grid import decoded, encoded, krause_grid
+from nearfar.kernels.krause_grid import decoded, krause_grid
 from nearfar.kernels.krause_window import krause_window
 from nearfar.localities import Grid, ShiftedWindow, check_length, check_not_packed
 from nearfar.reference.grid import krause_attention as reference_krause_attention
@@ -87,8 +87,8 @@ def krause_attention(
     dropout_p = float(dropout_p)
     forward, backward = backends.served(backend, q)
     if forward == "reference":
-        return _reference(q, k, v, sigma, bias, seed, encoded(locality), top_k, keep_ties, dropout_p)
-    text = encoded(locality)
+        return _reference(q, k, v, sigma, bias, seed, locality.text, top_k, keep_ties, dropout_p)
+    text = locality.text
     if windows:
         return krause_window(repeats, plain, (q, k, v, sigma, bias, seed), text, dropout_p, forward, backward)
     return krause_grid(repeats, plain, (q, k, v, sigma, seed), text, top_k, keep_ties, dropout_p, forward, backward)
