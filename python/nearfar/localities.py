@@ -264,7 +264,7 @@ def _text(*numbers: int) -> str:
     return " ".join(map(str, numbers))
 
 
-def _set(locality: object, **fields: tuple[int, ...]) -> None:
+def _set(locality: object, **fields: tuple[int, ...] | str) -> None:
     for name, value in fields.items():
         object.__setattr__(locality, name, value)  # of a frozen dataclass
 
