@@ -7,7 +7,7 @@ of FlexAttention. Other methods (spans, linear forms) are derived from it and te
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
@@ -85,10 +85,6 @@ class GridNeighborhood:
     global_tokens: int = 0
     dilation: int | tuple[int, ...] = 1
 
-    # All numbers, those of each axis first: an operator's schema has no type for a locality, and Dynamo, which makes symbols of
-    # numbers that change between calls, cannot write those as text.
-    text: str = field(init=False, repr=False, compare=False)
-
     def __post_init__(self) -> None:
         _set(self, shape=_axes(self, "shape", self.shape, None, 1))
         _set(self, radius=_axes(self, "radius", self.radius, self.shape, 0))
@@ -102,7 +98,15 @@ class GridNeighborhood:
         if self.global_tokens < 0:
             raise ValueError(f"GridNeighborhood: global_tokens must be 0 or more, got {self.global_tokens}")
         manhattan = int(self.metric == "manhattan")
-        _set(self, text=_text(*self.shape, *self.radii, *self.dilations, manhattan, self.global_tokens))
+        _set(self, _text=_text(*self.shape, *self.radii, *self.dilations, manhattan, self.global_tokens))
+
+    @property
+    def text(self) -> str:
+        """All numbers, those of each axis first: an operator's schema has no type for a locality.
+
+        It is written when the locality is made, as Dynamo cannot write numbers that it has made symbols of.
+        """
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def radii(self) -> tuple[int, ...]:
@@ -164,8 +168,6 @@ class ShiftedWindow:
     window: int | tuple[int, ...]
     shift: int | tuple[int, ...] = 0
 
-    text: str = field(init=False, repr=False, compare=False)  # as that of a GridNeighborhood
-
     def __post_init__(self) -> None:
         _set(self, shape=_axes(self, "shape", self.shape, None, 1))
         _set(self, window=_axes(self, "window", self.window, self.shape, 1))
@@ -174,7 +176,12 @@ class ShiftedWindow:
             raise ValueError(f"ShiftedWindow: shift must be below the window {self.window} along each axis, got {self.shift}")
         if any(n % w for n, w in zip(self.shape, self.windows, strict=True)):
             raise ValueError(f"ShiftedWindow: shape must be a multiple of the window {self.window}, got {self.shape}")
-        _set(self, text=_text(*self.shape, *self.windows, *self.shifts))
+        _set(self, _text=_text(*self.shape, *self.windows, *self.shifts))
+
+    @property
+    def text(self) -> str:
+        """All numbers, as those of a GridNeighborhood."""
+        return self._text  # type: ignore[attr-defined]
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -19,19 +19,30 @@ def test_fuzz(name, data):
     check(data.draw(calls))
 
 
-OPEN_CASE = {
-    "dtype": 1, "backend": "triton", "width": 64, "value_width": 24, "packed": True, "length": 1, "keys": 1, "batch": 1,
-    "kv_heads": 2, "group": 1, "magnitude": 1 / 64, "numbers": "equal", "seed": 65536, "ends": [0, 0, 1, 1, 1, 1],
-    "layouts": ["tokens before heads", "width before rows", "one row expanded"],
-    "gradients": ["tokens before heads", "contiguous"], "widths": [8, 16], "causal": False, "direct": False,
-    "feature_map": "relu", "normalize": True, "eps": 1e-6, "state": False, "return_state": False,
+NUMBERS = {
+    "dtype": 1, "backend": "triton", "value_width": 24, "batch": 1, "group": 1, "numbers": "equal", "feature_map": "relu",
+}
+OPEN_CASES = {
+    "one key through a state": NUMBERS | {
+        "width": 64, "packed": True, "length": 1, "keys": 1, "kv_heads": 2, "magnitude": 1 / 64, "seed": 65536,
+        "layouts": ["tokens before heads", "width before rows", "one row expanded"],
+        "gradients": ["tokens before heads", "contiguous"], "ends": [0, 0, 1, 1, 1, 1], "widths": [8, 16], "causal": False,
+        "direct": False, "normalize": True, "eps": 1e-6, "state": False, "return_state": False,
+    },
+    "gradient of the initial state": NUMBERS | {
+        "width": 16, "packed": False, "length": 130, "keys": 130, "kv_heads": 1, "magnitude": 8.0, "seed": 17922,
+        "layouts": ["width before rows", "slice of wider rows", "contiguous"], "gradients": ["contiguous", "contiguous"],
+        "ends": None, "widths": [16, 8], "causal": True, "direct": True, "normalize": True, "eps": 1e-6, "state": True,
+        "return_state": False,
+    },
 }
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="drawn in the interpreter, where the second dtype is float16")
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="an open case of docs/contract.md")
-def test_one_key_through_a_state():
-    CALLS["hadamard_attention"][1](OPEN_CASE)
+@pytest.mark.parametrize("name", OPEN_CASES)
+def test_hadamard_attention_in_float16(name):
+    CALLS["hadamard_attention"][1](OPEN_CASES[name])
 
 
 def test_every_function_of_the_registry_is_drawn():
