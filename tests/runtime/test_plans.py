@@ -387,7 +387,7 @@ def attend(operator, q, k, v, *backends):
     """Affine or synchronization attention by the backends of the forward and of the backward."""
     ones = torch.ones(q.shape[:3], device=DEVICE)
     if operator == "affine":
-        return affine(None, True, (q, k, v, ones, ones, None, None, None), -1, 0, 0.1, 0.0, *backends)
+        return affine(None, True, (q, k, v, ones, ones, None, None, None, None), -1, 0, 0.1, 0.0, *backends)
     one, order = torch.ones(1, device=DEVICE), torch.ones(q.shape[:2], device=DEVICE)
     return synchronization(None, True, (q, None, v, one, one, order), False, None, 1e-3, *backends)
 
